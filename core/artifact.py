@@ -141,6 +141,7 @@ class ArtifactManifest(_Frozen):
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
+        self.update_tables()
         for stage in STAGES:
             if stage not in self.graphs:
                 raise ValueError(f"the graph {stage!r} is missing")
@@ -151,7 +152,6 @@ class ArtifactManifest(_Frozen):
         for name in [self.tokenizer.file, *(graph.file for graph in self.graphs.values())]:
             if name not in self.files:
                 raise ValueError(f"{name!r} is used but has no sha256 in 'files'")
-        self.update_tables()
         return self
 
     @property

@@ -42,8 +42,8 @@ def atomic_folder(target: str | Path, *, replaces: Sequence[str] = (STUDENT_FILE
     """Yields an empty sibling `.{name}.tmp-{random}`; on success it becomes `target` in one rename.
 
     An old `target` gives way only if it is an empty folder or holds one of the files named in `replaces` (a student's
-    or an artifact's manifest); anything else is refused before work starts. If the body raises, the sibling is removed; a
-    killed process leaves it behind, and the old folder whole. Raises ArtifactError.
+    or an artifact's manifest); anything else is refused before work starts. If the body raises, the sibling is removed;
+    a killed process leaves it behind, and the old folder whole. Raises ArtifactError.
     """
     target = Path(target).resolve()
     _refuse_foreign(target, replaces)

@@ -87,8 +87,9 @@ class NoiseSchedule:
         """The schedule that a diffusers `scheduler_config.json` describes.
 
         Reads _class_name, num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
-        rescale_betas_zero_snr, and shift for flow matching; other keys do not change the schedule.
-        Raises ScheduleError for what it cannot represent.
+        rescale_betas_zero_snr, and shift for flow matching; other keys do not change the schedule. Note that diffusers
+        puts _class_name into the file, but not into a scheduler's `.config`: a config without it must say
+        beta_schedule or trained_betas. Raises ScheduleError for what it cannot represent.
         """
         steps = config.get("num_train_timesteps", 1000)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -97,6 +98,8 @@ class NoiseSchedule:
         if str(config.get("_class_name", "")).startswith("FlowMatch"):
             sigma = _flow_sigmas(config, steps)
             return cls(1.0 - sigma, sigma, "flow", kept)
+        if config.get("use_flow_sigmas"):
+            raise ScheduleError("use_flow_sigmas is not supported; use a FlowMatchEulerDiscreteScheduler config")
         alpha_bar: NDArray[np.float64] = np.cumprod(1.0 - _betas(config, steps), dtype=np.float64)
         if config.get("rescale_betas_zero_snr"):
             alpha_bar = rescale_zero_terminal_snr(alpha_bar)
@@ -149,6 +152,8 @@ def _beta_setting(config: Mapping[str, Any], key: str) -> Any:
     name = str(config.get("_class_name", ""))
     if name not in _DDPM_CLASSES:
         raise ScheduleError(f"the scheduler config of {name} has no {key!r}; save it again with diffusers")
+    if not name and key == "beta_schedule":
+        raise ScheduleError("the scheduler config has neither '_class_name' nor 'beta_schedule'; read it from its file")
     return _DDPM_DEFAULTS[key]
 
 
