@@ -46,8 +46,10 @@ def test_flow_sigmas_and_times_equal_diffusers(shift):
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     ours = NoiseSchedule.from_scheduler_config(json.loads(theirs.to_json_string()))
     assert ours.kind == "flow"
-    np.testing.assert_allclose(ours.sigma[::-1], theirs.sigmas.double().numpy(), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(ours.network_time(np.arange(1000))[::-1], theirs.timesteps.numpy(), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(ours.sigma[::-1], np.asarray(theirs.sigmas), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        ours.network_time(np.arange(1000))[::-1], np.asarray(theirs.timesteps), rtol=0, atol=1e-3
+    )
     np.testing.assert_allclose(ours.alpha + ours.sigma, 1.0, rtol=0, atol=1e-15)
     assert ours.signal_at_T == 0.0
 
