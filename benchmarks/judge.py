@@ -1,0 +1,197 @@
+"""The judge: a small classifier that reads objects, relation and background off a picture of an emoji scene.
+
+It measures prompt fidelity exactly, as far as its own accuracy goes, and its penultimate layer is the feature space of the Frechet
+distance that this project calls FD (judge): never FID, whose features are Inception's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from ..core.artifact import atomic_file
+from ..core.errors import ArtifactError
+from ..distill.autoencoder import to_signed
+from ..distill.data.emoji import AXES, BACKGROUND_NAMES, OBJECT_NAMES, EmojiScenes, Scene
+from ..distill.fit import fit, seeded
+from ..distill.recipe import Fit
+
+FEATURES = 128
+LAYOUTS = ("single", *AXES)
+_HEADS = {
+    "layout": len(LAYOUTS),
+    "first": len(OBJECT_NAMES),
+    "second": len(OBJECT_NAMES) + 1,  # the last class: there is none
+    "background": len(BACKGROUND_NAMES),
+}
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.silu(x + self.body(x))
+
+
+class Judge(nn.Module):
+    """(B, 3, 64, 64) in [-1, 1] -> features (B, 128) and one row of logits per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 32, 4, stride=2, padding=1), nn.SiLU(), _Residual(32),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.SiLU(), _Residual(64),
+            nn.Conv2d(64, 96, 4, stride=2, padding=1), nn.SiLU(), _Residual(96),
+            nn.Conv2d(96, 48, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(48 * 64, FEATURES), nn.SiLU(),
+        )  # fmt: skip
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, classes) for name, classes in _HEADS.items()})
+        self.reference_mean: torch.Tensor
+        self.reference_covariance: torch.Tensor
+        self.register_buffer("reference_mean", torch.zeros(FEATURES))
+        self.register_buffer("reference_covariance", torch.eye(FEATURES))
+
+    def refer_to(self, images: np.ndarray) -> None:
+        """Keep mean and covariance of the features of real pictures: what FD (judge) is measured against."""
+        features, _ = self.read(images)
+        self.reference_mean.copy_(torch.from_numpy(features.mean(0)))
+        self.reference_covariance.copy_(torch.from_numpy(np.cov(features, rowvar=False)))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        features = self.trunk(images)
+        return features, {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: np.ndarray, batch: int = 256) -> tuple[np.ndarray, list[Scene]]:
+        """(N, 64, 64, 3) uint8 -> features (N, 128) float64 and the scenes that it sees."""
+        features, scenes = [], []
+        for first in range(0, len(images), batch):
+            found, logits = self(to_signed(images[first : first + batch]))
+            features.append(found.double().numpy())
+            scenes += _scenes({name: values.argmax(1).tolist() for name, values in logits.items()})
+        return np.concatenate(features), scenes
+
+
+def _scenes(classes: dict[str, list[int]]) -> list[Scene]:
+    scenes = []
+    for layout, first, second, background in zip(*(classes[name] for name in _HEADS), strict=True):
+        pair = layout > 0 and second < len(OBJECT_NAMES)
+        scenes.append(
+            Scene(
+                objects=(OBJECT_NAMES[first], OBJECT_NAMES[second]) if pair else (OBJECT_NAMES[first],),
+                axis=LAYOUTS[layout] if pair else None,
+                background=BACKGROUND_NAMES[background],
+            )
+        )
+    return scenes
+
+
+def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """Class indices (B,) of each head."""
+    none = len(OBJECT_NAMES)
+    return {
+        "layout": torch.tensor([0 if s.axis is None else LAYOUTS.index(s.axis) for s in scenes]),
+        "first": torch.tensor([OBJECT_NAMES.index(s.objects[0]) for s in scenes]),
+        "second": torch.tensor([OBJECT_NAMES.index(s.objects[1]) if len(s.objects) > 1 else none for s in scenes]),
+        "background": torch.tensor([BACKGROUND_NAMES.index(s.background) for s in scenes]),
+    }
+
+
+class _JudgeLoss(nn.Module):
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        self.judge = judge
+
+    def forward(self, images: torch.Tensor, **targets: torch.Tensor) -> torch.Tensor:
+        _, logits = self.judge(images)
+        return torch.stack([functional.cross_entropy(logits[name], targets[name]) for name in _HEADS]).sum()
+
+
+@dataclass
+class JudgeTask:
+    """Fits the judge on the stream of scenes, all combinations included, with a little noise on the pictures."""
+
+    scenes: EmojiScenes
+    held_out: EmojiScenes
+    settings: Fit
+    name: str = "judge"
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.judge = Judge()
+        self.module: nn.Module = _JudgeLoss(self.judge)
+
+    def batch(self, step: int, rank: int) -> dict[str, Any]:
+        size = self.settings.batch
+        first = (step * 64 + rank) * size
+        examples = [(self.held_out if i % 8 == 0 else self.scenes)[first + i] for i in range(size)]
+        draw = seeded(4, step, rank)
+        images = to_signed(np.stack([e.image for e in examples]))
+        strength = 0.08 * torch.rand(size, 1, 1, 1, generator=draw)
+        images = images + strength * torch.randn(images.shape, generator=draw)
+        return {"images": images, **labels([e.scene for e in examples])}
+
+    def preview(self) -> Image.Image | None:
+        return None
+
+
+def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> dict[str, float]:
+    """Share of rendered scenes that the judge reads rightly, per attribute and all together."""
+    examples = [scenes[start + i] for i in range(count)]
+    _, seen = judge.read(np.stack([e.image for e in examples]))
+    pairs = [(e.scene, s) for e, s in zip(examples, seen, strict=True)]
+    return {
+        "object": float(np.mean([a.objects == b.objects for a, b in pairs])),
+        "relation": float(np.mean([a.axis == b.axis for a, b in pairs])),
+        "background": float(np.mean([a.background == b.background for a, b in pairs])),
+        "all": float(np.mean([a == b for a, b in pairs])),
+    }
+
+
+DEFAULT_FIT = Fit(steps=3500, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.99, preview_every=0)
+
+
+def train_judge(out: Path, *, font: Path | None = None, settings: Fit = DEFAULT_FIT, test_scenes: int = 4000) -> dict[str, Any]:
+    """Train the judge, test it on scenes of another seed, write `out` (safetensors, with the test's result inside)."""
+    task = JudgeTask(EmojiScenes(seed=11, font=font), EmojiScenes(seed=11, held_out=True, font=font), settings)
+    figures = fit(task, settings, out.with_name(out.name + ".run"))
+    task.judge.half().float()  # as it will be loaded
+    measured = {
+        "seen": accuracy(task.judge, EmojiScenes(seed=12, font=font), test_scenes),
+        "held_out": accuracy(task.judge, EmojiScenes(seed=12, held_out=True, font=font), test_scenes // 4),
+    }
+    judge = task.judge
+    reference = EmojiScenes(seed=13, font=font)
+    judge.refer_to(np.stack([reference[i].image for i in range(max(4 * FEATURES, test_scenes))]))
+    state = judge.state_dict()
+    weights = {name: (v if name.startswith("reference") else v.half()).contiguous() for name, v in state.items()}
+    metadata = {f"{split}_{name}": f"{value:.5f}" for split, row in measured.items() for name, value in row.items()}
+    with atomic_file(out) as temporary:
+        save_file(weights, str(temporary), metadata=metadata)
+    return {**figures, "accuracy": measured}
+
+
+def load_judge(path: Path) -> tuple[Judge, dict[str, str]]:
+    """The judge of a file that train_judge wrote, and its own test accuracy as written there."""
+    if not path.is_file():
+        raise ArtifactError(f"no judge at {path}; make one with imagine-flash train-judge")
+    judge = Judge()
+    try:
+        with safe_open(str(path), "pt") as file:
+            judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ArtifactError(f"{path} is not a judge of this version ({str(error).splitlines()[0]})") from None
+    return judge.eval(), metadata

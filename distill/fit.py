@@ -1,0 +1,145 @@
+"""The one training loop of this project: every network here is fitted by `fit`, on accelerate.
+
+A task gives its batch as a pure function of (step, rank), so that a resumed run repeats the run that was killed, bit for bit on
+a CPU: the random state is never stored because it is never carried from one step to the next.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from ..core.artifact import atomic_file
+from .checkpoint import load_checkpoint, save_checkpoint
+from .recipe import Fit
+
+
+class Task(Protocol):
+    """What `fit` trains: `module(**batch)` is the loss, of which every trainable parameter belongs to `module`."""
+
+    name: str
+    module: nn.Module
+
+    def batch(self, step: int, rank: int) -> dict[str, Any]: ...
+
+    def preview(self) -> Image.Image | None:
+        """A picture of how it goes, drawn with the weights that `module` has now."""
+        ...
+
+
+def learning_rate(step: int, fit: Fit) -> float:
+    """Linear warm-up, then half a cosine down to 2 % of the recipe's rate (constant where the recipe says so)."""
+    warm = min(1.0, (step + 1) / max(1, fit.warmup))
+    if fit.schedule == "constant":
+        return fit.learning_rate * warm
+    return fit.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / fit.steps)))
+
+
+def seeded(seed: int, *position: int) -> torch.Generator:
+    """A CPU generator that depends on the seed and on every number of the position (step, rank, ...)."""
+    state = 0x9E3779B97F4A7C15 ^ seed
+    for number in position:
+        state = (state * 6364136223846793005 + number * 2 + 1) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+class _Run:
+    """Network, optimiser and EMA of one task, prepared by accelerate."""
+
+    def __init__(self, task: Task, fit: Fit) -> None:
+        self.task, self.fit = task, fit
+        self.accelerator = Accelerator(mixed_precision=fit.mixed_precision)
+        self.parameters = [p for p in task.module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=fit.learning_rate, betas=fit.betas, weight_decay=fit.weight_decay, eps=1e-8
+        )
+        task.module.to(self.accelerator.device)
+        self.ema = EMAModel(self.parameters, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4)
+        self.ema.to(self.accelerator.device)
+        self.wrapped, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+
+    def state(self) -> dict[str, Any]:
+        return {"module": self.task.module, "ema": self.ema, "optimizer": self.optimizer, "task": self.task.name}
+
+    def update(self, batch: dict[str, Any], step: int) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.fit)
+        moved = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        loss = self.wrapped(**moved)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.fit.clip)
+        if norm is None or torch.isfinite(norm):  # a step with an overflow is skipped, not taken
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.parameters)
+        return float(loss.detach())
+
+    def preview(self, path: Path) -> None:
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        self.task.module.eval()
+        try:
+            picture = self.task.preview()
+        finally:
+            self.task.module.train()
+            self.ema.restore(self.parameters)
+        if picture is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                picture.save(temporary, format="PNG")
+
+
+def fit(task: Task, settings: Fit, folder: Path, *, stop_after: int | None = None) -> dict[str, float]:
+    """Train `task.module` in place and leave its EMA weights in it. Resumes from `folder`/checkpoints where there is one.
+
+    Args:
+        task: the network, its batches and its preview.
+        settings: steps, optimiser, EMA and intervals.
+        folder: the run's folder; `checkpoints/{task}.safetensors`, `previews/{task}-{step}.png` and `logs/{task}.csv` go there.
+        stop_after: end (with a checkpoint) at this step, for tests and for trainings in several sittings.
+    Returns:
+        {"steps", "seconds", "loss"}: loss is the mean of the last hundred steps.
+    """
+    run, checkpoint = _Run(task, settings), folder / "checkpoints" / f"{task.name}.safetensors"
+    done = load_checkpoint(checkpoint, **run.state()) if checkpoint.exists() else 0
+    last, losses = min(settings.steps, stop_after or settings.steps), []
+    rank, main = run.accelerator.process_index, run.accelerator.is_main_process
+    log = folder / "logs" / f"{task.name}.csv"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    task.module.train()
+    started = saved = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not main) as bar, ThreadPoolExecutor(1) as ahead, log.open("a") as lines:
+        shown = bar.add_task(task.name, total=last, completed=done)
+        waiting = ahead.submit(task.batch, done, rank)
+        for step in range(done, last):
+            batch, waiting = waiting.result(), ahead.submit(task.batch, step + 1, rank)
+            losses.append(run.update(batch, step))
+            bar.update(shown, advance=1, description=f"{task.name} loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
+            if not main:
+                continue
+            lines.write(f"{step},{losses[-1]!r},{time.monotonic() - started:.1f}\n")
+            if time.monotonic() - saved > settings.checkpoint_minutes * 60 or step + 1 == last:
+                lines.flush()
+                save_checkpoint(checkpoint, step=step + 1, **run.state())
+                saved = time.monotonic()
+            if settings.preview_every and (step + 1) % settings.preview_every == 0:
+                run.preview(folder / "previews" / f"{task.name}-{step + 1:06d}.png")
+    run.ema.copy_to(run.parameters)
+    task.module.eval()
+    recent = losses[-100:]
+    return {
+        "steps": float(last),
+        "seconds": round(time.monotonic() - started, 1),
+        "loss": sum(recent) / len(recent) if recent else float("nan"),
+    }

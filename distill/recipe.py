@@ -1,0 +1,158 @@
+"""Recipes: every choice of a training in one validated, frozen YAML file."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..core.errors import RecipeError, nearest
+from ..core.plan import StepPlan
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Keyword-only, immutable, and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Fit(Frozen):
+    """How one network is fitted: updates, batch, AdamW, EMA, intervals."""
+
+    steps: Positive
+    batch: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 200
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Share = 0.999
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
+    preview_every: Annotated[int, Field(ge=0)] = 500
+
+
+class Autoencoder(Frozen):
+    """An AutoencoderTiny that maps a picture to latents of an eighth of its side."""
+
+    width: Positive = 64
+    blocks: tuple[int, int, int, int] = (0, 1, 2, 3)  # residual blocks per resolution of the encoder, largest first
+    latent_channels: Positive = 16
+    latent_noise: Annotated[float, Field(ge=0)] = 0.05  # added before decoding, so that the decoder forgives the student
+    fit: Fit
+
+
+class Network(Frozen):
+    """Sizes of the text encoder and the UNet."""
+
+    context: Annotated[int, Field(ge=8, le=77)] = 32
+    text_width: Positive = 128
+    text_layers: Positive = 2
+    text_heads: Positive = 4
+    channels: tuple[int, ...] = (96, 160)
+    layers_per_block: Positive = 1
+    heads: Positive = 4
+    norm_groups: Positive = 16
+
+
+class TeacherRecipe(Frozen):
+    """`train-teacher`: a latent text-to-image model on emoji scenes."""
+
+    seed: int = 0
+    image_size: Annotated[int, Field(ge=32, multiple_of=16)] = 64
+    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    rescale_betas_zero_snr: bool = False
+    caption_dropout: Share = 0.1
+    scenes: Positive = 80_000  # rendered and encoded once, then drawn from at random
+    autoencoder: Autoencoder
+    network: Network = Network()
+    fit: Fit
+
+
+class DistillRecipe(Frozen):
+    """`distill`: Imagine Flash (METHOD of the paper) with what it leaves open as fields."""
+
+    seed: int = 0
+    plans: dict[int, tuple[int, ...]] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
+    plan_weights: dict[int, float] = {1: 1.0, 2: 1.0, 3: 1.0}  # how often each plan is drawn
+    shifted: bool = True  # shifted reconstruction loss; False: the teacher starts from the student's own state
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
+    renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
+    teacher_steps: Positive = 4  # k
+    guidance: tuple[float, float] = (2.0, 2.0)  # drawn uniformly; in the teacher's target only
+    noise_correction: bool = True  # at inference
+    rollout_noise_correction: bool = True  # in the training rollout
+    prompts: Positive = 60_000
+    discriminator_weight: Literal[0] = 0  # the adversarial term's place in the loss; this version has none
+    fit: Fit
+
+    @model_validator(mode="after")
+    def _plans_are_plans(self) -> Self:
+        for steps, timesteps in self.plans.items():
+            if steps != len(timesteps):
+                raise ValueError(f"plans: {steps} steps must have {steps} timesteps, got {list(timesteps)}")
+            StepPlan(timesteps)
+        if set(self.plan_weights) != set(self.plans):
+            raise ValueError(f"plan_weights must name the same steps as plans: {sorted(self.plans)}")
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance must be [low, high], got {list(self.guidance)}")
+        return self
+
+
+R = TypeVar("R", TeacherRecipe, DistillRecipe)
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that the package ships."""
+    folder = Path(str(files(__package__).joinpath("recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path, kind: type[R]) -> R:
+    """Read a built-in recipe by name or any YAML file by path; RecipeError names the key and the nearest known one."""
+    import yaml
+
+    known = built_in_recipes()
+    path = known.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe {str(name_or_path)!r}{nearest(str(name_or_path), list(known))}; built in: {', '.join(known)}; or give a YAML file"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold keys and values, got {type(values).__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first_problem(error, kind)}") from None
+
+
+def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"])) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), _keys_at(kind, problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"key {where!r} is missing"
+    return f"{where} = {problem['input']!r}: {problem['msg']}" if where != "recipe" else problem["msg"]
+
+
+def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    for name in place:
+        inner = kind.model_fields[str(name)].annotation if str(name) in kind.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)

@@ -1,0 +1,111 @@
+"""`distill`: a student of 1, 2 and 3 steps from a teacher folder."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from ..core.artifact import StudentManifest, hash_folder
+from ..core.errors import RecipeError
+from ..core.plan import StepPlan
+from ..core.update import UpdateTable, update_table
+from .data.prompts import emoji_prompts
+from .fit import fit, seeded
+from .grids import grid, to_pixels
+from .losses import ImagineFlashLoss
+from .networks import Networks, initial_noise, load_networks
+from .recipe import DistillRecipe
+from .teacher import PREVIEW_PROMPTS, save_pipeline
+
+
+class DistillTask:
+    """Fits the student's UNet; prompts are all the data there is."""
+
+    name = "student"
+
+    def __init__(self, recipe: DistillRecipe, teacher: Networks, prompts: list[str]) -> None:
+        self.recipe, self.teacher = recipe, teacher
+        self.student = copy.deepcopy(teacher.unet).requires_grad_(True)
+        self.module: nn.Module = ImagineFlashLoss(self.student, teacher, recipe)
+        self.ids = torch.cat([teacher.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)])
+        self.uncond = teacher.embed([""]).detach()
+
+    def batch(self, step: int, rank: int) -> dict[str, Any]:
+        size, draw = self.recipe.fit.batch, seeded(self.recipe.seed, 3, step, rank)
+        shared = np.random.default_rng([self.recipe.seed, step])  # the same on every rank, or collectives would wait
+        weights = self.recipe.plan_weights
+        plan = int(shared.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values())))
+        low, high = self.recipe.guidance
+        shape = (size, *self.teacher.latent_shape)
+        rows = torch.randint(len(self.ids), (size,), generator=draw)
+        with torch.no_grad():
+            text = self.teacher.text_encoder(self.ids[rows].to(self.uncond.device))[0]
+        return {
+            "x_T": torch.randn(shape, generator=draw), "fresh": torch.randn(shape, generator=draw), "text": text,
+            "uncond": self.uncond.expand(size, -1, -1), "plan": plan, "index": int(shared.integers(plan)),
+            "guidance": low + (high - low) * torch.rand(size, generator=draw),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def preview(self) -> Image.Image:
+        """Rows of 1, 2 and 3 steps from the same noise."""
+        prompts, rows = list(PREVIEW_PROMPTS), []
+        noise = initial_noise(list(range(len(prompts))), self.teacher.latent_shape).to(self.student.device)
+        student = with_unet(self.teacher, self.student)
+        for table in inference_tables(self.teacher, self.recipe).values():
+            rows.append(to_pixels(student.decode(student.sample(noise, student.embed(prompts), table))))
+        return grid(np.concatenate(rows), columns=len(prompts))
+
+
+def with_unet(networks: Networks, unet: Any) -> Networks:
+    """The same networks with another UNet."""
+    return Networks(**{**networks.__dict__, "unet": unet})
+
+
+def inference_tables(networks: Networks, recipe: DistillRecipe) -> dict[int, UpdateTable]:
+    """The update table of each plan, as inference uses it."""
+    return {
+        steps: update_table(
+            networks.schedule, StepPlan(times), networks.prediction_type, noise_correction=recipe.noise_correction
+        )
+        for steps, times in recipe.plans.items()
+    }
+
+
+def distill(
+    teacher_folder: Path, out: Path, recipe: DistillRecipe, *, prompts: list[str] | None = None, console: Console | None = None
+) -> StudentManifest:
+    """Distil `teacher_folder` into the student folder `out`; the run's state is kept beside it in `{out}.run`.
+
+    Called again after a kill, it goes on where the last checkpoint was. Errors: ArtifactError for a folder that is not a
+    pipeline, RecipeError for a plan outside the teacher's schedule.
+    """
+    console = console or Console()
+    teacher = load_networks(teacher_folder)
+    times = teacher.schedule.num_train_timesteps
+    for timesteps in recipe.plans.values():
+        if timesteps[0] != times - 1:
+            raise RecipeError(f"plans must start at the teacher's last time {times - 1}, got {list(timesteps)}")
+    task = DistillTask(recipe, teacher, prompts or emoji_prompts(recipe.prompts, recipe.seed))
+    teacher.to(_device())
+    task.uncond = task.uncond.to(_device())
+    figures = fit(task, recipe.fit, out.with_name(out.name + ".run"))
+    console.print(f"student: {figures}")
+    manifest = StudentManifest(
+        plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},
+        noise_correction=recipe.noise_correction, recipe=recipe.model_dump(mode="json"),
+        teacher_sha256=hash_folder(teacher_folder), training=figures, metrics={},
+    )  # fmt: skip
+    save_pipeline(with_unet(teacher, task.student), out, extra={"imagine_flash.json": manifest.model_dump_json(indent=2)})
+    return manifest
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

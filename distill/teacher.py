@@ -1,0 +1,177 @@
+"""`train-teacher`: tokenizer, text encoder, autoencoder and UNet from nothing, as a diffusers pipeline folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ..core.artifact import atomic_file, atomic_folder
+from ..core.plan import StepPlan
+from ..core.schedule import NoiseSchedule
+from ..core.update import update_table
+from .autoencoder import AutoencoderTask, to_signed
+from .data.emoji import EmojiScenes, caption_at
+from .fit import fit, seeded
+from .grids import grid, to_pixels
+from .networks import Networks, initial_noise
+from .recipe import TeacherRecipe
+from .tokenizer import train_tokenizer
+
+PREVIEW_PROMPTS = (
+    "a cat", "a fox on a pink background", "a rocket on blue", "an apple on a gray background", "a tree, green background",
+    "a cat to the left of a dog", "a rocket above a house on a blue background", "an octopus below a star on purple",
+)  # fmt: skip
+
+
+def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
+    """An untrained CLIP text encoder of the recipe's sizes."""
+    sizes = recipe.network
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=sizes.text_width, intermediate_size=4 * sizes.text_width,
+        num_hidden_layers=sizes.text_layers, num_attention_heads=sizes.text_heads, projection_dim=sizes.text_width,
+        max_position_embeddings=sizes.context, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config)
+
+
+def build_unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
+    """An untrained UNet of the recipe's sizes."""
+    sizes, levels = recipe.network, len(recipe.network.channels)
+    return UNet2DConditionModel(
+        sample_size=recipe.image_size // 8, in_channels=recipe.autoencoder.latent_channels,
+        out_channels=recipe.autoencoder.latent_channels, block_out_channels=sizes.channels,
+        layers_per_block=sizes.layers_per_block, down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels, cross_attention_dim=sizes.text_width,
+        attention_head_dim=sizes.heads, norm_num_groups=sizes.norm_groups,
+    )  # fmt: skip
+
+
+def build_scheduler(recipe: TeacherRecipe) -> DDIMScheduler:
+    """Stable Diffusion's schedule by default; trailing steps that start at T and end on x0."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=recipe.beta_start, beta_end=recipe.beta_end,
+        beta_schedule=recipe.beta_schedule, prediction_type=recipe.prediction_type, clip_sample=False,
+        set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing", rescale_betas_zero_snr=recipe.rescale_betas_zero_snr,
+    )  # fmt: skip
+
+
+class DenoisingLoss(nn.Module):
+    """Mean squared error of the network's own prediction type (Ho et al. 2020 for eps; Salimans & Ho 2022 for v)."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.unet, self.text_encoder, self.networks = networks.unet, networks.text_encoder, networks
+
+    def forward(self, x0: torch.Tensor, ids: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x0, eps (B, C, h, w); ids (B, L); t (B,) integer times."""
+        alpha_t, sigma_t = self.networks.signal_and_noise(t)
+        x_t = alpha_t * x0 + sigma_t * eps
+        target = eps if self.networks.prediction_type == "epsilon" else alpha_t * eps - sigma_t * x0
+        m = self.unet(x_t, t, encoder_hidden_states=self.text_encoder(ids)[0]).sample
+        return nn.functional.mse_loss(m.float(), target)
+
+
+class TeacherTask:
+    """Fits the UNet and the text encoder together on a pool of encoded scenes."""
+
+    name = "teacher"
+
+    def __init__(self, recipe: TeacherRecipe, networks: Networks, pool: dict[str, torch.Tensor]) -> None:
+        self.recipe, self.networks, self.pool = recipe, networks, pool
+        self.module: nn.Module = DenoisingLoss(networks)
+        self.empty = networks.tokens([""])[0]
+
+    def batch(self, step: int, rank: int) -> dict[str, Any]:
+        size, draw = self.recipe.fit.batch, seeded(self.recipe.seed, 2, step, rank)
+        rows = torch.randint(len(self.pool["ids"]), (size,), generator=draw)
+        x0, ids = self.pool["latents"][rows].float(), self.pool["ids"][rows].long()
+        ids[torch.rand(size, generator=draw) < self.recipe.caption_dropout] = self.empty
+        spread = (torch.rand(1, generator=draw) + torch.arange(size) / size) % 1  # evenly over all times
+        t = (spread * self.networks.schedule.num_train_timesteps).long()
+        return {"x0": x0, "ids": ids, "eps": torch.randn(x0.shape, generator=draw), "t": t}
+
+    def preview(self) -> Image.Image:
+        prompts = list(PREVIEW_PROMPTS)
+        return grid(draw(self.networks, prompts * 2, list(range(16)), steps=25, guidance=2.0), columns=8)
+
+
+@torch.no_grad()
+def draw(networks: Networks, prompts: list[str], seeds: list[int], *, steps: int, guidance: float) -> np.ndarray:
+    """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8."""
+    table = update_table(networks.schedule, StepPlan.trailing(steps), networks.prediction_type, noise_correction=False)
+    device = networks.unet.device
+    noise = initial_noise(seeds, networks.latent_shape).to(device)
+    uncond = networks.embed([""]) if guidance != 1 else None
+    return to_pixels(networks.decode(networks.sample(noise, networks.embed(prompts), table, uncond=uncond, guidance=guidance)))
+
+
+@torch.no_grad()
+def encode_scenes(recipe: TeacherRecipe, scenes: EmojiScenes, networks: Networks, path: Path) -> dict[str, torch.Tensor]:
+    """Latents (N, C, h, w) float16 and token ids (N, L) int32 of the first N scenes, kept in `path`."""
+    if path.exists():
+        return load_file(str(path))
+    latents, ids, size = [], [], 100
+    device = networks.vae.device
+    for first in track(range(0, recipe.scenes, size), description="encoding scenes"):
+        examples = [scenes[i] for i in range(first, min(first + size, recipe.scenes))]
+        images = to_signed(np.stack([e.image for e in examples])).to(device, memory_format=torch.channels_last)
+        latents.append(networks.vae.encoder(images).half().cpu().contiguous())
+        ids.append(networks.tokens([e.caption.text for e in examples]).int())
+    pool = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
+    with atomic_file(path) as temporary:
+        save_file(pool, str(temporary))
+    return pool
+
+
+def train_teacher(recipe: TeacherRecipe, out: Path, *, font: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Train everything and write the pipeline folder `out`; the run's state is kept beside it in `{out}.run`.
+
+    Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
+    """
+    console = console or Console()
+    run = out.with_name(out.name + ".run")
+    scenes = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
+    run.mkdir(parents=True, exist_ok=True)
+    first = AutoencoderTask(recipe, scenes)
+    figures = {"autoencoder": fit(first, recipe.autoencoder.fit, run)}
+    console.print(f"autoencoder: {figures['autoencoder']}")
+    captions = [caption_at(recipe.seed, i)[1].text for i in range(5000)]
+    tokenizer = train_tokenizer(captions, context=recipe.network.context)
+    torch.manual_seed(recipe.seed + 1)
+    config = dict(build_scheduler(recipe).config)
+    networks = Networks(
+        tokenizer=tokenizer, text_encoder=build_text_encoder(recipe, tokenizer), unet=build_unet(recipe),
+        vae=first.autoencoder.eval().requires_grad_(False), scheduler_config=config,
+        schedule=NoiseSchedule.from_scheduler_config(config), prediction_type=recipe.prediction_type,
+    )  # fmt: skip
+    pool = encode_scenes(recipe, scenes, networks, run / "latents.safetensors")
+    figures["teacher"] = fit(TeacherTask(recipe, networks, pool), recipe.fit, run)
+    console.print(f"teacher: {figures['teacher']}")
+    save_pipeline(networks, out)
+    return figures
+
+
+def save_pipeline(networks: Networks, out: Path, *, dtype: torch.dtype = torch.float16, extra: dict[str, str] | None = None) -> None:
+    """Write a diffusers StableDiffusionPipeline folder in one atomic rename; `extra` are further files by name."""
+    import copy
+
+    parts = {name: copy.deepcopy(getattr(networks, name)).cpu().to(dtype) for name in ("vae", "text_encoder", "unet")}
+    pipeline = StableDiffusionPipeline(
+        **parts, tokenizer=networks.tokenizer, scheduler=DDIMScheduler.from_config(networks.scheduler_config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # type: ignore[arg-type]  # fmt: skip
+    with atomic_folder(out) as temporary:
+        pipeline.save_pretrained(str(temporary))
+        for name, text in (extra or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
