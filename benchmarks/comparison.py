@@ -46,5 +46,7 @@ def comparison_grid(methods: list[Method]) -> Image.Image:
         words, lines = prompt.split(), [""]
         for word in words:
             lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1] + word) < 20 else [*lines, word]
-        pen.multiline_text((_LABEL + i * (height + _GAP * _SCALE), 2), "\n".join(lines), fill="black", font=small, spacing=1)
+        pen.multiline_text(
+            (_LABEL + i * (height + _GAP * _SCALE), 2), "\n".join(lines), fill="black", font=small, spacing=1
+        )
     return sheet

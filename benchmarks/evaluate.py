@@ -127,7 +127,9 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every row, print the table, write `out`.json and `out`.png; returns the record."""
     if count < 129 or held_out < 1:
-        raise ImagineFlashError(f"FD (judge) needs at least 129 seen and 1 held-out prompts, got {count} and {held_out}")
+        raise ImagineFlashError(
+            f"FD (judge) needs at least 129 seen and 1 held-out prompts, got {count} and {held_out}"
+        )
     if not out.resolve().parent.is_dir():
         raise ImagineFlashError(f"no folder {out.resolve().parent} to write {out.name}.json into; make it first")
     judge, judged = load_judge(judge_file)
@@ -202,5 +204,3 @@ def as_rich(record: dict[str, Any]) -> Table:
     for row in table_rows(record):
         table.add_row(*row)
     return table
-
-

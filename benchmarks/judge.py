@@ -39,7 +39,10 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +166,9 @@ def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> d
 DEFAULT_FIT = Fit(steps=3500, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.99, preview_every=0)
 
 
-def train_judge(out: Path, *, font: Path | None = None, settings: Fit = DEFAULT_FIT, test_scenes: int = 4000) -> dict[str, Any]:
+def train_judge(
+    out: Path, *, font: Path | None = None, settings: Fit = DEFAULT_FIT, test_scenes: int = 4000
+) -> dict[str, Any]:
     """Train the judge, test it on scenes of another seed, write `out` (safetensors, with the test's result inside)."""
     task = JudgeTask(EmojiScenes(seed=11, font=font), EmojiScenes(seed=11, held_out=True, font=font), settings)
     figures = fit(task, settings, out.with_name(out.name + ".run"))

@@ -18,6 +18,7 @@ from .recipe import TeacherRecipe
 
 _STATISTICS_WEIGHT = 0.02
 _EDGE_WEIGHT = 1.0
+_SQUARE_WEIGHT = 4.0  # an absolute error alone lets small details go: their median is the background
 
 
 def build_autoencoder(recipe: TeacherRecipe) -> AutoencoderTiny:
@@ -72,7 +73,7 @@ class ReconstructionLoss(nn.Module):
         edges = sum(
             functional.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3)
         )  # what the eye sees and a mean error does not
-        error = functional.l1_loss(decoded, images) + functional.mse_loss(decoded, images)
+        error = functional.l1_loss(decoded, images) + _SQUARE_WEIGHT * functional.mse_loss(decoded, images)
         return error + _EDGE_WEIGHT * edges + _STATISTICS_WEIGHT * statistics
 
 

@@ -53,7 +53,9 @@ class TeacherTarget:
         return self._tables[t]
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, t: int, text: torch.Tensor, uncond: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, t: int, text: torch.Tensor, uncond: torch.Tensor, guidance: torch.Tensor
+    ) -> torch.Tensor:
         """x (B, C, h, w) at time t; text, uncond (B, L, D); guidance (B,). Returns x0 (B, C, h, w) without gradient."""
         both = torch.cat([uncond, text])
         w = guidance.view(-1, 1, 1, 1)
@@ -66,9 +68,7 @@ class TeacherTarget:
         return rollout(guided, x, table, len(table.timesteps))
 
 
-def renoised(
-    x0: torch.Tensor, noise: torch.Tensor, t: int, networks: Networks
-) -> torch.Tensor:
+def renoised(x0: torch.Tensor, noise: torch.Tensor, t: int, networks: Networks) -> torch.Tensor:
     """chi = alpha_t stopgrad(x0) + sigma_t noise (shifted reconstruction loss), where t is the shifted time."""
     alpha_t, sigma_t = networks.schedule.at(t)
     return float(alpha_t) * x0.detach() + float(sigma_t) * noise.detach()

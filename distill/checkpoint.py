@@ -40,14 +40,22 @@ def load_checkpoint(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a readable checkpoint ({error}); delete it to start this stage again") from None
+        raise ArtifactError(
+            f"{path} is not a readable checkpoint ({error}); delete it to start this stage again"
+        ) from None
     if metadata.get("task") != task or metadata.get("version") != _VERSION:
-        raise ArtifactError(f"{path} is a checkpoint of {json.dumps(metadata)}, not of {task}; delete it or choose another OUT")
+        raise ArtifactError(
+            f"{path} is a checkpoint of {json.dumps(metadata)}, not of {task}; delete it or choose another OUT"
+        )
     try:
-        module.load_state_dict({name.removeprefix("weight."): v for name, v in tensors.items() if name.startswith("weight.")})
+        module.load_state_dict(
+            {name.removeprefix("weight."): v for name, v in tensors.items() if name.startswith("weight.")}
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ArtifactError(f"{path} was made with other sizes ({reason}); delete it or use the recipe it was made with") from None
+        raise ArtifactError(
+            f"{path} was made with other sizes ({reason}); delete it or use the recipe it was made with"
+        ) from None
     for i, shadow in enumerate(ema.shadow_params):
         shadow.copy_(tensors[f"ema.{i}"])
     ema.optimization_step = int(metadata["ema_updates"])

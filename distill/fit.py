@@ -118,7 +118,13 @@ def fit(task: Task, settings: Fit, folder: Path, *, stop_after: int | None = Non
     log.parent.mkdir(parents=True, exist_ok=True)
     task.module.train()
     started = saved = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not main) as bar, ThreadPoolExecutor(1) as ahead, log.open("a") as lines:
         shown = bar.add_task(task.name, total=last, completed=done)
         waiting = ahead.submit(task.batch, done, rank)

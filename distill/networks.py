@@ -63,7 +63,9 @@ class Networks:
     def signal_and_noise(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha_t and sigma_t for integer times t (B,), as float32 of shape (B, 1, 1, 1)."""
         index = t.long().cpu().numpy()
-        pair = (torch.from_numpy(table[index]).float().to(t.device) for table in (self.schedule.alpha, self.schedule.sigma))
+        pair = (
+            torch.from_numpy(table[index]).float().to(t.device) for table in (self.schedule.alpha, self.schedule.sigma)
+        )
         alpha_t, sigma_t = (v.view(-1, 1, 1, 1) for v in pair)
         return alpha_t, sigma_t
 
@@ -101,9 +103,11 @@ def load_networks(folder: str | Path) -> Networks:
     from diffusers import DiffusionPipeline
 
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
+        pipeline: Any = DiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     except Exception as error:
-        raise ArtifactError(f"{folder} does not load as a diffusers pipeline ({' '.join(str(error).split())[:300]})") from None
+        raise ArtifactError(
+            f"{folder} does not load as a diffusers pipeline ({' '.join(str(error).split())[:300]})"
+        ) from None
     config = dict(pipeline.scheduler.config)
     networks = Networks(
         tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder, unet=pipeline.unet, vae=pipeline.vae,
@@ -117,9 +121,13 @@ def load_networks(folder: str | Path) -> Networks:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ArtifactError(f"no folder {folder}; give a diffusers pipeline folder, for example one made by train-teacher")
+        raise ArtifactError(
+            f"no folder {folder}; give a diffusers pipeline folder, for example one made by train-teacher"
+        )
     if not (folder / "model_index.json").is_file():
         raise ArtifactError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / part).is_dir():
-            raise ArtifactError(f"{folder} has no {part}/: only pipelines of Stable Diffusion's form are supported so far")
+            raise ArtifactError(
+                f"{folder} has no {part}/: only pipelines of Stable Diffusion's form are supported so far"
+            )

@@ -44,7 +44,9 @@ class Autoencoder(Frozen):
     width: Positive = 64
     blocks: tuple[int, int, int, int] = (0, 1, 2, 3)  # residual blocks per resolution of the encoder, largest first
     latent_channels: Positive = 16
-    latent_noise: Annotated[float, Field(ge=0)] = 0.05  # added before decoding, so that the decoder forgives the student
+    latent_noise: Annotated[float, Field(ge=0)] = (
+        0.05  # added before decoding, so that the decoder forgives the student
+    )
     fit: Fit
 
 
@@ -124,8 +126,9 @@ def load_recipe(name_or_path: str | Path, kind: type[R]) -> R:
     known = built_in_recipes()
     path = known.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
+        similar = nearest(str(name_or_path), list(known))
         raise RecipeError(
-            f"no recipe {str(name_or_path)!r}{nearest(str(name_or_path), list(known))}; built in: {', '.join(known)}; or give a YAML file"
+            f"no recipe {str(name_or_path)!r}{similar}; built in: {', '.join(known)}; or give a YAML file"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -140,7 +143,9 @@ def load_recipe(name_or_path: str | Path, kind: type[R]) -> R:
 
 
 def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
-    problem = error.errors()[0]
+    problem = min(
+        error.errors(), key=lambda e: e["type"] != "extra_forbidden"
+    )  # a misspelt key before the key it misses
     where = ".".join(map(str, problem["loc"])) or "recipe"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), _keys_at(kind, problem['loc'][:-1]))}"

@@ -80,7 +80,12 @@ def inference_tables(networks: Networks, recipe: DistillRecipe) -> dict[int, Upd
 
 
 def distill(
-    teacher_folder: Path, out: Path, recipe: DistillRecipe, *, prompts: list[str] | None = None, console: Console | None = None
+    teacher_folder: Path,
+    out: Path,
+    recipe: DistillRecipe,
+    *,
+    prompts: list[str] | None = None,
+    console: Console | None = None,
 ) -> StudentManifest:
     """Distil `teacher_folder` into the student folder `out`; the run's state is kept beside it in `{out}.run`.
 
@@ -103,7 +108,9 @@ def distill(
         noise_correction=recipe.noise_correction, recipe=recipe.model_dump(mode="json"),
         teacher_sha256=hash_folder(teacher_folder), training=figures, metrics={},
     )  # fmt: skip
-    save_pipeline(with_unet(teacher, task.student), out, extra={"imagine_flash.json": manifest.model_dump_json(indent=2)})
+    save_pipeline(
+        with_unet(teacher, task.student), out, extra={"imagine_flash.json": manifest.model_dump_json(indent=2)}
+    )
     return manifest
 
 

@@ -89,6 +89,7 @@ class TeacherTask:
 
     def __init__(self, recipe: TeacherRecipe, networks: Networks, pool: dict[str, torch.Tensor]) -> None:
         self.recipe, self.networks, self.pool = recipe, networks, pool
+        networks.unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
         self.module: nn.Module = DenoisingLoss(networks)
         self.empty = networks.tokens([""])[0]
 
@@ -113,11 +114,15 @@ def draw(networks: Networks, prompts: list[str], seeds: list[int], *, steps: int
     device = networks.unet.device
     noise = initial_noise(seeds, networks.latent_shape).to(device)
     uncond = networks.embed([""]) if guidance != 1 else None
-    return to_pixels(networks.decode(networks.sample(noise, networks.embed(prompts), table, uncond=uncond, guidance=guidance)))
+    return to_pixels(
+        networks.decode(networks.sample(noise, networks.embed(prompts), table, uncond=uncond, guidance=guidance))
+    )
 
 
 @torch.no_grad()
-def encode_scenes(recipe: TeacherRecipe, scenes: EmojiScenes, networks: Networks, path: Path) -> dict[str, torch.Tensor]:
+def encode_scenes(
+    recipe: TeacherRecipe, scenes: EmojiScenes, networks: Networks, path: Path
+) -> dict[str, torch.Tensor]:
     """Latents (N, C, h, w) float16 and token ids (N, L) int32 of the first N scenes, kept in `path`."""
     if path.exists():
         return load_file(str(path))
@@ -134,7 +139,9 @@ def encode_scenes(recipe: TeacherRecipe, scenes: EmojiScenes, networks: Networks
     return pool
 
 
-def train_teacher(recipe: TeacherRecipe, out: Path, *, font: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+def train_teacher(
+    recipe: TeacherRecipe, out: Path, *, font: Path | None = None, console: Console | None = None
+) -> dict[str, Any]:
     """Train everything and write the pipeline folder `out`; the run's state is kept beside it in `{out}.run`.
 
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
@@ -162,7 +169,9 @@ def train_teacher(recipe: TeacherRecipe, out: Path, *, font: Path | None = None,
     return figures
 
 
-def save_pipeline(networks: Networks, out: Path, *, dtype: torch.dtype = torch.float16, extra: dict[str, str] | None = None) -> None:
+def save_pipeline(
+    networks: Networks, out: Path, *, dtype: torch.dtype = torch.float16, extra: dict[str, str] | None = None
+) -> None:
     """Write a diffusers StableDiffusionPipeline folder in one atomic rename; `extra` are further files by name."""
     import copy
 

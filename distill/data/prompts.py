@@ -18,7 +18,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ImagineFlashError(f"cannot read prompts from {path} ({error}); give a UTF-8 text file, one prompt a line") from None
+        raise ImagineFlashError(
+            f"cannot read prompts from {path} ({error}); give a UTF-8 text file, one prompt a line"
+        ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ImagineFlashError(f"{path} holds no prompt; write one a line")

@@ -1,0 +1,53 @@
+"""A recipe says what is wrong with it in one line."""
+
+import pytest
+
+from imagine_flash.core.errors import RecipeError
+from imagine_flash.distill.recipe import DistillRecipe, TeacherRecipe, built_in_recipes, load_recipe
+
+KINDS = {"teacher": TeacherRecipe, "imagine_flash": DistillRecipe}
+
+
+def test_what_is_built_in_is_valid() -> None:
+    assert set(built_in_recipes()) == set(KINDS)
+    for name, kind in KINDS.items():
+        load_recipe(name, kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("gama: 0.5\nfit: {steps: 1}", "did you mean 'gamma'"),
+        ("fit: {step: 1}", "did you mean 'steps'"),
+        ("gamma: high\nfit: {steps: 1}", "gamma = 'high'"),
+        ("gamma: 1.5\nfit: {steps: 1}", "gamma = 1.5"),
+        ("teacher_steps: 0\nfit: {steps: 1}", "teacher_steps = 0"),
+        ("renoise: mine\nfit: {steps: 1}", "renoise = 'mine'"),
+        ("plans: {2: [999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "2 steps must have 2 timesteps"),
+        ("plans: {2: [499, 999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "999"),
+        ("plans: {1: [999]}\nfit: {steps: 1}", "plan_weights"),
+        ("guidance: [3, 2]\nfit: {steps: 1}", "guidance"),
+        ("discriminator_weight: 1\nfit: {steps: 1}", "discriminator_weight"),
+        ("gamma: 0.5", "key 'fit' is missing"),
+        ("- 1", "must hold keys and values"),
+        ("a: [", "is not YAML"),
+        ("fit: 3", "fit = 3"),
+    ],
+)
+def test_bad_recipes(tmp_path, text: str, says: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, DistillRecipe)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean 'imagine_flash'.*built in"):
+        load_recipe("imagine_flsh", DistillRecipe)
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = load_recipe("imagine_flash", DistillRecipe)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.gamma = 0.5  # type: ignore[misc]

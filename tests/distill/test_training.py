@@ -1,0 +1,148 @@
+"""Real trainings of real, tiny networks: the folders load in plain diffusers, and a kill costs nothing."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from imagine_flash.core.artifact import read_student_manifest
+from imagine_flash.core.errors import ArtifactError, RecipeError
+from imagine_flash.distill.data import emoji
+from imagine_flash.distill.networks import load_networks
+from imagine_flash.distill.recipe import DistillRecipe, TeacherRecipe
+from imagine_flash.distill.student import distill
+from imagine_flash.distill.teacher import train_teacher
+
+TINY = {
+    "scenes": 60,
+    "autoencoder": {"width": 8, "latent_channels": 4, "fit": {"steps": 3, "batch": 2, "preview_every": 3}},
+    "network": {"text_width": 32, "text_layers": 1, "channels": [16, 32]},
+    "fit": {"steps": 3, "batch": 4, "preview_every": 3},
+}
+STUDENT = {"prompts": 40, "fit": {"steps": 4, "batch": 4, "preview_every": 4}}
+pytestmark = pytest.mark.skipif(
+    not any(Path(p).is_file() for p in emoji.FONT_PLACES), reason="no emoji font: install fonts-noto-color-emoji"
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "teacher"
+    train_teacher(TeacherRecipe.model_validate(TINY), out)
+    return out
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_a_teacher_loads_in_diffusers_and_draws(prediction_type: str, teacher: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    if prediction_type == "epsilon":
+        teacher = tmp_path / "epsilon"
+        train_teacher(TeacherRecipe.model_validate({**TINY, "prediction_type": "epsilon"}), teacher)
+    pipeline = DiffusionPipeline.from_pretrained(str(teacher), dtype=torch.float32)
+    assert pipeline.scheduler.config.prediction_type == prediction_type
+    picture = pipeline("a cat on pink", num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)
+    run = teacher.with_name(teacher.name + ".run")
+    assert {p.name for p in (run / "previews").iterdir()} == {"autoencoder-000003.png", "teacher-000003.png"}
+
+
+def test_our_sampler_is_the_pipelines(teacher: Path) -> None:
+    """The deterministic update without noise correction draws what stock diffusers draws from the same noise."""
+    from diffusers import DiffusionPipeline
+
+    from imagine_flash.core.plan import StepPlan
+    from imagine_flash.core.update import update_table
+    from imagine_flash.distill.networks import initial_noise
+
+    networks = load_networks(teacher)
+    noise = initial_noise([3], networks.latent_shape)
+    table = update_table(networks.schedule, StepPlan.trailing(4), "v_prediction", noise_correction=False)
+    text, empty = networks.embed(["a cat"]), networks.embed([""])
+    ours = networks.sample(noise, text, table, uncond=empty, guidance=2.0)
+    pipeline = DiffusionPipeline.from_pretrained(str(teacher), dtype=torch.float32)
+    theirs = pipeline("a cat", num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="latent").images
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_a_student_loads_in_diffusers_with_its_manifest(teacher: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    out = tmp_path / "student"
+    distill(teacher, out, DistillRecipe.model_validate(STUDENT))
+    manifest = read_student_manifest(out)
+    assert manifest.plans == {1: [999], 2: [999, 499], 3: [999, 666, 333]} or dict(manifest.plans)[1] == (999,)
+    assert manifest.recipe["gamma"] == 0.75
+    pipeline = DiffusionPipeline.from_pretrained(str(out), dtype=torch.float32)
+    assert pipeline("a cat", num_inference_steps=3, guidance_scale=1.0, output_type="np").images.shape == (1, 64, 64, 3)
+
+
+_SCRIPT = """
+import sys, json
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from imagine_flash.distill.recipe import DistillRecipe
+from imagine_flash.distill.student import distill
+distill(Path(sys.argv[1]), Path(sys.argv[2]), DistillRecipe.model_validate(json.loads(sys.argv[3])))
+"""
+
+
+def test_killed_and_resumed_gives_the_bit_identical_next_loss(teacher: Path, tmp_path: Path) -> None:
+    import json
+
+    recipe = json.dumps(
+        {"prompts": 40, "fit": {"steps": 30, "batch": 2, "preview_every": 0, "checkpoint_minutes": 1e-6}}
+    )
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-c", _SCRIPT, str(teacher), str(out), recipe]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    killed = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed.run" / "logs" / "student.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists(), "the training ended before it could be killed"
+    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
+
+    def losses(path: Path) -> dict[str, str]:
+        return {row.split(",")[0]: row.split(",")[1] for row in path.read_text().splitlines() if row.count(",") == 2}
+
+    whole = losses(tmp_path / "whole.run" / "logs" / "student.csv")
+    assert len(whole) == 30 and losses(log) == whole
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_bad_teachers(teacher: Path, tmp_path: Path) -> None:
+    recipe = DistillRecipe.model_validate(STUDENT)
+    without = tmp_path / "without"
+    without.mkdir()
+    with pytest.raises(ArtifactError, match=r"model_index\.json"):
+        distill(without, tmp_path / "out", recipe)
+    (without / "model_index.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="no unet/"):
+        distill(without, tmp_path / "out", recipe)
+    with pytest.raises(ArtifactError, match="no folder"):
+        distill(tmp_path / "nowhere", tmp_path / "out", recipe)
+    plans = {"plans": {1: [499]}, "plan_weights": {1: 1.0}}
+    with pytest.raises(RecipeError, match="last time 999"):
+        distill(teacher, tmp_path / "out", DistillRecipe.model_validate({**STUDENT, **plans}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    distill(teacher, out, DistillRecipe.model_validate(STUDENT))
+    checkpoint = tmp_path / "student.run" / "checkpoints" / "student.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ArtifactError, match="not a readable checkpoint"):
+        distill(teacher, out, DistillRecipe.model_validate(STUDENT))
