@@ -29,6 +29,7 @@ from .update import UpdateTable, update_table
 
 __all__ = [
     "ARTIFACT_FILE",
+    "STAGES",
     "STUDENT_FILE",
     "ArtifactManifest",
     "GraphSpec",

@@ -1,0 +1,75 @@
+"""The graphs on onnxruntime's CPU provider."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.artifact import ArtifactManifest
+from ...core.errors import ArtifactError, missing_extra
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+
+class OnnxruntimeBackend:
+    """One session per graph, made by `prepare` or when it is first needed."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, manifest: ArtifactManifest, *, threads: int = 0) -> None:
+        """threads: of one operator; 0 leaves it to onnxruntime, which takes the physical cores."""
+        try:
+            import onnxruntime
+        except ImportError:
+            raise missing_extra("onnxruntime", "cpu") from None
+        self._library: Any = onnxruntime
+        self._folder, self._manifest, self._threads = folder, manifest, threads
+        self._sessions: dict[str, InferenceSession] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, graphs: Sequence[str]) -> None:
+        for graph in graphs:
+            self._session(graph)
+
+    def encode(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._run("text_encoder", input_ids)
+
+    def denoise(
+        self, latents: NDArray[np.float32], timestep: NDArray[np.float32], embeddings: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        return self._run("denoiser", latents, timestep, embeddings)
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return self._run("decoder", latents)
+
+    def sample(self, steps: int, input_ids: NDArray[np.int64], noise: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return self._run(f"sampler_{steps}", input_ids, noise)
+
+    def _run(self, graph: str, *arrays: NDArray[Any]) -> NDArray[Any]:
+        names = [spec.name for spec in self._manifest.graphs[graph].inputs]
+        return self._session(graph).run(None, dict(zip(names, arrays, strict=True)))[0]
+
+    def _session(self, graph: str) -> InferenceSession:
+        with self._lock:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._open(graph)
+            return self._sessions[graph]
+
+    def _open(self, graph: str) -> InferenceSession:
+        if graph not in self._manifest.graphs:
+            raise ArtifactError(f"the artifact has no graph {graph!r}; export the student again")
+        options = self._library.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        path = self._folder / self._manifest.graphs[graph].file
+        try:
+            return self._library.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library's errors share no base of their own
+            reason = " ".join(str(error).split())[:300]
+            raise ArtifactError(f"onnxruntime cannot load {path} ({reason}); export the student again") from None

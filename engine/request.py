@@ -1,0 +1,58 @@
+"""What a user asks for. Validated once, at the edge."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..core.errors import RequestError
+
+MAX_COUNT = 64
+MAX_SEED = 2**63 - 1
+_WAYS_OUT = {
+    "prompt": "a text such as 'a fox on a pink background'",
+    "steps": "a whole number; the embedded model draws in 1, 2 or 3",
+    "seed": f"a whole number from 0 to {MAX_SEED}",
+    "count": f"a whole number from 1 to {MAX_COUNT}",
+}
+
+
+class GenerateRequest(BaseModel):
+    """A prompt and how to draw it. Keyword-only, frozen; RequestError in one line for what cannot be drawn.
+
+    steps: network evaluations; None takes the most that the model was distilled for. seed: picture i of a request has the
+    noise of seed + i, so any of them can be drawn again alone; None draws a seed at random. count: pictures, 1 to 64.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt: str
+    steps: int | None = Field(default=None, ge=1)
+    seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, le=MAX_SEED - MAX_COUNT)
+    count: int = Field(default=1, ge=1, le=MAX_COUNT)
+
+    def __init__(self, **values: Any) -> None:
+        if values.get("seed", 0) is None:
+            del values["seed"]
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RequestError(_one_line(error)) from None
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("empty")
+        return prompt.strip()
+
+
+def _one_line(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = str(problem["loc"][0]) if problem["loc"] else "request"
+    if problem["type"] == "extra_forbidden":
+        return f"a request has no {name!r}; it has {', '.join(GenerateRequest.model_fields)}"
+    value = "nothing" if problem["type"] == "missing" else repr(problem["input"])
+    return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {value}"
