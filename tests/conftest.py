@@ -1,6 +1,7 @@
 """Settings of every test: nothing is downloaded, small models run on one thread, GPU tests say why they are skipped."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +19,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_student() -> Path:
+    """A student folder of real classes with small random weights."""
+    from imagine_flash.tests import pipelines
+
+    return pipelines.shared_student()
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact() -> Path:
+    """Its artifact folder, made by the export command's function."""
+    from imagine_flash.tests import pipelines
+
+    return pipelines.shared_artifact()

@@ -1,0 +1,140 @@
+"""The commands as a user types them: what they write, and one clear line with exit code 2 for what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    code = "from imagine_flash.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+def fails(*arguments: str | Path) -> str:
+    done = run(*arguments)
+    assert done.returncode == 2, done
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    return line
+
+
+def test_generate_writes_a_picture_and_says_how_long_it_took(tiny_artifact: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    out = tmp_path / "cat.png"
+    done = run("generate", "a cat on zebra", "--model", tiny_artifact, "--seed", "7", "--steps", "2", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert "denoise" in done.stdout and " ms" in done.stdout and "zebra" in done.stdout and str(out) in done.stdout
+    picture = Image.open(out)
+    assert picture.size == (64, 64) and picture.info["parameters"] == "a cat on zebra\nSteps: 2, Seed: 7"
+    again = tmp_path / "again.png"
+    run("generate", "a cat on zebra", "--model", tiny_artifact, "--seed", "7", "--steps", "2", "-o", again)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_several_pictures_are_numbered(tiny_artifact: Path, tmp_path: Path) -> None:
+    done = run("generate", "a cat", "--model", tiny_artifact, "--count", "3", "-o", tmp_path / "c.jpg")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c-1.jpg", "c-2.jpg", "c-3.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([""], "prompt must be"),
+        (["a " * 80], "shorten it"),
+        (["a cat", "--steps", "0"], "got 0"),
+        (["a cat", "--steps", "4"], "steps must be 1, 2 or 3, got 4"),
+        (["a cat", "--steps", "two"], "'two'"),
+        (["a cat", "--seed", "-1"], "got -1"),
+        (["a cat", "--seed", "99999999999999999999999"], "seed must be a whole number from 0 to"),
+        (["a cat", "--count", "0"], "got 0"),
+        (["a cat", "--count", "10000"], "from 1 to 64, got 10000"),
+        (["a cat", "-o", "{tmp}/missing/x.png"], "is not a folder; make it first"),
+        (["a cat", "-o", "{tmp}/file/x.png"], "is not a folder"),
+        (["a cat", "-o", "{tmp}/x.gif"], "must be one of .png"),
+        (["a cat", "-o", "/proc/x.png"], "/proc"),
+        (["a cat", "--model", "{tmp}/nowhere"], "nowhere"),
+        (["a cat", "--model", "{tmp}/file"], "folder"),
+        (["a cat", "--model", "{tmp}/empty"], "empty"),
+        (["a cat", "--bogus"], "--bogus"),
+    ],
+)
+def test_generate_refuses(arguments: list[str], says: str, tiny_artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    given = [a.format(tmp=tmp_path) for a in arguments]
+    if "--model" not in given:
+        given += ["--model", str(tiny_artifact)]
+    if "-o" not in given:
+        given += ["-o", str(tmp_path / "x.png")]
+    assert says in fails("generate", *given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "newer", "missing graph", "student"])
+def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tiny_student: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_student if damage == "student" else tiny_artifact, model)
+    weights, manifest = model / "weights.bin", model / "manifest.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+        says = "weights.bin"
+    elif damage == "tampered":
+        data = bytearray(weights.read_bytes())
+        data[100] ^= 1
+        weights.write_bytes(bytes(data))
+        says = "weights.bin"
+    elif damage == "newer":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+        says = "upgrade"
+    elif damage == "missing graph":
+        (model / "decoder.onnx").unlink()
+        says = "decoder.onnx"
+    else:
+        says = "imagine-flash export"
+    assert says in fails("generate", "a cat", "--model", model, "-o", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "{tmp}/nowhere", "{tmp}/out"], "nowhere"),
+        (["export", "{artifact}", "{tmp}/out"], "artifact"),
+        (["export", "{student}", "{tmp}/missing/out"], "is not a folder; make it first"),
+        (["inspect", "{tmp}"], "empty"),
+        (["distill", "{tmp}/nowhere", "{tmp}/out"], "no folder"),
+        (["distill", "{tmp}", "{tmp}/out", "--recipe", "imagine_falsh"], "did you mean 'imagine_flash'"),
+        (["distill", "{tmp}", "{tmp}/out", "--prompts", "{tmp}/none.txt"], "one prompt a line"),
+        (["train-teacher", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
+        (["train-teacher", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
+        (["train-judge", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
+        (["evaluate", "{tmp}", "{tmp}", "--judge", "{tmp}/none", "-o", "{tmp}/e"], "train-judge"),
+    ],
+)
+def test_the_other_commands_refuse(
+    arguments: list[str], says: str, tiny_artifact: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    places = {"tmp": tmp_path, "artifact": tiny_artifact, "student": tiny_student}
+    assert says in fails(*(a.format(**places) for a in arguments))
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> None:
+    assert "sampler_3.onnx" in run("inspect", tiny_artifact).stdout
+    assert "noise_correction" in run("inspect", tiny_student).stdout
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom imagine_flash.cli import main\nsys.argv = ['imagine-flash', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'onnxruntime', 'numpy', 'PIL'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,47 @@
+"""The docs say what is: tables come from records, every option is described, the README's commands run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_is_the_record() -> None:
+    from imagine_flash.benchmarks.evaluate import as_markdown
+
+    record = json.loads((ROOT / "docs/results/emoji_scenes.json").read_text(encoding="utf-8"))
+    assert as_markdown(record) in README
+
+
+def test_every_command_and_option_is_described() -> None:
+    from typer.main import get_command
+
+    from imagine_flash.cli import app
+
+    described = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        assert f"`{name} " in described, name
+        for parameter in command.params:
+            for option in parameter.opts:
+                if option.startswith("-") and option != "--help":
+                    rows = [row for row in described.splitlines() if f"`{option}`" in row and name in row]
+                    assert rows, f"docs/cli.md says nothing of {name} {option}"
+
+
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / file).parent / target).exists(), f"{file} links to {target}"
+
+
+def test_the_readmes_commands_are_the_ones_that_are_tested() -> None:
+    """The first is run by tests/test_wheel.py in a fresh environment, the second is this run."""
+    assert 'pip install ".[cpu]" && imagine-flash generate "a fox on a pink background" -o fox.png' in README
+    assert 'pip install -e ".[dev]" && pytest' in README

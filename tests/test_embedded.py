@@ -1,0 +1,63 @@
+"""The embedded model: whole, small, of one descent, and it draws what it is asked for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagine_flash.core.artifact import hash_folder, read_artifact_manifest, read_student_manifest
+
+EMOJI = Path(__file__).parents[1] / "assets/emoji"
+
+
+def test_student_and_artifact_descend_from_what_lies_beside_them() -> None:
+    student = read_student_manifest(EMOJI / "student")
+    assert student.teacher_sha256 == hash_folder(EMOJI / "teacher")
+    assert read_artifact_manifest(EMOJI / "artifact").student_sha256 == hash_folder(EMOJI / "student")
+
+
+def test_it_is_small() -> None:
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert size(EMOJI) <= 60e6 and size(EMOJI / "artifact") <= 30e6
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_plain_diffusers_loads_it(name: str) -> None:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(str(EMOJI / name), dtype=torch.float32, local_files_only=True)
+    picture = pipeline(
+        "a fox on a pink background", num_inference_steps=3, guidance_scale=1.0, output_type="np"
+    ).images[0]
+    assert picture.shape == (64, 64, 3) and picture.std() > 0.05
+
+
+def test_parity_was_measured_and_held() -> None:
+    parity = read_artifact_manifest(EMOJI / "artifact").parity
+    for steps in (1, 2, 3):
+        assert parity[f"stages_{steps}"]["latents"] <= 1e-4
+        assert parity[f"stages_{steps}"]["images"] <= 1 and parity[f"sampler_{steps}"]["images"] <= 1
+
+
+def test_it_draws_what_it_is_asked_for() -> None:
+    """Through the runtime, read by the judge: most pictures show the right object on the right colour."""
+    from imagine_flash.benchmarks.judge import load_judge
+    from imagine_flash.distill.data.emoji import BACKGROUND_NAMES, OBJECT_NAMES
+    from imagine_flash.engine import Engine, GenerateRequest
+
+    judge, _ = load_judge(EMOJI / "judge.safetensors")
+    engine = Engine.load()
+    wanted = [(name, BACKGROUND_NAMES[i % len(BACKGROUND_NAMES)]) for i, name in enumerate(OBJECT_NAMES)]
+    for steps in (2, 3):
+        pictures = [
+            engine.generate(GenerateRequest(prompt=f"a {name} on a {colour} background", steps=steps, seed=5)).images[0]
+            for name, colour in wanted
+        ]
+        _, seen = judge.read(np.stack(pictures))
+        right = [
+            scene.objects == (name,) and scene.background == c for scene, (name, c) in zip(seen, wanted, strict=True)
+        ]
+        assert np.mean(right) >= 0.7, list(zip(wanted, seen, strict=True))
