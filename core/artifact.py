@@ -21,6 +21,7 @@ from .files import (
     atomic_folder,
     hash_files,
     hash_folder,
+    refuse_foreign,
     sha256_file,
 )
 from .plan import StepPlan, plans_by_steps
@@ -42,6 +43,7 @@ __all__ = [
     "hash_folder",
     "read_artifact_manifest",
     "read_student_manifest",
+    "refuse_foreign",
     "sha256_file",
     "write_manifest",
 ]

@@ -46,7 +46,7 @@ def atomic_folder(target: str | Path, *, replaces: Sequence[str] = (STUDENT_FILE
     a killed process leaves it behind, and the old folder whole. Raises ArtifactError.
     """
     target = Path(target).resolve()
-    _refuse_foreign(target, replaces)
+    refuse_foreign(target, replaces)
     temporary = _sibling(target)
     try:
         temporary.mkdir()
@@ -57,7 +57,7 @@ def atomic_folder(target: str | Path, *, replaces: Sequence[str] = (STUDENT_FILE
         for path in temporary.rglob("*"):
             _fsync(path)
         _fsync(temporary)
-        _refuse_foreign(target, replaces)
+        refuse_foreign(target, replaces)
         _move_into_place(temporary, target)
         _fsync(target.parent)
     finally:
@@ -91,7 +91,8 @@ def _sibling(target: Path, suffix: str = "") -> Path:
     return target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}{suffix}")
 
 
-def _refuse_foreign(target: Path, replaces: Sequence[str]) -> None:
+def refuse_foreign(target: Path, replaces: Sequence[str]) -> None:
+    """Raise ArtifactError for a `target` that is a file, or a folder of something else than what may be replaced."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from ..core.artifact import StudentManifest, hash_folder
+from ..core.artifact import StudentManifest, hash_folder, refuse_foreign
 from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable, update_table
@@ -22,7 +22,7 @@ from .grids import grid, to_pixels
 from .losses import ImagineFlashLoss
 from .networks import Networks, initial_noise, load_networks
 from .recipe import DistillRecipe
-from .teacher import PREVIEW_PROMPTS, save_pipeline
+from .teacher import PREVIEW_PROMPTS, REPLACES, save_pipeline
 
 
 class DistillTask:
@@ -93,6 +93,7 @@ def distill(
     pipeline, RecipeError for a plan outside the teacher's schedule.
     """
     console = console or Console()
+    refuse_foreign(out, REPLACES)
     teacher = load_networks(teacher_folder)
     times = teacher.schedule.num_train_timesteps
     for timesteps in recipe.plans.values():

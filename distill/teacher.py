@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..core.artifact import atomic_file, atomic_folder
+from ..core.artifact import atomic_file, atomic_folder, refuse_foreign
 from ..core.plan import StepPlan
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
@@ -31,6 +31,9 @@ PREVIEW_PROMPTS = (
     "a cat", "a fox on a pink background", "a rocket on blue", "an apple on a gray background", "a tree, green background",
     "a cat to the left of a dog", "a rocket above a house on a blue background", "an octopus below a star on purple",
 )  # fmt: skip
+
+
+REPLACES = ("model_index.json",)  # a pipeline folder may be written over an older one, and over nothing else
 
 
 def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
@@ -147,6 +150,7 @@ def train_teacher(
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
     """
     console = console or Console()
+    refuse_foreign(out, REPLACES)
     run = out.with_name(out.name + ".run")
     scenes = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
     run.mkdir(parents=True, exist_ok=True)
@@ -180,7 +184,7 @@ def save_pipeline(
         **parts, tokenizer=networks.tokenizer, scheduler=DDIMScheduler.from_config(networks.scheduler_config),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # type: ignore[arg-type]  # fmt: skip
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out, replaces=REPLACES) as temporary:
         pipeline.save_pretrained(str(temporary))
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")

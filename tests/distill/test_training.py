@@ -133,6 +133,10 @@ def test_bad_teachers(teacher: Path, tmp_path: Path) -> None:
         distill(without, tmp_path / "out", recipe)
     with pytest.raises(ArtifactError, match="no folder"):
         distill(tmp_path / "nowhere", tmp_path / "out", recipe)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="refusing to replace"):
+        distill(teacher, tmp_path / "taken", recipe)
     plans = {"plans": {1: [499]}, "plan_weights": {1: 1.0}}
     with pytest.raises(RecipeError, match="last time 999"):
         distill(teacher, tmp_path / "out", DistillRecipe.model_validate({**STUDENT, **plans}))
