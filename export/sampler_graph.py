@@ -1,0 +1,89 @@
+"""The whole sampler as one graph: text encoder, every step of a plan with its update, decoder.
+
+It is put together from the stage graphs, not traced again, so both forms hold the same arithmetic. The steps share the
+denoiser's weights; the noise-corrected update is two multiplications and an addition per step (core.update).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+from onnx import helper, numpy_helper
+
+from ..core.errors import ScheduleError
+from ..core.update import UpdateTable
+from .onnx import StageGraph
+from .weights import WeightRef
+
+NOISE = "noise"
+
+
+class _Builder:
+    """Collects the nodes, constants and weights of the graph under construction."""
+
+    def __init__(self) -> None:
+        self.graph = onnx.GraphProto()
+        self.weights: dict[str, WeightRef] = {}
+        self._known: set[str] = set()
+
+    def inline(self, stage: StageGraph, name: str, run: str, inputs: Iterable[str], output: str) -> None:
+        """Copies a stage's nodes. Weights and constants are named after the stage, values after this run of it."""
+        fixed = {*stage.weights, *(tensor.name for tensor in stage.graph.initializer)}
+        names = {value.name: bound for value, bound in zip(stage.graph.input, inputs, strict=True)}
+        names |= {stage.graph.output[0].name: output, "": ""}
+        names |= {value: f"{name}/{value}" for value in fixed}
+        for node in stage.graph.node:
+            copy = self.graph.node.add()
+            copy.CopyFrom(node)
+            copy.input[:] = [names.get(value, f"{run}/{value}") for value in node.input]
+            copy.output[:] = [names.get(value, f"{run}/{value}") for value in node.output]
+        self.weights |= {f"{name}/{weight}": ref for weight, ref in stage.weights.items()}
+        for tensor in stage.graph.initializer:
+            self._initializer(tensor, f"{name}/{tensor.name}")
+
+    def constant(self, name: str, value: ArrayLike, dtype: type = np.float32) -> str:
+        self._initializer(numpy_helper.from_array(np.asarray(value, dtype=dtype)), name)
+        return name
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.graph.node.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def _initializer(self, tensor: onnx.TensorProto, name: str) -> None:
+        if name not in self._known:
+            self._known.add(name)
+            copy = self.graph.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = name
+
+
+def sampler_graph(stages: dict[str, StageGraph], table: UpdateTable, network_times: ArrayLike) -> StageGraph:
+    """input_ids int64 (B, L), noise float32 (B, C, h, w) -> images uint8 (B, H, W, 3), unrolled over `table`.
+
+    noise is x_T, unit Gaussian. network_times: what the denoiser is told at each step, (n_steps,). Raises ScheduleError
+    for a table that re-noises.
+    """
+    if np.any(table.c != 0):
+        raise ScheduleError("a plan that re-noises needs fresh noise at each step and has no whole-sampler graph")
+    text, denoiser, decoder = (stages[name] for name in ("text_encoder", "denoiser", "decoder"))
+    build = _Builder()
+    build.inline(text, "text_encoder", "text_encoder", ["input_ids"], "embeddings")
+    batch = build.node("Shape", [NOISE], "batch_size", start=0, end=1)
+    x = NOISE
+    for i, time in enumerate(np.asarray(network_times, dtype=np.float64)):
+        told = build.node("Expand", [build.constant(f"time_{i}", [time]), batch], f"timestep_{i}")
+        build.inline(denoiser, "denoiser", f"step_{i}", [x, told, "embeddings"], f"m_{i}")
+        kept = build.node("Mul", [x, build.constant(f"a_{i}", table.a[i])], f"a_x_{i}")
+        moved = build.node("Mul", [f"m_{i}", build.constant(f"b_{i}", table.b[i])], f"b_m_{i}")
+        x = build.node("Add", [kept, moved], f"x_{i}")
+    build.inline(decoder, "decoder", "decoder", [x], "images")
+    build.graph.input.append(text.graph.input[0])
+    noise = build.graph.input.add()
+    noise.CopyFrom(denoiser.graph.input[0])
+    noise.name = NOISE
+    build.graph.output.append(decoder.graph.output[0])
+    return StageGraph(build.graph, build.weights, text.opset)

@@ -1,0 +1,252 @@
+"""export_student: what lies in the artifact folder, that it equals torch, and that nothing is half-written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imagine_flash.core.artifact import hash_folder, read_artifact_manifest
+from imagine_flash.core.errors import ArtifactError, ParityError
+from imagine_flash.core.update import reference_update
+from imagine_flash.export import export_student
+from imagine_flash.export.parity import check_parity
+from imagine_flash.export.stages import load_stages
+from imagine_flash.export.student import parity_prompts
+from imagine_flash.tests import pipelines
+
+GRAPHS = ("text_encoder", "denoiser", "decoder", "sampler_1", "sampler_2", "sampler_3")
+
+
+@pytest.fixture(scope="module")
+def stages(student):
+    return load_stages(student)
+
+
+def run(folder: Path, graph: str, **inputs: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.enable_mem_reuse = False
+    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, inputs)[0])
+
+
+def inputs(stages, batch: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    prompts = [pipelines.CAPTIONS[(seed + i) % len(pipelines.CAPTIONS)] for i in range(batch)]
+    ids = stages.tokenizer(prompts, padding="max_length", max_length=stages.context_length).input_ids
+    noise = np.random.default_rng(seed).standard_normal((batch, *stages.latent_shape), dtype=np.float32)
+    return np.array(ids, dtype=np.int64), noise
+
+
+@torch.inference_mode()
+def torch_sampler(stages, manifest, steps: int, ids: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The definition: torch networks around the reference update. Latents and images."""
+    table = manifest.update_tables()[steps]
+    embeddings = stages.text_encoder(torch.from_numpy(ids))
+    x = noise
+    for i, t in enumerate(table.timesteps):
+        m = stages.denoiser(torch.from_numpy(x), torch.full((len(x),), float(t)), embeddings)
+        x = reference_update(x, m.numpy(), table, i)
+    return x, stages.decoder(torch.from_numpy(x)).numpy()
+
+
+def test_manifest_describes_the_folder(student, artifact):
+    manifest = read_artifact_manifest(artifact)
+    assert set(manifest.graphs) == set(GRAPHS)
+    assert manifest.name == "tiny" and manifest.latent_shape == [4, 8, 8] and manifest.image_size == [64, 64]
+    assert manifest.scaling_factor == 0.5 and manifest.prediction_type == "v_prediction"
+    assert manifest.plans == {1: [999], 2: [999, 499], 3: [999, 666, 333]}
+    assert manifest.student_sha256 == hash_folder(student)
+    assert manifest.graphs["sampler_3"].inputs[1].shape == ["batch", 4, 8, 8]
+    assert manifest.graphs["sampler_3"].outputs[0].dtype == "uint8"
+    assert {"fox", "rocket", "a"} <= set(manifest.tokenizer.known_words)
+    assert not {"x", "zebra"} & set(manifest.tokenizer.known_words)
+    listed = set(manifest.files) | {"manifest.json"}
+    assert listed == {path.name for path in artifact.iterdir()}, "a file without a hash"
+
+
+def test_parity_is_recorded_for_every_graph(artifact):
+    parity = read_artifact_manifest(artifact).parity
+    assert set(parity) >= set(GRAPHS)
+    assert max(parity["denoiser"]["m"], *(parity[f"stages_{n}"]["latents"] for n in (1, 2, 3))) <= 1e-4
+    assert max(parity[f"sampler_{n}"]["images"] for n in (1, 2, 3)) <= 1
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5], ids=["one image", "the traced batch", "another batch"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_whole_sampler_equals_torch(artifact, stages, steps, batch):
+    manifest = read_artifact_manifest(artifact, verify=False)
+    ids, noise = inputs(stages, batch)
+    images = run(artifact, f"sampler_{steps}", input_ids=ids, noise=noise)
+    expected = torch_sampler(stages, manifest, steps, ids, noise)[1]
+    assert images.shape == (batch, 64, 64, 3) and images.dtype == np.uint8
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert images.std() > 5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_stage_graphs_equal_torch_and_the_whole_sampler(artifact, stages, steps):
+    manifest = read_artifact_manifest(artifact, verify=False)
+    ids, noise = inputs(stages, 3)
+    table, x = manifest.update_tables()[steps], noise
+    embeddings = run(artifact, "text_encoder", input_ids=ids)
+    for i, t in enumerate(table.timesteps):
+        told = np.full(len(x), t, dtype=np.float32)
+        x = reference_update(x, run(artifact, "denoiser", latents=x, timestep=told, embeddings=embeddings), table, i)
+    latents, images = torch_sampler(stages, manifest, steps, ids, noise)
+    assert np.abs(x - latents).max() <= 1e-4
+    by_stage = run(artifact, "decoder", latents=x).astype(int)
+    assert np.abs(by_stage - images).max() <= 1
+    assert np.abs(by_stage - run(artifact, f"sampler_{steps}", input_ids=ids, noise=noise)).max() <= 1
+
+
+def test_images_of_a_batch_do_not_mix(artifact, stages):
+    ids, noise = inputs(stages, 2)
+    both = run(artifact, "sampler_3", input_ids=ids, noise=noise).astype(int)
+    alone = [run(artifact, "sampler_3", input_ids=ids[i : i + 1], noise=noise[i : i + 1])[0] for i in range(2)]
+    assert np.abs(both - np.stack(alone)).max() <= 1
+
+
+def test_images_of_one_batch_may_be_at_different_steps(artifact, stages):
+    ids, noise = inputs(stages, 2)
+    embeddings = run(artifact, "text_encoder", input_ids=ids)
+    told = np.array([999, 333], dtype=np.float32)
+    mixed = run(artifact, "denoiser", latents=noise, timestep=told, embeddings=embeddings)
+    for i in range(2):
+        one = {"latents": noise[i : i + 1], "timestep": told[i : i + 1], "embeddings": embeddings[i : i + 1]}
+        assert np.abs(run(artifact, "denoiser", **one)[0] - mixed[i]).max() < 1e-5
+
+
+def test_weights_are_stored_once_in_half_precision(student, artifact):
+    networks = {file.parent.name: load_file(file) for file in student.rglob("*.safetensors")}
+    networks["vae"] = {name: t for name, t in networks["vae"].items() if name.startswith("decoder.")}
+    used = sum(tensor.numel() for tensors in networks.values() for tensor in tensors.values())
+    size = (artifact / "weights.bin").stat().st_size
+    assert used * 1.9 < size < 2 * used, "six graphs, one copy, two bytes a weight"
+    for graph in GRAPHS:
+        model = onnx.load(artifact / f"{graph}.onnx", load_external_data=False)
+        outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert outside and {t.data_type for t in outside} == {onnx.TensorProto.FLOAT16}
+        assert {entry.value for t in outside for entry in t.external_data if entry.key == "location"} == {"weights.bin"}
+
+
+def test_no_file_tells_about_the_machine_that_made_it(student, artifact):
+    places = [b"site-packages", b"/tmp", b"/home", b".py", os.fsencode(Path.cwd()), os.fsencode(student.parent)]
+    for path in artifact.iterdir():
+        if path.name != "weights.bin":
+            assert not [place for place in places if place in path.read_bytes()], path.name
+    for graph in GRAPHS:
+        model = onnx.load(artifact / f"{graph}.onnx", load_external_data=False)
+        assert not model.metadata_props and not any(n.metadata_props or n.doc_string for n in model.graph.node)
+
+
+def test_export_is_deterministic_and_replaces_the_old_artifact(student, artifact, tmp_path):
+    (tmp_path / "out").mkdir()
+    again = export_student(student, tmp_path / "out", name="tiny")
+    assert again.files == read_artifact_manifest(artifact).files
+
+
+def test_float32_students_and_tiny_autoencoders_are_exported_without_loss(tmp_path):
+    student = pipelines.build_student(tmp_path / "student", half=False, vae="tiny")
+    manifest = export_student(student, tmp_path / "out")
+    assert manifest.name == "student" and manifest.scaling_factor == 1.0
+    model = onnx.load(tmp_path / "out" / "denoiser.onnx", load_external_data=False)
+    outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert onnx.TensorProto.FLOAT in {t.data_type for t in outside}
+
+
+def test_a_tampered_graph_does_not_pass_the_parity_gate(artifact_copy, stages):
+    manifest = read_artifact_manifest(artifact_copy)
+    data = np.fromfile(artifact_copy / "weights.bin", dtype=np.float16)
+    np.where(np.arange(len(data)) % 97 == 0, data + np.float16(0.5), data).tofile(artifact_copy / "weights.bin")
+    with (
+        torch.inference_mode(),
+        pytest.raises(ParityError, match=r"^text_encoder: embeddings differ .* by .*prompt '.*', seed 0, batch 1"),
+    ):
+        check_parity(artifact_copy, manifest, stages, parity_prompts(manifest.tokenizer.known_words))
+    with pytest.raises(ArtifactError, match=r"weights\.bin differs from the sha256"):
+        read_artifact_manifest(artifact_copy)
+
+
+def test_other_token_ids_do_not_pass_the_parity_gate(artifact_copy, stages):
+    manifest = read_artifact_manifest(artifact_copy)
+    file = artifact_copy / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    spec["padding"]["pad_id"] = 0
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    with torch.inference_mode(), pytest.raises(ParityError, match=r"^tokenizer: .* other token ids"):
+        check_parity(artifact_copy, manifest, stages, ["a fox"])
+
+
+def break_weight(student: Path, part: str, weight: str, value: float) -> None:
+    file = student / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[weight].fill_(value)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_broken_student_leaves_the_old_artifact_whole(tmp_path, artifact_copy):
+    student = pipelines.build_student(tmp_path / "student")
+    break_weight(student, "unet", "conv_out.bias", float("nan"))
+    before = hash_folder(artifact_copy)
+    with pytest.raises(ParityError, match=r"^denoiser: NaN or Inf in torch itself.*prompt '"):
+        export_student(student, artifact_copy)
+    assert hash_folder(artifact_copy) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "artifact"}, "nothing half-written"
+
+
+def test_an_image_of_one_colour_does_not_pass_the_parity_gate(tmp_path, artifact):
+    student = pipelines.build_student(tmp_path / "student")
+    break_weight(student, "vae", "decoder.conv_out.weight", 0.0)
+    with torch.inference_mode(), pytest.raises(ParityError, match=r"^decoder: an image of one colour"):
+        check_parity(artifact, read_artifact_manifest(artifact), load_stages(student), ["a fox"])
+
+
+def test_a_killed_export_leaves_the_old_artifact_whole(student, artifact_copy):
+    before = hash_folder(artifact_copy)
+    code = f"from imagine_flash.export import export_student; export_student({str(student)!r}, {str(artifact_copy)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((folder / "weights.bin").exists() for folder in artifact_copy.parent.glob(".artifact.tmp-*")):
+            break  # it is writing
+        time.sleep(0.02)
+    assert process.poll() is None, "the export ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert hash_folder(artifact_copy) == before
+    read_artifact_manifest(artifact_copy)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "nowhere", "does not exist"),
+        (lambda root: root, "is empty"),
+        (lambda root: pipelines.shared_artifact(), "already exported|not a student"),
+    ],
+    ids=["missing", "empty", "another kind"],
+)
+def test_what_is_no_student_is_refused_in_one_line(tmp_path, make, message):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ArtifactError) as raised:
+        export_student(make(tmp_path / "in"), tmp_path / "out")
+    assert re.search(message, str(raised.value)) and "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_not_overwritten_by_its_artifact(student):
+    before = hash_folder(student)
+    with pytest.raises(ArtifactError, match="refusing to replace"):
+        export_student(student, student)
+    assert hash_folder(student) == before
