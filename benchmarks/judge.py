@@ -163,7 +163,7 @@ def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> d
     }
 
 
-DEFAULT_FIT = Fit(steps=2200, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.99, preview_every=0)
+DEFAULT_FIT = Fit(steps=1400, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.99, preview_every=0)
 
 
 def train_judge(

@@ -90,6 +90,7 @@ class StudentManifest(_Frozen):
     noise_correction: bool
     recipe: dict[str, Any]
     teacher_sha256: str
+    known_words: list[str] = []  # of the prompts it was distilled with; empty where they are too many to tell
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
 

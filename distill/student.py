@@ -16,6 +16,7 @@ from ..core.artifact import StudentManifest, hash_folder, refuse_foreign
 from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable, update_table
+from .data.emoji import all_words
 from .data.prompts import emoji_prompts
 from .fit import fit, seeded
 from .grids import grid, to_pixels
@@ -107,7 +108,7 @@ def distill(
     manifest = StudentManifest(
         plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},
         noise_correction=recipe.noise_correction, recipe=recipe.model_dump(mode="json"),
-        teacher_sha256=hash_folder(teacher_folder), training=figures, metrics={},
+        teacher_sha256=hash_folder(teacher_folder), training=figures, known_words=[] if prompts else all_words(),
     )  # fmt: skip
     save_pipeline(
         with_unet(teacher, task.student), out, extra={"imagine_flash.json": manifest.model_dump_json(indent=2)}

@@ -59,7 +59,7 @@ def export_student(
         tables, schedule = _update_tables(described, stages)
         progress("writing the graphs")
         graphs = _write_graphs(folder, stages, tables, schedule, opset)
-        words = write_tokenizer(folder / TOKENIZER_FILE, stages)
+        vocabulary = write_tokenizer(folder / TOKENIZER_FILE, stages)
         manifest = ArtifactManifest(
             name=name or student.resolve().name,
             created_with={package: version(package) for package in VERSIONED},
@@ -70,37 +70,39 @@ def export_student(
             latent_shape=list(stages.latent_shape),
             image_size=list(stages.image_size),
             scaling_factor=stages.decoder.scaling_factor,
-            tokenizer=TokenizerSpec(file=TOKENIZER_FILE, context_length=stages.context_length, known_words=words),
+            tokenizer=TokenizerSpec(
+                file=TOKENIZER_FILE, context_length=stages.context_length, known_words=described.known_words
+            ),
             graphs=graphs,
             files=hash_files(folder),
             parity={},
             student_sha256=hash_folder(student),
         )
         progress("comparing with torch")
-        errors = check_parity(folder, manifest, stages, parity_prompts(words))
+        errors = check_parity(folder, manifest, stages, parity_prompts(vocabulary))
         manifest = manifest.model_copy(update={"parity": errors})
         write_manifest(folder, manifest)
     return manifest
 
 
-def known_words(tokenizer: Tokenizer) -> list[str]:
-    """The words a CLIP vocabulary holds whole: its entries ending in </w>, without single characters but "a"."""
+def whole_words(tokenizer: Tokenizer) -> list[str]:
+    """What a CLIP vocabulary holds as one token: its entries ending in </w>, without single characters but "a"."""
     words = {entry.removesuffix(END_OF_WORD) for entry in tokenizer.get_vocab() if entry.endswith(END_OF_WORD)}
     return sorted(word for word in words if len(word) > 1 or word == "a")
 
 
 def write_tokenizer(path: Path, stages: Stages) -> list[str]:
-    """Writes a tokenizer.json that pads to the context and never truncates; returns its known words."""
+    """Writes a tokenizer.json that pads to the context and never truncates; returns its whole words."""
     source = stages.tokenizer
     tokenizer = Tokenizer.from_str(source.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.enable_padding(length=stages.context_length, pad_id=source.pad_token_id, pad_token=str(source.pad_token))
     tokenizer.save(str(path), pretty=False)
-    return known_words(tokenizer)
+    return whole_words(tokenizer)
 
 
 def parity_prompts(words: list[str]) -> list[str]:
-    """Three prompts of 1, 4 and 8 known words (or "a" where there are none), always the same for one vocabulary."""
+    """Three prompts of 1, 4 and 8 of the words (or "a" where there are none), always the same for one vocabulary."""
     draw = np.random.default_rng(0)
     return [" ".join(draw.choice(words or ["a"], size)) for size in (1, 4, 8)]
 

@@ -143,6 +143,7 @@ def build_student(folder: Path, *, half: bool = True, vae: str = "kl") -> Path:
     pipeline.save_pretrained(folder, safe_serialization=True)
     manifest = StudentManifest(
         plans={steps: list(StepPlan.trailing(steps).timesteps) for steps in (1, 2, 3)},
+        known_words=sorted({word for caption in CAPTIONS for word in caption.split()}),
         noise_correction=True,
         recipe={},
         teacher_sha256="0" * 64,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from imagine_flash.core.artifact import read_artifact_manifest
 from PIL import Image
+
+from imagine_flash.core.artifact import read_artifact_manifest
 
 ROOT = Path(__file__).parents[1]
 ARTIFACT = ROOT / "assets/emoji/artifact"

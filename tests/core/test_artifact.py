@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from imagine_flash.core.artifact import (
     ArtifactManifest,
     GraphSpec,

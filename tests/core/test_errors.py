@@ -1,6 +1,7 @@
 """The errors' helpers."""
 
 import pytest
+
 from imagine_flash.core import errors
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from imagine_flash.core import files
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.core.files import atomic_file, atomic_folder, hash_files, hash_folder, sha256_file

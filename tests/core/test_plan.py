@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from imagine_flash.core.errors import PlanError
 from imagine_flash.core.plan import StepPlan, plans_by_steps, select
 

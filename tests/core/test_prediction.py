@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from imagine_flash.core.errors import ScheduleError
 from imagine_flash.core.prediction import PREDICTION_TYPES, linear_coefficients, x0_and_eps
 

@@ -7,6 +7,7 @@ import pytest
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
 from imagine_flash.core.errors import ScheduleError
 from imagine_flash.core.schedule import NoiseSchedule, rescale_zero_terminal_snr
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
 from imagine_flash.core.errors import PlanError, ScheduleError
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.prediction import PREDICTION_TYPES
