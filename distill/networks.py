@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,14 @@ class Networks:
             network.to(device)
         return self
 
-    def tokens(self, prompts: list[str]) -> torch.Tensor:
+    def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
         """(B, L) int64 token ids, padded and cut to the text encoder's context."""
         length = self.text_encoder.config.max_position_embeddings
         return self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
 
-    def embed(self, prompts: list[str]) -> torch.Tensor:
+    def embed(self, prompts: Sequence[str]) -> torch.Tensor:
         """(B, L, D) text embeddings."""
         return self.text_encoder(self.tokens(prompts).to(self.text_encoder.device))[0]
 

@@ -115,7 +115,7 @@ R = TypeVar("R", TeacherRecipe, DistillRecipe)
 
 def built_in_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that the package ships."""
-    folder = Path(str(files(__package__).joinpath("recipes")))
+    folder = Path(str(files("imagine_flash.distill").joinpath("recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

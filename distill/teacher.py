@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from .networks import Networks, initial_noise
 from .recipe import TeacherRecipe
 from .tokenizer import train_tokenizer
 
-PREVIEW_PROMPTS = (
+PREVIEW_PROMPTS: tuple[str, ...] = (
     "a cat", "a fox on a pink background", "a rocket on blue", "an apple on a gray background", "a tree, green background",
     "a cat to the left of a dog", "a rocket above a house on a blue background", "an octopus below a star on purple",
 )  # fmt: skip
@@ -111,7 +113,7 @@ class TeacherTask:
 
 
 @torch.no_grad()
-def draw(networks: Networks, prompts: list[str], seeds: list[int], *, steps: int, guidance: float) -> np.ndarray:
+def draw(networks: Networks, prompts: Sequence[str], seeds: list[int], *, steps: int, guidance: float) -> np.ndarray:
     """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8."""
     table = update_table(networks.schedule, StepPlan.trailing(steps), networks.prediction_type, noise_correction=False)
     device = networks.unet.device
@@ -177,13 +179,12 @@ def save_pipeline(
     networks: Networks, out: Path, *, dtype: torch.dtype = torch.float16, extra: dict[str, str] | None = None
 ) -> None:
     """Write a diffusers StableDiffusionPipeline folder in one atomic rename; `extra` are further files by name."""
-    import copy
-
-    parts = {name: copy.deepcopy(getattr(networks, name)).cpu().to(dtype) for name in ("vae", "text_encoder", "unet")}
-    pipeline = StableDiffusionPipeline(
-        **parts, tokenizer=networks.tokenizer, scheduler=DDIMScheduler.from_config(networks.scheduler_config),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # type: ignore[arg-type]  # fmt: skip
+    parts: dict[str, Any] = {
+        name: copy.deepcopy(getattr(networks, name)).cpu().to(dtype) for name in ("vae", "text_encoder", "unet")
+    }
+    scheduler = DDIMScheduler.from_config(networks.scheduler_config)
+    without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "scheduler": scheduler}
+    pipeline = StableDiffusionPipeline(**parts, **without, tokenizer=networks.tokenizer, requires_safety_checker=False)
     with atomic_folder(out, replaces=REPLACES) as temporary:
         pipeline.save_pretrained(str(temporary))
         for name, text in (extra or {}).items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -18,7 +20,7 @@ def train_tokenizer(captions: Iterable[str], *, context: int, vocabulary: int = 
     pieces = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
-            pre_tokenizers.Split(_regex(pieces), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(pieces), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -31,21 +33,13 @@ def train_tokenizer(captions: Iterable[str], *, context: int, vocabulary: int = 
         min_frequency=2,
     )
     bpe.train_from_iterator(captions, trainer)
-    import json
-
     trained = json.loads(bpe.to_str())["model"]
     # CLIP's order: the letters, the letters that end a word, what was merged, then the two marks
     letters = alphabet + [f"{letter}</w>" for letter in alphabet]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in trained["merges"]]
+    merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in trained["merges"]]
     tokens = list(dict.fromkeys(letters + ["".join(m) for m in merges] + [START, END]))
     vocabulary_ids = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(
         vocab=vocabulary_ids, merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=END,
         model_max_length=context,
     )  # fmt: skip
-
-
-def _regex(pattern: str):
-    from tokenizers import Regex
-
-    return Regex(pattern)

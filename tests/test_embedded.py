@@ -1,6 +1,7 @@
 """The embedded model: whole, small, of one descent, and it draws what it is asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_plain_diffusers_loads_it(name: str) -> None:
     import torch
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(str(EMOJI / name), dtype=torch.float32, local_files_only=True)
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(EMOJI / name), dtype=torch.float32, local_files_only=True)
     picture = pipeline(
         "a fox on a pink background", num_inference_steps=3, guidance_scale=1.0, output_type="np"
     ).images[0]

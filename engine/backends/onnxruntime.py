@@ -53,7 +53,7 @@ class OnnxruntimeBackend:
 
     def _run(self, graph: str, *arrays: NDArray[Any]) -> NDArray[Any]:
         names = [spec.name for spec in self._manifest.graphs[graph].inputs]
-        return self._session(graph).run(None, dict(zip(names, arrays, strict=True)))[0]
+        return np.asarray(self._session(graph).run(None, dict(zip(names, arrays, strict=True)))[0])
 
     def _session(self, graph: str) -> InferenceSession:
         with self._lock:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_teacher_loads_in_diffusers_and_draws(prediction_type: str, teacher: P
     if prediction_type == "epsilon":
         teacher = tmp_path / "epsilon"
         train_teacher(TeacherRecipe.model_validate({**TINY, "prediction_type": "epsilon"}), teacher)
-    pipeline = DiffusionPipeline.from_pretrained(str(teacher), dtype=torch.float32)
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(teacher), dtype=torch.float32)
     assert pipeline.scheduler.config.prediction_type == prediction_type
     picture = pipeline("a cat on pink", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (64, 64, 3)
@@ -64,7 +65,7 @@ def test_our_sampler_is_the_pipelines(teacher: Path) -> None:
     table = update_table(networks.schedule, StepPlan.trailing(4), "v_prediction", noise_correction=False)
     text, empty = networks.embed(["a cat"]), networks.embed([""])
     ours = networks.sample(noise, text, table, uncond=empty, guidance=2.0)
-    pipeline = DiffusionPipeline.from_pretrained(str(teacher), dtype=torch.float32)
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(teacher), dtype=torch.float32)
     theirs = pipeline("a cat", num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="latent").images
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 
@@ -77,7 +78,7 @@ def test_a_student_loads_in_diffusers_with_its_manifest(teacher: Path, tmp_path:
     manifest = read_student_manifest(out)
     assert manifest.plans == {1: [999], 2: [999, 499], 3: [999, 666, 333]} or dict(manifest.plans)[1] == (999,)
     assert manifest.recipe["gamma"] == 0.75
-    pipeline = DiffusionPipeline.from_pretrained(str(out), dtype=torch.float32)
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(out), dtype=torch.float32)
     assert pipeline("a cat", num_inference_steps=3, guidance_scale=1.0, output_type="np").images.shape == (1, 64, 64, 3)
 
 
