@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+EMOJI = Path(__file__).resolve().parent / "assets" / "emoji"
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -28,7 +29,8 @@ def generate_command(
         str | None, typer.Option(metavar="1|2|3", help="Network evaluations; by default the most.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed draws the same picture; by default a random one.")
+        str | None,
+        typer.Option(metavar="INTEGER", help="The same seed draws the same picture; by default a random one."),
     ] = None,
     count: Annotated[str, typer.Option(metavar="INTEGER", help="Pictures; picture i has the seed SEED + i.")] = "1",
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; numbered where COUNT > 1.")] = Path(
@@ -147,9 +149,10 @@ def train_judge_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="The teacher's pipeline folder.")],
-    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The student's folder.")],
-    judge: Annotated[Path, typer.Option(help="What train-judge wrote.")],
+    teacher: Annotated[Path, typer.Argument(metavar="[TEACHER]", help="The teacher's pipeline folder.")] = EMOJI
+    / "teacher",
+    student: Annotated[Path, typer.Argument(metavar="[STUDENT]", help="The student's folder.")] = EMOJI / "student",
+    judge: Annotated[Path, typer.Option(help="What train-judge wrote.")] = EMOJI / "judge.safetensors",
     output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
         "evaluation"
     ),
@@ -157,7 +160,7 @@ def evaluate_command(
     held_out: Annotated[int, typer.Option(help="Prompts of held-out combinations.")] = 256,
     guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; else the student's recipe's.")] = None,
 ) -> None:
-    """Measure prompt fidelity and FD (judge) of a teacher and its student."""
+    """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout."""
     _training()
     from .benchmarks.evaluate import evaluate
 

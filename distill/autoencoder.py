@@ -49,7 +49,8 @@ def initialise(autoencoder: AutoencoderTiny, images: torch.Tensor) -> None:
                 nn.init.zeros_(layer.bias)
     for block in autoencoder.modules():
         if isinstance(block, AutoencoderTinyBlock):
-            block.conv[-1].weight.mul_(0.2)
+            last: Any = block.conv[-1]  # type: ignore[index]
+            last.weight.mul_(0.2)
     to_latents: Any = autoencoder.encoder.layers[-1]
     to_latents.weight.div_(autoencoder.encoder(images).std())
     to_picture: Any = autoencoder.decoder.layers[-1]
