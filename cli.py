@@ -149,9 +149,9 @@ def train_judge_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    teacher: Annotated[Path, typer.Argument(metavar="[TEACHER]", help="The teacher's pipeline folder.")] = EMOJI
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="The teacher's pipeline folder.")] = EMOJI
     / "teacher",
-    student: Annotated[Path, typer.Argument(metavar="[STUDENT]", help="The student's folder.")] = EMOJI / "student",
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The student's folder.")] = EMOJI / "student",
     judge: Annotated[Path, typer.Option(help="What train-judge wrote.")] = EMOJI / "judge.safetensors",
     output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
         "evaluation"

@@ -6,13 +6,11 @@ Kohler et al. 2024 (arXiv 2405.05224), section 3. x_t = alpha_t x0 + sigma_t eps
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..core.plan import StepPlan
-from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, update_table
 from .networks import Networks
 
@@ -33,7 +31,6 @@ def shifted_time(t: int, gamma: float) -> int:
     return round(gamma * t)
 
 
-@lru_cache(maxsize=256)
 def teacher_plan(t: int, k: int) -> StepPlan:
     """k evenly spaced times from t down, the last of which steps to the clean estimate (fewer where t < k)."""
     return StepPlan(tuple(sorted({round(t * (k - i) / k) for i in range(k)}, reverse=True)))
@@ -46,10 +43,10 @@ class TeacherTarget:
         self.teacher, self.k = teacher, k
         self._tables: dict[int, UpdateTable] = {}
 
-    def table(self, t: int, schedule: NoiseSchedule) -> UpdateTable:
+    def table(self, t: int) -> UpdateTable:
         if t not in self._tables:
-            plan = teacher_plan(t, self.k)
-            self._tables[t] = update_table(schedule, plan, self.teacher.prediction_type, noise_correction=False)
+            teacher, plan = self.teacher, teacher_plan(t, self.k)
+            self._tables[t] = update_table(teacher.schedule, plan, teacher.prediction_type, noise_correction=False)
         return self._tables[t]
 
     @torch.no_grad()
@@ -64,7 +61,7 @@ class TeacherTarget:
             m_u, m_c = self.teacher.predict(torch.cat([x_t, x_t]), time, both).float().chunk(2)
             return m_u + w * (m_c - m_u)
 
-        table = self.table(t, self.teacher.schedule)
+        table = self.table(t)
         return rollout(guided, x, table, len(table.timesteps))
 
 

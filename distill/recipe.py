@@ -94,7 +94,6 @@ class DistillRecipe(Frozen):
     noise_correction: bool = True  # at inference
     rollout_noise_correction: bool = True  # in the training rollout
     prompts: Positive = 60_000
-    discriminator_weight: Literal[0] = 0  # the adversarial term's place in the loss; this version has none
     fit: Fit
 
     @model_validator(mode="after")

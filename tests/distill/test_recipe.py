@@ -27,7 +27,6 @@ def test_what_is_built_in_is_valid() -> None:
         ("plans: {2: [499, 999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "999"),
         ("plans: {1: [999]}\nfit: {steps: 1}", "plan_weights"),
         ("guidance: [3, 2]\nfit: {steps: 1}", "guidance"),
-        ("discriminator_weight: 1\nfit: {steps: 1}", "discriminator_weight"),
         ("gamma: 0.5", "key 'fit' is missing"),
         ("- 1", "must hold keys and values"),
         ("a: [", "is not YAML"),
