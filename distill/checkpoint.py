@@ -17,7 +17,14 @@ _VERSION = "1"
 
 
 def save_checkpoint(
-    path: Path, *, module: torch.nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, step: int, task: str
+    path: Path,
+    *,
+    module: torch.nn.Module,
+    ema: EMAModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+    task: str,
 ) -> None:
     """Write the whole state of a training after `step` updates; a kill while writing leaves the previous file whole."""
     tensors = {f"weight.{name}": value for name, value in module.state_dict().items()}
@@ -25,7 +32,13 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     tensors = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
-    metadata = {"version": _VERSION, "task": task, "step": str(step), "ema_updates": str(ema.optimization_step)}
+    metadata = {
+        "version": _VERSION,
+        "task": task,
+        "step": str(step),
+        "seconds": str(seconds),
+        "ema_updates": str(ema.optimization_step),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         save_file(tensors, str(temporary), metadata=metadata)
@@ -33,8 +46,8 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, *, module: torch.nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, task: str
-) -> int:
-    """Restore what save_checkpoint wrote; returns the number of updates made. ArtifactError for a file of another run."""
+) -> tuple[int, float]:
+    """Restore what save_checkpoint wrote; returns updates and seconds so far. ArtifactError for a file of another run."""
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -60,7 +73,7 @@ def load_checkpoint(
         shadow.copy_(tensors[f"ema.{i}"])
     ema.optimization_step = int(metadata["ema_updates"])
     _load_adam(optimizer, tensors)
-    return int(metadata["step"])
+    return int(metadata["step"]), float(metadata.get("seconds", 0))
 
 
 def _load_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

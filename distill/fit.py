@@ -24,6 +24,11 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .recipe import Fit
 
 
+_COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+)  # fmt: skip
+
+
 class Task(Protocol):
     """What `fit` trains: `module(**batch)` is the loss, of which every trainable parameter belongs to `module`."""
 
@@ -108,24 +113,17 @@ def fit(task: Task, settings: Fit, folder: Path, *, stop_after: int | None = Non
         folder: the run's folder; `checkpoints/{task}.safetensors`, `previews/{task}-{step}.png` and `logs/{task}.csv` go there.
         stop_after: end (with a checkpoint) at this step, for tests and for trainings in several sittings.
     Returns:
-        {"steps", "seconds", "loss"}: loss is the mean of the last hundred steps.
+        {"steps", "seconds"} of all sittings, and "loss", the mean of the last hundred steps, where any were made.
     """
     run, checkpoint = _Run(task, settings), folder / "checkpoints" / f"{task.name}.safetensors"
-    done = load_checkpoint(checkpoint, **run.state()) if checkpoint.exists() else 0
+    done, before = load_checkpoint(checkpoint, **run.state()) if checkpoint.exists() else (0, 0.0)
     last, losses = min(settings.steps, stop_after or settings.steps), []
     rank, main = run.accelerator.process_index, run.accelerator.is_main_process
     log = folder / "logs" / f"{task.name}.csv"
     log.parent.mkdir(parents=True, exist_ok=True)
     task.module.train()
     started = saved = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not main) as bar, ThreadPoolExecutor(1) as ahead, log.open("a") as lines:
+    with Progress(*_COLUMNS, disable=not main) as bar, ThreadPoolExecutor(1) as ahead, log.open("a") as lines:
         shown = bar.add_task(task.name, total=last, completed=done)
         waiting = ahead.submit(task.batch, done, rank)
         for step in range(done, last):
@@ -137,15 +135,12 @@ def fit(task: Task, settings: Fit, folder: Path, *, stop_after: int | None = Non
             lines.write(f"{step},{losses[-1]!r},{time.monotonic() - started:.1f}\n")
             if time.monotonic() - saved > settings.checkpoint_minutes * 60 or step + 1 == last:
                 lines.flush()
-                save_checkpoint(checkpoint, step=step + 1, **run.state())
+                spent = before + time.monotonic() - started
+                save_checkpoint(checkpoint, step=step + 1, seconds=spent, **run.state())
                 saved = time.monotonic()
             if settings.preview_every and (step + 1) % settings.preview_every == 0:
                 run.preview(folder / "previews" / f"{task.name}-{step + 1:06d}.png")
     run.ema.copy_to(run.parameters)
     task.module.eval()
-    recent = losses[-100:]
-    return {
-        "steps": float(last),
-        "seconds": round(time.monotonic() - started, 1),
-        "loss": sum(recent) / len(recent) if recent else float("nan"),
-    }
+    recent = {"loss": sum(losses[-100:]) / len(losses[-100:])} if losses else {}
+    return {"steps": float(last), "seconds": round(before + time.monotonic() - started, 1), **recent}
