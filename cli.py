@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def export_command(
 ) -> None:
     """Convert a student to ONNX, per stage and as whole samplers, and check every graph against torch."""
     _writable(out)
+    _needs("export", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime")
     from .export import export_student
 
     manifest = export_student(student, out, name=name, progress=lambda stage: _say(f"{stage} ..."))
@@ -77,7 +79,7 @@ def export_command(
 def inspect_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An artifact or a student folder.")],
 ) -> None:
-    """Say what a folder holds, after checking the hash of every file."""
+    """Say what a folder holds; of an artifact, after checking the hash of every file."""
     from .core.artifact import STUDENT_FILE, read_artifact_manifest, read_student_manifest
 
     is_student = (folder / STUDENT_FILE).is_file()
@@ -143,6 +145,8 @@ def train_judge_command(
     from .benchmarks.judge import train_judge
 
     _writable(out)
+    if out.is_dir():
+        raise ImagineFlashError(f"cannot write {out}: it is a folder; name a file such as {out / 'judge.safetensors'}")
     figures = train_judge(out, font=font)
     _say(f"wrote {out}; right on {figures['accuracy']['seen']['all']:.2%} of unseen scenes")
 
@@ -164,19 +168,22 @@ def evaluate_command(
     _training()
     from .benchmarks.evaluate import evaluate
 
+    _writable(output)
     evaluate(teacher, student, judge, output, count=count, held_out=held_out, guidance=guidance)
-    _say(f"wrote {output.with_suffix('.json')} and {output.with_suffix('.png')}")
+    _say(f"wrote {output}.json and {output}.png")
+
+
+def _needs(extra: str, *packages: str) -> None:
+    """One line that says what to install where a package is missing; and less noise from those that are there."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, extra)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def _training() -> None:
-    """One line that says what to install where the training packages are missing; and less noise from those that are there."""
-    import importlib.util
-
-    for package in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "yaml"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "train")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    _needs("train", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "yaml")
 
 
 def _whole(text: str | None) -> Any:

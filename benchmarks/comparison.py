@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..distill.grids import grid, to_pixels
-from ..distill.networks import initial_noise
+from ..distill.networks import noise_of
 
 if TYPE_CHECKING:
     from .evaluate import Method
@@ -29,7 +29,7 @@ def comparison_grid(methods: list[Method]) -> Image.Image:
     rows = []
     for method in shown:
         networks = method.networks
-        noise = initial_noise(list(range(7, 7 + len(PROMPTS))), networks.latent_shape)
+        noise = noise_of(list(range(7, 7 + len(PROMPTS))), networks.latent_shape)
         uncond = networks.embed([""]) if method.guidance is not None else None
         text = networks.embed(list(PROMPTS))
         x0 = networks.sample(noise, text, method.table, uncond=uncond, guidance=method.guidance or 1.0)

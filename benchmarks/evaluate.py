@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..core.artifact import atomic_file, read_student_manifest
+from ..core.artifact import atomic_file, hash_folder, read_student_manifest, sha256_file
 from ..core.errors import ImagineFlashError
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable, update_table
 from ..distill.data.emoji import Caption, Scene, caption_at
 from ..distill.grids import to_pixels
-from ..distill.networks import Networks, initial_noise, load_networks
+from ..distill.networks import Networks, load_networks, noise_of
 from .comparison import comparison_grid
 from .judge import Judge, load_judge
 
@@ -49,7 +49,7 @@ class Prompts:
 
 
 def draw_prompts(count: int, *, held_out: bool) -> Prompts:
-    """`count` captions that training never used; held-out ones always state the relation, since composition is their point."""
+    """`count` captions with noise of their own; held-out ones always state the relation, since composition is their point."""
     captions, scenes, index = [], [], 0
     while len(captions) < count:
         scene, caption, _ = caption_at(PROMPT_SEED, index, held_out=held_out)
@@ -95,7 +95,7 @@ def generate(method: Method, prompts: Prompts, batch: int = 64) -> np.ndarray:
     pictures, networks = [], method.networks
     uncond = networks.embed([""]) if method.guidance is not None else None
     for first in track(range(0, len(prompts.seeds), batch), description=f"{method.name:34}", transient=True):
-        noise = initial_noise(prompts.seeds[first : first + batch], networks.latent_shape)
+        noise = noise_of(prompts.seeds[first : first + batch], networks.latent_shape)
         text = networks.embed([c.text for c in prompts.captions[first : first + batch]])
         x0 = networks.sample(noise, text, method.table, uncond=uncond, guidance=method.guidance or 1.0)
         pictures.append(to_pixels(networks.decode(x0)))
@@ -104,11 +104,12 @@ def generate(method: Method, prompts: Prompts, batch: int = 64) -> np.ndarray:
 
 def methods_of(teacher: Networks, student: Networks, plans: dict[int, StepPlan], guidance: float) -> list[Method]:
     """The rows of the table: the guided teacher at 25 and 3 steps, the student's plans with and without noise correction."""
+    longest = teacher.schedule.num_train_timesteps
     rows = [
         Method(
             name=f"teacher, {steps} steps", networks=teacher, guidance=guidance,
             table=update_table(
-                teacher.schedule, StepPlan.trailing(steps), teacher.prediction_type, noise_correction=False
+                teacher.schedule, StepPlan.trailing(steps, longest), teacher.prediction_type, noise_correction=False
             ),
         )
         for steps in (25, 3)
@@ -130,12 +131,10 @@ def evaluate(
         raise ImagineFlashError(
             f"FD (judge) needs at least 129 seen and 1 held-out prompts, got {count} and {held_out}"
         )
-    if not out.resolve().parent.is_dir():
-        raise ImagineFlashError(f"no folder {out.resolve().parent} to write {out.name}.json into; make it first")
     judge, judged = load_judge(judge_file)
     manifest = read_student_manifest(student_folder)
     teacher, student = load_networks(teacher_folder), load_networks(student_folder)
-    plans = {int(steps): StepPlan(tuple(times)) for steps, times in manifest.plans.items()}
+    plans = manifest.step_plans
     weight = guidance if guidance is not None else float(np.mean(manifest.recipe.get("guidance", [2.0])))
     methods = methods_of(teacher, student, plans, weight)
     seen, unseen = draw_prompts(count, held_out=False), draw_prompts(held_out, held_out=True)
@@ -143,7 +142,11 @@ def evaluate(
     record = {
         "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?",
         "n": {"seen": count, "held_out": held_out}, "seeds": {"prompts": PROMPT_SEED, "noise": NOISE_SEED},
-        "guidance": weight, "judge_accuracy": judged, "rows": rows,
+        "guidance": weight,
+        "sha256": {
+            "teacher": hash_folder(teacher_folder), "student": hash_folder(student_folder), "judge": sha256_file(judge_file),
+        },
+        "judge_accuracy": judged, "rows": rows,
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }  # fmt: skip
@@ -169,9 +172,9 @@ def _measure(method: Method, judge: Judge, seen: Prompts, unseen: Prompts) -> di
 
 def _write(record: dict[str, Any], methods: list[Method], out: Path) -> None:
     picture = comparison_grid(methods)
-    with atomic_file(out.with_suffix(".png")) as temporary:
+    with atomic_file(out.with_name(f"{out.name}.png")) as temporary:
         picture.save(temporary, format="PNG")
-    with atomic_file(out.with_suffix(".json")) as temporary:
+    with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
         Path(temporary).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ distance that this project calls FD (judge): never FID, whose features are Incep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..core.artifact import atomic_file
 from ..core.errors import ArtifactError
 from ..distill.autoencoder import to_signed
 from ..distill.data.emoji import AXES, BACKGROUND_NAMES, OBJECT_NAMES, EmojiScenes, Scene
-from ..distill.fit import fit, seeded
+from ..distill.fit import fit, identify, seeded
 from ..distill.recipe import Fit
 
 FEATURES = 128
@@ -130,8 +130,10 @@ class JudgeTask:
     held_out: EmojiScenes
     settings: Fit
     name: str = "judge"
+    identity: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.identity = identify(self.settings, self.scenes.seed)
         torch.manual_seed(0)
         self.judge = Judge()
         self.module: nn.Module = _JudgeLoss(self.judge)

@@ -38,7 +38,7 @@ class ParityError(ImagineFlashError):
 
 def missing_extra(package: str, extra: str) -> MissingExtraError:
     """The error to raise when `package`, which comes with the extra `extra`, cannot be imported."""
-    return MissingExtraError(f"needs {package}: pip install 'imagine-flash[{extra}]'")
+    return MissingExtraError(f"needs {package}: pip install 'imagine-flash[{extra}]', in a checkout '.[{extra}]'")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

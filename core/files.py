@@ -54,7 +54,10 @@ def atomic_folder(target: str | Path, *, replaces: Sequence[str] = (STUDENT_FILE
         raise _cannot_write(target, error) from error
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)  # some writers leave their files to the owner alone
             _fsync(path)
         _fsync(temporary)
         refuse_foreign(target, replaces)
@@ -78,8 +81,10 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
     except OSError as error:
         raise _cannot_write(target, error) from error
+    mode = temporary.stat().st_mode  # of a new file here; some writers leave theirs to the owner alone
     try:
         yield temporary
+        temporary.chmod(mode)
         _fsync(temporary)
         os.replace(temporary, target)
         _fsync(target.parent)

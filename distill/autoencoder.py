@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from .data.emoji import EmojiScenes
+from .fit import identify, seeded
 from .grids import grid, to_pixels
 from .recipe import TeacherRecipe
 
@@ -85,6 +86,7 @@ class AutoencoderTask:
 
     def __init__(self, recipe: TeacherRecipe, scenes: EmojiScenes) -> None:
         self.recipe, self.scenes = recipe, scenes
+        self.identity = identify(recipe.autoencoder, recipe.seed, recipe.image_size)
         torch.manual_seed(recipe.seed)
         self.autoencoder = build_autoencoder(recipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         first = to_signed(np.stack([scenes[10**9 + i].image for i in range(64)]))
@@ -92,8 +94,6 @@ class AutoencoderTask:
         self.module: nn.Module = ReconstructionLoss(self.autoencoder, recipe.autoencoder.latent_noise)
 
     def batch(self, step: int, rank: int) -> dict[str, Any]:
-        from .fit import seeded
-
         size, side = self.recipe.autoencoder.fit.batch, self.recipe.image_size // 8
         first = (step * 64 + rank) * size
         images = np.stack([self.scenes[first + i].image for i in range(size)])

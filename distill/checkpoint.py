@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,37 +16,32 @@ from ..core.errors import ArtifactError
 _VERSION = "1"
 
 
-def save_checkpoint(
-    path: Path,
-    *,
-    module: torch.nn.Module,
-    ema: EMAModel,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    seconds: float,
-    task: str,
-) -> None:
-    """Write the whole state of a training after `step` updates; a kill while writing leaves the previous file whole."""
-    tensors = {f"weight.{name}": value for name, value in module.state_dict().items()}
-    tensors |= {f"ema.{i}": value for i, value in enumerate(ema.shadow_params)}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """What a checkpoint holds. `identity` is of all that makes two trainings different: recipe, seed, teacher, data."""
+
+    module: torch.nn.Module
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    task: str
+    identity: str
+
+
+def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: float) -> None:
+    """Write the state after `step` updates; a kill while writing leaves the previous file whole."""
+    tensors = {f"weight.{name}": value for name, value in state.module.state_dict().items()}
+    tensors |= {f"ema.{i}": value for i, value in enumerate(state.ema.shadow_params)}
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
     tensors = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
-    metadata = {
-        "version": _VERSION,
-        "task": task,
-        "step": str(step),
-        "seconds": str(seconds),
-        "ema_updates": str(ema.optimization_step),
-    }
+    numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
+    metadata = {"version": _VERSION, "task": state.task, "identity": state.identity}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        save_file(tensors, str(temporary), metadata=metadata)
+        save_file(tensors, str(temporary), metadata=metadata | {name: str(value) for name, value in numbers.items()})
 
 
-def load_checkpoint(
-    path: Path, *, module: torch.nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, task: str
-) -> tuple[int, float]:
+def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
     """Restore what save_checkpoint wrote; returns updates and seconds so far. ArtifactError for a file of another run."""
     try:
         with safe_open(str(path), "pt") as file:
@@ -56,24 +51,17 @@ def load_checkpoint(
         raise ArtifactError(
             f"{path} is not a readable checkpoint ({error}); delete it to start this stage again"
         ) from None
-    if metadata.get("task") != task or metadata.get("version") != _VERSION:
+    expected = {"version": _VERSION, "task": state.task, "identity": state.identity}
+    if any(metadata.get(name) != value for name, value in expected.items()):
         raise ArtifactError(
-            f"{path} is a checkpoint of {json.dumps(metadata)}, not of {task}; delete it or choose another OUT"
+            f"{path} belongs to another recipe, teacher or version; choose another OUT, or delete the folder {path.parents[1]}"
         )
-    try:
-        module.load_state_dict(
-            {name.removeprefix("weight."): v for name, v in tensors.items() if name.startswith("weight.")}
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ArtifactError(
-            f"{path} was made with other sizes ({reason}); delete it or use the recipe it was made with"
-        ) from None
-    for i, shadow in enumerate(ema.shadow_params):
+    state.module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("weight.")})
+    for i, shadow in enumerate(state.ema.shadow_params):
         shadow.copy_(tensors[f"ema.{i}"])
-    ema.optimization_step = int(metadata["ema_updates"])
-    _load_adam(optimizer, tensors)
-    return int(metadata["step"]), float(metadata.get("seconds", 0))
+    state.ema.optimization_step = int(metadata["ema_updates"])
+    _load_adam(state.optimizer, tensors)
+    return int(metadata["step"]), float(metadata["seconds"])
 
 
 def _load_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

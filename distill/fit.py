@@ -6,6 +6,8 @@ a CPU: the random state is never stored because it is never carried from one ste
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +18,16 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from pydantic import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from ..core.artifact import atomic_file
-from .checkpoint import load_checkpoint, save_checkpoint
+from ..core.errors import ImagineFlashError
+from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .recipe import Fit
 
-
+_PATIENCE = 50
 _COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
 )  # fmt: skip
@@ -33,6 +37,7 @@ class Task(Protocol):
     """What `fit` trains: `module(**batch)` is the loss, of which every trainable parameter belongs to `module`."""
 
     name: str
+    identity: str  # of everything but the code that its weights depend on: see `identify`
     module: nn.Module
 
     def batch(self, step: int, rank: int) -> dict[str, Any]: ...
@@ -48,6 +53,13 @@ def learning_rate(step: int, fit: Fit) -> float:
     if fit.schedule == "constant":
         return fit.learning_rate * warm
     return fit.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / fit.steps)))
+
+
+def identify(*parts: Any) -> str:
+    """A SHA-256 of recipes (without what only says how long and how often) and other values."""
+    passing = {"fit": {"checkpoint_minutes", "preview_every"}}
+    plain = [p.model_dump(mode="json", exclude=passing) if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def seeded(seed: int, *position: int) -> torch.Generator:
@@ -73,8 +85,10 @@ class _Run:
         self.ema.to(self.accelerator.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(task.module, optimizer)
 
-    def state(self) -> dict[str, Any]:
-        return {"module": self.task.module, "ema": self.ema, "optimizer": self.optimizer, "task": self.task.name}
+        self.state = TrainingState(
+            module=task.module, ema=self.ema, optimizer=self.optimizer, task=task.name, identity=task.identity
+        )  # fmt: skip
+        self.skipped = 0
 
     def update(self, batch: dict[str, Any], step: int) -> float:
         for group in self.optimizer.param_groups:
@@ -83,8 +97,15 @@ class _Run:
         loss = self.wrapped(**moved)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.fit.clip)
-        if norm is None or torch.isfinite(norm):  # a step with an overflow is skipped, not taken
+        if norm is None or torch.isfinite(norm):
             self.optimizer.step()
+            self.skipped = 0
+        else:  # one bad batch is passed over; a run that has diverged is not
+            self.skipped += 1
+            if self.skipped >= _PATIENCE:
+                raise ImagineFlashError(
+                    f"{self.task.name}: the gradient was not finite for {_PATIENCE} steps up to {step}; lower the learning rate"
+                )
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters)
         return float(loss.detach())
@@ -104,20 +125,19 @@ class _Run:
                 picture.save(temporary, format="PNG")
 
 
-def fit(task: Task, settings: Fit, folder: Path, *, stop_after: int | None = None) -> dict[str, float]:
+def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
     """Train `task.module` in place and leave its EMA weights in it. Resumes from `folder`/checkpoints where there is one.
 
     Args:
         task: the network, its batches and its preview.
         settings: steps, optimiser, EMA and intervals.
         folder: the run's folder; `checkpoints/{task}.safetensors`, `previews/{task}-{step}.png` and `logs/{task}.csv` go there.
-        stop_after: end (with a checkpoint) at this step, for tests and for trainings in several sittings.
     Returns:
         {"steps", "seconds"} of all sittings, and "loss", the mean of the last hundred steps, where any were made.
     """
     run, checkpoint = _Run(task, settings), folder / "checkpoints" / f"{task.name}.safetensors"
-    done, before = load_checkpoint(checkpoint, **run.state()) if checkpoint.exists() else (0, 0.0)
-    last, losses = min(settings.steps, stop_after or settings.steps), []
+    done, before = load_checkpoint(checkpoint, run.state) if checkpoint.exists() else (0, 0.0)
+    last, losses = settings.steps, []
     rank, main = run.accelerator.process_index, run.accelerator.is_main_process
     log = folder / "logs" / f"{task.name}.csv"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +156,7 @@ def fit(task: Task, settings: Fit, folder: Path, *, stop_after: int | None = Non
             if time.monotonic() - saved > settings.checkpoint_minutes * 60 or step + 1 == last:
                 lines.flush()
                 spent = before + time.monotonic() - started
-                save_checkpoint(checkpoint, step=step + 1, seconds=spent, **run.state())
+                save_checkpoint(checkpoint, run.state, step=step + 1, seconds=spent)
                 saved = time.monotonic()
             if settings.preview_every and (step + 1) % settings.preview_every == 0:
                 run.preview(folder / "previews" / f"{task.name}-{step + 1:06d}.png")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.errors import ArtifactError
+from ..core.noise import initial_noise
 from ..core.prediction import x0_and_eps
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable
@@ -92,9 +95,9 @@ class Networks:
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
 
-def initial_noise(seeds: list[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """(B, C, h, w) unit noise, one CPU generator per seed: the same rows in any batch."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def noise_of(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """(B, C, h, w) unit noise: for a seed, what the runtime draws from it too."""
+    return torch.from_numpy(np.concatenate([initial_noise(seed, 1, shape) for seed in seeds]))
 
 
 def load_networks(folder: str | Path) -> Networks:
@@ -104,11 +107,11 @@ def load_networks(folder: str | Path) -> Networks:
     from diffusers import DiffusionPipeline
 
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-    except Exception as error:
-        raise ArtifactError(
-            f"{folder} does not load as a diffusers pipeline ({' '.join(str(error).split())[:300]})"
-        ) from None
+        pipeline: Any = DiffusionPipeline.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # whatever a damaged folder makes the libraries raise
+        raise ArtifactError(f"{folder} does not load in diffusers ({' '.join(str(error).split())[:300]})") from None
     config = dict(pipeline.scheduler.config)
     networks = Networks(
         tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder, unet=pipeline.unet, vae=pipeline.vae,
@@ -125,10 +128,15 @@ def _check_folder(folder: Path) -> None:
         raise ArtifactError(
             f"no folder {folder}; give a diffusers pipeline folder, for example one made by train-teacher"
         )
-    if not (folder / "model_index.json").is_file():
-        raise ArtifactError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        kind = index.get("_class_name")
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json") from None
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(f"{folder / 'model_index.json'} is not JSON of a pipeline ({error})") from None
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / part).is_dir():
-            raise ArtifactError(
-                f"{folder} has no {part}/: only pipelines of Stable Diffusion's form are supported so far"
-            )
+            raise ArtifactError(f"{folder} has no {part}/: a pipeline of Stable Diffusion's form is needed")
+    if kind != "StableDiffusionPipeline":
+        raise ArtifactError(f"{folder} is a {kind}; known so far: StableDiffusionPipeline")

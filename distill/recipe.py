@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Frozen(BaseModel):
     """Keyword-only, immutable, and closed: an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Fit(Frozen):
@@ -33,7 +33,7 @@ class Fit(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Share = 0.999
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"  # weights stay float32; fp16 overflows at high noise
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
     preview_every: Annotated[int, Field(ge=0)] = 500
 
@@ -66,7 +66,7 @@ class Network(Frozen):
 class TeacherRecipe(Frozen):
     """`train-teacher`: a latent text-to-image model on emoji scenes."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     image_size: Annotated[int, Field(ge=32, multiple_of=16)] = 64
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
     beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
@@ -79,13 +79,19 @@ class TeacherRecipe(Frozen):
     network: Network = Network()
     fit: Fit
 
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        if self.fit.mixed_precision != self.autoencoder.fit.mixed_precision:
+            raise ValueError("fit and autoencoder.fit must have the same mixed_precision")
+        return self
+
 
 class DistillRecipe(Frozen):
     """`distill`: Imagine Flash (METHOD of the paper) with what it leaves open as fields."""
 
-    seed: int = 0
-    plans: dict[int, tuple[int, ...]] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
-    plan_weights: dict[int, float] = {1: 1.0, 2: 1.0, 3: 1.0}  # how often each plan is drawn
+    seed: Annotated[int, Field(ge=0)] = 0
+    plans: Annotated[dict[int, tuple[int, ...]], Field(min_length=1)] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
+    plan_weights: dict[int, Annotated[float, Field(ge=0)]] = {1: 1.0, 2: 1.0, 3: 1.0}  # how often each plan is drawn
     shifted: bool = True  # shifted reconstruction loss; False: the teacher starts from the student's own state
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
     renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
@@ -104,6 +110,8 @@ class DistillRecipe(Frozen):
             StepPlan(timesteps)
         if set(self.plan_weights) != set(self.plans):
             raise ValueError(f"plan_weights must name the same steps as plans: {sorted(self.plans)}")
+        if sum(self.plan_weights.values()) <= 0:
+            raise ValueError("plan_weights must not all be 0")
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance must be [low, high], got {list(self.guidance)}")
         return self

@@ -8,22 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from ..core.artifact import StudentManifest, hash_folder, refuse_foreign
-from ..core.errors import RecipeError
+from ..core.artifact import STUDENT_FILE, StudentManifest, hash_folder, refuse_foreign
+from ..core.errors import ArtifactError, RecipeError
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable, update_table
 from .data.emoji import all_words
 from .data.prompts import emoji_prompts
-from .fit import fit, seeded
+from .fit import fit, identify, seeded
 from .grids import grid, to_pixels
 from .losses import ImagineFlashLoss
-from .networks import Networks, initial_noise, load_networks
+from .networks import Networks, load_networks, noise_of
 from .recipe import DistillRecipe
-from .teacher import PREVIEW_PROMPTS, REPLACES, save_pipeline
+from .teacher import PREVIEW_PROMPTS, save_pipeline
 
 
 class DistillTask:
@@ -31,8 +32,9 @@ class DistillTask:
 
     name = "student"
 
-    def __init__(self, recipe: DistillRecipe, teacher: Networks, prompts: list[str]) -> None:
+    def __init__(self, recipe: DistillRecipe, teacher: Networks, prompts: list[str], teacher_sha256: str) -> None:
         self.recipe, self.teacher = recipe, teacher
+        self.identity = identify(recipe, teacher_sha256, prompts)
         self.student = copy.deepcopy(teacher.unet).requires_grad_(True)
         self.module: nn.Module = ImagineFlashLoss(self.student, teacher, recipe)
         self.ids = torch.cat([teacher.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)])
@@ -58,7 +60,7 @@ class DistillTask:
     def preview(self) -> Image.Image:
         """Rows of 1, 2 and 3 steps from the same noise."""
         prompts, rows = list(PREVIEW_PROMPTS), []
-        noise = initial_noise(list(range(len(prompts))), self.teacher.latent_shape).to(self.student.device)
+        noise = noise_of(list(range(len(prompts))), self.teacher.latent_shape).to(self.student.device)
         student = with_unet(self.teacher, self.student)
         for table in inference_tables(self.teacher, self.recipe).values():
             rows.append(to_pixels(student.decode(student.sample(noise, student.embed(prompts), table))))
@@ -94,27 +96,30 @@ def distill(
     pipeline, RecipeError for a plan outside the teacher's schedule.
     """
     console = console or Console()
-    refuse_foreign(out, REPLACES)
-    teacher = load_networks(teacher_folder)
+    out = out.resolve()
+    if out == teacher_folder.resolve():
+        raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
+    refuse_foreign(out, (STUDENT_FILE,))
+    teacher, teacher_sha256 = load_networks(teacher_folder), hash_folder(teacher_folder)
     times = teacher.schedule.num_train_timesteps
     for timesteps in recipe.plans.values():
         if timesteps[0] != times - 1:
             raise RecipeError(f"plans must start at the teacher's last time {times - 1}, got {list(timesteps)}")
-    task = DistillTask(recipe, teacher, prompts or emoji_prompts(recipe.prompts, recipe.seed))
-    teacher.to(_device())
-    task.uncond = task.uncond.to(_device())
+    task = DistillTask(recipe, teacher, prompts or emoji_prompts(recipe.prompts, recipe.seed), teacher_sha256)
+    device: Any = PartialState().device  # where accelerate puts the student
+    teacher.to(device)
+    task.uncond = task.uncond.to(device)
     figures = fit(task, recipe.fit, out.with_name(out.name + ".run"))
     console.print(f"student: {figures}")
     manifest = StudentManifest(
         plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},
         noise_correction=recipe.noise_correction, recipe=recipe.model_dump(mode="json"),
-        teacher_sha256=hash_folder(teacher_folder), training=figures, known_words=[] if prompts else all_words(),
+        teacher_sha256=teacher_sha256, training=figures, known_words=[] if prompts else all_words(),
     )  # fmt: skip
     save_pipeline(
-        with_unet(teacher, task.student), out, extra={"imagine_flash.json": manifest.model_dump_json(indent=2)}
+        with_unet(teacher, task.student),
+        out,
+        extra={STUDENT_FILE: manifest.model_dump_json(indent=2)},
+        replaces=(STUDENT_FILE,),
     )
     return manifest
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from accelerate import PartialState
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..core.artifact import atomic_file, atomic_folder, refuse_foreign
+from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
 from .autoencoder import AutoencoderTask, to_signed
 from .data.emoji import EmojiScenes, caption_at
-from .fit import fit, seeded
+from .fit import fit, identify, seeded
 from .grids import grid, to_pixels
-from .networks import Networks, initial_noise
+from .networks import Networks, noise_of
 from .recipe import TeacherRecipe
 from .tokenizer import train_tokenizer
 
@@ -33,9 +37,6 @@ PREVIEW_PROMPTS: tuple[str, ...] = (
     "a cat", "a fox on a pink background", "a rocket on blue", "an apple on a gray background", "a tree, green background",
     "a cat to the left of a dog", "a rocket above a house on a blue background", "an octopus below a star on purple",
 )  # fmt: skip
-
-
-REPLACES = ("model_index.json",)  # a pipeline folder may be written over an older one, and over nothing else
 
 
 def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
@@ -71,6 +72,24 @@ def build_scheduler(recipe: TeacherRecipe) -> DDIMScheduler:
     )  # fmt: skip
 
 
+def build_networks(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Networks:
+    """Everything untrained around `autoencoder`. RecipeError for sizes or a schedule that cannot work."""
+    captions = [caption_at(recipe.seed, i)[1].text for i in range(5000)]
+    tokenizer = train_tokenizer(captions, context=recipe.network.context)
+    torch.manual_seed(recipe.seed + 1)
+    try:
+        config = dict(build_scheduler(recipe).config)
+        networks = Networks(
+            tokenizer=tokenizer, text_encoder=build_text_encoder(recipe, tokenizer), unet=build_unet(recipe),
+            vae=autoencoder, scheduler_config=config, schedule=NoiseSchedule.from_scheduler_config(config),
+            prediction_type=recipe.prediction_type,
+        )  # fmt: skip
+        update_table(networks.schedule, StepPlan.trailing(1), recipe.prediction_type)
+    except ValueError as error:
+        raise RecipeError(f"the recipe's network or schedule does not fit together: {error}") from None
+    return networks
+
+
 class DenoisingLoss(nn.Module):
     """Mean squared error of the network's own prediction type (Ho et al. 2020 for eps; Salimans & Ho 2022 for v)."""
 
@@ -94,6 +113,7 @@ class TeacherTask:
 
     def __init__(self, recipe: TeacherRecipe, networks: Networks, pool: dict[str, torch.Tensor]) -> None:
         self.recipe, self.networks, self.pool = recipe, networks, pool
+        self.identity = identify(recipe)
         networks.unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
         self.module: nn.Module = DenoisingLoss(networks)
         self.empty = networks.tokens([""])[0]
@@ -115,9 +135,14 @@ class TeacherTask:
 @torch.no_grad()
 def draw(networks: Networks, prompts: Sequence[str], seeds: list[int], *, steps: int, guidance: float) -> np.ndarray:
     """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8."""
-    table = update_table(networks.schedule, StepPlan.trailing(steps), networks.prediction_type, noise_correction=False)
+    table = update_table(
+        networks.schedule,
+        StepPlan.trailing(steps, networks.schedule.num_train_timesteps),
+        networks.prediction_type,
+        noise_correction=False,
+    )
     device = networks.unet.device
-    noise = initial_noise(seeds, networks.latent_shape).to(device)
+    noise = noise_of(seeds, networks.latent_shape).to(device)
     uncond = networks.embed([""]) if guidance != 1 else None
     return to_pixels(
         networks.decode(networks.sample(noise, networks.embed(prompts), table, uncond=uncond, guidance=guidance))
@@ -129,8 +154,14 @@ def encode_scenes(
     recipe: TeacherRecipe, scenes: EmojiScenes, networks: Networks, path: Path
 ) -> dict[str, torch.Tensor]:
     """Latents (N, C, h, w) float16 and token ids (N, L) int32 of the first N scenes, kept in `path`."""
+    weights = hashlib.sha256(
+        b"".join(v.cpu().numpy().tobytes() for v in networks.vae.state_dict().values())
+    ).hexdigest()
+    identity = identify(weights, recipe.seed, recipe.scenes, recipe.image_size, recipe.network.context)
     if path.exists():
-        return load_file(str(path))
+        with safe_open(str(path), "pt") as file:
+            if (file.metadata() or {}).get("identity") == identity:
+                return load_file(str(path))
     latents, ids, size = [], [], 100
     device = networks.vae.device
     for first in track(range(0, recipe.scenes, size), description="encoding scenes"):
@@ -140,7 +171,7 @@ def encode_scenes(
         ids.append(networks.tokens([e.caption.text for e in examples]).int())
     pool = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
     with atomic_file(path) as temporary:
-        save_file(pool, str(temporary))
+        save_file(pool, str(temporary), metadata={"identity": identity})
     return pool
 
 
@@ -152,23 +183,18 @@ def train_teacher(
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
     """
     console = console or Console()
-    refuse_foreign(out, REPLACES)
+    out = out.resolve()
+    refuse_foreign(out, ())
     run = out.with_name(out.name + ".run")
     scenes = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
     run.mkdir(parents=True, exist_ok=True)
     first = AutoencoderTask(recipe, scenes)
+    networks = build_networks(recipe, first.autoencoder)  # before the hours of training: it may not fit together
     figures = {"autoencoder": fit(first, recipe.autoencoder.fit, run)}
+    first.autoencoder.requires_grad_(False)
     console.print(f"autoencoder: {figures['autoencoder']}")
-    captions = [caption_at(recipe.seed, i)[1].text for i in range(5000)]
-    tokenizer = train_tokenizer(captions, context=recipe.network.context)
-    torch.manual_seed(recipe.seed + 1)
-    config = dict(build_scheduler(recipe).config)
-    networks = Networks(
-        tokenizer=tokenizer, text_encoder=build_text_encoder(recipe, tokenizer), unet=build_unet(recipe),
-        vae=first.autoencoder.eval().requires_grad_(False), scheduler_config=config,
-        schedule=NoiseSchedule.from_scheduler_config(config), prediction_type=recipe.prediction_type,
-    )  # fmt: skip
-    pool = encode_scenes(recipe, scenes, networks, run / "latents.safetensors")
+    with PartialState().main_process_first():
+        pool = encode_scenes(recipe, scenes, networks, run / "latents.safetensors")
     figures["teacher"] = fit(TeacherTask(recipe, networks, pool), recipe.fit, run)
     console.print(f"teacher: {figures['teacher']}")
     save_pipeline(networks, out)
@@ -176,16 +202,23 @@ def train_teacher(
 
 
 def save_pipeline(
-    networks: Networks, out: Path, *, dtype: torch.dtype = torch.float16, extra: dict[str, str] | None = None
+    networks: Networks, out: Path, *, extra: dict[str, str] | None = None, replaces: Sequence[str] = ()
 ) -> None:
-    """Write a diffusers StableDiffusionPipeline folder in one atomic rename; `extra` are further files by name."""
+    """Write a diffusers StableDiffusionPipeline folder in half precision, in one atomic rename, from the first process.
+
+    extra: further files by name. replaces: an old folder with one of these files gives way.
+    """
+    if not PartialState().is_main_process:
+        return
     parts: dict[str, Any] = {
-        name: copy.deepcopy(getattr(networks, name)).cpu().to(dtype) for name in ("vae", "text_encoder", "unet")
+        name: copy.deepcopy(getattr(networks, name)).cpu().to(torch.float16) for name in ("vae", "text_encoder", "unet")
     }
-    scheduler = DDIMScheduler.from_config(networks.scheduler_config)
+    scheduler = DDIMScheduler.from_config(
+        networks.scheduler_config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
     without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "scheduler": scheduler}
     pipeline = StableDiffusionPipeline(**parts, **without, tokenizer=networks.tokenizer, requires_safety_checker=False)
-    with atomic_folder(out, replaces=REPLACES) as temporary:
+    with atomic_folder(out, replaces=replaces) as temporary:
         pipeline.save_pretrained(str(temporary))
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")

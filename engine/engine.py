@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from ..core.artifact import STAGES, ArtifactManifest, read_artifact_manifest
 from ..core.errors import ArtifactError, nearest
+from ..core.noise import initial_noise
 from ..core.plan import select
 from ..core.update import UpdateTable, reference_update
 from .backends import Backend, load_backend
-from .noise import initial_noise
 from .request import GenerateRequest
 from .tokenizer import PromptTokenizer
 

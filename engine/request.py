@@ -30,7 +30,7 @@ class GenerateRequest(BaseModel):
 
     prompt: str
     steps: int | None = Field(default=None, ge=1)
-    seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, le=MAX_SEED - MAX_COUNT)
+    seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, le=MAX_SEED)
     count: int = Field(default=1, ge=1, le=MAX_COUNT)
 
     def __init__(self, **values: Any) -> None:

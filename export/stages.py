@@ -92,8 +92,10 @@ def load_stages(student: str | Path) -> Stages:
         raise missing_extra("diffusers", "export") from None
     try:
         with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(str(student), torch_dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(student), dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:  # whatever a damaged folder makes the libraries raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"{student} does not load in diffusers: {reason}") from error
     missing = [part for part in PARTS if getattr(pipeline, part, None) is None]

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from tokenizers import Tokenizer
 
@@ -32,7 +33,7 @@ from .stages import Stages, load_stages
 from .weights import WEIGHTS_FILE, WeightStore
 
 TOKENIZER_FILE = "tokenizer.json"
-VERSIONED = ("imagine-flash", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+VERSIONED = ("imagine-flash", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 END_OF_WORD = "</w>"
 
 
@@ -62,7 +63,8 @@ def export_student(
         vocabulary = write_tokenizer(folder / TOKENIZER_FILE, stages)
         manifest = ArtifactManifest(
             name=name or student.resolve().name,
-            created_with={package: version(package) for package in VERSIONED},
+            created_with={package: version(package) for package in VERSIONED}
+            | {"onnxruntime": onnxruntime.__version__},
             prediction_type=stages.prediction_type,  # type: ignore[arg-type]  (pydantic checks it)
             scheduler=_plain(stages.scheduler),
             plans={n: [int(t) for t in table.timesteps] for n, table in tables.items()},

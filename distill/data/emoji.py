@@ -89,14 +89,14 @@ def held_out_combinations() -> frozenset[tuple[str, str, str]]:
     return frozenset(every[i] for i in chosen)
 
 
-def draw_scene(rng: np.random.Generator, *, held_out: bool = False, pairs: float = 0.5) -> Scene:
-    """Draw a scene; `pairs` is the share with two objects (held-out scenes always have two)."""
+def draw_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
+    """Draw a scene: of one or of two objects, half and half; held-out scenes always have two."""
     background = BACKGROUND_NAMES[rng.integers(len(BACKGROUND_NAMES))]
     if held_out:
         combinations = sorted(held_out_combinations())
         first, axis, second = combinations[rng.integers(len(combinations))]
         return Scene(objects=(first, second), axis=axis, background=background)
-    if rng.random() >= pairs:
+    if rng.random() >= 0.5:
         return Scene(objects=(OBJECT_NAMES[rng.integers(len(OBJECT_NAMES))],), axis=None, background=background)
     while True:
         first, second = (OBJECT_NAMES[i] for i in rng.choice(len(OBJECT_NAMES), 2, replace=False))
@@ -109,11 +109,11 @@ def _a(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def describe(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -> Caption:
-    """Say what is in a scene, in one of several ways; unless `complete`, the colour or the side may be left out."""
-    states_background = complete or rng.random() < 0.7
-    states_axis = scene.axis is not None and (complete or rng.random() < 0.85)
-    bare = rng.random() < 0.25 and not complete
+def describe(scene: Scene, rng: np.random.Generator) -> Caption:
+    """Say what is in a scene, in one of several ways; the colour or the side may be left out."""
+    states_background = rng.random() < 0.7
+    states_axis = scene.axis is not None and rng.random() < 0.85
+    bare = rng.random() < 0.25
     names = [n if bare else _a(n) for n in scene.objects]
     if scene.axis is None:
         text = names[0]

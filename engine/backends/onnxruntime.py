@@ -22,14 +22,13 @@ class OnnxruntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, manifest: ArtifactManifest, *, threads: int = 0) -> None:
-        """threads: of one operator; 0 leaves it to onnxruntime, which takes the physical cores."""
+    def __init__(self, folder: Path, manifest: ArtifactManifest) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise missing_extra("onnxruntime", "cpu") from None
         self._library: Any = onnxruntime
-        self._folder, self._manifest, self._threads = folder, manifest, threads
+        self._folder, self._manifest = folder, manifest
         self._sessions: dict[str, InferenceSession] = {}
         self._lock = threading.Lock()
 
@@ -53,7 +52,11 @@ class OnnxruntimeBackend:
 
     def _run(self, graph: str, *arrays: NDArray[Any]) -> NDArray[Any]:
         names = [spec.name for spec in self._manifest.graphs[graph].inputs]
-        return np.asarray(self._session(graph).run(None, dict(zip(names, arrays, strict=True)))[0])
+        session = self._session(graph)
+        try:
+            return np.asarray(session.run(None, dict(zip(names, arrays, strict=True)))[0])
+        except Exception as error:
+            raise self._broken(graph, error) from None
 
     def _session(self, graph: str) -> InferenceSession:
         with self._lock:
@@ -66,12 +69,14 @@ class OnnxruntimeBackend:
             raise ArtifactError(f"the artifact has no graph {graph!r}; export the student again")
         options = self._library.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads
         options.enable_mem_reuse = False  # planning reuse takes five sixths of loading an unrolled graph: decision 004
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
-        path = self._folder / self._manifest.graphs[graph].file
         try:
+            path = self._folder / self._manifest.graphs[graph].file
             return self._library.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's errors share no base of their own
-            reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(f"onnxruntime cannot load {path} ({reason}); export the student again") from None
+            raise self._broken(graph, error) from None
+
+    def _broken(self, graph: str, error: Exception) -> ArtifactError:
+        reason = " ".join(str(error).split())[:300]
+        return ArtifactError(f"onnxruntime cannot run {graph} of {self._folder} ({reason}); export the student again")

@@ -13,7 +13,10 @@ def test_every_error_is_a_value_error():
 
 
 def test_missing_extra_names_the_command():
-    assert str(errors.missing_extra("torch", "train")) == "needs torch: pip install 'imagine-flash[train]'"
+    assert (
+        str(errors.missing_extra("torch", "train"))
+        == "needs torch: pip install 'imagine-flash[train]', in a checkout '.[train]'"
+    )
 
 
 @pytest.mark.parametrize(("name", "hint"), [("guidence", "; did you mean 'guidance'?"), ("zzz", ""), (7, "")])

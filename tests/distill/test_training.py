@@ -58,10 +58,10 @@ def test_our_sampler_is_the_pipelines(teacher: Path) -> None:
 
     from imagine_flash.core.plan import StepPlan
     from imagine_flash.core.update import update_table
-    from imagine_flash.distill.networks import initial_noise
+    from imagine_flash.distill.networks import noise_of
 
     networks = load_networks(teacher)
-    noise = initial_noise([3], networks.latent_shape)
+    noise = noise_of([3], networks.latent_shape)
     table = update_table(networks.schedule, StepPlan.trailing(4), "v_prediction", noise_correction=False)
     text, empty = networks.embed(["a cat"]), networks.embed([""])
     ours = networks.sample(noise, text, table, uncond=empty, guidance=2.0)

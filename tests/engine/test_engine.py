@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from imagine_flash.core.errors import ArtifactError, PlanError, RequestError
+from imagine_flash.core.noise import initial_noise
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.engine.noise import initial_noise
 
 
 @pytest.fixture(scope="module")
