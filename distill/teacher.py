@@ -85,8 +85,9 @@ def build_networks(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Netwo
             prediction_type=recipe.prediction_type,
         )  # fmt: skip
         update_table(networks.schedule, StepPlan.trailing(1), recipe.prediction_type)
-    except ValueError as error:
-        raise RecipeError(f"the recipe's network or schedule does not fit together: {error}") from None
+    except Exception as error:  # each library refuses sizes with errors of its own
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RecipeError(f"the recipe's network or schedule does not fit together: {reason}") from None
     return networks
 
 

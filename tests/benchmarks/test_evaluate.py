@@ -24,6 +24,19 @@ def test_frechet_distance_of_gaussians() -> None:
     assert frechet_distance(raw, np.zeros(6), np.eye(6)) == pytest.approx(0, abs=1e-9)
 
 
+def test_frechet_distance_where_the_covariances_do_not_commute_with_the_identity_alone() -> None:
+    """C1 = M C2 M with M symmetric positive: the distance is |m1 - m2|^2 + tr((M - I) C2 (M - I)) (optimal map M)."""
+    rng = np.random.default_rng(1)
+    raw = rng.standard_normal((4000, 4))
+    raw = (raw - raw.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(raw, rowvar=False))).T  # exactly white
+    a, b = rng.standard_normal((2, 4, 4))
+    second, m = a @ a.T + np.eye(4), b @ b.T + 0.5 * np.eye(4)
+    first = m @ second @ m
+    features = raw @ np.linalg.cholesky(first).T + np.array([1.0, 0, 0, 2])
+    expected = 5 + np.trace((m - np.eye(4)) @ second @ (m - np.eye(4)))
+    assert frechet_distance(features, np.zeros(4), second) == pytest.approx(expected, rel=1e-6)
+
+
 SCENE = Scene(objects=("cat", "dog"), axis="horizontal", background="pink")
 SAID = Caption(text="a cat left of a dog on pink", states_axis=True, states_background=True)
 
@@ -56,11 +69,59 @@ def test_held_out_prompts_state_held_out_relations() -> None:
         assert caption.states_axis and (scene.objects[0], scene.axis, scene.objects[1]) in held_out_combinations()
 
 
+def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, tmp_path: Path) -> None:
+    """An untrained judge reads an untrained student: the numbers mean nothing, the record and the pictures are whole."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from imagine_flash.benchmarks.judge import Judge
+
+    torch.manual_seed(0)
+    save_file(
+        {name: v.contiguous() for name, v in Judge().state_dict().items()}, tmp_path / "judge", {"seen_all": "0.5"}
+    )
+    out = tmp_path / "result.v1"
+    record = evaluate(tiny_student, tiny_student, tmp_path / "judge", out, count=130, held_out=4)
+    assert json.loads((tmp_path / "result.v1.json").read_text()) == record
+    assert Image.open(tmp_path / "result.v1.png").width > 500
+    rows = {row["method"]: row for row in record["rows"]}
+    assert [row["network_calls"] for row in record["rows"]] == [50, 6, 3, 2, 1, 3, 2, 1]
+    one, without = rows["student, 1 step"], rows["student, 1 step, no noise correction"]
+    assert one["seen"] == without["seen"] and one["fd_judge"] == without["fd_judge"]  # no effect on a plan of one step
+    assert rows["student, 3 steps"]["fd_judge"] != rows["student, 3 steps, no noise correction"]["fd_judge"]
+    assert record["sha256"]["student"] == record["sha256"]["teacher"]
+
+
+def test_the_judge_learns_to_read_what_it_is_shown() -> None:
+    """A few updates on the real stream: the loss of a fresh judge falls, and reading gives scenes of the set."""
+    import torch
+
+    from imagine_flash.benchmarks.judge import JudgeTask, accuracy
+    from imagine_flash.distill.data.emoji import EmojiScenes
+    from imagine_flash.distill.recipe import Fit
+
+    try:
+        scenes, held_out = EmojiScenes(seed=11), EmojiScenes(seed=11, held_out=True)
+    except ImagineFlashError as error:
+        pytest.skip(str(error))
+    task = JudgeTask(scenes, held_out, Fit(steps=1, batch=32))
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
+    losses = []
+    for step in range(40):
+        loss = task.module(**task.batch(step, 0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+    assert set(accuracy(task.judge, scenes, 20, start=10_000)) == {"object", "relation", "background", "all"}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"count": 3}, "at least 129"),
-        ({"out": Path("/nowhere/at/all")}, "no folder"),
         ({"judge_file": Path("none")}, "no judge"),
     ],
 )

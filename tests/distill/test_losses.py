@@ -6,7 +6,7 @@ import torch
 
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.update import sample, update_table
-from imagine_flash.distill.backward import TeacherTarget, choose_noise, rollout, shifted_time, teacher_plan
+from imagine_flash.distill.backward import TeacherTarget, choose_noise, renoised, rollout, shifted_time, teacher_plan
 from imagine_flash.distill.losses import ImagineFlashLoss
 from imagine_flash.distill.recipe import DistillRecipe
 from imagine_flash.tests.distill.toy import point_networks
@@ -54,13 +54,44 @@ def test_the_gradient_is_that_of_the_last_prediction_alone() -> None:
     assert student.shift.grad.item() == pytest.approx(2 * sigma**2 * 0.3, rel=1e-4)
 
 
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("w", [1.0, 2.0, 3.5])
+def test_guidance_is_in_the_target_only(shifted: bool, w: float) -> None:
+    """Text moves the point by c, no text by u: the guided teacher lands on u + w (c - u), the student on c."""
+    teacher, student = point_networks(), point_networks().unet
+    recipe = DistillRecipe.model_validate({"shifted": shifted, "fit": FIT})
+    text, uncond = torch.full((5, 2, 3), 0.7), torch.full((5, 2, 3), 0.3)
+    x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    value = ImagineFlashLoss(student, teacher, recipe)(
+        x_T=x_T, text=text, uncond=uncond, guidance=torch.full((5,), w), fresh=fresh, plan=3, index=1
+    )  # fmt: skip
+    assert value.item() == pytest.approx(((w - 1) * 0.4) ** 2, abs=1e-5)
+
+
+def test_who_is_asked_when() -> None:
+    """The student along its plan up to t; the teacher from gamma t in k steps, or from t where nothing is shifted."""
+    for shifted, times in ((True, [500, 375, 250, 125]), (False, [666, 500, 333, 166])):
+        recipe = DistillRecipe.model_validate({"shifted": shifted, "gamma": 0.75, "teacher_steps": 4, "fit": FIT})
+        _, teacher, student = loss_of(recipe, 0.0, 3, 1)
+        assert student.calls == [999, 666] and teacher.unet.calls == times
+
+
+@pytest.mark.parametrize("t", [749, 500, 250])
+def test_chi_is_the_prediction_at_the_shifted_time(t: int) -> None:
+    networks = point_networks()
+    x0, noise = torch.randn(2, 2, 3, 4, 4)
+    alpha, sigma = (float(table[t]) for table in (networks.schedule.alpha, networks.schedule.sigma))
+    torch.testing.assert_close(renoised(x0.requires_grad_(), noise, t, networks), alpha * x0.detach() + sigma * noise)
+    assert alpha**2 + sigma**2 == pytest.approx(1) and not renoised(x0, noise, t, networks).requires_grad
+
+
 def test_the_rollout_keeps_no_graph_and_equals_the_reference() -> None:
     networks = point_networks(0.2)
     table = update_table(networks.schedule, StepPlan((999, 666, 333)), "v_prediction")
     x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
     def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-        return networks.unet(x, torch.full((len(x),), t), encoder_hidden_states=x).sample
+        return networks.unet(x, torch.full((len(x),), t), encoder_hidden_states=torch.zeros(len(x), 2, 3)).sample
 
     x = rollout(denoise, x_T, table, 3)
     assert x.grad_fn is None and not x.requires_grad
@@ -79,7 +110,7 @@ def test_the_teacher_makes_k_steps_down_to_the_clean_estimate() -> None:
 def test_times() -> None:
     assert [shifted_time(t, 0.75) for t in (999, 666, 0)] == [749, 500, 0]
     assert shifted_time(999, 0.75) < 999
-    assert teacher_plan(2, 4).timesteps == (2, 1, 0) or teacher_plan(2, 4).timesteps[0] == 2
+    assert teacher_plan(2, 4).timesteps == (2, 1, 0)  # 2, 1.5, 1 and 0.5 round to three times
     assert teacher_plan(0, 4).timesteps == (0,)
 
 

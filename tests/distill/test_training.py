@@ -117,6 +117,8 @@ def test_killed_and_resumed_gives_the_bit_identical_next_loss(teacher: Path, tmp
     def losses(path: Path) -> dict[str, str]:
         return {row.split(",")[0]: row.split(",")[1] for row in path.read_text().splitlines() if row.count(",") == 2}
 
+    steps_of_killed = [row.split(",")[0] for row in log.read_text().splitlines()]
+    assert steps_of_killed.count("0") == 1, "it started again instead of going on"
     whole = losses(tmp_path / "whole.run" / "logs" / "student.csv")
     assert len(whole) == 30 and losses(log) == whole
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -129,11 +131,16 @@ def test_bad_teachers(teacher: Path, tmp_path: Path) -> None:
     without.mkdir()
     with pytest.raises(ArtifactError, match=r"model_index\.json"):
         distill(without, tmp_path / "out", recipe)
+    (without / "model_index.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not JSON"):
+        distill(without, tmp_path / "out", recipe)
     (without / "model_index.json").write_text("{}")
     with pytest.raises(ArtifactError, match="no unet/"):
         distill(without, tmp_path / "out", recipe)
     with pytest.raises(ArtifactError, match="no folder"):
         distill(tmp_path / "nowhere", tmp_path / "out", recipe)
+    with pytest.raises(ArtifactError, match="the teacher itself"):
+        distill(teacher, teacher, recipe)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="refusing to replace"):
@@ -145,9 +152,30 @@ def test_bad_teachers(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_refused(teacher: Path, tmp_path: Path) -> None:
+    """It happened that a second recipe with the same OUT trained nothing and claimed its own settings."""
     out = tmp_path / "student"
     distill(teacher, out, DistillRecipe.model_validate(STUDENT))
+    for change in ({"gamma": 0.5}, {"seed": 1}, {"prompts": 41}):
+        with pytest.raises(ArtifactError, match="another recipe, teacher or version"):
+            distill(teacher, out, DistillRecipe.model_validate({**STUDENT, **change}))
+    distill(teacher, out, DistillRecipe.model_validate(STUDENT))  # the same again is no error
+    assert read_student_manifest(out).training["seconds"] > 0
     checkpoint = tmp_path / "student.run" / "checkpoints" / "student.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ArtifactError, match="not a readable checkpoint"):
         distill(teacher, out, DistillRecipe.model_validate(STUDENT))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"network": {"text_width": 30, "text_heads": 4}}, "does not fit together"),
+        ({"network": {"channels": [10, 20], "norm_groups": 16}}, "does not fit together"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "does not fit together"),
+        ({"beta_end": 2.0}, "betas must be"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_training(change: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=says):
+        train_teacher(TeacherRecipe.model_validate({**TINY, **change}), tmp_path / "teacher")
+    assert not (tmp_path / "teacher.run" / "checkpoints").exists()

@@ -32,7 +32,7 @@ class PointDenoiser(nn.Module):
             for table in (self.schedule.alpha, self.schedule.sigma)
         )
         alpha_t, sigma_t = pair
-        point: torch.Tensor = self.point  # type: ignore[assignment]
+        point = self.point + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1)  # another point for another text
         eps = (x_t - alpha_t * point) / sigma_t
         return SimpleNamespace(sample=alpha_t * eps - sigma_t * point + self.shift)
 
