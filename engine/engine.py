@@ -25,6 +25,7 @@ ROUTES = ("stages", "sampler")
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "artifact"
 _CHUNK = 8  # pictures of one network call: bounds the memory of a large request
 
+Draw = Callable[[NDArray[np.float32]], NDArray[np.uint8]]  # x_T (B, C, h, w) -> images (B, H, W, 3)
 T = TypeVar("T")
 
 
@@ -87,8 +88,8 @@ class Engine:
         clock = _Clock()
         ids = clock("tokenize", lambda: self.tokenizer.encode(request.prompt)[None])
         noise = clock("noise", lambda: self._noise(request))
-        draw = self._draw_by_stages if self.route == "stages" else self._draw_whole
-        chunks = [draw(ids, noise[i : i + _CHUNK], steps, clock) for i in range(0, request.count, _CHUNK)]
+        draw = self._by_stages(ids, steps, clock) if self.route == "stages" else self._whole(ids, steps, clock)
+        chunks = [draw(noise[i : i + _CHUNK]) for i in range(0, request.count, _CHUNK)]
         return GenerateResult(
             images=np.concatenate(chunks), timings={**clock.seconds, "total": time.perf_counter() - started}, steps=steps,
             seed=request.seed, unknown_words=self.tokenizer.unknown_words(request.prompt),
@@ -98,21 +99,25 @@ class Engine:
         channels, height, width = self.manifest.latent_shape
         return initial_noise(request.seed, request.count, (channels, height, width))
 
-    def _draw_by_stages(
-        self, ids: NDArray[np.int64], x: NDArray[np.float32], steps: int, clock: _Clock
-    ) -> NDArray[np.uint8]:
+    def _by_stages(self, ids: NDArray[np.int64], steps: int, clock: _Clock) -> Draw:
+        """Text encoder once; then, per chunk of noise, denoiser and update for each step, and the decoder."""
         table: UpdateTable = self._tables[steps]
-        text = clock("encode", lambda: self.backend.encode(ids))
-        embeddings = np.repeat(text, len(x), axis=0)  # (B, L, D)
-        for i, t in enumerate(self._times[steps]):
-            m = clock("denoise", lambda x=x, t=t: self.backend.denoise(x, np.full(len(x), t, np.float32), embeddings))
-            x = clock("update", lambda x=x, m=m, i=i: reference_update(x, m, table, i))
-        return clock("decode", lambda: self.backend.decode(x))
+        text = clock("encode", lambda: self.backend.encode(ids))  # (1, L, D)
 
-    def _draw_whole(
-        self, ids: NDArray[np.int64], x: NDArray[np.float32], steps: int, clock: _Clock
-    ) -> NDArray[np.uint8]:
-        return clock("sampler", lambda: self.backend.sample(steps, np.repeat(ids, len(x), axis=0), x))
+        def draw(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+            embeddings = np.repeat(text, len(x), axis=0)
+            for i, t in enumerate(self._times[steps]):
+                m = clock(
+                    "denoise", lambda x=x, t=t: self.backend.denoise(x, np.full(len(x), t, np.float32), embeddings)
+                )
+                x = clock("update", lambda x=x, m=m, i=i: reference_update(x, m, table, i))
+            return clock("decode", lambda: self.backend.decode(x))
+
+        return draw
+
+    def _whole(self, ids: NDArray[np.int64], steps: int, clock: _Clock) -> Draw:
+        """One call per chunk of noise."""
+        return lambda x: clock("sampler", lambda: self.backend.sample(steps, np.repeat(ids, len(x), axis=0), x))
 
 
 class _Clock:
