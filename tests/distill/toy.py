@@ -19,6 +19,7 @@ class PointDenoiser(nn.Module):
 
     def __init__(self, point: torch.Tensor, schedule: NoiseSchedule, shift: float = 0.0) -> None:
         super().__init__()
+        self.point: torch.Tensor
         self.register_buffer("point", point)
         self.shift = nn.Parameter(torch.tensor(shift))
         self.schedule = schedule
