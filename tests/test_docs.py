@@ -41,6 +41,14 @@ def test_links_lead_somewhere(file: str) -> None:
             assert ((ROOT / file).parent / target).exists(), f"{file} links to {target}"
 
 
+def test_the_readmes_python_runs() -> None:
+    """The lines as they stand there, in a fresh scope."""
+    block = README.split("In Python:")[1].split("For everything else")[0]
+    scope: dict = {}
+    exec("\n".join(line.strip() for line in block.strip().splitlines()), scope)
+    assert scope["images"].shape == (1, 64, 64, 3) and scope["images"].std() > 10
+
+
 def test_the_readmes_commands_are_the_ones_that_are_tested() -> None:
     """The first is run by tests/test_wheel.py in a fresh environment, the second is this run."""
     assert 'pip install ".[cpu]" && imagine-flash generate "a fox on a pink background" -o fox.png' in README
