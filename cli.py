@@ -19,6 +19,8 @@ app = typer.Typer(
     help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+bench = typer.Typer(help="Measure speed, checked and against a baseline, as a record.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 EMOJI = Path(__file__).resolve().parent / "assets" / "emoji"
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -171,6 +173,49 @@ def evaluate_command(
     _writable(output)
     evaluate(teacher, student, judge, output, count=count, held_out=held_out, guidance=guidance)
     _say(f"wrote {output}.json and {output}.png")
+
+
+@bench.command("kernels")
+def bench_kernels_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
+        "kernels"
+    ),
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timings of each candidate.")] = 50,
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest shapes only.")] = False,
+) -> None:
+    """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
+    _training()
+    _needs("bench", "matplotlib")
+    from rich.console import Console
+
+    from .benchmarks.kernels import bench_kernels
+    from .benchmarks.records import as_rich
+
+    _writable(output)
+    Console().print(as_rich(bench_kernels(output, device=device, rounds=rounds, quick=quick)))
+    _say(f"wrote {output}.json and {output}.png")
+
+
+@bench.command("report")
+def bench_report_command(
+    record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record that a bench command wrote.")],
+    into: Annotated[Path, typer.Argument(metavar="FILE", help="The Markdown file whose table is replaced.")],
+    marker: Annotated[
+        str | None, typer.Option(help="The NAME of <!-- bench:NAME --> in FILE; by default the record's name.")
+    ] = None,
+) -> None:
+    """Write a record's table into a Markdown file, and its plot beside the record."""
+    _needs("bench", "matplotlib")
+    from .benchmarks.harness import read_record
+    from .benchmarks.records import plot, update_table_in
+
+    found = read_record(record)
+    update_table_in(into, found, marker or record.stem)
+    plot(found, record.with_suffix(".png"))
+    _say(f"wrote the table in {into} and {record.with_suffix('.png')}")
 
 
 def _needs(extra: str, *packages: str) -> None:

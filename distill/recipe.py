@@ -39,13 +39,16 @@ class Fit(Frozen):
 
 
 class Autoencoder(Frozen):
-    """An AutoencoderTiny that maps a picture to latents of an eighth of its side."""
+    """An AutoencoderTiny that maps a picture to latents of an eighth of its side: linear encoder, deep decoder."""
 
-    width: Positive = 64
-    blocks: tuple[int, int, int, int] = (0, 1, 2, 3)  # residual blocks per resolution of the encoder, largest first
-    latent_channels: Positive = 16
+    width: Positive = 48
+    decoder_blocks: tuple[int, int, int, int] = (4, 3, 1, 0)  # residual blocks per resolution, smallest first
+    latent_channels: Positive = 24
+    whitening: Share = 0.3  # 1: every latent of the same variance; 0: as much as it has in the pictures
+    deviation: Annotated[float, Field(gt=0)] = 0.7  # of all latents together
+    encoder_scenes: Annotated[int, Field(ge=64)] = 2000  # whose principal components are the encoder
     latent_noise: Annotated[float, Field(ge=0)] = (
-        0.05  # added before decoding, so that the decoder forgives the student
+        0.03  # added before decoding, so that the decoder forgives the student
     )
     fit: Fit
 
@@ -58,9 +61,16 @@ class Network(Frozen):
     text_layers: Positive = 2
     text_heads: Positive = 4
     channels: tuple[int, ...] = (96, 160)
+    attention: tuple[bool, ...] = (False, True)  # per level, largest first; the middle always has it
     layers_per_block: Positive = 1
     heads: Positive = 4
     norm_groups: Positive = 16
+
+    @model_validator(mode="after")
+    def _one_choice_a_level(self) -> Self:
+        if len(self.attention) != len(self.channels):
+            raise ValueError(f"attention must have one value per level of channels, {len(self.channels)}")
+        return self
 
 
 class TeacherRecipe(Frozen):

@@ -53,12 +53,14 @@ def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
 
 def build_unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
     """An untrained UNet of the recipe's sizes."""
-    sizes, levels = recipe.network, len(recipe.network.channels)
+    sizes = recipe.network
+    down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in sizes.attention)
+    up = tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in sizes.attention[::-1])
     return UNet2DConditionModel(
         sample_size=recipe.image_size // 8, in_channels=recipe.autoencoder.latent_channels,
         out_channels=recipe.autoencoder.latent_channels, block_out_channels=sizes.channels,
-        layers_per_block=sizes.layers_per_block, down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels, cross_attention_dim=sizes.text_width,
+        layers_per_block=sizes.layers_per_block, down_block_types=down, up_block_types=up,
+        cross_attention_dim=sizes.text_width,
         attention_head_dim=sizes.heads, norm_num_groups=sizes.norm_groups,
     )  # fmt: skip
 
@@ -156,7 +158,7 @@ def encode_scenes(
 ) -> dict[str, torch.Tensor]:
     """Latents (N, C, h, w) float16 and token ids (N, L) int32 of the first N scenes, kept in `path`."""
     weights = hashlib.sha256(
-        b"".join(v.cpu().numpy().tobytes() for v in networks.vae.state_dict().values())
+        b"".join(v.cpu().numpy().tobytes() for v in networks.vae.encoder.state_dict().values())
     ).hexdigest()
     identity = identify(weights, recipe.seed, recipe.scenes, recipe.image_size, recipe.network.context)
     if path.exists():
@@ -168,7 +170,7 @@ def encode_scenes(
     for first in track(range(0, recipe.scenes, size), description="encoding scenes"):
         examples = [scenes[i] for i in range(first, min(first + size, recipe.scenes))]
         images = to_signed(np.stack([e.image for e in examples])).to(device, memory_format=torch.channels_last)
-        latents.append(networks.vae.encoder(images).half().cpu().contiguous())
+        latents.append((networks.vae.encoder(images) * networks.vae.config.scaling_factor).half().cpu().contiguous())
         ids.append(networks.tokens([e.caption.text for e in examples]).int())
     pool = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
     with atomic_file(path) as temporary:

@@ -23,7 +23,8 @@ def test_every_command_and_option_is_described() -> None:
     from imagine_flash.cli import app
 
     described = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    commands |= {f"bench {name}": command for name, command in commands.pop("bench").commands.items()}
     for name, command in commands.items():
         assert f"`{name} " in described, name
         for parameter in command.params:

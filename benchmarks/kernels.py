@@ -1,0 +1,225 @@
+"""`bench kernels`: each kernel against what users run instead, on this machine's device.
+
+On a GPU the kernels run; on a CPU their references do, and the record says which. Times come from the harness, interleaved; on a
+GPU `triton.testing.do_bench`, which empties the L2 cache before each run, adds the device's own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from rich.progress import track
+from torch import Tensor
+
+from ..core.errors import ImagineFlashError
+from ..core.plan import StepPlan
+from ..core.schedule import NoiseSchedule
+from ..core.update import update_table
+from ..kernels import group_norm_silu as norm
+from ..kernels import to_image as image
+from ..kernels import update
+from ..kernels.triton_or_reference import triton
+from .clocks import clock_for
+from .harness import Candidate, Case, Check, Record, compare, measure, new_record, write_record
+from .records import plot
+
+SD_CONFIG = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False,
+}  # fmt: skip
+FUSED, COMPILED, CAPTURED, COPY = "ours", "torch.compile", "ours, CUDA graph", "copy"
+DDIM, EAGER = "diffusers DDIM step", "torch eager"
+Runs = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One kernel at one shape: the ways to do it, what each wrote, and the bytes that must move at least."""
+
+    case: dict[str, Any]
+    baseline: str
+    runs: Runs
+    written: Callable[[str], Tensor]  # by a candidate that ran
+    outputs: tuple[Tensor, ...]  # emptied before a candidate is checked
+    expected: Tensor
+    tolerance: float
+    bytes_moved: int
+
+
+def bench_kernels(out: Path, *, device: str | None = None, rounds: int = 50, quick: bool = False) -> Record:
+    """Check and time every kernel, write `out`.json and `out`.png, return the record. ImagineFlashError for a wrong result."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    clock = clock_for(device)
+    if triton is not None and triton.knobs.runtime.interpret:
+        raise ImagineFlashError("TRITON_INTERPRET is set: this would time Triton's interpreter; unset it")
+    rows = []
+    workloads = list(_workloads(device, quick))
+    for build in track(workloads, description=f"kernels on {device}"):
+        rows.append(_measure(build(), device, rounds, clock))
+    where = "as kernels on a GPU" if device != "cpu" else "by their references, which are what a CPU runs"
+    record = new_record(f"How fast are the fused update, to_image and GroupNorm + SiLU, {where}?", rows, device=device)
+    write_record(record, out.with_name(f"{out.name}.json"))
+    plot(record, out.with_name(f"{out.name}.png"))
+    return record
+
+
+def _measure(work: Workload, device: str, rounds: int, clock: Any) -> Case:
+    source = torch.arange(max(1, work.bytes_moved // 2), device=device).to(torch.uint8)
+    target = torch.zeros_like(source)
+    work.runs[COPY] = lambda: target.copy_(source)
+
+    def check(candidate: Candidate) -> Check:
+        for output in (target, *work.outputs):
+            output.zero_()
+        candidate.run()
+        pair = (target, source) if candidate.name == COPY else (work.written(candidate.name), work.expected)
+        found, wanted = (t.double().cpu().numpy() for t in pair)
+        return compare("largest difference from float64", found, wanted, work.tolerance)
+
+    candidates = [Candidate(name=name, run=run) for name, run in work.runs.items()]
+    case = measure(
+        candidates, baseline=work.baseline, check=check, case=work.case, warm_up=5, n=rounds, clock=clock
+    )  # fmt: skip
+    return case.with_extra(_bandwidth(case, work, device))
+
+
+def _bandwidth(case: Case, work: Workload, device: str) -> dict[str, dict[str, float]]:
+    """Bytes moved, share of the bandwidth of a copy of as many bytes in the same rounds, and the device's own time."""
+    extra: dict[str, dict[str, float]] = {}
+    alone = {name: _device_time(run) for name, run in work.runs.items()} if device != "cpu" else {}
+    for timing in case.timings:
+        times = alone or {t.name: (t.p50_us,) for t in case.timings}
+        share = 100 * times[COPY][0] / times[timing.name][0]
+        extra[timing.name] = {"MB moved": work.bytes_moved / 1e6, "% of copy bandwidth": round(share, 1)}
+        for label, value in zip(("device p50 µs", "device p20 µs", "device p80 µs"), alone.get(timing.name, ())):  # noqa: B905
+            extra[timing.name][label] = round(value, 3)
+    return extra
+
+
+def _device_time(run: Callable[[], Any]) -> tuple[float, float, float]:
+    """Microseconds p50, p20, p80 with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    times: Any = do_bench(run, quantiles=[0.5, 0.2, 0.8])
+    p50, p20, p80 = times
+    return 1e3 * p50, 1e3 * p20, 1e3 * p80
+
+
+def _workloads(device: str, quick: bool) -> Iterator[Callable[[], Workload]]:
+    network = torch.float32 if device == "cpu" else torch.bfloat16  # a CPU's networks run in float32 here
+    latents = [(1, 64), (8, 64), (64, 64), (1, 128), (8, 128), (64, 128), (256 if device == "cpu" else 1024, 128)]
+    pictures = [(1, 512), (1, 1024), (8, 1024)]
+    if quick:
+        latents, pictures = latents[:1], [(1, 64)]
+    for batch, side in latents:
+        yield lambda batch=batch, side=side: _update(batch, side, device, network)
+    for batch, side in pictures:
+        yield lambda batch=batch, side=side: _to_image(batch, side, device, network)
+    for batch, side in pictures[:2]:
+        for channels_last in (False, True):
+            yield lambda batch=batch, side=side, last=channels_last: _group_norm(batch, side, last, device, network)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` in a CUDA graph, warmed up on a side stream first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _draw(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(device, dtype)
+
+
+def _update(batch: int, side: int, device: str, network: torch.dtype) -> Workload:
+    """A step of a three-step plan at its middle, with the cast for the next call; noise correction is off, as in DDIM."""
+    x, m = _draw(batch, 4, side, side, device=device), _draw(batch, 4, side, side, device=device, dtype=network)
+    scheduler: Any = DDIMScheduler.from_config(SD_CONFIG)
+    scheduler.set_timesteps(3, device=device)
+    plan, schedule = StepPlan.trailing(3), NoiseSchedule.from_scheduler_config(SD_CONFIG)
+    table = update_table(schedule, plan, "v_prediction", noise_correction=False)
+    rows, t = update.coefficients_on(device, table), plan.timesteps[1]  # where DDIM's step ends at 333 too
+    following, state = torch.empty_like(m), torch.empty_like(x)
+
+    def ddim() -> None:
+        following.copy_(scheduler.step(m, t, x, eta=0.0, return_dict=False)[0])
+
+    def eager() -> None:
+        x_s = update.reference(x, m, rows.rows, rows.positions[1:2])
+        state.copy_(x_s)
+        following.copy_(x_s)
+
+    runs: Runs = {
+        DDIM: ddim, EAGER: eager, COMPILED: _compiled(eager),
+        FUSED: lambda: update.noise_corrected_update(x, m, rows, 1, out=state, network_input=following),
+    }  # fmt: skip
+    moved = x.nbytes + m.nbytes + state.nbytes + following.nbytes
+    expected = update.reference(x, m, rows.rows.double(), rows.positions[1:2], dtype=torch.float64)
+    if device != "cpu":
+        runs[CAPTURED] = _captured(runs[FUSED])
+    return Workload(
+        case={"kernel": "update", "latents": (batch, 4, side, side)}, baseline=DDIM, runs=runs, expected=expected,
+        outputs=(following, state), written=lambda name: following, bytes_moved=moved,
+        tolerance=1e-5 if network is torch.float32 else 0.05,
+    )  # fmt: skip
+
+
+def _to_image(batch: int, side: int, device: str, network: torch.dtype) -> Workload:
+    x = _draw(batch, 3, side, side, device=device, dtype=network)
+    out = torch.empty(batch, side, side, 3, dtype=torch.uint8, device=device)
+
+    def eager() -> None:
+        out.copy_(((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1))  # diffusers' VaeImageProcessor
+
+    runs: Runs = {EAGER: eager, COMPILED: _compiled(eager), FUSED: lambda: image.to_image(x, out=out)}
+    expected = (x.double() * 127.5 + 127.5).clamp(0, 255).round().permute(0, 2, 3, 1)
+    moved = x.nbytes + out.nbytes
+    if device != "cpu":
+        runs[CAPTURED] = _captured(runs[FUSED])
+    return Workload(
+        case={"kernel": "to_image", "pictures": (batch, 3, side, side)}, baseline=EAGER, runs=runs, expected=expected,
+        outputs=(out,), written=lambda name: out, tolerance=1.0, bytes_moved=moved,
+    )  # fmt: skip
+
+
+def _group_norm(batch: int, side: int, channels_last: bool, device: str, network: torch.dtype) -> Workload:
+    """A decoder's last norm: 128 channels in 32 groups at half the picture's side."""
+    side, channels = side // 2, 128
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = _draw(batch, channels, side, side, device=device, dtype=network).contiguous(memory_format=layout)
+    weight, bias = (_draw(channels, device=device, dtype=network) for _ in range(2))
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, function: Callable[..., Tensor]) -> Callable[[], None]:
+        return lambda: kept.update({name: function(x, 32, weight, bias, 1e-6, True)})
+
+    def ours(*arguments: Any) -> Tensor:
+        return norm.group_norm_silu(*arguments[:4], eps=1e-6)
+
+    runs: Runs = {
+        EAGER: keep(EAGER, norm.reference), COMPILED: keep(COMPILED, _compiled(norm.reference)), FUSED: keep(FUSED, ours),
+    }  # fmt: skip
+    expected = norm.reference(x.double(), 32, weight.double(), bias.double(), 1e-6, True)
+    moved = 2 * x.nbytes
+    if device != "cpu":
+        runs[CAPTURED] = _captured(keep(CAPTURED, ours))
+    return Workload(
+        case={"kernel": "group_norm_silu", "input": (batch, channels, side, side), "channels_last": channels_last},
+        baseline=EAGER, runs=runs, expected=expected, outputs=(), written=kept.__getitem__,
+        tolerance=1e-4 if network is torch.float32 else 0.1, bytes_moved=moved,
+    )  # fmt: skip

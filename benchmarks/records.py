@@ -1,0 +1,179 @@
+"""Tables and plots of benchmark records, and the tables inside the docs, which are always generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..core.artifact import atomic_file
+from ..core.errors import ImagineFlashError, missing_extra
+from .harness import Case, Record, Timing
+
+END = "<!-- /bench -->"
+
+
+def as_markdown(record: Record) -> str:
+    """A table of one row per case and candidate; times in µs, or in ms if every median is at least one."""
+    headings = headings_of(record)
+    lines = ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]
+    rows = ([cell.replace("|", r"\|") for cell in row] for row in table_rows(record))
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def as_rich(record: Record) -> Table:
+    """The same table for a terminal: the question above, each case above its candidates, the provenance below."""
+    table = Table(title=record.question, caption=provenance(record))
+    for number, heading in enumerate(headings_of(record)[1:]):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    rows = table_rows(record)
+    for case in record.rows:
+        table.add_row(f"[bold]{case_name(case)}")
+        for _ in case.timings:
+            table.add_row(*next(rows)[1:])
+        table.add_section()
+    return table
+
+
+def headings_of(record: Record) -> list[str]:
+    """The table's headings: unit, baseline and further numbers as the record has them."""
+    unit, baselines = unit_of(record)[0], {case.baseline for case in record.rows}
+    baseline = baselines.pop() if len(baselines) == 1 else "the baseline"
+    speed = f"times as fast as {baseline}, p50 [p5..p95]"
+    return ["case", "candidate", f"p50 {unit}", f"p95 {unit}", f"p99 {unit}", speed, *_extra_names(record)]
+
+
+def table_rows(record: Record) -> Iterator[tuple[str, ...]]:
+    """The record's rows as text, in the order of `headings_of`."""
+    scale, extra_names = unit_of(record)[1], _extra_names(record)
+    for case in record.rows:
+        for timing in case.timings:
+            times = (number(us / scale) for us in (timing.p50_us, timing.p95_us, timing.p99_us))
+            extra = case.extra.get(timing.name, {})
+            further = (number(extra[name]) if name in extra else "" for name in extra_names)
+            yield case_name(case), timing.name, *times, _speed(case, timing), *further
+
+
+def unit_of(record: Record) -> tuple[str, float]:
+    """The unit that the record's times are shown in, and its microseconds."""
+    shortest = min(timing.p50_us for case in record.rows for timing in case.timings)
+    return ("ms", 1e3) if shortest >= 1e3 else ("µs", 1.0)
+
+
+def case_name(case: Case) -> str:
+    """The parameters as 'batch 4, shape 1×4×64×64'."""
+    return ", ".join(f"{key} {_plain(value)}" for key, value in case.case.items()) or "-"
+
+
+def number(value: float) -> str:
+    """At least three significant digits, never an exponent: 0.0123, 1.23, 12.3, 123, 12345."""
+    digits = 2 - int(f"{value:.2e}".split("e")[1]) if value else 0
+    return f"{value:.{min(max(digits, 0), 12)}f}"
+
+
+def provenance(record: Record) -> str:
+    """Where the numbers come from, on one line: device, rounds, commit, date."""
+    hardware = record.hardware
+    device = hardware.gpu if hardware.gpu else f"{hardware.cpu}, {hardware.cores} cores"
+    rounds = sorted({timing.n for case in record.rows for timing in case.timings})
+    commit = f", commit {record.git.commit[:8]}{' with changes' if record.git.dirty else ''}" if record.git else ""
+    return f"{device}; n = {' or '.join(map(str, rounds))}{commit}, {record.date:%Y-%m-%d}"
+
+
+def plot(record: Record, path: str | Path) -> None:
+    """Writes a PNG: a point at the p50 and a whisker to the p95, per case and candidate. Raises MissingExtraError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_extra("matplotlib", "bench") from None
+    unit, scale = unit_of(record)
+    points = _points(record, scale)
+    lines = sum(len(case.timings) for case in record.rows)
+    figure = Figure(figsize=(9, 1.6 + 0.28 * lines + 0.2 * len(record.rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, places), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
+        p50, p95, heights = zip(*places, strict=True)
+        whisker = [[0.0] * len(p50), [high - low for low, high in zip(p50, p95, strict=True)]]
+        axes.errorbar(p50, heights, xerr=whisker, fmt=marker, capsize=3, label=name)
+    middles = [-float(number) for number in range(len(record.rows))]
+    axes.set_yticks(middles, [case_name(case) for case in record.rows])
+    times = [time for places in points.values() for p50, p95, _ in places for time in (p50, p95)]
+    if max(times) > 20 * min(times):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(f"{unit} per call: p50, whisker to p95\n{provenance(record)}")
+    axes.set_title(record.question)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside right upper")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def update_table_in(markdown_file: str | Path, record: Record, marker: str) -> None:
+    """Puts the record's table between `<!-- bench:MARKER -->` and `<!-- /bench -->`. Raises ImagineFlashError."""
+    text = _read(markdown_file)
+    new = _with_table(text, record, marker, markdown_file)
+    if new != text:
+        with atomic_file(markdown_file) as temporary:
+            temporary.write_text(new, encoding="utf-8", newline="")
+
+
+def is_current(markdown_file: str | Path, record: Record, marker: str) -> bool:
+    """Whether `update_table_in` would change nothing. Raises ImagineFlashError where the marker is missing."""
+    text = _read(markdown_file)
+    return _with_table(text, record, marker, markdown_file) == text
+
+
+def _read(file: str | Path) -> str:
+    try:
+        with open(file, encoding="utf-8", newline="") as opened:  # line ends stay as they are
+            return opened.read()
+    except OSError as error:
+        raise ImagineFlashError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _with_table(text: str, record: Record, marker: str, file: str | Path) -> str:
+    start = f"<!-- bench:{marker} -->"
+    if text.count(start) != 1:
+        raise ImagineFlashError(
+            f"{file} must hold {start} once, found {text.count(start)}; put it where the table goes"
+        )
+    before, after = text.split(start)
+    old, end, rest = after.partition(END)
+    if not end or "<!-- bench:" in old:
+        raise ImagineFlashError(f"{file}: {start} is not closed; put {END} after the table")
+    newline = "\r\n" if "\r\n" in text else "\n"
+    table = as_markdown(record).replace("\n", newline)
+    return f"{before}{start}{newline}{newline}{table}{newline}{newline}{END}{rest}"
+
+
+def _points(record: Record, scale: float) -> dict[str, list[tuple[float, float, float]]]:
+    """Candidate -> (p50, p95, height) per case; the case's index, downwards, is the middle of its candidates' heights."""
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for index, case in enumerate(record.rows):
+        for place, timing in enumerate(case.timings):
+            height = -index - 0.7 * ((place + 0.5) / len(case.timings) - 0.5)
+            points.setdefault(timing.name, []).append((timing.p50_us / scale, timing.p95_us / scale, height))
+    return points
+
+
+def _speed(case: Case, timing: Timing) -> str:
+    if timing.name == case.baseline:
+        return "baseline"
+    ratio = timing.ratio
+    return f"{number(ratio.p50)} [{number(ratio.p5)}..{number(ratio.p95)}]"
+
+
+def _extra_names(record: Record) -> list[str]:
+    return list(dict.fromkeys(name for case in record.rows for extra in case.extra.values() for name in extra))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,79 @@
+"""`bench kernels` and `bench report` as a user runs them, at the smallest shapes; what the kernels compute is tested elsewhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagine_flash.benchmarks.harness import read_record
+from imagine_flash.benchmarks.records import as_markdown, is_current
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+CODE = "from imagine_flash.cli import main; main()"
+
+
+def run(*arguments: str | Path, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    return subprocess.run(
+        [sys.executable, "-c", CODE, "bench", *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "kernels"
+    done = run("kernels", "--quick", "--device", "cpu", "--rounds", "5", "-o", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "times as fast as" in done.stdout and str(out) in done.stdout.replace("\n", "")
+    return out
+
+
+@pytest.mark.slow
+def test_every_kernel_is_measured_against_its_baselines(measured: Path) -> None:
+    record = read_record(measured.with_suffix(".json"))
+    assert [row.case["kernel"] for row in record.rows] == ["update", "to_image", "group_norm_silu", "group_norm_silu"]
+    for row in record.rows:
+        names = [timing.name for timing in row.timings]
+        assert row.baseline == names[0] and {"torch eager", "torch.compile", "ours", "copy"} <= set(names)
+        assert all(check.passed and check.what == "largest difference from float64" for check in row.checks.values())
+        assert row.extra["copy"]["% of copy bandwidth"] == 100
+    assert "diffusers DDIM step" in record.rows[0].checks
+    assert measured.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_report_replaces_the_table_and_nothing_else(measured: Path, tmp_path: Path) -> None:
+    document = tmp_path / "kernels.md"
+    document.write_text("# Title\n\n<!-- bench:kernels -->\nold\n<!-- /bench -->\n\nend\n")
+    done = run("report", measured.with_suffix(".json"), document)
+    assert done.returncode == 0, done.stderr
+    record = read_record(measured.with_suffix(".json"))
+    text = document.read_text()
+    assert as_markdown(record) in text and "old" not in text and text.startswith("# Title") and text.endswith("end\n")
+    assert is_current(document, record, "kernels")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["kernels", "--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["kernels", "--device", "cpu", "--quick", "--rounds", "2"], "n must be at least 5 rounds, got 2"),
+        (["kernels", "-o", "{tmp}/missing/k"], "is not a folder; make it first"),
+        (["report", "{tmp}/none.json", "{tmp}/k.md"], "none.json"),
+        (["kernels", "--device", "cuda"], "no CUDA device for 'cuda'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    if arguments[-1] == "cuda" and Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU here")
+    done = run(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("error: ") and says in line, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_interpreter_is_not_timed(tmp_path: Path) -> None:
+    done = run("kernels", "--device", "cpu", "-o", tmp_path / "k", interpret="1")
+    assert done.returncode == 2 and "would time Triton's interpreter; unset it" in done.stderr
