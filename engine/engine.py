@@ -17,6 +17,7 @@ from ..core.noise import initial_noise
 from ..core.plan import select
 from ..core.update import UpdateTable, reference_update
 from .backends import Backend, load_backend
+from .prompt_cache import DEFAULT_BYTES, PromptCache
 from .request import GenerateRequest
 from .tokenizer import PromptTokenizer
 
@@ -41,18 +42,20 @@ class GenerateResult:
 
 
 class Engine:
-    """Draws with one artifact. Thread-safe: it holds no state that a request changes.
+    """Draws with one artifact. Thread-safe: the prompt cache is the only state that a request changes.
 
     route "stages" runs text encoder, denoiser and decoder one after another with core's update in between; "sampler" runs
     the whole sampler as one graph. The same seed gives the same picture by both.
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: PromptTokenizer, manifest: ArtifactManifest, *, route: Route = "stages"
-    ) -> None:
+        self, backend: Backend, tokenizer: PromptTokenizer, manifest: ArtifactManifest, *, route: Route = "stages",
+        prompt_cache: PromptCache | None = None,
+    ) -> None:  # fmt: skip
         if route not in ROUTES:
             raise ArtifactError(f"no route {route!r}{nearest(route, ROUTES)}; known: {', '.join(ROUTES)}")
         self.backend, self.tokenizer, self.manifest, self.route = backend, tokenizer, manifest, route
+        self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self._plans, self._tables = manifest.step_plans, manifest.update_tables()
         self._times = {
             steps: manifest.schedule.network_time(table.timesteps).astype(np.float32)
@@ -60,9 +63,13 @@ class Engine:
         }
 
     @classmethod
-    def load(cls, path: str | Path | None = None, *, backend: str = "auto", route: Route = "stages") -> Engine:
+    def load(
+        cls, path: str | Path | None = None, *, backend: str = "auto", route: Route = "stages",
+        prompt_cache_bytes: int = DEFAULT_BYTES,
+    ) -> Engine:  # fmt: skip
         """Load an artifact folder, by default the embedded model. Every file's hash is checked.
 
+        prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time.
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
         backend that is not installed.
         """
@@ -71,7 +78,7 @@ class Engine:
             raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
         manifest = read_artifact_manifest(folder)
         loaded, tokenizer = load_backend(backend, folder, manifest), PromptTokenizer.load(folder, manifest.tokenizer)
-        engine = cls(loaded, tokenizer, manifest, route=route)
+        engine = cls(loaded, tokenizer, manifest, route=route, prompt_cache=PromptCache(prompt_cache_bytes))
         loaded.prepare(STAGES if route == "stages" else [f"sampler_{max(engine.steps)}"])
         return engine
 
@@ -102,7 +109,7 @@ class Engine:
     def _by_stages(self, ids: NDArray[np.int64], steps: int, clock: _Clock) -> Draw:
         """Text encoder once; then, per chunk of noise, denoiser and update for each step, and the decoder."""
         table: UpdateTable = self._tables[steps]
-        text = clock("encode", lambda: self.backend.encode(ids))  # (1, L, D)
+        text = clock("encode", lambda: self.prompt_cache.get(ids, lambda: self.backend.encode(ids)))  # (1, L, D)
 
         def draw(x: NDArray[np.float32]) -> NDArray[np.uint8]:
             embeddings = np.repeat(text, len(x), axis=0)
