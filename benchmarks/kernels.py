@@ -221,5 +221,5 @@ def _group_norm(batch: int, side: int, channels_last: bool, device: str, network
     return Workload(
         case={"kernel": "group_norm_silu", "input": (batch, channels, side, side), "channels_last": channels_last},
         baseline=EAGER, runs=runs, expected=expected, outputs=(), written=kept.__getitem__,
-        tolerance=1e-4 if network is torch.float32 else 0.1, bytes_moved=moved,
+        tolerance=5e-4 if network is torch.float32 else 0.1, bytes_moved=moved,
     )  # fmt: skip
