@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from ..core.artifact import atomic_file
@@ -25,9 +27,10 @@ def as_markdown(record: Record) -> str:
 
 def as_rich(record: Record) -> Table:
     """The same table for a terminal: the question above, each case above its candidates, the provenance below."""
-    table = Table(title=record.question, caption=provenance(record))
-    for number, heading in enumerate(headings_of(record)[1:]):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    table = Table(title=record.question, caption=provenance(record), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings_of(record)[1:]:
+        least = {"candidate": 19}.get(heading, 17 if heading.startswith("times as fast") else 6)
+        table.add_column(heading, justify="left" if heading == "candidate" else "right", min_width=least)
     rows = table_rows(record)
     for case in record.rows:
         table.add_row(f"[bold]{case_name(case)}")
@@ -63,8 +66,11 @@ def unit_of(record: Record) -> tuple[str, float]:
 
 
 def case_name(case: Case) -> str:
-    """The parameters as 'batch 4, shape 1×4×64×64'."""
-    return ", ".join(f"{key} {_plain(value)}" for key, value in case.case.items()) or "-"
+    """The parameters as 'batch 4, shape 1×4×64×64'; what is a name and says of what ("kernel") stands alone."""
+    return (
+        ", ".join(_plain(value) if key == "kernel" else f"{key} {_plain(value)}" for key, value in case.case.items())
+        or "-"
+    )
 
 
 def number(value: float) -> str:
@@ -92,7 +98,7 @@ def plot(record: Record, path: str | Path) -> None:
     unit, scale = unit_of(record)
     points = _points(record, scale)
     lines = sum(len(case.timings) for case in record.rows)
-    figure = Figure(figsize=(9, 1.6 + 0.28 * lines + 0.2 * len(record.rows)), layout="constrained")
+    figure = Figure(figsize=(9, 2 + 0.14 * lines + 0.12 * len(record.rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for (name, places), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
@@ -107,9 +113,9 @@ def plot(record: Record, path: str | Path) -> None:
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel(f"{unit} per call: p50, whisker to p95\n{provenance(record)}")
-    axes.set_title(record.question)
+    figure.suptitle(textwrap.fill(record.question, 80))
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center", ncols=3)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

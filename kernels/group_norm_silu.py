@@ -128,17 +128,21 @@ def reference(
     return functional.silu(y) if silu else y
 
 
-@torch.library.custom_op("imagine_flash::group_norm", mutates_args=())
-def group_norm_op(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """The op that torch.compile and CUDA graphs see; `group_norm_silu` is what to call."""
+def run(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+    """The kernels where they can run, else the reference, on checked tensors."""
     if not runs_kernel(x):
-        y = reference(x, groups, weight, bias, eps, silu)
-        return y.clone() if y is x else y
+        return reference(x, groups, weight, bias, eps, silu)
     x = x if memory_format_of(x) else x.contiguous()
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):  # Triton starts on the current device, which may be another one
         launch(x, groups, weight, bias, eps, silu, out)
     return out
+
+
+@torch.library.custom_op("imagine_flash::group_norm", mutates_args=())
+def group_norm_op(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+    """The op that torch.compile sees; `group_norm_silu` is what to call. Outside a compiled graph it calls `run`."""
+    return run(x, groups, weight, bias, eps, silu)
 
 
 @group_norm_op.register_fake
@@ -171,7 +175,10 @@ def group_norm_silu(
             raise ValueError(
                 f"{name} must be ({x.shape[1]},) on {x.device}, got {tuple(values.shape)} on {values.device}"
             )
-    return group_norm_op(x, groups, weight, bias, eps, silu) if x.numel() else torch.empty_like(x)
+    if not x.numel():
+        return torch.empty_like(x)
+    start = group_norm_op if torch.compiler.is_compiling() else run  # an op's own dispatch costs more than a launch
+    return start(x, groups, weight, bias, eps, silu)
 
 
 class FusedGroupNorm(nn.GroupNorm):

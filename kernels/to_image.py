@@ -48,14 +48,19 @@ def launch(x: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-@torch.library.custom_op("imagine_flash::to_image", mutates_args=("out",))
-def to_image_op(x: Tensor, out: Tensor) -> None:
-    """The op that torch.compile and CUDA graphs see; `to_image` is what to call."""
+def run(x: Tensor, out: Tensor) -> None:
+    """The kernel where it can run, else the reference, on checked tensors."""
     if runs_kernel(x):
         with torch.cuda.device_of(x):  # Triton starts on the current device, which may be another one
             launch(x, out)
     else:
         out.copy_(reference(x))
+
+
+@torch.library.custom_op("imagine_flash::to_image", mutates_args=("out",))
+def to_image_op(x: Tensor, out: Tensor) -> None:
+    """The op that torch.compile sees; `to_image` is what to call. Outside a compiled graph it calls `run`."""
+    run(x, out)
 
 
 @to_image_op.register_fake
@@ -87,5 +92,6 @@ def to_image(x: Tensor, *, out: Tensor | None = None) -> Tensor:
             f"out must be contiguous uint8 on {x.device}, got {out.dtype} on {out.device}, strides {out.stride()}"
         )
     if x.numel():
-        to_image_op(x if memory_format_of(x) else x.contiguous(), out)
+        start = to_image_op if torch.compiler.is_compiling() else run  # an op's own dispatch costs more than a launch
+        start(x if memory_format_of(x) else x.contiguous(), out)
     return out

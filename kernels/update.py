@@ -133,12 +133,11 @@ def reference(
     return x_s if noise is None else x_s + c * noise.to(dtype)
 
 
-@torch.library.custom_op("imagine_flash::update", mutates_args=("out", "network_input"))
-def update_op(
+def run(
     x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, out: Tensor, uncond: Tensor | None, guidance: Tensor | None,
     guidance_scale: float, noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None, scale: float,
 ) -> None:  # fmt: skip
-    """The op that torch.compile and CUDA graphs see; `noise_corrected_update` is what to call."""
+    """The kernel where it can run, else the reference, on checked tensors."""
     if runs_kernel(x):
         with torch.cuda.device_of(x):  # Triton starts on the current device, which may be another one
             launch(x, m, rows, step_index, out, uncond, guidance, guidance_scale, noise, seeds, network_input, scale)
@@ -148,6 +147,15 @@ def update_op(
     out.copy_(x_s)
     if network_input is not None:
         network_input.copy_(x_s * scale)
+
+
+@torch.library.custom_op("imagine_flash::update", mutates_args=("out", "network_input"))
+def update_op(
+    x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, out: Tensor, uncond: Tensor | None, guidance: Tensor | None,
+    guidance_scale: float, noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    """The op that torch.compile sees; `noise_corrected_update` is what to call. Outside a compiled graph it calls `run`."""
+    run(x, m, rows, step_index, out, uncond, guidance, guidance_scale, noise, seeds, network_input, scale)
 
 
 @update_op.register_fake
@@ -193,7 +201,8 @@ def noise_corrected_update(
         noise = noise.contiguous(memory_format=layout)
     weights = guidance if isinstance(guidance, Tensor) else None
     weight = 0.0 if guidance is None or weights is not None else float(guidance)
-    update_op(x, m, coefficients.rows, index, out, uncond, weights, weight, noise, seeds, network_input, float(scale))
+    start = update_op if torch.compiler.is_compiling() else run  # an op's own dispatch costs more than a launch
+    start(x, m, coefficients.rows, index, out, uncond, weights, weight, noise, seeds, network_input, float(scale))
     return out
 
 

@@ -11,6 +11,7 @@ from imagine_flash.benchmarks.harness import read_record
 from imagine_flash.benchmarks.records import as_markdown, is_current
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+ROOT = Path(__file__).parents[2]
 CODE = "from imagine_flash.cli import main; main()"
 
 
@@ -77,3 +78,8 @@ def test_bad_input_is_one_line(arguments: list[str], says: str, tmp_path: Path) 
 def test_the_interpreter_is_not_timed(tmp_path: Path) -> None:
     done = run("kernels", "--device", "cpu", "-o", tmp_path / "k", interpret="1")
     assert done.returncode == 2 and "would time Triton's interpreter; unset it" in done.stderr
+
+
+def test_the_tables_in_the_docs_are_those_of_the_records() -> None:
+    record = read_record(ROOT / "docs/results/kernels.json")
+    assert is_current(ROOT / "docs/results/kernels.md", record, "kernels")
