@@ -175,6 +175,20 @@ def test_a_point_mass_is_reached(prediction_type, steps):
     assert (x - point).abs().max() < (2e-4 if prediction_type == "epsilon" else 5e-6)  # epsilon divides by alpha_T
 
 
+def test_noise_correction_changes_the_first_step_by_its_closed_form():
+    """On Stable Diffusion's schedule by sigma_s [alpha_T x0 - (1 - sigma_T) x_T] / sigma_T; at one step by nothing."""
+    for steps in (1, 2, 3):
+        tables = [table_of("v_prediction", steps, noise_correction=on) for on in (False, True)]
+        x, m = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1)
+        predicted, true = (noise_corrected_update(x, m, coefficients_on(DEVICE, table), 0) for table in tables)
+        times = tables[0].timesteps
+        alpha_T, sigma_T = (float(v) for v in SD.at(int(times[0])))
+        sigma_s = float(SD.at(int(times[1]))[1]) if steps > 1 else 0.0
+        x0 = alpha_T * x - sigma_T * m
+        change = sigma_s * (alpha_T * x0 - (1 - sigma_T) * x) / sigma_T
+        torch.testing.assert_close(true - predicted, change, rtol=0, atol=2e-6)
+
+
 def test_a_three_step_plan_equals_the_reference_loop():
     """A network that depends on its input: errors would add up over the steps."""
     table = table_of()
