@@ -129,7 +129,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     """`run` in a CUDA graph, warmed up on a side stream first."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -171,7 +171,7 @@ def _update(batch: int, side: int, device: str, network: torch.dtype) -> Workloa
     moved = x.nbytes + m.nbytes + state.nbytes + following.nbytes
     expected = update.reference(x, m, rows.rows.double(), rows.positions[1:2], dtype=torch.float64)
     if device != "cpu":
-        runs[CAPTURED] = _captured(runs[FUSED])
+        runs[CAPTURED] = captured(runs[FUSED])
     return Workload(
         case={"kernel": "update", "latents": (batch, 4, side, side)}, baseline=DDIM, runs=runs, expected=expected,
         outputs=(following, state), written=lambda name: following, bytes_moved=moved,
@@ -190,7 +190,7 @@ def _to_image(batch: int, side: int, device: str, network: torch.dtype) -> Workl
     expected = (x.double() * 127.5 + 127.5).clamp(0, 255).round().permute(0, 2, 3, 1)
     moved = x.nbytes + out.nbytes
     if device != "cpu":
-        runs[CAPTURED] = _captured(runs[FUSED])
+        runs[CAPTURED] = captured(runs[FUSED])
     return Workload(
         case={"kernel": "to_image", "pictures": (batch, 3, side, side)}, baseline=EAGER, runs=runs, expected=expected,
         outputs=(out,), written=lambda name: out, tolerance=1.0, bytes_moved=moved,
@@ -198,7 +198,10 @@ def _to_image(batch: int, side: int, device: str, network: torch.dtype) -> Workl
 
 
 def _group_norm(batch: int, side: int, channels_last: bool, device: str, network: torch.dtype) -> Workload:
-    """A decoder's last norm: 128 channels in 32 groups at half the picture's side."""
+    """A decoder's last norm: 128 channels in 32 groups at half the picture's side.
+
+    Allowed is 128 times float32's rounding of the largest value, for a sum over up to a million of them; bfloat16's once.
+    """
     side, channels = side // 2, 128
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = _draw(batch, channels, side, side, device=device, dtype=network).contiguous(memory_format=layout)
@@ -217,9 +220,9 @@ def _group_norm(batch: int, side: int, channels_last: bool, device: str, network
     expected = norm.reference(x.double(), 32, weight.double(), bias.double(), 1e-6, True)
     moved = 2 * x.nbytes
     if device != "cpu":
-        runs[CAPTURED] = _captured(keep(CAPTURED, ours))
+        runs[CAPTURED] = captured(keep(CAPTURED, ours))
     return Workload(
         case={"kernel": "group_norm_silu", "input": (batch, channels, side, side), "channels_last": channels_last},
         baseline=EAGER, runs=runs, expected=expected, outputs=(), written=kept.__getitem__,
-        tolerance=5e-4 if network is torch.float32 else 0.1, bytes_moved=moved,
+        tolerance=float(expected.abs().max()) * (2**-16 if network is torch.float32 else 2**-7), bytes_moved=moved,
     )  # fmt: skip

@@ -139,10 +139,8 @@ def run(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps:
     return out
 
 
-@torch.library.custom_op("imagine_flash::group_norm", mutates_args=())
-def group_norm_op(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """The op that torch.compile sees; `group_norm_silu` is what to call. Outside a compiled graph it calls `run`."""
-    return run(x, groups, weight, bias, eps, silu)
+# what torch.compile sees; group_norm_silu is what to call
+group_norm_op = torch.library.custom_op("imagine_flash::group_norm", run, mutates_args=())
 
 
 @group_norm_op.register_fake

@@ -57,15 +57,9 @@ def run(x: Tensor, out: Tensor) -> None:
         out.copy_(reference(x))
 
 
-@torch.library.custom_op("imagine_flash::to_image", mutates_args=("out",))
-def to_image_op(x: Tensor, out: Tensor) -> None:
-    """The op that torch.compile sees; `to_image` is what to call. Outside a compiled graph it calls `run`."""
-    run(x, out)
-
-
-@to_image_op.register_fake
-def _(x: Tensor, out: Tensor) -> None:
-    return None
+# what torch.compile sees; to_image is what to call
+to_image_op = torch.library.custom_op("imagine_flash::to_image", run, mutates_args=("out",))
+to_image_op.register_fake(lambda *arguments: None)
 
 
 def to_image(x: Tensor, *, out: Tensor | None = None) -> Tensor:

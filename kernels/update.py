@@ -149,21 +149,9 @@ def run(
         network_input.copy_(x_s * scale)
 
 
-@torch.library.custom_op("imagine_flash::update", mutates_args=("out", "network_input"))
-def update_op(
-    x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, out: Tensor, uncond: Tensor | None, guidance: Tensor | None,
-    guidance_scale: float, noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None, scale: float,
-) -> None:  # fmt: skip
-    """The op that torch.compile sees; `noise_corrected_update` is what to call. Outside a compiled graph it calls `run`."""
-    run(x, m, rows, step_index, out, uncond, guidance, guidance_scale, noise, seeds, network_input, scale)
-
-
-@update_op.register_fake
-def _(
-    x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, out: Tensor, uncond: Tensor | None, guidance: Tensor | None,
-    guidance_scale: float, noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None, scale: float,
-) -> None:  # fmt: skip
-    return None
+# what torch.compile sees; noise_corrected_update is what to call
+update_op = torch.library.custom_op("imagine_flash::update", run, mutates_args=("out", "network_input"))
+update_op.register_fake(lambda *arguments: None)
 
 
 def noise_corrected_update(

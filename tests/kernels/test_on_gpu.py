@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from imagine_flash.benchmarks.kernels import captured
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import update_table
@@ -60,21 +61,14 @@ def test_a_captured_plan_replays_on_new_noise(table):
             noise_corrected_update(state, following, table, i, out=state, network_input=following)
 
     start = following.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        loop()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loop()
+    replay = captured(loop)
     x.copy_(draw(2, 4, 64, 64, seed=5))
     following.copy_(start)
     loop()
     expected = state.clone()
     following.copy_(start)
     state.fill_(torch.nan)
-    graph.replay()
+    replay()
     assert torch.equal(state, expected)
 
 
