@@ -187,8 +187,7 @@ def bench_kernels_command(
     quick: Annotated[bool, typer.Option("--quick", help="The smallest shapes only.")] = False,
 ) -> None:
     """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
-    _training()
-    _needs("bench", "matplotlib")
+    _needs("bench", "torch", "diffusers", "matplotlib")
     from rich.console import Console
 
     from .benchmarks.kernels import bench_kernels

@@ -80,7 +80,13 @@ def test_the_wheel_draws_without_torch_from_another_folder(wheel, tmp_path):
     assert list(pixels.shape) == [*read_artifact_manifest(ARTIFACT).image_size, 3]
     assert pixels.std() > 5, "the picture is nearly constant"
     assert run(programs / "python", "-c", "import torch", cwd=elsewhere).returncode != 0
-    for command in (["distill", "a", "b"], ["export", "a", "b"], ["train-teacher", "a"], ["evaluate"]):
+    for command in (
+        ["distill", "a", "b"],
+        ["export", "a", "b"],
+        ["train-teacher", "a"],
+        ["evaluate"],
+        ["bench", "kernels"],
+    ):
         refused = run(programs / "imagine-flash", *command, cwd=elsewhere)
         assert refused.returncode == 2 and "pip install" in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert [path.name for path in elsewhere.iterdir()] == ["out.png"]
