@@ -6,7 +6,9 @@ distance that this project calls FD (judge): never FID, whose features are Incep
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,9 @@ class Judge(nn.Module):
         self.register_buffer("reference_mean", torch.zeros(FEATURES))
         self.register_buffer("reference_covariance", torch.eye(FEATURES))
 
-    def refer_to(self, images: np.ndarray) -> None:
+    def refer_to(self, images: Iterable[np.ndarray]) -> None:
         """Keep mean and covariance of the features of real pictures: what FD (judge) is measured against."""
-        features, _ = self.read(images)
+        features = np.concatenate([self.read(np.stack(part))[0] for part in batched(images, 1000)])
         self.reference_mean.copy_(torch.from_numpy(features.mean(0)))
         self.reference_covariance.copy_(torch.from_numpy(np.cov(features, rowvar=False)))
 
@@ -85,6 +87,13 @@ class Judge(nn.Module):
             features.append(found.double().numpy())
             scenes += _scenes({name: values.argmax(1).tolist() for name, values in logits.items()})
         return np.concatenate(features), scenes
+
+
+def batched(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """Lists of `size`, the last one shorter (itertools.batched comes with Python 3.12)."""
+    rest = iter(images)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def _scenes(classes: dict[str, list[int]]) -> list[Scene]:
@@ -169,7 +178,12 @@ DEFAULT_FIT = Fit(steps=1400, batch=64, learning_rate=1.5e-3, warmup=100, ema_de
 
 
 def train_judge(
-    out: Path, *, font: Path | None = None, settings: Fit = DEFAULT_FIT, test_scenes: int = 4000
+    out: Path,
+    *,
+    font: Path | None = None,
+    settings: Fit = DEFAULT_FIT,
+    test_scenes: int = 4000,
+    reference_scenes: int = 40_000,
 ) -> dict[str, Any]:
     """Train the judge, test it on scenes of another seed, write `out` (safetensors, with the test's result inside)."""
     task = JudgeTask(EmojiScenes(seed=11, font=font), EmojiScenes(seed=11, held_out=True, font=font), settings)
@@ -181,7 +195,7 @@ def train_judge(
     }
     judge = task.judge
     reference = EmojiScenes(seed=13, font=font)
-    judge.refer_to(np.stack([reference[i].image for i in range(max(4 * FEATURES, test_scenes))]))
+    judge.refer_to(reference[i].image for i in range(reference_scenes))
     state = judge.state_dict()
     weights = {name: (v if name.startswith("reference") else v.half()).contiguous() for name, v in state.items()}
     metadata = {f"{split}_{name}": f"{value:.5f}" for split, row in measured.items() for name, value in row.items()}

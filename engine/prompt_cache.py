@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import RequestError
 
+Conditions = tuple[NDArray[Any], ...]  # what the text encoder gives the denoiser, each (B, ...)
 DEFAULT_BYTES = 64 * 2**20
 
 
@@ -27,15 +28,15 @@ class PromptCache:
             raise RequestError(f"the prompt cache's size must be a whole number of bytes >= 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self.hits = self.misses = self.used_bytes = 0
-        self._entries: OrderedDict[bytes, NDArray[Any]] = OrderedDict()
+        self._entries: OrderedDict[bytes, Conditions] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, ids: NDArray[np.int64], encode: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """The embeddings of `ids` (1, L), read-only; `encode` is called, outside the lock, where they are not kept."""
-        key = ids.tobytes()
+    def get(self, tokens: Mapping[str, NDArray[np.int64]], encode: Callable[[], Conditions]) -> Conditions:
+        """The conditions of one prompt's tokens, read-only; `encode` is called, outside the lock, where they are not kept."""
+        key = b"".join(ids.tobytes() for ids in tokens.values())
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
@@ -43,11 +44,12 @@ class PromptCache:
                 self.hits += 1
                 return found
             self.misses += 1
-        embeddings = encode()
-        embeddings.setflags(write=False)
-        if key and embeddings.nbytes <= self.max_bytes:
-            self._keep(key, embeddings)
-        return embeddings
+        conditions = encode()
+        for condition in conditions:
+            condition.setflags(write=False)
+        if key and _bytes(conditions) <= self.max_bytes:
+            self._keep(key, conditions)
+        return conditions
 
     def clear(self) -> None:
         """Forget every entry; the counts stay."""
@@ -55,12 +57,16 @@ class PromptCache:
             self._entries.clear()
             self.used_bytes = 0
 
-    def _keep(self, key: bytes, embeddings: NDArray[Any]) -> None:
+    def _keep(self, key: bytes, conditions: Conditions) -> None:
         with self._lock:
             if key in self._entries:  # another thread was faster
                 return
-            self._entries[key] = embeddings
-            self.used_bytes += embeddings.nbytes
+            self._entries[key] = conditions
+            self.used_bytes += _bytes(conditions)
             while self.used_bytes > self.max_bytes:
                 _, oldest = self._entries.popitem(last=False)
-                self.used_bytes -= oldest.nbytes
+                self.used_bytes -= _bytes(oldest)
+
+
+def _bytes(conditions: Conditions) -> int:
+    return sum(condition.nbytes for condition in conditions)

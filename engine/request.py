@@ -15,6 +15,8 @@ _WAYS_OUT = {
     "prompt": "a text such as 'a fox on a pink background'",
     "steps": "a whole number; the embedded model draws in 1, 2 or 3",
     "seed": f"a whole number from 0 to {MAX_SEED}",
+    "height": "a whole number of pixels",
+    "width": "a whole number of pixels",
     "count": f"a whole number from 1 to {MAX_COUNT}",
 }
 
@@ -24,6 +26,7 @@ class GenerateRequest(BaseModel):
 
     steps: network evaluations; None takes the most that the model was distilled for. seed: picture i of a request has the
     noise of seed + i, so any of them can be drawn again alone; None draws a seed at random. count: pictures, 1 to 64.
+    height, width: pixels; None takes the artifact's first size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -32,6 +35,8 @@ class GenerateRequest(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, le=MAX_SEED)
     count: int = Field(default=1, ge=1, le=MAX_COUNT)
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.artifact import GraphSpec, TensorSpec
+from ..core.artifact import GraphSpec, Size, TensorSpec
 from ..core.errors import ArtifactError, missing_extra
-from .stages import Stages, quiet
+from .stages import LATENTS, Stages, quiet
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
 try:
@@ -22,36 +25,53 @@ try:
 except ImportError as error:
     raise missing_extra(error.name or "onnx", "export") from None
 
-OPSET = 20  # faster to run and twice as fast to load on a CPU as 23; docs/decisions/004-onnx-on-cpu.md has the numbers
+OPSET = 23  # the first with native Attention and GroupNormalization
 BATCH = "batch"
 IR_VERSION = 10
 EXAMPLE_BATCH = 2  # torch.export specialises sizes 0 and 1
-DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"}
+DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"
+}  # fmt: skip
+COUNTED = (
+    "Attention",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+    "Softmax",
+)
+SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx says which module a node comes from
 
 
 @dataclass(frozen=True)
 class StageGraph:
     """A graph without its large weights, which lie in the store under the names the nodes use."""
 
-    graph: onnx.GraphProto
+    graph: onnx.GraphProto  # node names say which module of the network a node comes from
     weights: dict[str, WeightRef]
     opset: int
+    islands: frozenset[str] = frozenset()  # modules kept in float32 in a graph of lower precision
 
 
-def export_stages(stages: Stages, store: WeightStore, *, opset: int = OPSET) -> dict[str, StageGraph]:
-    """Every stage as a graph whose first axes are free ("batch"). Raises ArtifactError if torch fixed one."""
-    b, (c, h, w), length = EXAMPLE_BATCH, stages.latent_shape, stages.context_length
-    ids = torch.zeros(b, length, dtype=torch.int64)
-    latents, timestep = torch.zeros(b, c, h, w), torch.full((b,), 999.0)
+def export_text_encoder(stages: Stages, store: WeightStore, *, opset: int = OPSET) -> StageGraph:
+    """The text encoder(s): token ids and masks -> the conditions of the denoiser."""
+    return _export(stages.text_encoder, stages.example_tokens(EXAMPLE_BATCH), stages.conditions, store, opset)
+
+
+def export_denoiser(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
+    """The denoiser at one image size: latents, timestep, conditions -> m."""
+    latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
     with torch.inference_mode():
-        embeddings = stages.text_encoder(ids).clone()
-    inputs = {
-        "text_encoder": {"input_ids": ids},
-        "denoiser": {"latents": latents, "timestep": timestep, "embeddings": embeddings},
-        "decoder": {"latents": latents},
-    }
-    outputs = {"text_encoder": "embeddings", "denoiser": "m", "decoder": "images"}
-    return {name: _export_stage(getattr(stages, name), inputs[name], outputs[name], store, opset) for name in inputs}
+        conditions = [c.clone() for c in stages.text_encoder(*stages.example_tokens(EXAMPLE_BATCH).values())]
+    inputs = {LATENTS: latents, "timestep": torch.full((EXAMPLE_BATCH,), 999.0)}
+    inputs |= dict(zip(stages.conditions, conditions, strict=True))
+    return _export(stages.denoiser(size), inputs, ("m",), store, opset)
+
+
+def export_decoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
+    """The decoder at one image size: latents -> images."""
+    latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
+    return _export(stages.decoder, {LATENTS: latents}, ("images",), store, opset)
 
 
 def save_graph(stage: StageGraph, path: Path) -> GraphSpec:
@@ -60,26 +80,45 @@ def save_graph(stage: StageGraph, path: Path) -> GraphSpec:
     graph.CopyFrom(stage.graph)
     graph.name = path.stem
     attach(graph, stage.weights)
+    _name_nodes(graph)
     opsets = [helper.make_opsetid("", stage.opset)]
     model = helper.make_model(graph, producer_name="imagine-flash", opset_imports=opsets, ir_version=IR_VERSION)
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
-    specs = [[_tensor_spec(value) for value in values] for values in (graph.input, graph.output)]
-    return GraphSpec(file=path.name, inputs=specs[0], outputs=specs[1], opset=stage.opset)
+    inputs, outputs = ([_tensor_spec(value) for value in values] for values in (graph.input, graph.output))
+    found = Counter(node.op_type for node in graph.node)
+    nodes = {kind: found[kind] for kind in COUNTED if found[kind]}
+    return GraphSpec(
+        file=path.name, inputs=inputs, outputs=outputs, opset=stage.opset, nodes=nodes, islands=sorted(stage.islands)
+    )
 
 
-def _export_stage(
-    module: torch.nn.Module, inputs: dict[str, torch.Tensor], output: str, store: WeightStore, opset: int
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """unet.conv_in/Conv, and unet.conv_in/Conv_2 for the second: runtimes ask for unique names, profilers show them."""
+    seen: Counter[str] = Counter()
+    for node in graph.node:
+        name = f"{node.name}/{node.op_type}" if node.name else node.op_type
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+
+def _export(
+    module: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    outputs: Sequence[str],
+    store: WeightStore,
+    opset: int,
 ) -> StageGraph:
+    """The first axis of every input and output is free ("batch"). Raises ArtifactError if torch fixed one."""
     batch = torch.export.Dim(BATCH, min=1, max=1024)
-    with quiet():
+    with quiet(), torch.inference_mode():
         program = torch.onnx.export(
-            module,
+            module.eval(),
             tuple(inputs.values()),
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),
-            output_names=[output],
+            output_names=list(outputs),
             dynamic_shapes=tuple({0: batch} for _ in inputs),
             verbose=False,
         )
@@ -110,7 +149,8 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         if node.domain not in ("", "ai.onnx"):
             raise ArtifactError(f"the graph uses {node.domain}.{node.op_type}, which is no standard ONNX operator")
         assert not any(attribute.HasField("g") for attribute in node.attribute), "subgraphs are not renamed"
-        _strip(node)
+        scope = _module_of(node)
+        _strip(node).name = scope
         graph.node.append(node)
     for value in proto.graph.input:
         graph.input.append(_strip(value))
@@ -123,9 +163,14 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
 def _strip(part: Any) -> Any:
     part.doc_string = ""
     del part.metadata_props[:]
-    if isinstance(part, onnx.NodeProto):
-        part.name = ""
     return part
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    """The path of the torch module that a node comes from, such as unet.conv_in; "" at the top."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    path = [scope for scope in ast.literal_eval(scopes) if scope][:-1]  # the last is the value's own name
+    return path[-1] if path else ""
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -2,160 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ..core.artifact import ArtifactManifest
+from ..core.artifact import ArtifactManifest, Size, TokenizerSpec, size_name
 from ..core.errors import ParityError, missing_extra
+from ..core.noise import initial_noise
 from ..core.update import UpdateTable, reference_update
+from .ledger import Ledger, Limits
 from .stages import Stages
+from .weights import WEIGHTS_FILE
 
-LATENT_TOLERANCE = 1e-4  # absolute; of the largest value for embeddings beyond 1
-IMAGE_TOLERANCE = 1  # levels of 0..255
-BATCHES = (1, 3)
 SEEDS = (0, 1)
+LARGE = 200_000_000  # bytes of weights
+SATURATED = 0.99  # share of pixels at 0 or 255 beyond which an image shows nothing
 
-Errors = dict[str, dict[str, float]]
-Run = Callable[..., np.ndarray]  # run(graph, *tensors)
+Run = Callable[..., list[NDArray[Any]]]  # run(*tensors) -> outputs
 
 
 @dataclass(frozen=True)
-class _Case:
-    """One batch of prompts with its noise."""
+class Sampling:
+    """The plans by number of steps: the update's coefficients, and what the network is told at each step."""
+
+    tables: dict[int, UpdateTable]
+    times: dict[int, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of prompts at one size, with its noise, and what torch makes of it."""
 
     prompts: tuple[str, ...]
     seed: int
-    input_ids: torch.Tensor  # int64 (B, L)
+    size: Size
+    tokens: dict[str, torch.Tensor]  # int64 (B, L) by input name
     noise: torch.Tensor  # float32 (B, C, h, w)
+    conditions: tuple[torch.Tensor, ...]
+    walks: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]  # by steps: x_t, t, m of every step
+    latents: dict[int, torch.Tensor]  # by steps: x0
+    images: dict[int, torch.Tensor]  # by steps: uint8 (B, H, W, 3)
 
     def __str__(self) -> str:
-        _, channels, height, width = self.noise.shape
-        return f"prompt {self.prompts[0]!r}, seed {self.seed}, batch {len(self.prompts)}, latents {channels}x{height}x{width}"
+        return f"prompt {self.prompts[0]!r}, seed {self.seed}, batch {len(self.prompts)}, size {size_name(self.size)}"
 
 
-def check_parity(folder: Path, manifest: ArtifactManifest, stages: Stages, prompts: Sequence[str]) -> Errors:
-    """The largest error of every graph in `folder` against torch, float32, over prompts, seeds and batch sizes 1 and 3.
+def make_cases(
+    stages: Stages, sampling: Sampling, sizes: Sequence[Size], batches: Sequence[int], prompts: Sequence[str],
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Case]:  # fmt: skip
+    """Torch's answers, float32: every size at every batch, two seeds, every plan.
 
-    "embeddings", "m" and "latents" are absolute errors, "images" levels of 0..255. Raises ParityError, naming graph,
-    prompt, size and error, beyond 1e-4 or one level, for NaN or Inf, for a constant image, for differing token ids.
+    Raises ParityError where torch itself gives NaN, Inf, or images of one colour or all black and white.
     """
-    run = _runner(folder, manifest)
-    ledger = _Ledger({})
-    for case in _cases(folder / manifest.tokenizer.file, stages, prompts):
-        embeddings = _finite(stages.text_encoder(case.input_ids), "text_encoder", case)
-        got = torch.from_numpy(run("text_encoder", case.input_ids))
-        scale = max(1.0, float(embeddings.abs().max()))
-        ledger.record("text_encoder", "embeddings", got.numpy(), embeddings, case, LATENT_TOLERANCE * scale)
-        for steps in manifest.plans:
-            _check_plan(run, ledger, manifest, stages, case, steps, (embeddings, got))
-    return ledger.errors
+    cases = []
+    for size in sizes:
+        denoiser = stages.denoiser(size)
+        for batch in batches:
+            for seed in SEEDS:
+                progress(f"torch at {size_name(size)}, batch {batch}, seed {seed}")
+                chosen = tuple(prompts[(seed + i) % len(prompts)] for i in range(batch))
+                cases.append(_draw(stages, sampling, denoiser, chosen, seed, size))
+    return cases
 
 
-@dataclass(frozen=True)
-class _Ledger:
-    """The largest error seen so far, by graph and kind."""
-
-    errors: Errors
-
-    def record(self, graph: str, kind: str, got: np.ndarray, expected: torch.Tensor, case: _Case, limit: float) -> None:
-        error = _difference(got, expected)
-        if not error <= limit:  # also true for NaN
-            raise ParityError(f"{graph}: {kind} differ from torch by {error:.3g}, more than {limit:.3g} ({case})")
-        kinds = self.errors.setdefault(graph, {})
-        kinds[kind] = max(error, kinds.get(kind, 0.0))
-
-
-def _check_plan(
-    run: Run,
-    ledger: _Ledger,
-    manifest: ArtifactManifest,
-    stages: Stages,
-    case: _Case,
-    steps: int,
-    embeddings: tuple[torch.Tensor, torch.Tensor],  # torch's, onnxruntime's
-) -> None:
-    """One plan three ways: torch, the stage graphs in a loop, the whole-sampler graph."""
-    table = manifest.update_tables()[steps]
-    x = x_onnx = case.noise
-    for i, time in enumerate(manifest.schedule.network_time(table.timesteps)):
-        t = torch.full((len(x),), float(time))
-        m = _finite(stages.denoiser(x, t, embeddings[0]), "denoiser", case)
-        ledger.record("denoiser", "m", run("denoiser", x, t, embeddings[0]), m, case, LATENT_TOLERANCE)
-        m_onnx = run("denoiser", x_onnx, t, embeddings[1])
-        x, x_onnx = _step(x, m.numpy(), table, i), _step(x_onnx, m_onnx, table, i)
-        ledger.record(f"stages_{steps}", "latents", x_onnx.numpy(), x, case, LATENT_TOLERANCE)
-    _finite(stages.decoder.decode(x), "decoder", case)
-    images = stages.decoder(x)
-    _not_constant(images, case)
-    drawn = {
-        "decoder": run("decoder", x),
-        f"stages_{steps}": run("decoder", x_onnx),
-        f"sampler_{steps}": run(f"sampler_{steps}", case.input_ids, case.noise),
-    }
-    for graph, got in drawn.items():
-        ledger.record(graph, "images", got, images, case, IMAGE_TOLERANCE)
-
-
-def _cases(tokenizer_file: Path, stages: Stages, prompts: Sequence[str]) -> Iterator[_Case]:
+def check_tokenizers(folder: Path, specs: Sequence[TokenizerSpec], stages: Stages, prompts: Sequence[str]) -> None:
+    """Raises ParityError for a prompt that an exported tokenizer reads in another way than the student's."""
     from tokenizers import Tokenizer
 
-    exported = Tokenizer.from_file(str(tokenizer_file))
-    for batch in BATCHES:
-        for seed in SEEDS:
-            chosen = tuple(prompts[(seed + i) % len(prompts)] for i in range(batch))
-            ids = stages.tokenizer(
-                list(chosen), padding="max_length", max_length=stages.context_length, truncation=True
-            ).input_ids
-            again = [encoding.ids for encoding in exported.encode_batch(list(chosen))]
-            if ids != again:
-                raise ParityError(f"tokenizer: {chosen!r} gives other token ids than in the student folder")
-            noise = torch.randn(batch, *stages.latent_shape, generator=torch.Generator().manual_seed(seed))
-            yield _Case(chosen, seed, torch.tensor(ids), noise)
+    for spec, tokens in zip(specs, stages.tokens, strict=True):
+        exported = Tokenizer.from_file(str(folder / spec.file))
+        encoded = exported.encode_batch([*prompts, *(prompt.upper() + " " for prompt in prompts)])
+        expected = tokens.encode([*prompts, *(prompt.upper() + " " for prompt in prompts)])
+        again = {spec.input: [e.ids for e in encoded]}
+        if spec.mask:
+            again[spec.mask] = [e.attention_mask for e in encoded]
+        for name, ids in again.items():
+            if ids != expected[name].tolist():
+                raise ParityError(
+                    f"tokenizer: {prompts[0]!r} gives other token ids than in the student folder ({spec.file})"
+                )
 
 
-def _runner(folder: Path, manifest: ArtifactManifest) -> Run:
-    """run(graph, *tensors) -> array; sessions are built once."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise missing_extra("onnxruntime", "cpu") from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_reuse = False
-    sessions = {
-        name: onnxruntime.InferenceSession(folder / spec.file, options, providers=["CPUExecutionProvider"])
-        for name, spec in manifest.graphs.items()
-    }
+def check_parity(
+    graphs: Mapping[str, Path], manifest: ArtifactManifest, cases: Iterable[Case], limits: Limits,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Ledger:  # fmt: skip
+    """Runs every graph of `graphs` (name -> ONNX file) on every case, one session at a time.
 
-    def run(name: str, *tensors: torch.Tensor) -> np.ndarray:
-        names = (spec.name for spec in manifest.graphs[name].inputs)
-        feed = {key: tensor.numpy() for key, tensor in zip(names, tensors, strict=True)}
-        return np.asarray(sessions[name].run(None, feed)[0])
+    Kinds of figures: the conditions, "m" and "latents" (largest absolute difference) and their "_rms" (relative),
+    "images" (levels of 0..255) and "psnr" (dB, the worst image). "stages_N" is the loop over the stage graphs.
+    """
+    ledger, cases = Ledger(limits), list(cases)
+    text = _text(graphs["text_encoder"], ledger, manifest, cases, progress)
+    for size in manifest.sizes:
+        here = [i for i, case in enumerate(cases) if case.size == size]
+        walked: dict[tuple[int, int], torch.Tensor] = {}
+        name = manifest.graph_name("denoiser", size)
+        progress(name)
+        with _session(graphs[name]) as run:
+            for i in here:
+                walked |= {(i, n): x for n, x in _walk(run, name, ledger, manifest, cases[i], text[i]).items()}
+        name = manifest.graph_name("decoder", size)
+        progress(name)
+        with _session(graphs[name]) as run:
+            for i in here:
+                for steps in manifest.plans:
+                    ledger.compare_images(name, run(cases[i].latents[steps])[0], cases[i], steps)
+                    loop = manifest.graph_name(f"stages_{steps}", size)
+                    ledger.compare_images(loop, run(walked[i, steps])[0], cases[i], steps)
+        for steps in manifest.plans:
+            for kind in ("sampler_{}", "sampler_{}_from_embeddings"):
+                name = manifest.graph_name(kind.format(steps), size)
+                progress(name)
+                with _session(graphs[name]) as run:
+                    for i in here:
+                        given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
+                        ledger.compare_images(name, run(*given, cases[i].noise)[0], cases[i], steps)
+    return ledger
 
-    return run
+
+def _draw(
+    stages: Stages, sampling: Sampling, denoiser: torch.nn.Module, prompts: tuple[str, ...], seed: int, size: Size
+) -> Case:
+    tokens = stages.encode_prompts(prompts)
+    noise = torch.from_numpy(initial_noise(seed, len(prompts), stages.latent_shape(size)))
+    case = Case(prompts, seed, size, tokens, noise, tuple(stages.text_encoder(*tokens.values())), {}, {}, {})
+    for condition in case.conditions:
+        _finite(condition, "text_encoder", case)
+    for steps, table in sampling.tables.items():
+        x, walk = noise, []
+        for i, time in enumerate(sampling.times[steps]):
+            t = torch.full((len(x),), float(time))
+            m = _finite(denoiser(x, t, *case.conditions), "denoiser", case)
+            walk.append((x, t, m))
+            x = _step(x, m.numpy(), table, i)
+        _finite(stages.decoder.decode(x), "decoder", case)
+        case.walks[steps], case.latents[steps], case.images[steps] = walk, x, stages.decoder(x)
+        _not_empty(case.images[steps], case)
+    return case
 
 
-def _step(x: torch.Tensor, m: np.ndarray, table: UpdateTable, index: int) -> torch.Tensor:
+def _text(
+    graph: Path, ledger: Ledger, manifest: ArtifactManifest, cases: list[Case], progress: Callable[[str], None]
+) -> list[tuple[torch.Tensor, ...]]:
+    """onnxruntime's conditions of every case."""
+    names = [spec.name for spec in manifest.graphs["text_encoder"].outputs]
+    found = []
+    progress("text_encoder")
+    with _session(graph) as run:
+        for case in cases:
+            got = run(*case.tokens.values())
+            for name, value, expected in zip(names, got, case.conditions, strict=True):
+                ledger.compare("text_encoder", name, value, expected, case)
+            found.append(tuple(torch.from_numpy(value) for value in got))
+    return found
+
+
+def _walk(
+    run: Run, name: str, ledger: Ledger, manifest: ArtifactManifest, case: Case, text: tuple[torch.Tensor, ...]
+) -> dict[int, torch.Tensor]:
+    """The denoiser on torch's own inputs; and the whole loop on onnxruntime's, whose latents are returned by steps."""
+    walked = {}
+    for steps, table in manifest.update_tables().items():
+        x_onnx = case.noise
+        for i, (x, t, m) in enumerate(case.walks[steps]):
+            ledger.compare(name, "m", run(x, t, *case.conditions)[0], m, case)
+            x_onnx = _step(x_onnx, run(x_onnx, t, *text)[0], table, i)
+        loop = manifest.graph_name(f"stages_{steps}", case.size)
+        ledger.compare(loop, "latents", x_onnx.numpy(), case.latents[steps], case)
+        walked[steps] = x_onnx
+    return walked
+
+
+class _session:
+    """A graph's onnxruntime session as run(*tensors) -> outputs, closed at the end: large graphs do not fit side by side."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Run:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise missing_extra("onnxruntime", "cpu") from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        weights = self.path.parent / WEIGHTS_FILE
+        large = weights.stat().st_size > LARGE
+        options.enable_mem_reuse = large  # planning it is slow; its memory matters when large
+        options.add_session_config_entry("session.disable_prepacking", str(int(large)))  # a second copy of the weights
+        try:
+            session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library's errors share no base of their own
+            raise ParityError(
+                f"onnxruntime does not load {self.path.name}: {' '.join(str(error).split())[:300]}"
+            ) from None
+        self._session = session
+        names = [value.name for value in session.get_inputs()]
+
+        def run(*tensors: torch.Tensor) -> list[NDArray[Any]]:
+            feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            return [np.asarray(value) for value in self._session.run(None, feed)]
+
+        return run
+
+    def __exit__(self, *_: object) -> None:
+        del self._session
+        gc.collect()
+
+
+def _step(x: torch.Tensor, m: NDArray[Any], table: UpdateTable, index: int) -> torch.Tensor:
     return torch.from_numpy(reference_update(x.numpy(), m, table, index))
 
 
-def _difference(got: np.ndarray, expected: torch.Tensor) -> float:
-    """The largest absolute difference; NaN where either is NaN."""
-    if got.shape != tuple(expected.shape):
-        return float("inf")
-    return float(np.abs(got.astype(np.float64) - expected.numpy().astype(np.float64)).max())
-
-
-def _finite(values: torch.Tensor, stage: str, case: _Case) -> torch.Tensor:
+def _finite(values: torch.Tensor, stage: str, case: Case) -> torch.Tensor:
     if not torch.isfinite(values).all():
         raise ParityError(f"{stage}: NaN or Inf in torch itself; the student is broken ({case})")
     return values
 
 
-def _not_constant(images: torch.Tensor, case: _Case) -> None:
+def _not_empty(images: torch.Tensor, case: Case) -> None:
     if (images == images[:, :1, :1]).flatten(1).all(1).any():
         raise ParityError(f"decoder: an image of one colour; the student is broken ({case})")
+    extreme = ((images == 0) | (images == 255)).flatten(1).float().mean(1)
+    if (extreme > SATURATED).any():
+        raise ParityError(
+            f"decoder: an image all black and white ({float(extreme.max()):.1%}); the student is broken ({case})"
+        )

@@ -30,17 +30,20 @@ class _Builder:
         self.weights: dict[str, WeightRef] = {}
         self._known: set[str] = set()
 
-    def inline(self, stage: StageGraph, name: str, run: str, inputs: Iterable[str], output: str) -> None:
+    def inline(
+        self, stage: StageGraph, name: str, run: str, inputs: Iterable[str], outputs: Iterable[str]
+    ) -> None:  # fmt: skip
         """Copies a stage's nodes. Weights and constants are named after the stage, values after this run of it."""
         fixed = {*stage.weights, *(tensor.name for tensor in stage.graph.initializer)}
         names = {value.name: bound for value, bound in zip(stage.graph.input, inputs, strict=True)}
-        names |= {stage.graph.output[0].name: output, "": ""}
-        names |= {value: f"{name}/{value}" for value in fixed}
+        names |= {value.name: bound for value, bound in zip(stage.graph.output, outputs, strict=True)}
+        names |= {value: f"{name}/{value}" for value in fixed} | {"": ""}
         for node in stage.graph.node:
             copy = self.graph.node.add()
             copy.CopyFrom(node)
             copy.input[:] = [names.get(value, f"{run}/{value}") for value in node.input]
             copy.output[:] = [names.get(value, f"{run}/{value}") for value in node.output]
+            copy.name = f"{run}/{node.name}" if node.name else run
         self.weights |= {f"{name}/{weight}": ref for weight, ref in stage.weights.items()}
         for tensor in stage.graph.initializer:
             self._initializer(tensor, f"{name}/{tensor.name}")
@@ -61,29 +64,42 @@ class _Builder:
             copy.name = name
 
 
-def sampler_graph(stages: dict[str, StageGraph], table: UpdateTable, network_times: ArrayLike) -> StageGraph:
-    """input_ids int64 (B, L), noise float32 (B, C, h, w) -> images uint8 (B, H, W, 3), unrolled over `table`.
+def sampler_graph(
+    denoiser: StageGraph,
+    decoder: StageGraph,
+    table: UpdateTable,
+    network_times: ArrayLike,
+    *,
+    text_encoder: StageGraph | None = None,
+) -> StageGraph:
+    """noise float32 (B, C, h, w) and the text -> images uint8 (B, H, W, 3), unrolled over `table`.
 
-    noise is x_T, unit Gaussian. network_times: what the denoiser is told at each step, (n_steps,). Raises ScheduleError
-    for a table that re-noises.
+    The text is what the text encoder takes or, without one, the conditions that it gives: then a prompt cache can keep
+    them. noise is x_T, unit Gaussian. network_times: what the denoiser is told at each step, (n_steps,). Raises
+    ScheduleError for a table that re-noises.
     """
     if np.any(table.c != 0):
         raise ScheduleError("a plan that re-noises needs fresh noise at each step and has no whole-sampler graph")
-    text, denoiser, decoder = (stages[name] for name in ("text_encoder", "denoiser", "decoder"))
     build = _Builder()
-    build.inline(text, "text_encoder", "text_encoder", ["input_ids"], "embeddings")
+    conditions = [value.name for value in denoiser.graph.input[2:]]
+    if text_encoder is not None:
+        given = [value.name for value in text_encoder.graph.input]
+        build.inline(text_encoder, "text_encoder", "text_encoder", given, conditions)
     batch = build.node("Shape", [NOISE], "batch_size", start=0, end=1)
     x = NOISE
     for i, time in enumerate(np.asarray(network_times, dtype=np.float64)):
         told = build.node("Expand", [build.constant(f"time_{i}", [time]), batch], f"timestep_{i}")
-        build.inline(denoiser, "denoiser", f"step_{i}", [x, told, "embeddings"], f"m_{i}")
+        build.inline(denoiser, "denoiser", f"step_{i}", [x, told, *conditions], [f"m_{i}"])
         kept = build.node("Mul", [x, build.constant(f"a_{i}", table.a[i])], f"a_x_{i}")
         moved = build.node("Mul", [f"m_{i}", build.constant(f"b_{i}", table.b[i])], f"b_m_{i}")
         x = build.node("Add", [kept, moved], f"x_{i}")
-    build.inline(decoder, "decoder", "decoder", [x], "images")
-    build.graph.input.append(text.graph.input[0])
+    build.inline(decoder, "decoder", "decoder", [x], ["images"])
+    text = denoiser.graph.input[2:] if text_encoder is None else text_encoder.graph.input
+    build.graph.input.extend(text)
     noise = build.graph.input.add()
     noise.CopyFrom(denoiser.graph.input[0])
     noise.name = NOISE
     build.graph.output.append(decoder.graph.output[0])
-    return StageGraph(build.graph, build.weights, text.opset)
+    stages = [stage for stage in (text_encoder, denoiser, decoder) if stage is not None]
+    islands = frozenset().union(*(stage.islands for stage in stages))
+    return StageGraph(build.graph, build.weights, denoiser.opset, islands)

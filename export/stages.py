@@ -1,15 +1,15 @@
-"""The three networks of a student as torch modules with the inputs and outputs that the graphs have."""
+"""The three stages of a student as torch modules with the inputs and outputs that the graphs have."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..core.artifact import Size, size_name
 from ..core.errors import ArtifactError, missing_extra
 
 try:
@@ -17,45 +17,38 @@ try:
 except ImportError:
     raise missing_extra("torch", "export") from None
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
-class TextEncoder(torch.nn.Module):
-    """input_ids int64 (B, L) -> embeddings float32 (B, L, D): the last hidden state, as StableDiffusionPipeline uses."""
-
-    def __init__(self, text_encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.text_encoder(input_ids).last_hidden_state
-
-
-class Denoiser(torch.nn.Module):
-    """latents float32 (B, C, h, w), timestep float32 (B,), embeddings float32 (B, L, D) -> m float32 (B, C, h, w)."""
-
-    def __init__(self, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.unet(latents, timestep, embeddings, return_dict=False)[0]
+LATENTS = "latents"
+PROBE = 8  # latents of a side: enough for any decoder, cheap for all
 
 
 class Decoder(torch.nn.Module):
-    """latents float32 (B, C, h, w) -> images uint8 (B, H, W, 3): unscale, decode, [-1, 1] to 0..255, round half to even."""
+    """latents float32 (B, C, h, w) -> images uint8 (B, H, W, 3): unscale, decode, [-1, 1] to 0..255, round half to even.
+
+    The unscaling is vae.config's: z / scaling_factor + shift_factor, or z std / scaling_factor + mean where it has
+    latents_mean and latents_std.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift_factor = float(vae.config.get("shift_factor") or 0.0)
+        config = vae.config
+        self.scaling_factor = float(config.scaling_factor)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        per_channel = mean is not None and std is not None
+        shift = torch.tensor(mean if per_channel else [float(config.get("shift_factor") or 0.0)])
+        scale = torch.tensor(std if per_channel else [1.0]) / self.scaling_factor
+        self.register_buffer("scale", scale.reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.reshape(1, -1, 1, 1), persistent=False)
+        self.shifted = bool(shift.any())
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images float32 (B, 3, H, W), about [-1, 1]."""
-        z = latents * (1.0 / self.scaling_factor)
-        if self.shift_factor:
-            z = z + self.shift_factor
+        z = latents * self.scale
+        if self.shifted:
+            z = z + self.shift
         return self.vae.decode(z, return_dict=False)[0]
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -64,68 +57,94 @@ class Decoder(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class Stages:
-    """A student's networks, float32, in evaluation mode, on the CPU, and what the graphs' shapes follow from."""
+class TokenInput:
+    """One tokenizer and the inputs of the text encoder that it feeds.
 
-    text_encoder: TextEncoder
-    denoiser: Denoiser
-    decoder: Decoder
+    tokenizer: of transformers, with a backend of `tokenizers`. length: prompts are padded to it. mask: the name of the
+    input that takes the attention mask, if any. truncates: a longer prompt is cut, since another encoder reads all of it.
+    lowercase: the pipeline lowers and strips the prompt first.
+    """
+
+    name: str
     tokenizer: Any
+    length: int
+    mask: str | None = None
+    truncates: bool = False
+    lowercase: bool = False
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """int64 (B, L) by input name, as the diffusers pipeline computes them."""
+        texts = [prompt.lower().strip() if self.lowercase else prompt for prompt in prompts]
+        encoded = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True)
+        found = {self.name: torch.tensor(encoded.input_ids)}
+        return found | ({self.mask: torch.tensor(encoded.attention_mask)} if self.mask else {})
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A student's networks, float32, in evaluation mode, on the CPU, and what the graphs' shapes follow from.
+
+    text_encoder(*ids and masks) -> one tensor per name in `conditions`; denoiser(size)(latents, timestep, *conditions)
+    -> m; decoder(latents) -> images. Every tensor is batched; conditions are float32.
+    """
+
+    pipeline: str  # diffusers' class
+    tokens: tuple[TokenInput, ...]
+    text_encoder: torch.nn.Module
+    conditions: tuple[str, ...]
+    denoiser: Callable[[Size], torch.nn.Module]  # for images of that size, which some networks are told
+    decoder: Decoder
     scheduler: dict[str, Any]
-    latent_shape: tuple[int, int, int]  # C, h, w
-    image_size: tuple[int, int]  # H, W
-    context_length: int
+    latent_channels: int
+    downscale: int  # pixels of an image's side per latent
+    multiple: int  # what the sides of an image must be a multiple of
+    default_size: Size
 
     @property
     def prediction_type(self) -> str:
         """The scheduler config's prediction_type; flow matching has none of its own."""
-        if str(self.scheduler.get("_class_name", "")).startswith("FlowMatch"):
-            return "flow"
-        return self.scheduler.get("prediction_type", "epsilon")
+        return prediction_type_of(self.scheduler)
 
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image of `size`."""
+        return self.latent_channels, size[0] // self.downscale, size[1] // self.downscale
 
-def load_stages(student: str | Path) -> Stages:
-    """Loads the diffusers pipeline of a student folder. Raises ArtifactError, MissingExtraError."""
-    try:
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    except ImportError:
-        raise missing_extra("diffusers", "export") from None
-    try:
-        with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(student), dtype=torch.float32, local_files_only=True, use_safetensors=True
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """int64 (B, L) for every input of the text encoder, in its order."""
+        return {name: ids for tokens in self.tokens for name, ids in tokens.encode(prompts).items()}
+
+    def example_tokens(self, batch: int) -> dict[str, torch.Tensor]:
+        """The tokens of a short prompt, `batch` times."""
+        return self.encode_prompts(["a"] * batch)
+
+    def check_size(self, size: Size) -> None:
+        """Raises ArtifactError for a size that the networks cannot draw."""
+        if min(size) < self.multiple or size[0] % self.multiple or size[1] % self.multiple:
+            near = [max(1, round(side / self.multiple)) * self.multiple for side in size]
+            raise ArtifactError(
+                f"a size must be a multiple of {self.multiple} for this student, got {size_name(size)}; "
+                f"try {size_name((near[0], near[1]))}"
             )
-    except Exception as error:  # whatever a damaged folder makes the libraries raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"{student} does not load in diffusers: {reason}") from error
-    missing = [part for part in PARTS if getattr(pipeline, part, None) is None]
-    if missing:
-        raise ArtifactError(
-            f"{student} has no {missing[0]}; a student is a text-to-image pipeline with {', '.join(PARTS)}"
-        )
-    return stages_of(pipeline)
 
 
-def stages_of(pipeline: Any) -> Stages:
-    """The stages of a pipeline in memory (float32)."""
-    for part in ("unet", "vae", "text_encoder"):
-        getattr(pipeline, part).eval().requires_grad_(False)
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    latent_shape = (pipeline.unet.config.in_channels, height, width)
-    decoder = Decoder(pipeline.vae)
+def prediction_type_of(scheduler: dict[str, Any]) -> str:
+    """What the network predicts, from a scheduler config."""
+    if str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
+        return "flow"
+    return scheduler.get("prediction_type", "epsilon")
+
+
+def downscale_of(decoder: Decoder, latent_channels: int) -> int:
+    """Pixels of an image's side per latent, found by decoding a small latent. Raises ArtifactError if channels differ."""
     with torch.inference_mode():
-        image = decoder(torch.zeros(1, *latent_shape))  # (1, H, W, 3)
-    return Stages(
-        text_encoder=TextEncoder(pipeline.text_encoder),
-        denoiser=Denoiser(pipeline.unet),
-        decoder=decoder,
-        tokenizer=pipeline.tokenizer,
-        scheduler=dict(pipeline.scheduler.config),
-        latent_shape=latent_shape,
-        image_size=(image.shape[1], image.shape[2]),
-        context_length=min(pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings),
-    )
+        try:
+            images = decoder(torch.zeros(1, latent_channels, PROBE, PROBE))  # (1, H, W, 3)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"the decoder does not take latents of {latent_channels} channels ({str(error).splitlines()[0]}); "
+                "choose the one that belongs to this student"
+            ) from None
+    return images.shape[1] // PROBE
 
 
 @contextmanager

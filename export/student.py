@@ -1,128 +1,298 @@
-"""`imagine-flash export`: a student folder becomes an artifact folder, or nothing is written."""
+"""`imagine-flash export`: a student becomes an artifact folder, or nothing is written."""
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
-from tokenizers import Tokenizer
+from filelock import FileLock, Timeout
 
 from ..core.artifact import (
     ARTIFACT_FILE,
     ArtifactManifest,
-    GraphSpec,
+    Size,
     StudentManifest,
-    TokenizerSpec,
     atomic_folder,
+    graph_name,
     hash_files,
     hash_folder,
     read_student_manifest,
     write_manifest,
 )
-from ..core.plan import plans_by_steps
+from ..core.errors import ArtifactError, ParityError
+from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
-from ..core.update import UpdateTable, update_table
-from .onnx import OPSET, export_stages, save_graph
-from .parity import check_parity
+from ..core.update import update_table
+from .ledger import Ledger
+from .loading import load_stages, student_folder
+from .onnx import StageGraph, export_decoder, export_denoiser, export_text_encoder, save_graph
+from .options import ExportOptions
+from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, make_cases
+from .precision import emulate, find_islands, lower
+from .report import save_references, write_report
 from .sampler_graph import sampler_graph
-from .stages import Stages, load_stages
+from .stages import LATENTS, Stages
+from .tokenizer import parity_prompts, write_tokenizers
 from .weights import WEIGHTS_FILE, WeightStore
 
-TOKENIZER_FILE = "tokenizer.json"
 VERSIONED = ("imagine-flash", "torch", "diffusers", "transformers", "onnx", "onnxscript")
-END_OF_WORD = "</w>"
+CHECKED = ".check-"  # graphs that stand for the artifact's own in the gate, where those do not compute as on a GPU
+Progress = Callable[[str], None]
+Graphs = dict[str, StageGraph]
 
 
 def export_student(
-    student: str | Path,
-    out: str | Path,
-    *,
-    name: str | None = None,
-    opset: int = OPSET,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> ArtifactManifest:
-    """Exports a student folder to the artifact folder `out` and returns its manifest.
+    student: str | Path, out: str | Path, *, options: ExportOptions | None = None,
+    progress: Callable[[str, int], None] = lambda what, total: None,
+) -> ArtifactManifest:  # fmt: skip
+    """Exports a student (folder or hub id) to the artifact folder `out` and returns its manifest.
 
-    Writes text_encoder, denoiser, decoder and sampler_N graphs (ONNX), weights.bin, tokenizer.json and manifest.json in
-    one rename, after every graph agreed with torch; an artifact that was at `out` stays whole until then. name: what the
-    model is called, by default the student folder's name. progress is told what is being done. Raises ArtifactError,
-    ParityError, ScheduleError, MissingExtraError.
+    Writes text_encoder, denoiser, decoder and sampler graphs (ONNX), weights.bin, tokenizers, reference pictures, the
+    other formats asked for, and manifest.json in one rename, after every graph agreed with torch; an artifact that was
+    at `out` stays whole until then. progress is told what is being done and how many such things there are. Raises
+    ArtifactError, PlanError, ScheduleError, MissingExtraError; ParityError with a report and the failing images in the
+    folder `out`.parity.
     """
-    student = Path(student)
-    described = read_student_manifest(student)
-    with atomic_folder(out, replaces=(ARTIFACT_FILE,)) as folder, torch.inference_mode():
-        progress("loading the student")
-        stages = load_stages(student)
-        tables, schedule = _update_tables(described, stages)
-        progress("writing the graphs")
-        graphs = _write_graphs(folder, stages, tables, schedule, opset)
-        vocabulary = write_tokenizer(folder / TOKENIZER_FILE, stages)
+    options, out = options or ExportOptions(), Path(out)
+    lock = FileLock(out.resolve().with_name(f".{out.resolve().name}.lock"), timeout=0)
+    try:
+        with lock:
+            try:
+                return _export(student, out, options, progress)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        raise ArtifactError(f"another export is writing {out}; wait for it or choose another folder") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ArtifactError(f"cannot write {out}: {reason}; nothing was changed there") from error
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What is left of the networks once they are graphs: torch's memory is free before the first graph runs."""
+
+    stages: Graphs  # float32; by the manifest's names
+    cases: list[Case]
+    sampling: Sampling
+    facts: dict[str, Any]  # fields of the manifest
+
+
+def _export(
+    student: str | Path, out: Path, options: ExportOptions, tell: Callable[[str, int], None]
+) -> ArtifactManifest:  # fmt: skip
+    folder = student_folder(student)
+    described = read_student_manifest(folder)
+    total = _count(options, len(options.steps or described.plans))
+
+    def progress(what: str) -> None:
+        tell(what, total)
+
+    with atomic_folder(out, replaces=(ARTIFACT_FILE,)) as target, torch.inference_mode():
+        store = WeightStore(target / WEIGHTS_FILE)
+        traced = _trace(folder, target, described, store, options, progress)
+        gc.collect()
+        stages = _lowered(traced, store, options, progress)
+        graphs = stages | _samplers(stages, traced)
+        specs = {name: save_graph(graph, target / f"{name}.onnx") for name, graph in graphs.items()}
         manifest = ArtifactManifest(
-            name=name or student.resolve().name,
-            created_with={package: version(package) for package in VERSIONED}
-            | {"onnxruntime": onnxruntime.__version__},
-            prediction_type=stages.prediction_type,  # type: ignore[arg-type]  (pydantic checks it)
-            scheduler=_plain(stages.scheduler),
-            plans={n: [int(t) for t in table.timesteps] for n, table in tables.items()},
-            noise_correction=described.noise_correction,
-            latent_shape=list(stages.latent_shape),
-            image_size=list(stages.image_size),
-            scaling_factor=stages.decoder.scaling_factor,
-            tokenizer=TokenizerSpec(
-                file=TOKENIZER_FILE, context_length=stages.context_length, known_words=described.known_words
-            ),
-            graphs=graphs,
-            files=hash_files(folder),
+            name=options.name or folder.resolve().name,
+            student_sha256=hash_folder(folder),
+            graphs=specs,
+            files=hash_files(target),
             parity={},
-            student_sha256=hash_folder(student),
+            **traced.facts,
         )
-        progress("comparing with torch")
-        errors = check_parity(folder, manifest, stages, parity_prompts(vocabulary))
-        manifest = manifest.model_copy(update={"parity": errors})
-        write_manifest(folder, manifest)
+        ledger = _gate(target, manifest, stages, traced, options, progress)
+        if ledger.failures:
+            raise _failure(out, ledger)
+        manifest = _finish(target, manifest, ledger, traced.cases, options, progress)
+        write_manifest(target, manifest)
     return manifest
 
 
-def whole_words(tokenizer: Tokenizer) -> list[str]:
-    """What a CLIP vocabulary holds as one token: its entries ending in </w>, without single characters but "a"."""
-    words = {entry.removesuffix(END_OF_WORD) for entry in tokenizer.get_vocab() if entry.endswith(END_OF_WORD)}
-    return sorted(word for word in words if len(word) > 1 or word == "a")
+def _trace(
+    folder: Path, target: Path, described: StudentManifest, store: WeightStore, options: ExportOptions, progress: Progress
+) -> _Traced:  # fmt: skip
+    """Torch's part: the networks' answers and their graphs."""
+    progress("loading the student")
+    stages = load_stages(folder, tiny_decoder=options.tiny_decoder)
+    sizes = options.sizes or (stages.default_size,)
+    for size in sizes:
+        stages.check_size(size)
+    sampling, plans = _sampling(described, stages, options)
+    prompts = list(options.prompts or parity_prompts(stages))
+    facts = {
+        "pipeline": stages.pipeline, "precision": options.precision, "prediction_type": stages.prediction_type,
+        "scheduler": _plain(stages.scheduler), "plans": plans, "noise_correction": described.noise_correction,
+        "latent_channels": stages.latent_channels, "downscale": stages.downscale, "sizes": list(sizes),
+        "batch": options.batch, "scaling_factor": stages.decoder.scaling_factor,
+        "tokenizers": write_tokenizers(target, stages, described.known_words),
+        "created_with": {package: version(package) for package in VERSIONED} | {"onnxruntime": onnxruntime.__version__},
+        "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},
+    }  # fmt: skip
+    check_tokenizers(target, facts["tokenizers"], stages, prompts)
+    cases = make_cases(stages, sampling, sizes, sorted({*options.batch}), prompts, progress)
+    return _Traced(_stage_graphs(stages, store, sizes, options.opset, progress), cases, sampling, facts)
 
 
-def write_tokenizer(path: Path, stages: Stages) -> list[str]:
-    """Writes a tokenizer.json that pads to the context and never truncates; returns its whole words."""
-    source = stages.tokenizer
-    tokenizer = Tokenizer.from_str(source.backend_tokenizer.to_str())
-    tokenizer.no_truncation()
-    tokenizer.enable_padding(length=stages.context_length, pad_id=source.pad_token_id, pad_token=str(source.pad_token))
-    tokenizer.save(str(path), pretty=False)
-    return whole_words(tokenizer)
+def _stage_graphs(
+    stages: Stages, store: WeightStore, sizes: tuple[Size, ...], opset: int, progress: Progress
+) -> Graphs:  # fmt: skip
+    progress("writing text_encoder")
+    graphs = {"text_encoder": export_text_encoder(stages, store, opset=opset)}
+    for kind, export in (("denoiser", export_denoiser), ("decoder", export_decoder)):
+        for size in sizes:
+            name = graph_name(kind, size, sizes[0])
+            progress(f"writing {name}")
+            graphs[name] = export(stages, store, size, opset=opset)
+    return graphs
 
 
-def parity_prompts(words: list[str]) -> list[str]:
-    """Three prompts of 1, 4 and 8 of the words (or "a" where there are none), always the same for one vocabulary."""
-    draw = np.random.default_rng(0)
-    return [" ".join(draw.choice(words or ["a"], size)) for size in (1, 4, 8)]
+def _samplers(stages: Graphs, traced: _Traced) -> Graphs:
+    """The whole-sampler graphs of every size and plan, from token ids and from embeddings."""
+    graphs, sizes = {}, traced.facts["sizes"]
+    for size in sizes:
+        denoiser, decoder = (stages[graph_name(kind, size, sizes[0])] for kind in ("denoiser", "decoder"))
+        for steps, table in traced.sampling.tables.items():
+            times = traced.sampling.times[steps]
+            for kind, text in (
+                (f"sampler_{steps}", stages["text_encoder"]),
+                (f"sampler_{steps}_from_embeddings", None),
+            ):
+                graph = sampler_graph(denoiser, decoder, table, times, text_encoder=text)
+                graphs[graph_name(kind, size, sizes[0])] = graph
+    return graphs
 
 
-def _write_graphs(
-    folder: Path, stages: Stages, tables: dict[int, UpdateTable], schedule: NoiseSchedule, opset: int
-) -> dict[str, GraphSpec]:
-    graphs = export_stages(stages, WeightStore(folder / WEIGHTS_FILE), opset=opset)
-    for steps, table in tables.items():
-        graphs[f"sampler_{steps}"] = sampler_graph(graphs, table, schedule.network_time(table.timesteps))
-    return {name: save_graph(graph, folder / f"{name}.onnx") for name, graph in graphs.items()}
+def _lowered(traced: _Traced, store: WeightStore, options: ExportOptions, progress: Progress) -> Graphs:
+    """The stage graphs in the precision asked for."""
+    if options.precision == "fp32":
+        return traced.stages
+    graphs = {}
+    for name, graph in traced.stages.items():
+        progress(f"lowering {name}")
+        feeds = [_feed(name, case, traced) for case in traced.cases if _is_of(name, case, traced)]
+        islands = find_islands(graph, store, options.precision, feeds, limit=options.limits.rms / 2)
+        graphs[name] = lower(graph, store, options.precision, islands.modules)
+    return graphs
 
 
-def _update_tables(student: StudentManifest, stages: Stages) -> tuple[dict[int, UpdateTable], NoiseSchedule]:
+def _is_of(name: str, case: Case, traced: _Traced) -> bool:
+    """One case per stage graph and seed: that of the smallest batch at the graph's size."""
+    default, smallest = traced.facts["sizes"][0], traced.facts["batch"][0]
+    at_its_size = name in {graph_name(kind, case.size, default) for kind in ("text_encoder", "denoiser", "decoder")}
+    return at_its_size and len(case.prompts) == smallest
+
+
+def _feed(name: str, case: Case, traced: _Traced) -> dict[str, Any]:
+    """What torch gave the stage in this case, as arrays by input name: of the longest plan, its noisiest step."""
+    longest = max(traced.sampling.tables)
+    if name == "text_encoder":
+        return {key: ids.numpy() for key, ids in case.tokens.items()}
+    if name.startswith("decoder"):
+        return {LATENTS: case.latents[longest].numpy()}
+    x, t, _ = case.walks[longest][0]
+    values = [x, t, *case.conditions]
+    names = [value.name for value in traced.stages[name].graph.input]
+    return {key: value.numpy() for key, value in zip(names, values, strict=True)}
+
+
+def _gate(
+    target: Path, manifest: ArtifactManifest, stages: Graphs, traced: _Traced, options: ExportOptions,
+    progress: Progress,
+) -> Ledger:  # fmt: skip
+    """Every graph against torch. Lowered graphs are checked by their emulation, since onnxruntime's CPU provider does not
+    compute fp16 as a GPU does and bf16 not at all; those of fp16 must also run there."""
+    limits, paths = options.limits, {name: target / spec.file for name, spec in manifest.graphs.items()}
+    if manifest.precision == "fp32":
+        return check_parity(paths, manifest, traced.cases, limits, progress)
+    emulated = {name: emulate(graph) for name, graph in stages.items()}
+    checked = {name: target / f"{CHECKED}{name}.onnx" for name in paths}
+    for name, graph in (emulated | _samplers(emulated, traced)).items():
+        save_graph(graph, checked[name])
+    try:
+        ledger = check_parity(checked, manifest, traced.cases, limits, progress)
+        if manifest.precision == "fp16":
+            ledger.failures += check_parity(paths, manifest, traced.cases[:1], limits, lambda what: None).failures
+    finally:
+        for path in checked.values():
+            path.unlink(missing_ok=True)
+    return ledger
+
+
+def _finish(
+    target: Path, manifest: ArtifactManifest, ledger: Ledger, cases: list[Case], options: ExportOptions, progress: Progress
+) -> ArtifactManifest:  # fmt: skip
+    """Reference pictures, the other formats, and the manifest with everything's hash."""
+    graphs = dict(manifest.graphs)
+    for name in list(graphs):
+        whole = name.startswith("sampler_")
+        if options.forms != "both" and whole != (options.forms == "whole-sampler"):
+            (target / graphs.pop(name).file).unlink()
+    references = save_references(target, cases)
+    update = {"graphs": graphs, "parity": ledger.errors, "references": references}
+    manifest = manifest.model_copy(update=update)
+    formats = {}
+    for kind in options.formats:
+        if kind != "onnx":
+            progress(f"writing {kind}")
+            formats[kind] = _write_format(kind, target, manifest, options)
+    complete = manifest.model_copy(update={"formats": formats, "files": hash_files(target)})
+    return ArtifactManifest.model_validate(complete.model_dump())
+
+
+def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: ExportOptions) -> dict[str, Any]:
+    if kind == "tensorrt":
+        from .tensorrt import write_tensorrt
+
+        return write_tensorrt(target, manifest)
+    if kind == "openvino":
+        from .openvino import write_openvino
+
+        return write_openvino(target, manifest, int8=options.int8)
+    from .triton_repository import write_triton_repository
+
+    return write_triton_repository(target, manifest)
+
+
+def _sampling(
+    described: StudentManifest, stages: Stages, options: ExportOptions
+) -> tuple[Sampling, dict[int, list[int]]]:
+    """The plans asked for: coefficients, network times, and the timesteps by number of steps."""
     schedule = NoiseSchedule.from_scheduler_config(stages.scheduler)
-    plans = plans_by_steps(student.plans, schedule.num_train_timesteps)
-    correct, kind = student.noise_correction, stages.prediction_type
-    return {n: update_table(schedule, p, kind, noise_correction=correct) for n, p in plans.items()}, schedule
+    plans = plans_by_steps(described.plans, schedule.num_train_timesteps)
+    if options.steps is not None:
+        plans = {steps: select(plans, steps) for steps in sorted(options.steps)}
+    correct, kind = described.noise_correction, stages.prediction_type
+    tables = {n: update_table(schedule, p, kind, noise_correction=correct) for n, p in plans.items()}
+    times = {n: schedule.network_time(table.timesteps) for n, table in tables.items()}
+    return Sampling(tables, times), {n: list(plan) for n, plan in plans.items()}
+
+
+def _count(options: ExportOptions, plans: int) -> int:
+    """How many things an export tells that it does."""
+    sizes = len(options.sizes or [1])
+    stages = 1 + 2 * sizes
+    cases = sizes * len({*options.batch}) * len(SEEDS)
+    graphs = stages + 2 * plans * sizes
+    lowered = 0 if options.precision == "fp32" else stages
+    return 1 + cases + stages + lowered + graphs + sum(kind != "onnx" for kind in options.formats)
+
+
+def _failure(out: Path, ledger: Ledger) -> ParityError:
+    report = out.with_name(f"{out.name}.parity")
+    write_report(report, ledger)
+    others = len(ledger.failures) - 1
+    more = f" and {others} more" if others else ""
+    return ParityError(f"{ledger.failures[0].message}{more}; nothing was written to {out}; see {report}")
 
 
 def _plain(config: dict) -> dict:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 CAPTIONS = (
     "a fox on a pink background",
@@ -135,22 +136,23 @@ def build_student(folder: Path, *, half: bool = True, vae: str = "kl") -> Path:
     """Write a student folder (diffusers pipeline + imagine_flash.json) and return its path."""
     import torch
 
-    from imagine_flash.core.artifact import StudentManifest
-    from imagine_flash.core.plan import StepPlan
-
     pipeline = build_pipeline(vae=vae)
     pipeline.to(torch.float16 if half else torch.float32)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    manifest = StudentManifest(
-        plans={steps: list(StepPlan.trailing(steps).timesteps) for steps in (1, 2, 3)},
-        known_words=sorted({word for caption in CAPTIONS for word in caption.split()}),
-        noise_correction=True,
-        recipe={},
-        teacher_sha256="0" * 64,
-        training={},
-        metrics={},
-    )
-    (folder / "imagine_flash.json").write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+    return describe(folder)
+
+
+def describe(folder: Path, **fields: Any) -> Path:
+    """Write the imagine_flash.json of a student whose weights lie in `folder` and return the folder."""
+    from imagine_flash.core.artifact import StudentManifest, write_manifest
+    from imagine_flash.core.plan import StepPlan
+
+    values = {
+        "plans": {steps: list(StepPlan.trailing(steps).timesteps) for steps in (1, 2, 3)},
+        "known_words": sorted({word for caption in CAPTIONS for word in caption.split()}),
+        "noise_correction": True, "recipe": {}, "teacher_sha256": "0" * 64,
+    } | fields  # fmt: skip
+    write_manifest(folder, StudentManifest(**values))
     return folder
 
 
@@ -163,9 +165,9 @@ def shared_student() -> Path:
 @cache
 def shared_artifact() -> Path:
     """The artifact of shared_student(), exported once for the whole test run (about ten seconds); read it only."""
-    from imagine_flash.export import export_student
+    from imagine_flash.export import ExportOptions, export_student
 
-    export_student(shared_student(), _scratch() / "artifact", name="tiny")
+    export_student(shared_student(), _scratch() / "artifact", options=ExportOptions(name="tiny", batch=(1, 3)))
     return _scratch() / "artifact"
 
 

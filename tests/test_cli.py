@@ -77,7 +77,10 @@ def test_generate_refuses(arguments: list[str], says: str, tiny_artifact: Path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "tampered", "newer", "missing graph", "student"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "tampered", "a flipped bit in a graph", "missing weights", "newer", "missing graph", "student"],
+)
 def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tiny_student: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_student if damage == "student" else tiny_artifact, model)
@@ -90,6 +93,14 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tiny
         data[100] ^= 1
         weights.write_bytes(bytes(data))
         says = "weights.bin"
+    elif damage == "a flipped bit in a graph":
+        graph = bytearray((model / "denoiser.onnx").read_bytes())
+        graph[len(graph) // 2] ^= 1
+        (model / "denoiser.onnx").write_bytes(bytes(graph))
+        says = "denoiser.onnx differs from the sha256"
+    elif damage == "missing weights":
+        weights.unlink()
+        says = "weights.bin is missing"
     elif damage == "newer":
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
         says = "upgrade"
@@ -100,6 +111,8 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tiny
         says = "imagine-flash export"
     assert says in fails("generate", "a cat", "--model", model, "-o", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+    if damage != "student":
+        assert says in fails("inspect", model)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +121,22 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tiny
         (["export", "{tmp}/nowhere", "{tmp}/out"], "nowhere"),
         (["export", "{artifact}", "{tmp}/out"], "artifact"),
         (["export", "{student}", "{tmp}/missing/out"], "is not a folder; make it first"),
+        (
+            ["export", "{student}", "{tmp}/out", "--sizes", "60x64"],
+            "a size must be a multiple of 8 for this student, got 60x64",
+        ),
+        (["export", "{student}", "{tmp}/out", "--sizes", "big"], "a size is WIDTHxHEIGHT such as 512x512, got 'big'"),
+        (["export", "{student}", "{tmp}/out", "--batch", "4-1"], "batch must run upwards"),
+        (["export", "{student}", "{tmp}/out", "--precision", "fp8"], "got 'fp8'"),
+        (["export", "{student}", "{tmp}/out", "--format", "coreml"], "got 'coreml'"),
+        (["export", "{student}", "{tmp}/out", "--format", "openvino", "--precision", "bf16"], "takes precision fp32"),
+        (["export", "{student}", "{tmp}/out", "--steps", "4"], "steps must be 1, 2 or 3, got 4"),
+        (["export", "{student}", "{tmp}/out", "--check-prompts", "{tmp}/none.txt"], "cannot read the prompts"),
+        (["export", "{student}", "{tmp}/out", "--tiny-decoder", "{tmp}/none"], "is no AutoencoderTiny"),
         (["inspect", "{tmp}"], "empty"),
+        (["inspect", "{student}", "--run"], "is a student; --run draws with an artifact"),
+        (["build-tensorrt", "{tmp}"], "empty"),
+        (["build-tensorrt", "{artifact}"], "tensorrt"),
         (["distill", "{tmp}/nowhere", "{tmp}/out"], "no folder"),
         (["distill", "{tmp}", "{tmp}/out", "--recipe", "imagine_falsh"], "did you mean 'imagine_flash'"),
         (["distill", "{tmp}", "{tmp}/out", "--prompts", "{tmp}/none.txt"], "one prompt a line"),
@@ -127,8 +155,31 @@ def test_the_other_commands_refuse(
 
 
 def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> None:
-    assert "sampler_3.onnx" in run("inspect", tiny_artifact).stdout
+    said = run("inspect", tiny_artifact).stdout
+    assert "sampler_3.onnx" in said and "against torch" in said
     assert "noise_correction" in run("inspect", tiny_student).stdout
+
+
+def test_inspect_draws_the_reference_pictures(tiny_artifact: Path, tmp_path: Path) -> None:
+    done = run("inspect", tiny_artifact, "--run")
+    assert done.returncode == 0 and done.stdout.count("ok   ") == 3, done.stdout
+    model = tmp_path / "model"
+    shutil.copytree(tiny_artifact, model)
+    shutil.copy(model / "references/64x64_1.png", model / "references/64x64_3.png")
+    manifest = json.loads((model / "manifest.json").read_text())
+    manifest["files"]["references/64x64_3.png"] = manifest["files"]["references/64x64_1.png"]
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    done = run("inspect", model, "--run")
+    assert done.returncode == 3 and "1 of the reference pictures of" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_failing_export_exits_with_3_and_shows_the_pictures(tiny_student: Path, tmp_path: Path) -> None:
+    done = run("export", tiny_student, tmp_path / "out", "--min-psnr", "99", "--steps", "1", "--batch", "1")
+    assert done.returncode == 3, done
+    assert "have a PSNR of" in done.stderr and "seed" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.parity"]
+    shown = {path.suffix for path in (tmp_path / "out.parity").iterdir()}
+    assert shown == {".json", ".png"}
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,22 +24,24 @@ class Backend(Protocol):
         """Load these graphs now, so that the first request does not wait for them."""
         ...
 
-    def encode(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """input_ids (B, L) -> embeddings (B, L, D)."""
+    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[NDArray[np.float32], ...]:
+        """Token ids and masks (B, L) by input name -> the conditions of the denoiser, each (B, ...)."""
         ...
 
     def denoise(
-        self, latents: NDArray[np.float32], timestep: NDArray[np.float32], embeddings: NDArray[np.float32]
+        self, latents: NDArray[np.float32], timestep: NDArray[np.float32], conditions: Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
-        """latents (B, C, h, w), timestep (B,), embeddings (B, L, D) -> the network's output m (B, C, h, w)."""
+        """latents (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
         ...
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """latents (B, C, h, w) -> images (B, H, W, 3)."""
         ...
 
-    def sample(self, steps: int, input_ids: NDArray[np.int64], noise: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """The whole sampler of `steps` steps in one call: ids (B, L) and x_T (B, C, h, w) -> images (B, H, W, 3)."""
+    def sample(
+        self, steps: int, tokens: Mapping[str, NDArray[np.int64]], noise: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        """The whole sampler of `steps` steps in one call: tokens (B, L) and x_T (B, C, h, w) -> images (B, H, W, 3)."""
         ...
 
 

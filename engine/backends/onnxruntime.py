@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,25 +36,33 @@ class OnnxruntimeBackend:
         for graph in graphs:
             self._session(graph)
 
-    def encode(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._run("text_encoder", input_ids)
+    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[NDArray[np.float32], ...]:
+        return tuple(self._run("text_encoder", tokens))
 
     def denoise(
-        self, latents: NDArray[np.float32], timestep: NDArray[np.float32], embeddings: NDArray[np.float32]
+        self, latents: NDArray[np.float32], timestep: NDArray[np.float32], conditions: Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
-        return self._run("denoiser", latents, timestep, embeddings)
+        graph = self._at_size("denoiser", latents)
+        names = [spec.name for spec in self._manifest.graphs[graph].inputs]
+        return self._run(graph, dict(zip(names, (latents, timestep, *conditions), strict=True)))[0]
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        return self._run("decoder", latents)
+        return self._run(self._at_size("decoder", latents), {"latents": latents})[0]
 
-    def sample(self, steps: int, input_ids: NDArray[np.int64], noise: NDArray[np.float32]) -> NDArray[np.uint8]:
-        return self._run(f"sampler_{steps}", input_ids, noise)
+    def sample(
+        self, steps: int, tokens: Mapping[str, NDArray[np.int64]], noise: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        return self._run(self._at_size(f"sampler_{steps}", noise), {**tokens, "noise": noise})[0]
 
-    def _run(self, graph: str, *arrays: NDArray[Any]) -> NDArray[Any]:
-        names = [spec.name for spec in self._manifest.graphs[graph].inputs]
+    def _at_size(self, kind: str, latents: NDArray[np.float32]) -> str:
+        """The graph for latents of this height and width."""
+        scale = self._manifest.downscale
+        return self._manifest.graph_name(kind, (latents.shape[2] * scale, latents.shape[3] * scale))
+
+    def _run(self, graph: str, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         session = self._session(graph)
         try:
-            return np.asarray(session.run(None, dict(zip(names, arrays, strict=True)))[0])
+            return [np.asarray(value) for value in session.run(None, dict(feed))]
         except Exception as error:
             raise self._broken(graph, error) from None
 

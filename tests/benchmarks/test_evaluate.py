@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagine_flash.benchmarks.evaluate import as_markdown, draw_prompts, evaluate, fidelity, frechet_distance
+from imagine_flash.benchmarks.evaluate import (
+    as_markdown,
+    draw_prompts,
+    evaluate,
+    fidelity,
+    frechet_distance,
+    unbiased_frechet_distance,
+)
 from imagine_flash.benchmarks.judge import load_judge
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.distill.data.emoji import Caption, Scene, held_out_combinations
@@ -35,6 +42,16 @@ def test_frechet_distance_where_the_covariances_do_not_commute_with_the_identity
     features = raw @ np.linalg.cholesky(first).T + np.array([1.0, 0, 0, 2])
     expected = 5 + np.trace((m - np.eye(4)) @ second @ (m - np.eye(4)))
     assert frechet_distance(features, np.zeros(4), second) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_few_samples_is_biased_and_the_extrapolation_is_not() -> None:
+    """Gaussians at known distances, 64 dimensions: the samples' own distance grows with their number's inverse."""
+    rng = np.random.default_rng(2)
+    for shift in (0.0, 2.0):
+        samples = rng.standard_normal((1024, 64)) + shift / 8  # |shift / 8| in each of 64 dimensions: shift^2 in all
+        biased = frechet_distance(samples, np.zeros(64), np.eye(64))
+        unbiased = unbiased_frechet_distance(samples, np.zeros(64), np.eye(64))
+        assert biased > shift**2 + 1 and unbiased == pytest.approx(shift**2, abs=0.35)
 
 
 SCENE = Scene(objects=("cat", "dog"), axis="horizontal", background="pink")
@@ -82,7 +99,7 @@ def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, tmp_path: Pa
         {name: v.contiguous() for name, v in Judge().state_dict().items()}, tmp_path / "judge", {"seen_all": "0.5"}
     )
     out = tmp_path / "result.v1"
-    record = evaluate(tiny_student, tiny_student, tmp_path / "judge", out, count=130, held_out=4)
+    record = evaluate(tiny_student, tiny_student, tmp_path / "judge", out, count=258, held_out=4)
     assert json.loads((tmp_path / "result.v1.json").read_text()) == record
     assert Image.open(tmp_path / "result.v1.png").width > 500
     rows = {row["method"]: row for row in record["rows"]}
@@ -121,7 +138,7 @@ def test_the_judge_learns_to_read_what_it_is_shown() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"count": 3}, "at least 129"),
+        ({"count": 3}, "at least 258"),
         ({"judge_file": Path("none")}, "no judge"),
     ],
 )
@@ -139,7 +156,7 @@ def test_a_file_that_is_no_judge(tmp_path: Path) -> None:
 
 
 def test_the_table_is_made_of_the_record() -> None:
-    row = {"method": "m", "network_calls": 3, "fd_judge": 1.234, "held_out": {"all": 0.5}}
+    row = {"method": "m", "network_calls": 3, "fd_judge": 1.234, "fd_judge_unbiased": -0.3, "held_out": {"all": 0.5}}
     row["seen"] = {"all": 0.25, "object": 1.0, "relation": 0.333, "background": 0.9999}
     record = json.loads(json.dumps({"rows": [row]}))
-    assert as_markdown(record).splitlines()[-1] == "| m | 3 | 25.0 | 100.0 | 33.3 | 100.0 | 50.0 | 1.23 |"
+    assert as_markdown(record).splitlines()[-1] == "| m | 3 | 25.0 | 100.0 | 33.3 | 100.0 | 50.0 | 1.2 | -0.3 |"

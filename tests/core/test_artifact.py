@@ -45,10 +45,12 @@ def artifact(tmp_path):
         scheduler=SCHEDULER,
         plans=PLANS,
         noise_correction=True,
-        latent_shape=[4, 8, 8],
-        image_size=[64, 64],
+        latent_channels=4,
+        downscale=8,
+        sizes=[(64, 64)],
+        batch=(1, 4),
         scaling_factor=0.18215,
-        tokenizer=TokenizerSpec(file="tokenizer.json", context_length=16, known_words=["cat"]),
+        tokenizers=[TokenizerSpec(file="tokenizer.json", context_length=16, known_words=["cat"])],
         graphs=graphs,
         files=hash_files(folder),
         parity={"denoiser": {"max_abs": 1e-6}},
@@ -127,11 +129,22 @@ BAD_FIELDS = [
     ({"plans__2": [1000, 3]}, "timestep 1000 is outside the schedule's 0..999"),
     ({"plans__2": ["a", 3]}, "plans.2.0: Input should be a valid integer"),
     ({"scaling_factor": 0}, "scaling_factor: Input should be greater than 0, got '0'"),
-    ({"image_size": [64, 0]}, "image_size: sizes must be >= 1, got [64, 0]"),
-    ({"latent_shape": [4, 8]}, "latent_shape: List should have at least 3 items"),
-    ({"graphs__decoder": None}, "the graph 'decoder' is missing"),
+    ({"sizes": [[64, 0]]}, "sizes: sizes must be >= 1, got [(64, 0)]"),
+    ({"sizes": [[64, 60]]}, "the size 60x64 is no multiple of downscale 8"),
+    ({"sizes": []}, "sizes: List should have at least 1 item"),
+    ({"sizes": [[64, 64], [64, 96]]}, "the graph 'decoder_96x64' is missing"),
+    ({"batch": [4, 1]}, "batch: the batch must run from 1 or more upwards, got 4-1"),
+    ({"precision": "fp8"}, "precision: Input should be 'fp32', 'fp16' or 'bf16', got 'fp8'"),
+    (
+        {"references": [{"file": "a.png", "prompt": "a", "seed": 1, "steps": 1, "size": [64, 64]}]},
+        "'a.png' is used but has no sha256 in 'files'",
+    ),
+    ({"graphs": {}}, "the graph 'decoder' is missing"),
     ({"graphs__denoiser__opset": "new"}, "graphs.denoiser.opset: Input should be a valid integer"),
-    ({"tokenizer__file": "words.json"}, "'words.json' is used but has no sha256 in 'files'"),
+    (
+        {"tokenizers": [{"file": "words.json", "context_length": 16}]},
+        "'words.json' is used but has no sha256 in 'files'",
+    ),
     ({"files__../secret": "0" * 64}, "'../secret' leaves the folder"),
     ({"files__/etc/passwd": "0" * 64}, "'/etc/passwd' leaves the folder"),
     ({"files__C:\\secret": "0" * 64}, "leaves the folder"),
@@ -155,6 +168,22 @@ def test_a_sampler_for_a_plan_that_is_not_there(artifact):
     edit(artifact, plans__3=None)
     with pytest.raises(ArtifactError, match="unknown graph 'sampler_3'"):
         read_artifact_manifest(artifact)
+
+
+def test_graphs_of_stages_may_be_missing_where_there_are_whole_samplers(artifact):
+    raw = json.loads((artifact / "manifest.json").read_text())
+    raw["graphs"] = {"sampler_3": raw["graphs"]["sampler_3"]}
+    (artifact / "manifest.json").write_text(json.dumps(raw))
+    assert set(read_artifact_manifest(artifact).graphs) == {"sampler_3"}
+
+
+def test_graphs_are_called_by_their_size(artifact):
+    manifest = read_artifact_manifest(artifact).model_copy(update={"sizes": [(64, 64), (512, 768)]})
+    names = [manifest.graph_name(kind, size) for kind in ("text_encoder", "sampler_2") for size in manifest.sizes]
+    assert names == ["text_encoder", "text_encoder", "sampler_2", "sampler_2_768x512"], (
+        "width first, as people write it"
+    )
+    assert manifest.latent_shape == (4, 8, 8) and manifest.latent_shape_of((512, 768)) == (4, 64, 96)
 
 
 def test_a_truncated_graph_is_named_and_verify_can_be_left_out(artifact):

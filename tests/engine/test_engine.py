@@ -96,6 +96,8 @@ def test_noise_is_a_function_of_the_seed() -> None:
         ({"seed": 2**63}, "seed must be"),
         ({"count": 0}, "count must be a whole number from 1 to 64, got 0"),
         ({"count": 10_000}, "got 10000"),
+        ({"height": 0}, "height must be a whole number of pixels, got 0"),
+        ({"width": "64"}, "width must be a whole number of pixels, got '64'"),
         ({"cuont": 1}, "no 'cuont'"),
     ],
 )
@@ -110,6 +112,8 @@ def test_what_the_model_cannot_draw(engine: Engine, tiny_artifact: Path) -> None
         engine.generate(GenerateRequest(prompt="a cat", steps=4))
     with pytest.raises(RequestError, match=r"tokens.*shorten"):
         engine.generate(GenerateRequest(prompt="a cat on pink " * 9))
+    with pytest.raises(RequestError, match=r"draws 64x64 \(width x height\), got 96x64"):
+        engine.generate(GenerateRequest(prompt="a cat", width=96))
     with pytest.raises(ArtifactError, match="no backend 'cuda'"):
         Engine.load(tiny_artifact, backend="cuda")
     with pytest.raises(ArtifactError, match="no route"):

@@ -11,23 +11,30 @@ from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.prompt_cache import PromptCache
 
 
-def ids(number: int) -> np.ndarray:
-    return np.array([[number, 1, 2]])
+def ids(number: int) -> dict[str, np.ndarray]:
+    return {"input_ids": np.array([[number, 1, 2]]), "input_ids_2": np.array([[number, 5]])}
 
 
-def embedding(number: int) -> np.ndarray:
-    return np.full((1, 25), number, np.float32)  # 100 bytes
+def embedding(number: int) -> tuple[np.ndarray, ...]:
+    return np.full((1, 20), number, np.float32), np.full((1, 5), -number, np.float32)  # 100 bytes
+
+
+def test_prompts_that_differ_for_one_of_two_encoders_are_two() -> None:
+    cache = PromptCache()
+    one, other = ids(1), {**ids(1), "input_ids_2": np.array([[1, 6]])}
+    assert cache.get(one, lambda: embedding(1))[0][0, 0] == 1 and cache.get(other, lambda: embedding(2))[0][0, 0] == 2
+    assert [part[0, 0] for part in cache.get(one, lambda: embedding(3))] == [1, -1]
 
 
 def test_the_oldest_entry_gives_way() -> None:
     cache, encoded = PromptCache(250), []
 
     def get(number: int) -> float:
-        def encode() -> np.ndarray:
+        def encode() -> tuple[np.ndarray, ...]:
             encoded.append(number)
             return embedding(number)
 
-        return cache.get(ids(number), encode)[0, 0]
+        return cache.get(ids(number), encode)[0][0, 0]
 
     assert [get(n) for n in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
     assert encoded == [1, 2, 3, 2], "2 was used longest ago when 3 came"
@@ -40,7 +47,7 @@ def test_the_oldest_entry_gives_way() -> None:
 def test_what_does_not_fit_is_not_kept(max_bytes: int) -> None:
     cache = PromptCache(max_bytes)
     for _ in range(2):
-        assert cache.get(ids(1), lambda: embedding(1))[0, 0] == 1
+        assert cache.get(ids(1), lambda: embedding(1))[0][0, 0] == 1
     assert (cache.hits, cache.misses, len(cache)) == (0, 2, 0)
 
 
@@ -48,24 +55,24 @@ def test_an_entry_cannot_be_written() -> None:
     cache = PromptCache()
     for _ in range(2):
         with pytest.raises(ValueError, match="read-only"):
-            cache.get(ids(1), lambda: embedding(1))[0, 0] = 5
+            cache.get(ids(1), lambda: embedding(1))[0][0, 0] = 5
 
 
 def test_a_failed_encoder_leaves_nothing() -> None:
     cache = PromptCache()
 
-    def fail() -> np.ndarray:
+    def fail() -> tuple[np.ndarray, ...]:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         cache.get(ids(1), fail)
-    assert len(cache) == 0 and cache.get(ids(1), lambda: embedding(1))[0, 0] == 1
+    assert len(cache) == 0 and cache.get(ids(1), lambda: embedding(1))[0][0, 0] == 1
 
 
 def test_threads_count_every_lookup_and_the_bytes_of_what_is_kept() -> None:
     cache = PromptCache(1000)
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda n: cache.get(ids(n % 20), lambda: embedding(n % 20))[0, 0], range(2000)))
+        got = list(pool.map(lambda n: cache.get(ids(n % 20), lambda: embedding(n % 20))[0][0, 0], range(2000)))
     assert got == [n % 20 for n in range(2000)]
     assert cache.hits + cache.misses == 2000 and cache.used_bytes == 100 * len(cache) <= 1000
 

@@ -19,13 +19,16 @@ from safetensors.torch import load_file, save_file
 from imagine_flash.core.artifact import hash_folder, read_artifact_manifest
 from imagine_flash.core.errors import ArtifactError, ParityError
 from imagine_flash.core.update import reference_update
-from imagine_flash.export import export_student
-from imagine_flash.export.parity import check_parity
-from imagine_flash.export.stages import load_stages
-from imagine_flash.export.student import parity_prompts
+from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.export.ledger import LIMITS
+from imagine_flash.export.loading import load_stages
+from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
+from imagine_flash.export.student import _sampling
 from imagine_flash.tests import pipelines
 
-GRAPHS = ("text_encoder", "denoiser", "decoder", "sampler_1", "sampler_2", "sampler_3")
+SAMPLERS = [f"sampler_{n}{text}" for n in (1, 2, 3) for text in ("", "_from_embeddings")]
+GRAPHS = ["text_encoder", "denoiser", "decoder", *SAMPLERS]
+SIZE = (64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +46,18 @@ def run(folder: Path, graph: str, **inputs: np.ndarray) -> np.ndarray:
 
 def inputs(stages, batch: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
     prompts = [pipelines.CAPTIONS[(seed + i) % len(pipelines.CAPTIONS)] for i in range(batch)]
-    ids = stages.tokenizer(prompts, padding="max_length", max_length=stages.context_length).input_ids
-    noise = np.random.default_rng(seed).standard_normal((batch, *stages.latent_shape), dtype=np.float32)
-    return np.array(ids, dtype=np.int64), noise
+    noise = np.random.default_rng(seed).standard_normal((batch, *stages.latent_shape(SIZE)), dtype=np.float32)
+    return stages.encode_prompts(prompts)["input_ids"].numpy(), noise
 
 
 @torch.inference_mode()
 def torch_sampler(stages, manifest, steps: int, ids: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The definition: torch networks around the reference update. Latents and images."""
     table = manifest.update_tables()[steps]
-    embeddings = stages.text_encoder(torch.from_numpy(ids))
+    conditions = stages.text_encoder(torch.from_numpy(ids))
     x = noise
     for i, t in enumerate(table.timesteps):
-        m = stages.denoiser(torch.from_numpy(x), torch.full((len(x),), float(t)), embeddings)
+        m = stages.denoiser(SIZE)(torch.from_numpy(x), torch.full((len(x),), float(t)), *conditions)
         x = reference_update(x, m.numpy(), table, i)
     return x, stages.decoder(torch.from_numpy(x)).numpy()
 
@@ -63,16 +65,19 @@ def torch_sampler(stages, manifest, steps: int, ids: np.ndarray, noise: np.ndarr
 def test_manifest_describes_the_folder(student, artifact):
     manifest = read_artifact_manifest(artifact)
     assert set(manifest.graphs) == set(GRAPHS)
-    assert manifest.name == "tiny" and manifest.latent_shape == [4, 8, 8] and manifest.image_size == [64, 64]
+    assert manifest.name == "tiny" and manifest.latent_shape == (4, 8, 8) and manifest.image_size == SIZE
     assert manifest.scaling_factor == 0.5 and manifest.prediction_type == "v_prediction"
     assert manifest.plans == {1: [999], 2: [999, 499], 3: [999, 666, 333]}
     assert manifest.student_sha256 == hash_folder(student)
     assert manifest.graphs["sampler_3"].inputs[1].shape == ["batch", 4, 8, 8]
+    assert [spec.name for spec in manifest.graphs["sampler_3_from_embeddings"].inputs] == ["embeddings", "noise"]
+    assert manifest.graphs["denoiser"].nodes == {"Attention": 8, "GroupNormalization": 21, "LayerNormalization": 12}
     assert manifest.graphs["sampler_3"].outputs[0].dtype == "uint8"
-    assert {"fox", "rocket", "a"} <= set(manifest.tokenizer.known_words)
-    assert not {"x", "zebra", "ound"} & set(manifest.tokenizer.known_words)
+    assert {"fox", "rocket", "a"} <= set(manifest.tokenizers[0].known_words)
+    assert not {"x", "zebra", "ound"} & set(manifest.tokenizers[0].known_words)
     listed = set(manifest.files) | {"manifest.json"}
-    assert listed == {path.name for path in artifact.iterdir()}, "a file without a hash"
+    found = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
+    assert listed == found, "a file without a hash"
 
 
 def test_parity_is_recorded_for_every_graph(artifact):
@@ -142,8 +147,8 @@ def test_weights_are_stored_once_in_half_precision(student, artifact):
 
 def test_no_file_tells_about_the_machine_that_made_it(student, artifact):
     places = [b"site-packages", b"/tmp", b"/home", b".py", os.fsencode(Path.cwd()), os.fsencode(student.parent)]
-    for path in artifact.iterdir():
-        if path.name != "weights.bin":
+    for path in artifact.rglob("*"):
+        if path.is_file() and path.name != "weights.bin":
             assert not [place for place in places if place in path.read_bytes()], path.name
     for graph in GRAPHS:
         model = onnx.load(artifact / f"{graph}.onnx", load_external_data=False)
@@ -152,7 +157,7 @@ def test_no_file_tells_about_the_machine_that_made_it(student, artifact):
 
 def test_export_is_deterministic_and_replaces_the_old_artifact(student, artifact, tmp_path):
     (tmp_path / "out").mkdir()
-    again = export_student(student, tmp_path / "out", name="tiny")
+    again = export_student(student, tmp_path / "out", options=ExportOptions(name="tiny", batch=(1, 3)))
     assert again.files == read_artifact_manifest(artifact).files
 
 
@@ -165,17 +170,37 @@ def test_float32_students_and_tiny_autoencoders_are_exported_without_loss(tmp_pa
     assert onnx.TensorProto.FLOAT in {t.data_type for t in outside}
 
 
-def test_a_tampered_graph_does_not_pass_the_parity_gate(artifact_copy, stages):
-    manifest = read_artifact_manifest(artifact_copy)
+@pytest.fixture(scope="module")
+def cases(student, artifact, stages):
+    from imagine_flash.core.artifact import read_student_manifest
+
+    sampling, _ = _sampling(read_student_manifest(student), stages, ExportOptions())
+    with torch.inference_mode():
+        return make_cases(stages, sampling, [SIZE], [1], ["a fox", "a cat"])
+
+
+def gate(folder: Path, cases, precision: str = "fp32"):
+    manifest = read_artifact_manifest(folder, verify=False)
+    paths = {name: folder / spec.file for name, spec in manifest.graphs.items()}
+    return check_parity(paths, manifest, cases, LIMITS[precision])
+
+
+def test_a_tampered_graph_does_not_pass_the_parity_gate(artifact_copy, cases):
     data = np.fromfile(artifact_copy / "weights.bin", dtype=np.float16)
     np.where(np.arange(len(data)) % 97 == 0, data + np.float16(0.5), data).tofile(artifact_copy / "weights.bin")
-    with (
-        torch.inference_mode(),
-        pytest.raises(ParityError, match=r"^text_encoder: embeddings differ .* by .*prompt '.*', seed 0, batch 1"),
-    ):
-        check_parity(artifact_copy, manifest, stages, parity_prompts(["cat", "dog"]))
+    failures = gate(artifact_copy, cases).failures
+    assert re.match(
+        r"text_encoder: embeddings differ .* by .*prompt '.*', seed 0, batch 1, size 64x64", failures[0].message
+    )
+    assert {failure.graph for failure in failures} >= set(GRAPHS), "every graph is named, not the first alone"
     with pytest.raises(ArtifactError, match=r"weights\.bin differs from the sha256"):
         read_artifact_manifest(artifact_copy)
+
+
+def test_the_worst_figures_are_kept_and_nothing_fails(artifact, cases):
+    ledger = gate(artifact, cases)
+    assert not ledger.failures and ledger.errors["sampler_3"]["images"] <= 1 and ledger.errors["decoder"]["psnr"] > 50
+    assert ledger.errors["denoiser"]["m"] <= 1e-4 and ledger.errors["denoiser"]["m_rms"] <= 1e-4
 
 
 def test_other_token_ids_do_not_pass_the_parity_gate(artifact_copy, stages):
@@ -184,8 +209,8 @@ def test_other_token_ids_do_not_pass_the_parity_gate(artifact_copy, stages):
     spec = json.loads(file.read_text(encoding="utf-8"))
     spec["padding"]["pad_id"] = 0
     file.write_text(json.dumps(spec), encoding="utf-8")
-    with torch.inference_mode(), pytest.raises(ParityError, match=r"^tokenizer: .* other token ids"):
-        check_parity(artifact_copy, manifest, stages, ["a fox"])
+    with pytest.raises(ParityError, match=r"^tokenizer: .* other token ids"):
+        check_tokenizers(artifact_copy, manifest.tokenizers, stages, ["a fox"])
 
 
 def break_weight(student: Path, part: str, weight: str, value: float) -> None:
@@ -205,11 +230,44 @@ def test_a_broken_student_leaves_the_old_artifact_whole(tmp_path, artifact_copy)
     assert {path.name for path in tmp_path.iterdir()} == {"student", "artifact"}, "nothing half-written"
 
 
-def test_an_image_of_one_colour_does_not_pass_the_parity_gate(tmp_path, artifact):
+def test_an_image_of_one_colour_does_not_pass_the_parity_gate(tmp_path):
     student = pipelines.build_student(tmp_path / "student")
     break_weight(student, "vae", "decoder.conv_out.weight", 0.0)
-    with torch.inference_mode(), pytest.raises(ParityError, match=r"^decoder: an image of one colour"):
-        check_parity(artifact, read_artifact_manifest(artifact), load_stages(student), ["a fox"])
+    with pytest.raises(ParityError, match=r"^decoder: an image of one colour"):
+        export_student(student, tmp_path / "out")
+
+
+def test_a_failing_gate_leaves_a_report_and_the_old_artifact(student, artifact_copy):
+    """An impossible limit fails every graph; the report shows torch's images beside the graphs'."""
+    before = hash_folder(artifact_copy)
+    options = ExportOptions(error=1e-12, batch=(1, 1), steps=(1,))
+    with pytest.raises(
+        ParityError, match=r"text_encoder: embeddings differ .*; nothing was written to .*; see .*parity"
+    ):
+        export_student(student, artifact_copy, options=options)
+    assert hash_folder(artifact_copy) == before
+    report = artifact_copy.with_name("artifact.parity")
+    found = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    assert found["errors"]["denoiser"]["m"] < 1e-4 and "denoiser: m differ" in " ".join(found["failures"])
+
+
+def test_two_exports_to_one_folder(student, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(ArtifactError, match=r"another export is writing .*out"):
+        export_student(student, tmp_path / "out")
+
+
+@pytest.mark.parametrize("forms", ["stages", "whole-sampler"])
+def test_graphs_of_one_form_alone(student, tmp_path, forms):
+    manifest = export_student(student, tmp_path / "out", options=ExportOptions(forms=forms, batch=(1, 1), steps=(2,)))
+    whole = {"sampler_2", "sampler_2_from_embeddings"}
+    assert set(manifest.graphs) == (whole if forms == "whole-sampler" else {"text_encoder", "denoiser", "decoder"})
+    from imagine_flash.engine import Engine, GenerateRequest
+
+    picture = Engine.load(tmp_path / "out").generate(GenerateRequest(prompt="a fox", seed=3)).images
+    other = Engine.load(pipelines.shared_artifact()).generate(GenerateRequest(prompt="a fox", seed=3, steps=2)).images
+    assert np.abs(picture.astype(int) - other).max() <= 1
 
 
 def test_a_killed_export_leaves_the_old_artifact_whole(student, artifact_copy):

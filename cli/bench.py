@@ -1,0 +1,54 @@
+"""`imagine-flash bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import needs, say, writable
+
+bench = typer.Typer(help="Measure speed, checked and against a baseline, as a record.", no_args_is_help=True)
+
+
+@bench.command("kernels")
+def bench_kernels_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
+        "kernels"
+    ),
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timings of each candidate.")] = 50,
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest shapes only.")] = False,
+) -> None:
+    """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
+    needs("bench", "torch", "diffusers", "matplotlib")
+    from rich.console import Console
+
+    from ..benchmarks.kernels import bench_kernels
+    from ..benchmarks.records import as_rich
+
+    writable(output)
+    Console().print(as_rich(bench_kernels(output, device=device, rounds=rounds, quick=quick)))
+    say(f"wrote {output}.json and {output}.png")
+
+
+@bench.command("report")
+def bench_report_command(
+    record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record that a bench command wrote.")],
+    into: Annotated[Path, typer.Argument(metavar="FILE", help="The Markdown file whose table is replaced.")],
+    marker: Annotated[
+        str | None, typer.Option(help="The NAME of <!-- bench:NAME --> in FILE; by default the record's name.")
+    ] = None,
+) -> None:
+    """Write a record's table into a Markdown file, and its plot beside the record."""
+    needs("bench", "matplotlib")
+    from ..benchmarks.harness import read_record
+    from ..benchmarks.records import plot, update_table_in
+
+    found = read_record(record)
+    update_table_in(into, found, marker or record.stem)
+    plot(found, record.with_suffix(".png"))
+    say(f"wrote the table in {into} and {record.with_suffix('.png')}")

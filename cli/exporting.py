@@ -1,0 +1,188 @@
+"""`imagine-flash export`, `inspect` and `build-tensorrt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core.errors import ImagineFlashError, ParityError
+from .common import needs, say, writable
+
+if TYPE_CHECKING:
+    from ..core.artifact import ArtifactManifest
+
+
+NEXT = {
+    "tensorrt": "tensorrt: on the machine with the GPU, run: imagine-flash build-tensorrt {out}",
+    "triton-repository": "triton-repository: serve it with: tritonserver --model-repository {out}/triton_repository",
+}
+
+
+def export_command(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, made by distill, or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact folder to write.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="onnx, tensorrt, openvino or triton-repository; may be repeated."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16, of the graphs' networks.")] = "fp32",
+    steps: Annotated[
+        str | None, typer.Option(metavar="1,2,3", help="The plans; by default all of the student's.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="512x512,768x512", help="Width x height; by default the student's size.")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="1-4", help="Images of one call, checked at both ends.")] = "1-4",
+    whole: Annotated[
+        bool | None, typer.Option("--whole-sampler/--stages", help="Graphs of one kind alone; by default both.")
+    ] = None,
+    tiny_decoder: Annotated[Path | None, typer.Option(help="An AutoencoderTiny folder to decode with instead.")] = None,
+    check_prompts: Annotated[Path | None, typer.Option(help="Prompts that the gate draws, one a line.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called; by default the folder's name.")] = None,
+    opset: Annotated[int, typer.Option(help="20 to 24; below 23 attention and normalisation are decomposed.")] = 23,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="The gate's limit on images, dB, instead of the usual.")
+    ] = None,
+    max_error: Annotated[float | None, typer.Option(help="The gate's limit on tensors instead of the usual.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Weights of the OpenVINO files in 8 bits, through NNCF.")
+    ] = False,
+) -> None:
+    """Convert a student to ONNX and more, and check every graph against torch."""
+    writable(out)
+    needs("export", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "filelock")
+    from ..export import export_student
+    from ..export.options import ExportOptions, parse_batch, parse_sizes, parse_steps, read_prompts
+
+    options = ExportOptions(
+        name=name, formats=tuple(formats or ["onnx"]), precision=precision, steps=parse_steps(steps), opset=opset,
+        sizes=parse_sizes(sizes), batch=parse_batch(batch), tiny_decoder=tiny_decoder, psnr=min_psnr, error=max_error,
+        forms="both" if whole is None else "whole-sampler" if whole else "stages", int8=int8,
+        prompts=None if check_prompts is None else read_prompts(check_prompts),
+    )  # fmt: skip
+    with _bar() as progress:
+        manifest = export_student(student, out, options=options, progress=progress)
+    _print_parity(manifest)
+    for kind in manifest.formats.keys() & NEXT.keys():
+        say(NEXT[kind].format(out=out))
+    say(f"wrote {out}; next: imagine-flash generate PROMPT --model {out}")
+
+
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An artifact or a student folder.")],
+    run: Annotated[
+        bool, typer.Option("--run", help="Draw the artifact's reference pictures here and compare them with torch's.")
+    ] = False,
+) -> None:
+    """Say what a folder holds; of an artifact, after checking the hash of every file."""
+    from ..core.artifact import STUDENT_FILE, read_artifact_manifest, read_student_manifest
+
+    if (folder / STUDENT_FILE).is_file():
+        if run:
+            raise ImagineFlashError(
+                f"{folder} is a student; --run draws with an artifact: imagine-flash export {folder} OUT"
+            )
+        for field, value in read_student_manifest(folder).model_dump(mode="json", exclude={"recipe"}).items():
+            say(f"{field}: {value}")
+        return
+    manifest = read_artifact_manifest(folder)
+    hidden = {"files", "graphs", "tokenizers", "scheduler", "parity", "references"}
+    for field, value in manifest.model_dump(mode="json", exclude=hidden).items():
+        say(f"{field}: {value}")
+    _print_graphs(manifest)
+    _print_parity(manifest)
+    if run:
+        _verify(folder)
+
+
+def build_tensorrt_command(
+    folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Exported with --format tensorrt.")],
+    graphs: Annotated[list[str] | None, typer.Option("--graph", help="A graph's name; by default all.")] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Plans that newer TensorRT versions load, a little slower.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Plans whose weights can be replaced.")] = False,
+) -> None:
+    """Build TensorRT plans, on the machine with the GPU that will run them."""
+    from ..export.tensorrt import build_plans
+
+    with _bar() as progress:
+        paths = build_plans(
+            folder, graphs=graphs, version_compatible=version_compatible, refit=refit, progress=lambda what: progress(what, 0)
+        )  # fmt: skip
+    for path in paths:
+        say(f"wrote {path}")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int], None]]:
+    """A progress bar: call it with what is being done and how many such things there are in all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        started = False
+
+        def tell(what: str, total: int) -> None:
+            nonlocal started
+            progress.update(task, description=what, total=total or None, advance=int(started))
+            started = True
+
+        yield tell
+
+
+def _print_graphs(manifest: ArtifactManifest) -> None:
+    for name, graph in manifest.graphs.items():
+        takes = ", ".join(f"{t.name} {t.dtype} {t.shape}" for t in graph.inputs)
+        gives = ", ".join(f"{t.name} {t.dtype} {t.shape}" for t in graph.outputs)
+        say(f"{name}: {graph.file} (opset {graph.opset}) {takes} -> {gives}")
+        if graph.islands and not name.startswith("sampler"):
+            say(f"  in float32: {', '.join(graph.islands)}")
+
+
+def _print_parity(manifest: ArtifactManifest) -> None:
+    """What the gate measured, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="against torch")
+    table.add_column("graph", no_wrap=True)
+    for heading in ("tensors: largest error", "RMS", "images: levels", "PSNR, dB"):
+        table.add_column(heading, justify="right")
+    for name, errors in manifest.parity.items():
+        tensors = [v for kind, v in errors.items() if not kind.endswith("_rms") and kind not in ("images", "psnr")]
+        rms = [value for kind, value in errors.items() if kind.endswith("_rms")]
+        row = [f"{max(tensors):.2g}" if tensors else "", f"{max(rms):.2g}" if rms else ""]
+        row += [
+            f"{errors['images']:g}" if "images" in errors else "",
+            f"{errors['psnr']:.1f}" if "psnr" in errors else "",
+        ]
+        table.add_row(name, *row)
+    Console().print(table)
+
+
+def _verify(folder: Path) -> None:
+    from ..engine import Engine
+    from ..engine.verify import verify
+
+    failed: list[Any] = []
+    for found in verify(Engine.load(folder)):
+        reference = found.reference
+        say(
+            f"{'ok  ' if found.passed else 'FAIL'} {reference.prompt!r}, seed {reference.seed}, {reference.steps} steps, "
+            f"{reference.size[1]}x{reference.size[0]}: PSNR {found.psnr:.1f} dB, largest difference {found.levels} of 255"
+        )
+        failed += [] if found.passed else [reference]
+    if failed:
+        raise ParityError(f"{len(failed)} of the reference pictures of {folder} are drawn differently here")

@@ -1,0 +1,87 @@
+"""`imagine-flash train-teacher`, `distill`, `train-judge` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import ImagineFlashError
+from .common import say, training, writable
+
+EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
+
+
+def train_teacher_command(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The pipeline folder to write; its state is kept in OUT.run.")
+    ],
+    recipe: Annotated[str, typer.Option(help="A built-in recipe's name or a YAML file.")] = "teacher",
+    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+) -> None:
+    """Train a text-to-image teacher on emoji scenes, into a diffusers folder."""
+    training()
+    from ..distill.recipe import TeacherRecipe, load_recipe
+    from ..distill.teacher import train_teacher
+
+    settings = load_recipe(recipe, TeacherRecipe)
+    writable(out)
+    train_teacher(settings, out, font=font)
+    say(f"wrote {out}")
+
+
+def distill_command(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A diffusers pipeline folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The student folder to write; its state is kept in OUT.run.")
+    ],
+    recipe: Annotated[str, typer.Option(help="A built-in recipe's name or a YAML file.")] = "imagine_flash",
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; else captions of emoji scenes.")] = None,
+) -> None:
+    """Distil a teacher into a student of 1, 2 and 3 steps."""
+    training()
+    from ..distill.data.prompts import read_prompts
+    from ..distill.recipe import DistillRecipe, load_recipe
+    from ..distill.student import distill
+
+    settings = load_recipe(recipe, DistillRecipe)
+    writable(out)
+    distill(teacher, out, settings, prompts=read_prompts(prompts) if prompts else None)
+    say(f"wrote {out}; next: imagine-flash export {out} ARTIFACT")
+
+
+def train_judge_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (safetensors).")],
+    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+) -> None:
+    """Train the classifier that measures prompt fidelity and FD (judge)."""
+    training()
+    from ..benchmarks.judge import train_judge
+
+    writable(out)
+    if out.is_dir():
+        raise ImagineFlashError(f"cannot write {out}: it is a folder; name a file such as {out / 'judge.safetensors'}")
+    figures = train_judge(out, font=font)
+    say(f"wrote {out}; right on {figures['accuracy']['seen']['all']:.2%} of unseen scenes")
+
+
+def evaluate_command(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="The teacher's pipeline folder.")] = EMOJI
+    / "teacher",
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The student's folder.")] = EMOJI / "student",
+    judge: Annotated[Path, typer.Option(help="What train-judge wrote.")] = EMOJI / "judge.safetensors",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
+        "evaluation"
+    ),
+    count: Annotated[int, typer.Option(help="Seen prompts.")] = 2048,
+    held_out: Annotated[int, typer.Option(help="Prompts of held-out combinations.")] = 256,
+    guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; else the student's recipe's.")] = None,
+) -> None:
+    """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout."""
+    training()
+    from ..benchmarks.evaluate import evaluate
+
+    writable(output)
+    evaluate(teacher, student, judge, output, count=count, held_out=held_out, guidance=guidance)
+    say(f"wrote {output}.json and {output}.png")

@@ -1,0 +1,227 @@
+"""What the two folders of this project say of themselves, as validated models.
+
+A student folder is a diffusers pipeline (or a LoRA) plus `imagine_flash.json`; an artifact folder is `manifest.json` plus
+graphs, weights, tokenizers and reference pictures.
+"""
+
+import re
+from pathlib import PurePosixPath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .errors import nearest
+from .plan import StepPlan, plans_by_steps
+from .schedule import NoiseSchedule
+from .update import UpdateTable, update_table
+
+STAGES = ("text_encoder", "denoiser", "decoder")
+SAMPLERS = ("sampler_{}", "sampler_{}_from_embeddings")  # by number of steps
+PIPELINE_FILE = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+def size_name(size: Size) -> str:
+    """A size as people write it, width first: (512, 768) is "768x512"."""
+    return f"{size[1]}x{size[0]}"
+
+
+def graph_name(kind: str, size: Size | None, default: Size) -> str:
+    """What a stage or sampler is called in `graphs`: its plain name at the default size, else with the size."""
+    if kind == "text_encoder" or size is None or tuple(size) == default:
+        return kind
+    return f"{kind}_{size_name(size)}"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorSpec(_Frozen):
+    """One input or output of a graph; shape holds sizes, or the names of sizes free at run time such as "batch"."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphSpec(_Frozen):
+    """One ONNX file, relative to the artifact folder.
+
+    nodes: how many attention and normalisation operators it has, by name; none where they were decomposed. islands: the
+    modules that stay in float32 in a graph of lower precision.
+    """
+
+    file: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    opset: int = Field(ge=1)
+    nodes: dict[str, int] = {}
+    islands: list[str] = []
+
+
+class TokenizerSpec(_Frozen):
+    """A tokenizer file, the length prompts are padded to, the inputs of the text encoder that it feeds, known words.
+
+    input: takes the token ids. mask: takes the attention mask (1 for tokens, 0 for padding), where the model reads one.
+    """
+
+    file: str
+    context_length: int = Field(ge=1)
+    input: str = "input_ids"
+    mask: str | None = None
+    known_words: list[str] = []
+
+
+class ReferencePicture(_Frozen):
+    """A picture that torch drew at export, lossless, so that any machine can compare what it draws itself."""
+
+    file: str
+    prompt: str
+    seed: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    size: Size
+
+
+class StudentManifest(_Frozen):
+    """`imagine_flash.json`: what diffusers' own files do not say about a student."""
+
+    format: Literal["imagine-flash-student"] = "imagine-flash-student"
+    format_version: Literal[1] = 1
+    plans: dict[int, list[int]]
+    noise_correction: bool
+    recipe: dict[str, Any]
+    teacher_sha256: str
+    base: str | None = None  # of a LoRA student: the pipeline (folder or hub id) that its weights are fused into
+    known_words: list[str] = []  # of the prompts it was distilled with; empty where they are too many to tell
+    training: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+
+    @field_validator("plans")
+    @classmethod
+    def _plans_are_valid(cls, plans: dict[int, list[int]]) -> dict[int, list[int]]:
+        plans_by_steps(plans, max((t for steps in plans.values() for t in steps), default=0) + 1)
+        return plans
+
+    @property
+    def step_plans(self) -> dict[int, StepPlan]:
+        """The plans by number of steps."""
+        return {n: StepPlan(tuple(steps)) for n, steps in sorted(self.plans.items())}
+
+
+class ArtifactManifest(_Frozen):
+    """`manifest.json`: all that the runtime needs beside the graphs. It is refused unless every plan can be sampled."""
+
+    format: Literal["imagine-flash-artifact"] = "imagine-flash-artifact"
+    format_version: Literal[1] = 1
+    name: str
+    created_with: dict[str, str]
+    pipeline: str = "StableDiffusionPipeline"  # diffusers' class
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]
+    scheduler: dict[str, Any]
+    plans: dict[int, list[int]]
+    noise_correction: bool
+    latent_channels: int = Field(ge=1)
+    downscale: int = Field(ge=1)  # pixels of an image's side per latent
+    sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
+    batch: tuple[int, int]  # the smallest and the largest that was checked
+    scaling_factor: float = Field(gt=0)
+    tokenizers: list[TokenizerSpec] = Field(min_length=1)
+    graphs: dict[str, GraphSpec]
+    files: dict[str, str]
+    parity: dict[str, dict[str, float]]
+    limits: dict[str, float] = {}  # what the gate allowed: Limits of export.parity
+    references: list[ReferencePicture] = []
+    formats: dict[str, dict[str, Any]] = {}  # what lies beside the ONNX graphs, by format
+    student_sha256: str
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_are_positive(cls, sizes: list[Size]) -> list[Size]:
+        if min(min(size) for size in sizes) < 1:
+            raise ValueError(f"sizes must be >= 1, got {sizes}")
+        return sizes
+
+    @field_validator("batch")
+    @classmethod
+    def _batch_is_a_range(cls, batch: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= batch[0] <= batch[1]:
+            raise ValueError(f"the batch must run from 1 or more upwards, got {batch[0]}-{batch[1]}")
+        return batch
+
+    @field_validator("files")
+    @classmethod
+    def _files_stay_inside(cls, files: dict[str, str]) -> dict[str, str]:
+        for name, digest in files.items():
+            if not _is_inside(name):
+                raise ValueError(f"{name!r} leaves the folder; only plain relative paths are read")
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"the sha256 of {name!r} must be 64 hex digits, got {digest!r}")
+        return files
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        self.update_tables()
+        for size in self.sizes:
+            if size[0] % self.downscale or size[1] % self.downscale:
+                raise ValueError(f"the size {size_name(size)} is no multiple of downscale {self.downscale}")
+        stages = {self.graph_name(stage, size) for stage in STAGES for size in self.sizes}
+        kinds = [kind.format(n) for kind in SAMPLERS for n in self.plans]
+        samplers = {self.graph_name(kind, size) for kind in kinds for size in self.sizes}
+        missing = sorted(stages - self.graphs.keys())
+        whole = all(any(self.graph_name(kind, size) in self.graphs for kind in kinds) for size in self.sizes)
+        if missing and not (whole and not stages & self.graphs.keys()):
+            raise ValueError(f"the graph {missing[0]!r} is missing")
+        for name in self.graphs:
+            if name not in stages | samplers:
+                raise ValueError(f"unknown graph {name!r}{nearest(name, [*stages, *samplers])}")
+        used = [*self.tokenizers, *self.graphs.values(), *self.references]
+        for name in [part.file for part in used]:
+            if name not in self.files:
+                raise ValueError(f"{name!r} is used but has no sha256 in 'files'")
+        return self
+
+    def graph_name(self, kind: str, size: Size | None = None) -> str:
+        """The key in `graphs` of a stage or sampler at a size."""
+        return graph_name(kind, size, self.sizes[0])
+
+    @property
+    def image_size(self) -> Size:
+        """Height and width of an image of the default size."""
+        return self.sizes[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of the default size."""
+        return self.latent_shape_of(self.sizes[0])
+
+    def latent_shape_of(self, size: Size) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image of `size`."""
+        return self.latent_channels, size[0] // self.downscale, size[1] // self.downscale
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the stored scheduler config."""
+        return NoiseSchedule.from_scheduler_config(self.scheduler)
+
+    @property
+    def step_plans(self) -> dict[int, StepPlan]:
+        """The plans by number of steps."""
+        return plans_by_steps(self.plans, self.schedule.num_train_timesteps)
+
+    def update_tables(self) -> dict[int, UpdateTable]:
+        """The update's coefficients by number of steps."""
+        schedule = self.schedule
+        plans = plans_by_steps(self.plans, schedule.num_train_timesteps)
+        correct = self.noise_correction
+        return {n: update_table(schedule, p, self.prediction_type, noise_correction=correct) for n, p in plans.items()}
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    plain = name and "\\" not in name and ":" not in name and "\0" not in name
+    return bool(plain) and not path.is_absolute() and ".." not in path.parts and name == path.as_posix() and name != "."

@@ -1,0 +1,124 @@
+"""From a student (a folder or a hub id, whole or a LoRA) to its stages."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.artifact import LORA_FILE, PIPELINE_FILE, StudentManifest, read_student_manifest
+from ..core.errors import ArtifactError, missing_extra
+from ..core.schedule import NoiseSchedule
+from .architectures import architecture_of, stages_of
+from .stages import Stages, prediction_type_of, quiet
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def student_folder(student: str | Path) -> Path:
+    """The folder of a student; a hub id ("owner/name", where no such folder is) is downloaded. Raises ArtifactError."""
+    folder = Path(student)
+    if folder.exists() or not HUB_ID.fullmatch(str(student)):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(
+            snapshot_download(str(student), ignore_patterns=["*.bin", "*.ckpt", "*.pt", "*.onnx*", "*.msgpack"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(
+            f"{student} is no folder here and could not be fetched from the Hugging Face hub ({reason}); check the path"
+        ) from None
+
+
+def load_stages(student: str | Path, *, tiny_decoder: Path | None = None) -> Stages:
+    """Loads a student folder's diffusers pipeline in float32; LoRA weights are fused into their base.
+
+    tiny_decoder: an AutoencoderTiny folder that takes the decoder's place.
+    Raises ArtifactError for a folder that does not load or a class that is not known, ScheduleError for a schedule
+    without a closed form (before any weight is read), MissingExtraError.
+    """
+    folder = Path(student)
+    described = read_student_manifest(folder)
+    base = folder if described.base is None else _base_folder(folder, described)
+    index = _read_json(base / PIPELINE_FILE)
+    architecture = architecture_of(str(index.get("_class_name")))
+    scheduler = _read_json(base / "scheduler" / "scheduler_config.json")
+    NoiseSchedule.from_scheduler_config(scheduler)
+    unused = {
+        part: None for part in index if not part.startswith("_") and part not in architecture.components
+        if isinstance(index[part], list)
+    }  # fmt: skip
+    pipeline = _load(base, unused)
+    if described.base is not None:
+        _fuse(pipeline, folder, described.base)
+    if tiny_decoder is not None:
+        pipeline.vae = _load_tiny(tiny_decoder)
+    stages = stages_of(pipeline)
+    assert stages.prediction_type == prediction_type_of(scheduler)
+    return stages
+
+
+def _base_folder(folder: Path, described: StudentManifest) -> Path:
+    """A base is a folder, absolute or beside the student's files, or a hub id."""
+    assert described.base is not None
+    beside = folder / described.base
+    return beside if beside.is_dir() else student_folder(described.base)
+
+
+def _load(folder: Path, unused: dict[str, None]) -> Any:
+    try:
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    except ImportError:
+        raise missing_extra("diffusers", "export") from None
+    try:
+        with quiet():
+            return DiffusionPipeline.from_pretrained(
+                str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, **unused
+            )
+    except Exception as error:  # whatever a damaged folder makes the libraries raise
+        raise ArtifactError(f"{folder} does not load in diffusers: {_first_line(error)}") from error
+
+
+def _load_tiny(folder: Path) -> Any:
+    from diffusers import AutoencoderTiny
+
+    try:
+        with quiet():
+            return AutoencoderTiny.from_pretrained(
+                str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:
+        raise ArtifactError(f"{folder} is no AutoencoderTiny: {_first_line(error)}") from error
+
+
+def _fuse(pipeline: Any, folder: Path, base: str) -> None:
+    try:
+        with quiet():
+            pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, local_files_only=True)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+    except ImportError:
+        raise missing_extra("peft", "export") from None
+    except Exception as error:
+        if "PEFT backend" in str(error):
+            raise missing_extra("peft", "export") from None
+        raise ArtifactError(f"{folder / LORA_FILE} does not fit {base}: {_first_line(error)}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot read {path}: {reason}; is {path.parent} part of a diffusers pipeline?") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,231 @@
+"""Every pipeline class: the denoiser is asked what diffusers' own pipeline asks, and its export draws the same images."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imagine_flash.core.artifact import read_artifact_manifest
+from imagine_flash.core.errors import ArtifactError, PlanError, ScheduleError
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.export.architectures import ARCHITECTURES, stages_of
+from imagine_flash.export.loading import load_stages
+from imagine_flash.tests import architectures, pipelines
+
+PROMPT = "a fox on a pink background"
+
+
+def asked(network: torch.nn.Module, run) -> dict[str, Any]:
+    """The arguments of the network's last call in run(), by the names of its forward, without what is None or a switch."""
+    calls: list[dict[str, Any]] = []
+    signature = inspect.signature(type(network).forward)
+
+    def keep(module, args, kwargs):
+        calls.append(dict(signature.bind(module, *args, **kwargs).arguments))
+
+    hook = network.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            run()
+    finally:
+        hook.remove()
+    found = {name: value for name, value in calls[-1].items() if name not in ("self", "return_dict")}
+    for name, value in (found.pop("added_cond_kwargs", None) or {}).items():
+        found[name] = value
+    return {name: value for name, value in found.items() if value is not None}
+
+
+BUILDERS = {**architectures.BUILDERS, "pixart told its size": lambda: architectures.build_pixart(sample_size=128)}
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_the_network_is_asked_what_diffusers_asks(kind: str) -> None:
+    pipeline = BUILDERS[kind]()
+    pipeline.set_progress_bar_config(disable=True)
+    network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    stages, size = stages_of(pipeline), (64, 96)
+    settings: dict[str, Any] = (
+        {"use_resolution_binning": False, "clean_caption": False} if kind.startswith("pixart") else {}
+    )
+    settings |= {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent", "height": 64, "width": 96}
+    theirs = asked(network, lambda: pipeline(PROMPT, **settings))
+    latents = theirs["hidden_states" if "hidden_states" in theirs else "sample"]
+    timestep = torch.as_tensor(theirs["timestep"], dtype=torch.float32).reshape(-1)[:1]
+    conditions = stages.text_encoder(*stages.encode_prompts([PROMPT]).values())
+    ours = asked(network, lambda: stages.denoiser(size)(latents, timestep, *conditions))
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        got = torch.as_tensor(ours[name], dtype=torch.float32)
+        assert torch.allclose(got, torch.as_tensor(expected, dtype=torch.float32).expand_as(got), atol=1e-6), name
+
+
+@pytest.fixture(scope="module", params=[kind for kind in architectures.BUILDERS if kind != "sd15"])
+def exported(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    student = architectures.build_student(request.param, folder / "student")
+    options = ExportOptions(
+        steps=(1, 2), batch=(1, 2), sizes=((64, 96),), prompts=(PROMPT, "a cat to the left of a dog")
+    )
+    return request.param, student, export_student(student, folder / "artifact", options=options), folder / "artifact"
+
+
+def test_every_class_passes_the_gate(exported) -> None:
+    kind, _, manifest, _ = exported
+    expected = {
+        "sd21": "StableDiffusion",
+        "sdxl": "StableDiffusionXL",
+        "sd3": "StableDiffusion3",
+        "pixart": "PixArtAlpha",
+    }
+    assert manifest.pipeline == f"{expected[kind]}Pipeline"
+    assert max(figures["m"] for name, figures in manifest.parity.items() if name == "denoiser") <= 1e-4
+    assert all(figures["images"] <= 1 for figures in manifest.parity.values() if "images" in figures)
+    assert manifest.graphs["denoiser"].nodes["Attention"] > 0
+    conditions = [spec.name for spec in manifest.graphs["text_encoder"].outputs]
+    assert [spec.name for spec in manifest.graphs["denoiser"].inputs] == ["latents", "timestep", *conditions]
+
+
+def test_the_runtime_draws_what_torch_draws(exported) -> None:
+    """From the prompt on: tokenizers, conditions, every step, by both routes."""
+    _, student, manifest, artifact = exported
+    stages = load_stages(student)
+    engines = [Engine.load(artifact), Engine.load(artifact, route="sampler")]
+    table, times = manifest.update_tables()[2], manifest.schedule.network_time(manifest.update_tables()[2].timesteps)
+    from imagine_flash.core.noise import initial_noise
+    from imagine_flash.core.update import reference_update
+
+    with torch.inference_mode():
+        text = stages.text_encoder(*stages.encode_prompts([PROMPT]).values())
+        x = initial_noise(5, 1, stages.latent_shape((64, 96)))
+        for i, time in enumerate(times):
+            m = stages.denoiser((64, 96))(torch.from_numpy(x), torch.tensor([float(time)]), *text)
+            x = reference_update(x, m.numpy(), table, i)
+        expected = stages.decoder(torch.from_numpy(x)).numpy().astype(int)
+    for engine in engines:
+        got = engine.generate(GenerateRequest(prompt=PROMPT, steps=2, seed=5)).images
+        assert got.shape == (1, 64, 96, 3) and np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_a_lora_student_is_fused_into_its_base(tmp_path) -> None:
+    """The student's answers differ from its base's and equal those of diffusers with the adapter loaded."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    base, student = tmp_path / "base", tmp_path / "student"
+    pipeline = pipelines.build_pipeline()
+    pipeline.save_pretrained(base, safe_serialization=True)
+    plain = stages_of(pipelines.build_pipeline())
+    torch.manual_seed(4)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    student.mkdir()
+    adapter: Any = get_peft_model_state_dict(pipeline.unet)
+    pipeline.save_lora_weights(student, unet_lora_layers=adapter)
+    pipelines.describe(student, base="../base")
+    fused = load_stages(student)
+    latents, t, text = torch.randn(1, 4, 8, 8), torch.tensor([999.0]), torch.randn(1, 16, 32)
+    with torch.inference_mode():
+        expected = pipeline.unet(latents, t, text, return_dict=False)[0]
+        got = fused.denoiser((64, 64))(latents, t, text)
+        before = plain.denoiser((64, 64))(latents, t, text)
+    assert torch.allclose(got, expected, atol=1e-5) and not torch.allclose(got, before, atol=1e-3)
+    (student / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"pytorch_lora_weights\.safetensors is missing, so it is no LoRA of"):
+        load_stages(student)
+
+
+def test_a_tiny_decoder_takes_the_place_of_the_students(tiny_student, tmp_path) -> None:
+    pipelines.build_vae("tiny", 16).save_pretrained(tmp_path / "tiny")
+    options = ExportOptions(tiny_decoder=tmp_path / "tiny", steps=(1,), batch=(1, 1))
+    manifest = export_student(tiny_student, tmp_path / "out", options=options)
+    assert manifest.scaling_factor == 1.0
+    whole, small = Engine.load(pipelines.shared_artifact()), Engine.load(tmp_path / "out")
+    request = GenerateRequest(prompt=PROMPT, steps=1, seed=1)
+    assert not np.array_equal(whole.generate(request).images, small.generate(request).images)
+    pipelines.build_vae("tiny", 16, 8).save_pretrained(tmp_path / "eight")
+    with pytest.raises(ArtifactError, match="takes 4 channels and the vae has 8"):
+        load_stages(tiny_student, tiny_decoder=tmp_path / "eight")
+    with pytest.raises(ArtifactError, match="is no AutoencoderTiny"):
+        load_stages(tiny_student, tiny_decoder=tmp_path)
+
+
+def broken(tmp_path, change) -> Any:
+    student = pipelines.build_student(tmp_path / "student")
+    change(student)
+    return student
+
+
+def edit(path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+BAD_STUDENTS = {
+    "another class": (
+        lambda s: edit(s / "model_index.json", '"StableDiffusionPipeline"', '"StableDiffusionPipelin"'),
+        ArtifactError,
+        r"cannot export a StableDiffusionPipelin; did you mean 'StableDiffusionPipeline'\?; known classes: .*SD|Stable",
+    ),
+    "no closed form": (
+        lambda s: edit(s / "scheduler/scheduler_config.json", '"scaled_linear"', '"sigmoid"'),
+        ScheduleError,
+        "beta_schedule must be one of",
+    ),
+    "truncated weights": (
+        lambda s: (s / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 100),
+        ArtifactError,
+        "does not load in diffusers",
+    ),
+    "a damaged weight": (
+        lambda s: (s / "vae/diffusion_pytorch_model.safetensors").unlink(),
+        ArtifactError,
+        "does not load in diffusers",
+    ),
+    "no scheduler": (
+        lambda s: (s / "scheduler/scheduler_config.json").unlink(),
+        ArtifactError,
+        r"cannot read .*scheduler_config\.json: No such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STUDENTS)
+def test_a_bad_student_is_one_line(name: str, tmp_path) -> None:
+    change, kind, message = BAD_STUDENTS[name]
+    student = broken(tmp_path, change)
+    with pytest.raises(kind, match=message) as raised:
+        export_student(student, tmp_path / "out")
+    assert "\n" not in str(raised.value) and {path.name for path in tmp_path.iterdir()} == {"student"}
+
+
+BAD_OPTIONS = {
+    "size": (
+        {"sizes": ((60, 64),)},
+        ArtifactError,
+        "a size must be a multiple of 8 for this student, got 64x60; try 64x64",
+    ),
+    "plan": ({"steps": (4,)}, PlanError, "steps must be 1, 2 or 3, got 4"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_what_a_student_cannot_do_is_one_line(name: str, tiny_student, tmp_path) -> None:
+    values, kind, message = BAD_OPTIONS[name]
+    with pytest.raises(kind, match=message):
+        export_student(tiny_student, tmp_path / "out", options=ExportOptions(**values))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_id_that_cannot_be_fetched(tmp_path) -> None:
+    with pytest.raises(ArtifactError, match="owner/nothing is no folder here and could not be fetched"):
+        export_student("owner/nothing", tmp_path / "out")
+
+
+def test_the_known_classes_are_diffusers_own() -> None:
+    import diffusers
+
+    assert all(hasattr(diffusers, name) for name in ARCHITECTURES)
+    assert set(read_artifact_manifest(pipelines.shared_artifact()).graphs) >= {"denoiser", "sampler_3_from_embeddings"}

@@ -1,0 +1,174 @@
+"""Precisions and formats of a whole export, and what cannot be asked for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from imagine_flash.core.artifact import read_artifact_manifest
+from imagine_flash.core.errors import ArtifactError
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.verify import verify
+from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.export.options import parse_batch, parse_sizes, parse_steps, read_prompts
+from imagine_flash.tests import pipelines
+
+ONE = {"steps": (2,), "batch": (1, 2)}
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def lowered(request, tiny_student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "artifact"
+    options = ExportOptions(precision=request.param, formats=("onnx", "tensorrt"), **ONE)
+    return export_student(tiny_student, folder, options=options), folder
+
+
+def test_half_precision_keeps_the_angles_of_the_time_in_float32(lowered):
+    manifest, _ = lowered
+    assert manifest.graphs["denoiser"].islands == ["unet.time_proj"]
+    assert manifest.graphs["denoiser"].nodes == {"Attention": 8, "GroupNormalization": 21, "LayerNormalization": 12}
+    inputs = {spec.name: spec.dtype for spec in manifest.graphs["sampler_2"].inputs}
+    assert (
+        inputs == {"input_ids": "int64", "noise": "float32"} and manifest.graphs["decoder"].outputs[0].dtype == "uint8"
+    )
+
+
+def test_half_precision_differs_and_passes_its_limits(lowered):
+    manifest, _ = lowered
+    sampler = manifest.parity["sampler_2"]
+    assert sampler["psnr"] >= manifest.limits["psnr"] and 1e-5 < manifest.parity["denoiser"]["m_rms"] < 0.05
+
+
+def test_half_precision_is_stored_once_and_small(lowered):
+    _, folder = lowered
+    whole = (pipelines.shared_artifact() / "weights.bin").stat().st_size
+    assert (folder / "weights.bin").stat().st_size <= 2.1 * whole
+    assert not list(folder.glob(".*")), "a probe or check graph was left behind"
+
+
+def test_fp16_runs_here_and_draws_the_reference_pictures(lowered):
+    manifest, folder = lowered
+    if manifest.precision != "fp16":
+        with pytest.raises(ArtifactError, match="onnxruntime cannot run"):
+            Engine.load(folder)
+        return
+    assert all(found.passed for found in verify(Engine.load(folder)))
+
+
+def test_tensorrt_gets_a_recipe_for_every_graph(lowered):
+    manifest, folder = lowered
+    recipe = json.loads((folder / manifest.formats["tensorrt"]["recipe"]).read_text(encoding="utf-8"))
+    assert set(recipe["graphs"]) == set(manifest.graphs) and "tensorrt/build.json" in manifest.files
+
+
+def test_an_overflow_is_found_and_cured(tmp_path):
+    """A convolution scaled by 3e5 before a GroupNorm: the same function, but its values do not fit in fp16."""
+    student = pipelines.build_student(tmp_path / "student", half=False)
+    file = student / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    block = "mid_block.resnets.0"
+    for name in ("conv1.weight", "conv1.bias", "time_emb_proj.weight", "time_emb_proj.bias"):
+        weights[f"{block}.{name}"] *= 3e5
+    save_file(weights, file, metadata={"format": "pt"})
+    manifest = export_student(student, tmp_path / "out", options=ExportOptions(precision="fp16", **ONE))
+    islands = set(manifest.graphs["denoiser"].islands)
+    assert {f"unet.{block}.conv1", f"unet.{block}.norm2"} <= islands and len(islands) < 10, islands
+    assert manifest.parity["denoiser"]["m_rms"] < 0.01
+
+
+def test_other_formats_lie_in_the_same_artifact(tiny_student, tmp_path):
+    pytest.importorskip("openvino")
+    options = ExportOptions(formats=("openvino", "triton-repository"), **ONE)
+    manifest = export_student(tiny_student, tmp_path / "out", options=options)
+    assert read_artifact_manifest(tmp_path / "out") == manifest, "every file of every format is hashed"
+    assert {"openvino/denoiser.xml", "triton_repository/sampler_2/config.pbtxt"} <= set(manifest.files)
+    assert Engine.load(tmp_path / "out").generate(GenerateRequest(prompt="a fox", seed=1)).images.std() > 5
+
+
+def test_two_sizes_share_their_weights(tiny_student, tmp_path):
+    options = ExportOptions(sizes=((64, 64), (96, 64)), steps=(1,), batch=(1, 1))
+    export_student(tiny_student, tmp_path / "out", options=options)
+    one = (pipelines.shared_artifact() / "weights.bin").stat().st_size
+    assert (tmp_path / "out/weights.bin").stat().st_size < 1.02 * one
+    engine, usual = Engine.load(tmp_path / "out"), Engine.load(pipelines.shared_artifact())
+    request = {"prompt": "a fox", "seed": 1, "steps": 1}
+    assert engine.generate(GenerateRequest(**request, height=96)).images.shape == (1, 96, 64, 3)
+    same = [e.generate(GenerateRequest(**request)).images.astype(int) for e in (engine, usual)]
+    assert np.abs(same[0] - same[1]).max() <= 1
+    assert [found.reference.size for found in verify(engine)] == [(64, 64), (96, 64)]
+
+
+BAD = {
+    "batch": ({"batch": (4, 1)}, r"batch must run upwards from 1 to at most 64, got 4-1; try 1-4"),
+    "precision": ({"precision": "fp8"}, "precision: input should be 'fp32', 'fp16' or 'bf16', got 'fp8'"),
+    "format": ({"formats": ("coreml",)}, "formats: input should be 'onnx', 'tensorrt', 'openvino' or .*, got 'coreml'"),
+    "format's precision": (
+        {"formats": ("triton-repository",), "precision": "bf16"},
+        "the format triton-repository takes precision fp32 or fp16, got bf16",
+    ),
+    "openvino's precision": (
+        {"formats": ("openvino",), "precision": "fp16"},
+        "openvino takes precision fp32, got fp16",
+    ),
+    "int8": ({"int8": True}, "int8 weights are made for the format openvino; add --format openvino"),
+    "opset": ({"opset": 17}, "opset must be 20 to 24, got 17"),
+    "no sizes": ({"sizes": ()}, "sizes must not be empty"),
+    "psnr": ({"psnr": -3.0}, "psnr: input should be greater than 0, got -3.0"),
+    "a misspelt option": ({"batches": 1}, "an export has no option 'batches'; did you mean 'batch'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_asked_for(name):
+    values, message = BAD[name]
+    with pytest.raises(ArtifactError, match=message) as raised:
+        ExportOptions(**values)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (parse_sizes, "512", "a size is WIDTHxHEIGHT such as 512x512, got '512'"),
+        (parse_sizes, "512x512,", "got ''"),
+        (parse_sizes, "-1x4", "got '-1x4'"),
+        (parse_batch, "1-", "a batch is a number or a range such as 1-4, got '1-'"),
+        (parse_batch, "two", "got 'two'"),
+        (parse_steps, "1;2", "steps are whole numbers such as 1,2,3, got '1;2'"),
+    ],
+)
+def test_what_cannot_be_read(parse, text, message):
+    with pytest.raises(ArtifactError, match=message):
+        parse(text)
+
+
+def test_what_is_read(tmp_path: Path):
+    assert parse_sizes("512x768, 64x64") == ((768, 512), (64, 64)) and parse_sizes(None) is None
+    assert parse_batch("3") == (3, 3) and parse_batch("1-8") == (1, 8) and parse_steps("3, 1") == (3, 1)
+    (tmp_path / "prompts.txt").write_text("a fox\n\n a cat \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == ("a fox", "a cat")
+    for content, message in ((b"\n", "holds no prompts"), (b"\xff\xfe\x00", "it is no UTF-8 text")):
+        (tmp_path / "bad.txt").write_bytes(content)
+        with pytest.raises(ArtifactError, match=message):
+            read_prompts(tmp_path / "bad.txt")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_student, tmp_path):
+    """A file system of a few pages, where one can be mounted."""
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with pytest.raises(
+            ArtifactError, match=r"cannot write .*out: no space left on device; nothing was changed there"
+        ):
+            export_student(tiny_student, small / "out", options=ExportOptions(**ONE))
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
