@@ -12,7 +12,7 @@ from ..core.artifact import Size
 from ..core.errors import ArtifactError, nearest
 from .stages import Decoder, Stages, TokenInput, downscale_of
 
-EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "attention_mask"
+EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"
 Conditions = tuple[torch.Tensor, ...]
 
 

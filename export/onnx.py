@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core.artifact import GraphSpec, Size, TensorSpec
 from ..core.errors import ArtifactError, missing_extra
+from .options import MAX_BATCH
 from .stages import LATENTS, Stages, quiet
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
@@ -110,16 +111,17 @@ def _export(
     opset: int,
 ) -> StageGraph:
     """The first axis of every input and output is free ("batch"). Raises ArtifactError if torch fixed one."""
-    batch = torch.export.Dim(BATCH, min=1, max=1024)
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     with quiet(), torch.inference_mode():
+        # not left to torch.onnx, whose own settings of torch.export lose that PixArt's inputs share their batch
+        free = tuple({0: batch} for _ in inputs)
+        exported = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=free, strict=False)
         program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
+            exported,
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
             verbose=False,
         )
     assert program is not None
@@ -141,6 +143,8 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         if tensor.dtype == ir.DataType.FLOAT and tensor.nbytes > INLINE_BYTES:
             weights[name] = store.add(tensor.numpy())
             value.const_value = ir.Tensor(np.zeros(0, np.float32), name=name)  # a place holder, dropped below
+    idle = {node.outputs[0].name for node in model.graph if _is_idle_squeeze(node)}
+    masked = {node.outputs[0].name: rows for node in model.graph if (rows := _rows_of_mask(node)) > 1}
     proto = ir.to_proto(model)
     if proto.functions:
         raise ArtifactError(f"torch left the function {proto.functions[0].name!r} in the graph; it must be plain ONNX")
@@ -150,6 +154,15 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
             raise ArtifactError(f"the graph uses {node.domain}.{node.op_type}, which is no standard ONNX operator")
         assert not any(attribute.HasField("g") for attribute in node.attribute), "subgraphs are not renamed"
         scope = _module_of(node)
+        if node.output[0] in idle:
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
+        if node.output[0] in masked:
+            shape, mask = f"{node.output[0]}:mask_shape", f"{node.output[0]}:mask"
+            graph.initializer.append(
+                helper.make_tensor(shape, TensorProto.INT64, [4], [1, 1, masked[node.output[0]], 1])
+            )
+            graph.node.append(helper.make_node("Expand", [node.input[3], shape], [mask], scope))
+            node.input[3] = mask
         _strip(node).name = scope
         graph.node.append(node)
     for value in proto.graph.input:
@@ -164,6 +177,26 @@ def _strip(part: Any) -> Any:
     part.doc_string = ""
     del part.metadata_props[:]
     return part
+
+
+def _is_idle_squeeze(node: ir.Node) -> bool:
+    """torch.squeeze leaves an axis that is longer than 1; the Squeeze that torch.onnx (2.13) makes of it does not load."""
+    if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
+        return False
+    shape, axes = node.inputs[0].shape, node.inputs[1].const_value
+    if shape is None or axes is None:
+        return False
+    return any(isinstance(size := shape[int(axis)], int) and size != 1 for axis in axes.numpy().reshape(-1))
+
+
+def _rows_of_mask(node: ir.Node) -> int:
+    """The queries of an Attention whose mask has one row for all of them, which onnxruntime (1.31) refuses; else 0."""
+    if node.op_type != "Attention" or len(node.inputs) < 4 or node.inputs[3] is None or node.inputs[0] is None:
+        return 0
+    queries, mask = node.inputs[0].shape, node.inputs[3].shape
+    if queries is None or mask is None or len(mask) != 4 or mask[-2] != 1:
+        return 0
+    return rows if isinstance(rows := queries[-2], int) else 0
 
 
 def _module_of(node: onnx.NodeProto) -> str:

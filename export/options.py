@@ -22,7 +22,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {  # of the ONNX graphs, by what is mad
     "openvino": ("fp32",),  # it lowers the precision itself, at load
     "triton-repository": ("fp32", "fp16"),  # onnxruntime has too few kernels for bf16
 }
-MAX_BATCH = 64
+MAX_BATCH = 63  # from 64 on, diffusers' Upsample2D takes another way
 
 
 class ExportOptions(BaseModel):

@@ -101,7 +101,7 @@ def test_two_sizes_share_their_weights(tiny_student, tmp_path):
 
 
 BAD = {
-    "batch": ({"batch": (4, 1)}, r"batch must run upwards from 1 to at most 64, got 4-1; try 1-4"),
+    "batch": ({"batch": (4, 1)}, r"batch must run upwards from 1 to at most 63, got 4-1; try 1-4"),
     "precision": ({"precision": "fp8"}, "precision: input should be 'fp32', 'fp16' or 'bf16', got 'fp8'"),
     "format": ({"formats": ("coreml",)}, "formats: input should be 'onnx', 'tensorrt', 'openvino' or .*, got 'coreml'"),
     "format's precision": (
