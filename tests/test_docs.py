@@ -17,6 +17,16 @@ def test_the_readmes_table_is_the_record() -> None:
     assert as_markdown(record) in README
 
 
+def test_the_full_size_table_is_of_the_records() -> None:
+    table = (ROOT / "docs/export.md").read_text(encoding="utf-8").split("## Full size")[1]
+    linked = re.findall(r"\]\((results/export_\w+\.json)\) \| ([\d.]+) G \| (\d+) s \| ([\d.]+) GiB", table)
+    assert linked
+    for file, parameters, seconds, memory in linked:
+        record = json.loads((ROOT / "docs" / file).read_text(encoding="utf-8"))
+        figures = f"{record['parameters'] / 1e9:.2f}", f"{record['seconds']:.0f}", f"{record['peak_resident_gib']:.1f}"
+        assert (parameters, seconds, memory) == figures
+
+
 def test_every_command_and_option_is_described() -> None:
     from typer.main import get_command
 
