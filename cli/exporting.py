@@ -173,11 +173,12 @@ def _print_parity(manifest: ArtifactManifest) -> None:
 
 
 def _verify(folder: Path) -> None:
+    from ..core.artifact import read_artifact_manifest
     from ..engine import Engine
     from ..engine.verify import verify
 
     failed: list[Any] = []
-    for found in verify(Engine.load(folder)):
+    for found in verify(Engine.load(folder, precision=read_artifact_manifest(folder).precision)):
         reference = found.reference
         say(
             f"{'ok  ' if found.passed else 'FAIL'} {reference.prompt!r}, seed {reference.seed}, {reference.steps} steps, "

@@ -48,7 +48,7 @@ def generate_command(
         say(
             f"note: the model never saw the word{'s' if len(result.unknown_words) > 1 else ''} {words}; it draws something anyway"
         )
-    say("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.items()))
+    say("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
     shown = paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
     say(f"wrote {shown} ({result.steps} steps, seed {result.seed})")
 

@@ -28,6 +28,14 @@ class RequestError(ImagineFlashError):
     """A request for pictures that cannot be answered."""
 
 
+class EngineError(ImagineFlashError):
+    """The engine could not draw: a backend failed, gave NaN, or the engine is closed."""
+
+
+class BusyError(EngineError):
+    """More requests wait than the engine takes; the same request may succeed later."""
+
+
 class MissingExtraError(ImagineFlashError):
     """An optional package is not installed."""
 

@@ -14,6 +14,7 @@ from .errors import ArtifactError
 
 STUDENT_FILE = "imagine_flash.json"
 ARTIFACT_FILE = "manifest.json"
+CACHE_VARIABLE = "IMAGINE_FLASH_CACHE"  # a folder; empty turns the cache off
 
 
 def sha256_file(path: str | Path) -> str:
@@ -154,3 +155,23 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder(kind: str) -> Path | None:
+    """Where compiled models are kept from one process to the next; None where nothing can be written.
+
+    $IMAGINE_FLASH_CACHE, or imagine-flash in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen == "":
+        return None
+    try:
+        base = (
+            Path(chosen)
+            if chosen
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagine-flash"
+        )
+        (base / kind).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, read-only, a full disk: slower, not broken
+        return None
+    return base / kind if os.access(base / kind, os.W_OK) else None

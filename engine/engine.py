@@ -2,80 +2,75 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..core.artifact import STAGES, ArtifactManifest, Size, read_artifact_manifest, size_name
+from ..core.artifact import ARTIFACT_FILE, STAGES, ArtifactManifest, Size, read_artifact_manifest, size_name
 from ..core.errors import ArtifactError, RequestError, nearest
+from ..core.files import cache_folder, sha256_file
 from ..core.noise import initial_noise
 from ..core.plan import select
-from ..core.update import UpdateTable, reference_update
-from .backends import Backend, load_backend
+from .backends import Backend, Wanted, choose, load_backend
+from .batching import Batcher
+from .precision import bears
 from .prompt_cache import DEFAULT_BYTES, PromptCache
 from .request import GenerateRequest
-from .tokenizer import PromptTokenizer, Tokens
+from .tokenizer import PromptTokenizer
+from .work import Chunk, GenerateResult, Job
 
 Route = Literal["stages", "sampler"]
 ROUTES = ("stages", "sampler")
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "artifact"
-_CHUNK = 8  # pictures of one network call: bounds the memory of a large request
-
-Draw = Callable[[NDArray[np.float32]], NDArray[np.uint8]]  # x_T (B, C, h, w) -> images (B, H, W, 3)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateResult:
-    """images: uint8 (N, H, W, 3). timings: seconds per stage and "total". seed: of the first picture, the others follow it."""
-
-    images: NDArray[np.uint8]
-    timings: dict[str, float]
-    steps: int
-    seed: int
-    unknown_words: list[str]
+PATIENCE = 60.0  # seconds: how a request without a timeout ranks among those that have one
+MAX_WAITING = 1024  # pictures
+RESULT_BYTES = 2**30  # of one request's pictures
 
 
 class Engine:
-    """Draws with one artifact. Thread-safe: the prompt cache is the only state that a request changes.
+    """Draws with one artifact. Thread-safe; its own thread makes every call of the backend, so concurrent requests share
+    them, and the thread that asks only waits.
 
     route "stages" runs text encoder, denoiser and decoder one after another with core's update in between; "sampler" runs
-    the whole sampler as one graph. The same seed gives the same picture by both; an artifact that holds the graphs of one
-    alone takes that one.
+    the whole sampler as one graph. The same seed gives the same picture by both, and in any company, up to the last bits
+    of float arithmetic (one of 255 levels). An artifact that holds the graphs of one route alone takes that one.
     """
 
     def __init__(
         self, backend: Backend, tokenizer: PromptTokenizer, manifest: ArtifactManifest, *, route: Route = "stages",
+        max_batch: int | None = None, max_waiting: int = MAX_WAITING, sizes: Sequence[Size] | None = None,
         prompt_cache: PromptCache | None = None, folder: Path | None = None,
     ) -> None:  # fmt: skip
-        if route not in ROUTES:
-            raise ArtifactError(f"no route {route!r}{nearest(route, ROUTES)}; known: {', '.join(ROUTES)}")
-        if "denoiser" not in manifest.graphs:
-            route = "sampler"
-        elif f"sampler_{max(manifest.plans)}" not in manifest.graphs:
-            route = "stages"
-        self.backend, self.tokenizer, self.manifest, self.route = backend, tokenizer, manifest, route
+        self.backend, self.tokenizer, self.manifest = backend, tokenizer, manifest
+        self.route = _route(route, manifest)
+        self.max_batch = _max_batch(max_batch, manifest)
+        self.sizes = _sizes(sizes, manifest)
         self.folder = Path() if folder is None else folder
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
-        self._plans, self._tables = manifest.step_plans, manifest.update_tables()
-        self._times = {
-            steps: manifest.schedule.network_time(table.timesteps).astype(np.float32)
-            for steps, table in self._tables.items()
-        }
+        self._plans = manifest.step_plans
+        self.batcher = Batcher(
+            backend, manifest, self.prompt_cache, max_batch=self.max_batch, max_waiting=max_waiting,
+            whole=self.route == "sampler",
+        )  # fmt: skip
+        weakref.finalize(self, self.batcher.close)
 
     @classmethod
     def load(
-        cls, path: str | Path | None = None, *, backend: str = "auto", route: Route = "stages",
-        prompt_cache_bytes: int = DEFAULT_BYTES,
+        cls, path: str | Path | None = None, *, backend: str = "auto", device: str = "auto", precision: str = "auto",
+        route: Route = "stages", sizes: Sequence[Size] | None = None, max_batch: int | None = None,
+        max_waiting: int = MAX_WAITING, prompt_cache_bytes: int = DEFAULT_BYTES,
     ) -> Engine:  # fmt: skip
         """Load an artifact folder, by default the embedded model. Every file's hash is checked.
 
-        prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time.
+        backend, device, precision: "auto" takes what is fastest of what is installed and present; `describe` says what
+        that was. sizes: of the artifact's, (height, width), those that will be asked for; None takes all. max_batch:
+        pictures of one network call; None takes the most that the artifact was checked with. max_waiting: pictures that
+        may wait before requests are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes
+        every time.
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
         backend that is not installed.
         """
@@ -83,78 +78,136 @@ class Engine:
         if path is None and not folder.is_dir():
             raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
         manifest = read_artifact_manifest(folder)
-        loaded, tokenizer = load_backend(backend, folder, manifest), PromptTokenizer.load(folder, manifest.tokenizers)
+        cache = PromptCache(prompt_cache_bytes)
+        route, max_batch = _route(route, manifest), _max_batch(max_batch, manifest)
+        backend = choose(backend, manifest, device)
+        if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
+            precision = "bf16"
+        wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))
+        loaded = load_backend(backend, folder, manifest, wanted)
+        tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
         engine = cls(
-            loaded, tokenizer, manifest, route=route, prompt_cache=PromptCache(prompt_cache_bytes), folder=folder
-        )
-        loaded.prepare(STAGES if engine.route == "stages" else [f"sampler_{max(engine.steps)}"])
+            loaded, tokenizer, manifest, route=route, max_batch=max_batch, max_waiting=max_waiting, sizes=sizes,
+            prompt_cache=cache, folder=folder,
+        )  # fmt: skip
+        loaded.prepare(STAGES if route == "stages" else [f"sampler_{max(engine.steps)}"])
         return engine
+
+    @classmethod
+    def _bears_bf16(cls, folder: Path) -> bool:
+        from .backends.openvino import processor_with_bf16
+
+        processor = processor_with_bf16()
+        if processor is None:
+            return False
+        key = f"{processor} {sha256_file(folder / ARTIFACT_FILE)}"
+        cache = cache_folder("precision")
+        return bears("bf16", lambda: cls.load(folder, backend="openvino", precision="bf16"), key=key, cache=cache)
 
     @property
     def steps(self) -> list[int]:
         """The step counts that the model was distilled for."""
         return sorted(self._plans)
 
-    def generate(self, request: GenerateRequest) -> GenerateResult:
-        """Draw a request. Raises PlanError for steps the model has no plan for, RequestError for too long a prompt."""
+    def describe(self) -> str:
+        """One line: what draws, on what, how."""
+        return f"{self.manifest.name}: {self.backend.describe()}, batches of up to {self.max_batch}"
+
+    def warm_up(self) -> None:
+        """Load every graph of every size and batch, so that no request waits for one."""
+        kinds = STAGES if self.route == "stages" else [f"sampler_{steps}" for steps in self.steps]
+        names = dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)
+        self.backend.prepare(list(names), buckets(self.max_batch))
+
+    def submit(self, request: GenerateRequest) -> Future[GenerateResult]:
+        """Accept a request; its pictures come with the future. Cancelling the future stops the work before the next call.
+
+        Raises PlanError for steps the model has no plan for, RequestError for what it cannot draw, BusyError where too
+        much waits already, EngineError after `close`.
+        """
         started = time.perf_counter()
         steps = max(self._plans) if request.steps is None else request.steps
         select(self._plans, steps)
-        clock = _Clock()
         size = self._size(request)
-        tokens = clock("tokenize", lambda: self.tokenizer.encode(request.prompt))
-        shape = self.manifest.latent_shape_of(size)
-        noise = clock("noise", lambda: initial_noise(request.seed, request.count, shape))
-        draw = self._by_stages(tokens, steps, clock) if self.route == "stages" else self._whole(tokens, steps, clock)
-        chunks = [draw(noise[i : i + _CHUNK]) for i in range(0, request.count, _CHUNK)]
-        return GenerateResult(
-            images=np.concatenate(chunks), timings={**clock.seconds, "total": time.perf_counter() - started}, steps=steps,
-            seed=request.seed, unknown_words=self.tokenizer.unknown_words(request.prompt),
+        tokens = self.tokenizer.encode(request.prompt)
+        tokenized = time.perf_counter()
+        noise = initial_noise(request.seed, request.count, self.manifest.latent_shape_of(size))
+        finished = time.perf_counter()
+        job = Job(
+            request=request, tokens=tokens, size=size, steps=steps, started=started, tokenize=tokenized - started,
+            noise_seconds=finished - tokenized, deadline=started + (request.timeout or PATIENCE),
+            expires=request.timeout is not None, unknown_words=self.tokenizer.unknown_words(request.prompt),
         )  # fmt: skip
+        rows = range(0, request.count, self.max_batch)
+        self.batcher.submit([Chunk(job, row, noise[row : row + self.max_batch]) for row in rows])
+        return job.future
+
+    def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Draw a request and wait for it. Raises what `submit` raises, and EngineError for a failing backend."""
+        return self.submit(request).result()
+
+    async def agenerate(self, request: GenerateRequest) -> GenerateResult:
+        """Draw a request without blocking the event loop; cancelling the task stops the work before the next call."""
+        future = await asyncio.to_thread(self.submit, request)
+        return await asyncio.wrap_future(future)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
+        """The request in one step as a preview, then in all its steps, from the same noise."""
+        steps = max(self._plans) if request.steps is None else request.steps
+        if steps > 1 and 1 in self._plans:
+            yield await self.agenerate(request.model_copy(update={"steps": 1}))
+        yield await self.agenerate(request)
+
+    def close(self) -> None:
+        """Free the backend after the call in progress; requests that wait fail, and so do later ones."""
+        self.batcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _size(self, request: GenerateRequest) -> Size:
-        """The request's size, by default the artifact's first."""
-        height, width = self.manifest.image_size
+        """The request's size, by default the first."""
+        height, width = self.sizes[0]
         size = (request.height or height, request.width or width)
-        if size not in self.manifest.sizes:
-            known = ", ".join(size_name(size) for size in self.manifest.sizes)
-            raise RequestError(f"this artifact draws {known} (width x height), got {size_name(size)}")
+        if size not in self.sizes:
+            known = ", ".join(size_name(size) for size in self.sizes)
+            raise RequestError(f"this engine draws {known} (width x height), got {size_name(size)}")
+        if (needed := 3 * size[0] * size[1] * request.count) > RESULT_BYTES:
+            most = RESULT_BYTES // (3 * size[0] * size[1])
+            raise RequestError(
+                f"{request.count} pictures of {size_name(size)} take {needed:,} bytes; at most {most} at once"
+            )
         return size
 
-    def _by_stages(self, tokens: Tokens, steps: int, clock: _Clock) -> Draw:
-        """Text encoder once; then, per chunk of noise, denoiser and update for each step, and the decoder."""
-        table: UpdateTable = self._tables[steps]
-        text = clock("encode", lambda: self.prompt_cache.get(tokens, lambda: self.backend.encode(tokens)))  # (1, ...)
 
-        def draw(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-            conditions = [np.repeat(condition, len(x), axis=0) for condition in text]
-            for i, t in enumerate(self._times[steps]):
-                m = clock(
-                    "denoise", lambda x=x, t=t: self.backend.denoise(x, np.full(len(x), t, np.float32), conditions)
-                )
-                x = clock("update", lambda x=x, m=m, i=i: reference_update(x, m, table, i))
-            return clock("decode", lambda: self.backend.decode(x))
-
-        return draw
-
-    def _whole(self, tokens: Tokens, steps: int, clock: _Clock) -> Draw:
-        """One call per chunk of noise."""
-
-        def draw(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-            repeated = {name: np.repeat(ids, len(x), axis=0) for name, ids in tokens.items()}
-            return clock("sampler", lambda: self.backend.sample(steps, repeated, x))
-
-        return draw
+def buckets(max_batch: int) -> tuple[int, ...]:
+    """The batch sizes that are compiled for where a backend compiles for fixed ones: 1, 2, 4, ... and the largest."""
+    powers = [2**i for i in range(max_batch.bit_length())]
+    return tuple(sorted({*powers, max_batch}))
 
 
-class _Clock:
-    """Adds up the seconds of each stage of one request."""
+def _route(route: Route, manifest: ArtifactManifest) -> Route:
+    if route not in ROUTES:
+        raise ArtifactError(f"no route {route!r}{nearest(route, ROUTES)}; known: {', '.join(ROUTES)}")
+    if "denoiser" not in manifest.graphs:
+        return "sampler"
+    return route if f"sampler_{max(manifest.plans)}" in manifest.graphs else "stages"
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
-    def __call__(self, stage: str, work: Callable[[], T]) -> T:
-        started = time.perf_counter()
-        value = work()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-        return value
+def _max_batch(max_batch: int | None, manifest: ArtifactManifest) -> int:
+    low, high = manifest.batch
+    chosen = high if max_batch is None else max_batch
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not low <= chosen <= high:
+        raise RequestError(f"max_batch must be {low} to {high}, what the artifact was checked with, got {max_batch!r}")
+    return chosen
+
+
+def _sizes(sizes: Sequence[Size] | None, manifest: ArtifactManifest) -> list[Size]:
+    for size in sizes or ():
+        if tuple(size) not in manifest.sizes:
+            known = ", ".join(map(size_name, manifest.sizes))
+            raise RequestError(f"the artifact has the sizes {known} (width x height), got {size_name(size)}")
+    return [(size[0], size[1]) for size in sizes or manifest.sizes]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..core.errors import RequestError
+from .backends import Conditions
+from .tokenizer import Tokens
 
-Conditions = tuple[NDArray[Any], ...]  # what the text encoder gives the denoiser, each (B, ...)
 DEFAULT_BYTES = 64 * 2**20
 
 
@@ -34,22 +33,31 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, tokens: Mapping[str, NDArray[np.int64]], encode: Callable[[], Conditions]) -> Conditions:
-        """The conditions of one prompt's tokens, read-only; `encode` is called, outside the lock, where they are not kept."""
-        key = b"".join(ids.tobytes() for ids in tokens.values())
+    def find(self, tokens: Tokens) -> Conditions | None:
+        """The conditions of one prompt's tokens, or None."""
         with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
-                self.hits += 1
-                return found
-            self.misses += 1
-        conditions = encode()
-        for condition in conditions:
-            condition.setflags(write=False)
-        if key and _bytes(conditions) <= self.max_bytes:
-            self._keep(key, conditions)
-        return conditions
+            found = self._entries.get(_key(tokens))
+            if found is None:
+                self.misses += 1
+                return None
+            self._entries.move_to_end(_key(tokens))
+            self.hits += 1
+            return found
+
+    def keep(self, tokens: Tokens, conditions: Conditions) -> Conditions:
+        """Remembers them, as copies that own their memory and, of NumPy, cannot be written; returns what is remembered."""
+        own = tuple(_owned(condition) for condition in conditions)
+        key, size = _key(tokens), _bytes(own)
+        if size > self.max_bytes:
+            return own
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = own
+                self.used_bytes += size
+            while self.used_bytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self.used_bytes -= _bytes(oldest)
+        return own
 
     def clear(self) -> None:
         """Forget every entry; the counts stay."""
@@ -57,15 +65,18 @@ class PromptCache:
             self._entries.clear()
             self.used_bytes = 0
 
-    def _keep(self, key: bytes, conditions: Conditions) -> None:
-        with self._lock:
-            if key in self._entries:  # another thread was faster
-                return
-            self._entries[key] = conditions
-            self.used_bytes += _bytes(conditions)
-            while self.used_bytes > self.max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self.used_bytes -= _bytes(oldest)
+
+def _key(tokens: Tokens) -> bytes:
+    return b"".join(ids.tobytes() for ids in tokens.values())
+
+
+def _owned(condition: Any) -> Any:
+    """A slice of a batch would keep the whole batch alive."""
+    if not isinstance(condition, np.ndarray):
+        return condition.clone()
+    copy = condition.copy()
+    copy.setflags(write=False)
+    return copy
 
 
 def _bytes(conditions: Conditions) -> int:

@@ -18,6 +18,7 @@ _WAYS_OUT = {
     "height": "a whole number of pixels",
     "width": "a whole number of pixels",
     "count": f"a whole number from 1 to {MAX_COUNT}",
+    "timeout": "a number of seconds above 0",
 }
 
 
@@ -26,7 +27,8 @@ class GenerateRequest(BaseModel):
 
     steps: network evaluations; None takes the most that the model was distilled for. seed: picture i of a request has the
     noise of seed + i, so any of them can be drawn again alone; None draws a seed at random. count: pictures, 1 to 64.
-    height, width: pixels; None takes the artifact's first size.
+    height, width: pixels; None takes the engine's first size. timeout: seconds after which the request fails if it is
+    still waiting or being drawn; those that expire first are drawn first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -37,6 +39,7 @@ class GenerateRequest(BaseModel):
     count: int = Field(default=1, ge=1, le=MAX_COUNT)
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,43 +15,101 @@ from numpy.typing import NDArray
 from ...core.artifact import ArtifactManifest
 from ...core.errors import ArtifactError, nearest
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("openvino", "onnxruntime")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+Array = (
+    Any  # the backend's own kind, batch first: of NumPy, or of torch on a device; sliced by [i:j], added, multiplied
+)
+Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    batches: tuple[int, ...] = (1,)
 
 
 class Backend(Protocol):
-    """The graphs of an artifact as functions of arrays. Every method may be called from several threads."""
+    """The graphs of an artifact as functions of arrays. Called by one thread at a time, `prepare` and `describe` excepted."""
 
     name: str
 
-    def prepare(self, graphs: Sequence[str]) -> None:
+    def describe(self) -> str:
+        """One line: library, device, precision, threads."""
+        ...
+
+    def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
         """Load these graphs now, so that the first request does not wait for them."""
         ...
 
-    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[NDArray[np.float32], ...]:
+    def upload(self, values: NDArray[np.float32]) -> Array:
+        """The values as the backend's array."""
+        ...
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """One batch out of several."""
+        ...
+
+    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> Conditions:
         """Token ids and masks (B, L) by input name -> the conditions of the denoiser, each (B, ...)."""
         ...
 
-    def denoise(
-        self, latents: NDArray[np.float32], timestep: NDArray[np.float32], conditions: Sequence[NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        """latents (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
+    def denoise(self, x: Array, timestep: NDArray[np.float32], conditions: Conditions) -> Array:
+        """x (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
         ...
 
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """latents (B, C, h, w) -> images (B, H, W, 3)."""
+    def update(self, x: Array, m: Array, a: NDArray[np.float32], b: NDArray[np.float32]) -> Array:
+        """a x + b m with one coefficient per image: a, b (B,); may write into x."""
         ...
 
-    def sample(
-        self, steps: int, tokens: Mapping[str, NDArray[np.int64]], noise: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
-        """The whole sampler of `steps` steps in one call: tokens (B, L) and x_T (B, C, h, w) -> images (B, H, W, 3)."""
+    def finite(self, x: Array) -> NDArray[np.bool_]:
+        """Which of the images (B, ...) hold neither NaN nor Inf; waits for the device."""
+        ...
+
+    def decode(self, x: Array) -> NDArray[np.uint8]:
+        """Latents (B, C, h, w) -> images (B, H, W, 3) on the host."""
+        ...
+
+    def sample(self, graph: str, inputs: Sequence[Array], noise: Array) -> NDArray[np.uint8]:
+        """A whole-sampler graph in one call: what it reads of the prompt, and x_T (B, C, h, w) -> images (B, H, W, 3)."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; the backend is not called again."""
         ...
 
 
-def load_backend(name: str, folder: Path, manifest: ArtifactManifest) -> Backend:
-    """The backend called `name`; "auto" takes the fastest one installed. Raises ArtifactError, MissingExtraError."""
+def installed() -> list[str]:
+    """The backends whose package is there, the one expected to be fastest on this machine first."""
+    here = [name for name in BACKENDS if importlib.util.find_spec(name) is not None]
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        here.sort(key=lambda name: name == "openvino")  # its speed was measured on x86 alone
+    return here
+
+
+def choose(name: str, manifest: ArtifactManifest, device: str = "auto") -> str:
+    """The backend meant by `name`: "auto" is the fastest one installed that takes this artifact. Raises ArtifactError."""
     if name not in ("auto", *BACKENDS):
         raise ArtifactError(f"no backend {name!r}{nearest(name, BACKENDS)}; known: auto, {', '.join(BACKENDS)}")
+    if name != "auto":
+        return name
+    takes = {"openvino": manifest.precision == "fp32" and device in ("auto", "cpu")}
+    return next((here for here in installed() if takes.get(here, True)), "onnxruntime")
+
+
+def load_backend(name: str, folder: Path, manifest: ArtifactManifest, wanted: Wanted | None = None) -> Backend:
+    """The backend called `name`, or what "auto" means. Raises ArtifactError, MissingExtraError."""
+    wanted = wanted or Wanted()
+    if wanted.precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise ArtifactError(f"no precision {wanted.precision!r}{nearest(wanted.precision, PRECISIONS)}; known: {known}")
+    if choose(name, manifest, wanted.device) == "openvino":
+        from .openvino import OpenvinoBackend
+
+        return OpenvinoBackend(folder, manifest, wanted)
     from .onnxruntime import OnnxruntimeBackend
 
-    return OnnxruntimeBackend(folder, manifest)
+    return OnnxruntimeBackend(folder, manifest, wanted)

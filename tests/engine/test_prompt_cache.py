@@ -19,24 +19,29 @@ def embedding(number: int) -> tuple[np.ndarray, ...]:
     return np.full((1, 20), number, np.float32), np.full((1, 5), -number, np.float32)  # 100 bytes
 
 
+def get(cache: PromptCache, tokens, encode):
+    found = cache.find(tokens)
+    return cache.keep(tokens, encode()) if found is None else found
+
+
 def test_prompts_that_differ_for_one_of_two_encoders_are_two() -> None:
     cache = PromptCache()
     one, other = ids(1), {**ids(1), "input_ids_2": np.array([[1, 6]])}
-    assert cache.get(one, lambda: embedding(1))[0][0, 0] == 1 and cache.get(other, lambda: embedding(2))[0][0, 0] == 2
-    assert [part[0, 0] for part in cache.get(one, lambda: embedding(3))] == [1, -1]
+    assert get(cache, one, lambda: embedding(1))[0][0, 0] == 1 and get(cache, other, lambda: embedding(2))[0][0, 0] == 2
+    assert [part[0, 0] for part in get(cache, one, lambda: embedding(3))] == [1, -1]
 
 
 def test_the_oldest_entry_gives_way() -> None:
     cache, encoded = PromptCache(250), []
 
-    def get(number: int) -> float:
+    def draw(number: int) -> float:
         def encode() -> tuple[np.ndarray, ...]:
             encoded.append(number)
             return embedding(number)
 
-        return cache.get(ids(number), encode)[0][0, 0]
+        return get(cache, ids(number), encode)[0][0, 0]
 
-    assert [get(n) for n in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
+    assert [draw(n) for n in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
     assert encoded == [1, 2, 3, 2], "2 was used longest ago when 3 came"
     assert (cache.hits, cache.misses, len(cache), cache.used_bytes) == (2, 4, 2, 200)
     cache.clear()
@@ -47,7 +52,7 @@ def test_the_oldest_entry_gives_way() -> None:
 def test_what_does_not_fit_is_not_kept(max_bytes: int) -> None:
     cache = PromptCache(max_bytes)
     for _ in range(2):
-        assert cache.get(ids(1), lambda: embedding(1))[0][0, 0] == 1
+        assert get(cache, ids(1), lambda: embedding(1))[0][0, 0] == 1
     assert (cache.hits, cache.misses, len(cache)) == (0, 2, 0)
 
 
@@ -55,7 +60,7 @@ def test_an_entry_cannot_be_written() -> None:
     cache = PromptCache()
     for _ in range(2):
         with pytest.raises(ValueError, match="read-only"):
-            cache.get(ids(1), lambda: embedding(1))[0][0, 0] = 5
+            get(cache, ids(1), lambda: embedding(1))[0][0, 0] = 5
 
 
 def test_a_failed_encoder_leaves_nothing() -> None:
@@ -65,14 +70,14 @@ def test_a_failed_encoder_leaves_nothing() -> None:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        cache.get(ids(1), fail)
-    assert len(cache) == 0 and cache.get(ids(1), lambda: embedding(1))[0][0, 0] == 1
+        get(cache, ids(1), fail)
+    assert len(cache) == 0 and get(cache, ids(1), lambda: embedding(1))[0][0, 0] == 1
 
 
 def test_threads_count_every_lookup_and_the_bytes_of_what_is_kept() -> None:
     cache = PromptCache(1000)
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda n: cache.get(ids(n % 20), lambda: embedding(n % 20))[0][0, 0], range(2000)))
+        got = list(pool.map(lambda n: get(cache, ids(n % 20), lambda: embedding(n % 20))[0][0, 0], range(2000)))
     assert got == [n % 20 for n in range(2000)]
     assert cache.hits + cache.misses == 2000 and cache.used_bytes == 100 * len(cache) <= 1000
 

@@ -1,0 +1,125 @@
+"""What the backends that run an artifact's ONNX graphs on the host share: arrays are NumPy's, graphs are found by name."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.artifact import ArtifactManifest
+from ...core.errors import ArtifactError
+
+Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
+
+
+class GraphBackend(ABC):
+    """One compiled graph per name and batch size, made by `prepare` or when it is first needed.
+
+    A subclass that compiles for fixed batch sizes sets `batches`; a batch between two of them is padded with its last image.
+    """
+
+    name: str
+    batches: tuple[int, ...] = ()  # increasing; empty where a graph takes any batch
+
+    def __init__(self, folder: Path, manifest: ArtifactManifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._graphs: dict[tuple[str, int], Run] = {}
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def open(self, graph: str, batch: int) -> Run:
+        """Load one graph, for this batch size if `batches` says so, else 0. May raise whatever the library raises."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line: library, device, precision, threads."""
+
+    def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
+        for graph in graphs:
+            for batch in sorted({self._bucket(batch) for batch in batches}):
+                self._graph(graph, batch)
+
+    def upload(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return values
+
+    def join(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[NDArray[np.float32], ...]:
+        return tuple(self.run("text_encoder", list(tokens.values())))
+
+    def denoise(
+        self, x: NDArray[np.float32], timestep: NDArray[np.float32], conditions: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        return self.run(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
+
+    def update(
+        self, x: NDArray[np.float32], m: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        rows = (-1, *(1,) * (x.ndim - 1))
+        x *= a.reshape(rows)
+        x += b.reshape(rows) * m
+        return x
+
+    def finite(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return np.isfinite(x).reshape(len(x), -1).all(axis=1)
+
+    def decode(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return self.run(self._at_size("decoder", x), [x])[0]
+
+    def sample(self, graph: str, inputs: Sequence[NDArray[Any]], noise: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return self.run(self._at_size(graph, noise), [*inputs, noise])[0]
+
+    def close(self) -> None:
+        self._graphs.clear()
+
+    def run(self, graph: str, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs of a graph; padded rows are dropped. Raises ArtifactError with the library's reason."""
+        rows = len(inputs[0])
+        bucket = self._bucket(rows)
+        run = self._graph(graph, bucket)
+        if bucket > rows:
+            inputs = [np.concatenate([values, np.repeat(values[-1:], bucket - rows, axis=0)]) for values in inputs]
+        try:
+            outputs = run(inputs)
+        except Exception as error:  # the libraries' errors share no base of their own
+            raise self._broken(graph, error) from None
+        return [values[:rows] for values in outputs] if bucket > rows else outputs
+
+    def _bucket(self, rows: int) -> int:
+        """The smallest compiled batch that holds so many rows; 0 where any batch does."""
+        if not self.batches:
+            return 0
+        if rows > self.batches[-1]:
+            raise ArtifactError(f"a batch of {rows} is more than this engine was loaded for ({self.batches[-1]})")
+        return next(batch for batch in self.batches if batch >= rows)
+
+    def _at_size(self, kind: str, latents: NDArray[np.float32]) -> str:
+        """The graph for latents of this height and width."""
+        scale = self.manifest.downscale
+        return self.manifest.graph_name(kind, (latents.shape[2] * scale, latents.shape[3] * scale))
+
+    def _graph(self, graph: str, batch: int) -> Run:
+        found = self._graphs.get((graph, batch))
+        if found is not None:
+            return found
+        with self._lock:
+            if (graph, batch) not in self._graphs:
+                if graph not in self.manifest.graphs:
+                    raise ArtifactError(f"the artifact has no graph {graph!r}; export the student again")
+                try:
+                    self._graphs[graph, batch] = self.open(graph, batch)
+                except Exception as error:
+                    raise self._broken(graph, error) from None
+            return self._graphs[graph, batch]
+
+    def _broken(self, graph: str, error: Exception) -> ArtifactError:
+        if isinstance(error, ArtifactError):
+            return error
+        reason = " ".join(str(error).split())[:300]
+        return ArtifactError(f"{self.name} cannot run {graph} of {self.folder} ({reason}); export the student again")

@@ -1,0 +1,94 @@
+"""The graphs on OpenVINO's CPU plugin, compiled for fixed shapes: the fastest on x86.
+
+The stages' IR is read where the artifact holds it, else the ONNX graphs, which OpenVINO reads itself. Compiled models are
+kept in a cache folder, whose keys are OpenVINO's own: the model's content, shapes, options, version and processor.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...core.artifact import ArtifactManifest
+from ...core.errors import ArtifactError, missing_extra
+from ...core.files import cache_folder
+from . import Wanted
+from .graphs import GraphBackend, Run
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenvinoBackend(GraphBackend):
+    """One compiled model per graph and batch size. precision: fp32 (auto), or bf16 on a CPU that has it."""
+
+    name = "openvino"
+
+    def __init__(self, folder: Path, manifest: ArtifactManifest, wanted: Wanted) -> None:
+        super().__init__(folder, manifest)
+        try:
+            import openvino
+        except ImportError:
+            raise missing_extra("openvino", "cpu") from None
+        self._library: Any = openvino
+        self.batches = wanted.batches
+        if wanted.device not in ("auto", "cpu"):
+            raise ArtifactError(
+                f"the openvino backend runs on the CPU; device must be auto or cpu, got {wanted.device!r}"
+            )
+        if manifest.precision != "fp32":
+            raise ArtifactError(
+                f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
+                "--precision fp32, or take the backend onnxruntime"
+            )
+        self.precision = "fp32" if wanted.precision == "auto" else wanted.precision
+        self._core = openvino.Core()
+        native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if self.precision not in HINTS or (self.precision == "bf16" and "BF16" not in native):
+            there = "fp32, bf16" if "BF16" in native else "fp32"
+            raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {self.precision}")
+        self._options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        }  # fmt: skip
+        if cache := cache_folder("openvino"):
+            self._options["CACHE_DIR"] = str(cache)
+
+    def describe(self) -> str:
+        version, threads = self._library.__version__.split("-")[0], self._options["INFERENCE_NUM_THREADS"]
+        return f"openvino {version} on cpu, {self.precision}, {threads} threads"
+
+    def open(self, graph: str, batch: int) -> Run:
+        model = self._core.read_model(self._file(graph))
+        spec = self.manifest.graphs[graph]
+        free = {value.name for value in spec.inputs if value.shape[0] == "batch"}
+        shapes = {value.any_name: list(value.partial_shape) for value in model.inputs}
+        model.reshape({name: [batch, *shape[1:]] if name in free else shape for name, shape in shapes.items()})
+        compiled = self._core.compile_model(model, "CPU", self._options)
+        request = compiled.create_infer_request()
+        order = [[port.any_name for port in compiled.inputs].index(value.name) for value in spec.inputs]
+        outputs = [compiled.output(value.name) for value in spec.outputs]
+
+        def run(inputs: Any) -> list[np.ndarray]:
+            feed = {order[i]: values for i, values in enumerate(inputs)}
+            found = request.infer(feed, share_inputs=True, share_outputs=False)
+            return [found[port] for port in outputs]
+
+        return run
+
+    def _file(self, graph: str) -> Path:
+        """The IR of a graph where the artifact has one, else its ONNX."""
+        graphs = self.manifest.formats.get("openvino", {}).get("graphs", {})
+        file = graphs.get(graph, {}).get("file", self.manifest.graphs[graph].file)
+        return self.folder / file
+
+
+def processor_with_bf16() -> str | None:
+    """OpenVINO's version and the processor's name, if it computes in bfloat16; else None."""
+    import openvino
+
+    core = openvino.Core()
+    native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return f"openvino {openvino.__version__} {core.get_property('CPU', 'FULL_DEVICE_NAME')}" if native else None

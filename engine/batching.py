@@ -1,0 +1,276 @@
+"""Step-level batching: one thread draws all requests, and chunks at different steps of different plans share network calls.
+
+A request joins at the next call, so a lone one never waits for company. The earliest deadline goes first, and pictures that
+only need decoding go before everything. A request that was cancelled or has expired is dropped before the next call.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.artifact import ArtifactManifest
+from ..core.errors import BusyError, EngineError
+from .backends import Array, Backend
+from .prompt_cache import PromptCache
+from .work import Chunk, Job
+
+T = TypeVar("T")
+CLOSED = "the engine is closed; load it again with Engine.load"
+
+
+class Batcher:
+    """Owns the backend: nothing else calls it once the thread runs. max_waiting: pictures accepted but not yet drawn.
+
+    counts: what has happened so far, by name; "batch N" are network calls with N pictures. failed_in_a_row: requests that
+    a backend has failed since the last one that it drew.
+    """
+
+    def __init__(
+        self, backend: Backend, manifest: ArtifactManifest, cache: PromptCache, *, max_batch: int, max_waiting: int, whole: bool
+    ) -> None:  # fmt: skip
+        self.backend, self.cache, self.max_batch, self.max_waiting = backend, cache, max_batch, max_waiting
+        self.counts: Counter[str] = Counter()
+        self.failed_in_a_row = 0
+        self._tables = {n: _single(table) for n, table in manifest.update_tables().items()}
+        self._times = {
+            n: manifest.schedule.network_time(table.timesteps).astype(np.float32)
+            for n, table in manifest.update_tables().items()
+        }
+        self._whole, self._graphs = whole, manifest.graphs
+        self._arrived: list[list[Chunk]] = []
+        self._active: list[Chunk] = []  # of the thread alone
+        self._closed = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._loop, name="imagine-flash", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that were asked for and are not drawn yet."""
+        return sum(chunk.rows for chunks in self._arrived for chunk in chunks) + sum(c.rows for c in self._active)
+
+    def submit(self, chunks: list[Chunk]) -> None:
+        """Takes up a job's chunks. Raises EngineError after `close`, BusyError where too much waits already."""
+        with self._wake:
+            if self._closed:
+                raise EngineError(CLOSED)
+            waiting = self.waiting
+            if waiting and waiting + sum(chunk.rows for chunk in chunks) > self.max_waiting:
+                raise BusyError(f"{waiting} pictures wait already, at most {self.max_waiting} may; try again later")
+            self._arrived.append(chunks)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Ends the thread after the call in progress, fails what waits, frees the backend. Waits for the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._arrived or self._active or self._closed)
+                arrived, self._arrived = self._arrived, []
+                closed = self._closed
+            if closed:
+                self._active += [chunk for chunks in arrived for chunk in chunks]
+                for chunk in self._active:
+                    chunk.job.fail(EngineError(CLOSED))
+                self._active.clear()
+                self.backend.close()
+                return
+            try:
+                self._turn(arrived)
+            except Exception as error:  # a fault of ours must not leave anybody waiting
+                for chunk in self._active:
+                    self._end(chunk, EngineError(f"the engine failed: {error!r}"))
+
+    def _turn(self, arrived: Sequence[list[Chunk]]) -> None:
+        """One call of the network or decoder, after what newcomers need."""
+        self._begin(arrived)
+        self._drop_the_ended()
+        if group := self._next_group():
+            work = self._sample if self._whole else self._decode if self._is_drawn(group[0]) else self._denoise
+            self._guarded(work, group)
+
+    def _begin(self, arrived: Sequence[list[Chunk]]) -> None:
+        """Takes up new jobs; their prompts are encoded together, those in the cache not at all."""
+        now = time.perf_counter()
+        self._active += [chunk for chunks in arrived for chunk in chunks]
+        self._active.sort(key=lambda chunk: chunk.job.deadline)
+        self._drop_the_ended()
+        new = [chunks for chunks in arrived if not chunks[0].job.future.done()]
+        for chunks in new:
+            chunks[0].job.spent("queue", now - chunks[0].job.submitted)
+        if self._whole and not self._has_embedding_samplers(new):
+            return
+        unknown = [chunks for chunks in new if not self._recall(chunks)]
+        for i in range(0, len(unknown), self.max_batch):
+            self._guarded(self._encode, [chunk for chunks in unknown[i : i + self.max_batch] for chunk in chunks])
+
+    def _has_embedding_samplers(self, new: Sequence[list[Chunk]]) -> bool:
+        return "text_encoder" in self._graphs and all(
+            f"sampler_{chunks[0].job.steps}_from_embeddings" in self._graphs for chunks in new
+        )
+
+    def _recall(self, chunks: list[Chunk]) -> bool:
+        job = chunks[0].job
+        found = self.cache.find(job.tokens)
+        job.cached = found is not None
+        if found is not None:
+            self._condition(chunks, found)
+        return job.cached
+
+    def _condition(self, chunks: Sequence[Chunk], conditions: Sequence[Array]) -> None:
+        for chunk in chunks:
+            chunk.conditions = tuple(self.backend.join([one] * chunk.rows) for one in conditions)
+
+    def _encode(self, group: Sequence[Chunk]) -> None:
+        """One call for the prompts of several jobs."""
+        jobs = list(dict.fromkeys(chunk.job for chunk in group))
+        tokens = {name: np.concatenate([job.tokens[name] for job in jobs]) for name in jobs[0].tokens}
+        conditions = _timed(jobs, "encode", lambda: self.backend.encode(tokens))
+        for i, job in enumerate(jobs):
+            own = self.cache.keep(job.tokens, tuple(condition[i : i + 1] for condition in conditions))
+            self._condition([chunk for chunk in group if chunk.job is job], own)
+
+    def _next_group(self) -> list[Chunk]:
+        """The chunks of the next call: those that go with the first, as many as fit."""
+        ready = [chunk for chunk in self._active if self._is_drawn(chunk)] or self._active
+        group: list[Chunk] = []
+        for chunk in ready:
+            together = not group or (
+                chunk.job.size == group[0].job.size and (not self._whole or chunk.job.steps == group[0].job.steps)
+            )
+            if together and sum(c.rows for c in group) + chunk.rows <= self.max_batch:
+                group.append(chunk)
+        return group
+
+    def _is_drawn(self, chunk: Chunk) -> bool:
+        return not self._whole and chunk.step == len(self._times[chunk.job.steps])
+
+    def _denoise(self, group: Sequence[Chunk]) -> None:
+        """One network call and update; every chunk is a step further."""
+        jobs = list(dict.fromkeys(chunk.job for chunk in group))
+        join = self.backend.join
+        x, conditions = _timed(
+            jobs, "copy",
+            lambda: (
+                join([self._latents(chunk) for chunk in group]),
+                tuple(map(join, zip(*(chunk.conditions for chunk in group), strict=True))),
+            ),
+        )  # fmt: skip
+        times = _rows(group, self._times)
+        m = _timed(jobs, "denoise", lambda: self.backend.denoise(x, times, conditions))
+        self.counts[f"batch {len(times)}"] += 1
+        a, b = (_rows(group, {n: table[k] for n, table in self._tables.items()}) for k in range(2))
+        x = _timed(jobs, "update", lambda: self.backend.update(x, m, a, b))
+        start = 0
+        for chunk in group:
+            chunk.x = x if len(group) == 1 else x[start : start + chunk.rows]
+            chunk.step, start = chunk.step + 1, start + chunk.rows
+
+    def _latents(self, chunk: Chunk) -> Array:
+        return self.backend.upload(chunk.noise) if chunk.x is None else chunk.x
+
+    def _decode(self, group: Sequence[Chunk]) -> None:
+        """Pictures of all chunks in one call; the active list loses them. NaN fails the request that has it, no other."""
+        jobs = list(dict.fromkeys(chunk.job for chunk in group))
+        x = _timed(jobs, "copy", lambda: self.backend.join([chunk.x for chunk in group]))
+        finite = self.backend.finite(x)
+        images = _timed(jobs, "decode", lambda: self.backend.decode(x))
+        self._deliver(group, images, finite, "denoise")
+
+    def _sample(self, group: Sequence[Chunk]) -> None:
+        """Whole-sampler graphs: everything in one call."""
+        jobs = list(dict.fromkeys(chunk.job for chunk in group))
+        name, join = f"sampler_{jobs[0].steps}", self.backend.join
+        if group[0].conditions:
+            name += "_from_embeddings"
+            inputs = [join(parts) for parts in zip(*(chunk.conditions for chunk in group), strict=True)]
+        else:
+            keys = jobs[0].tokens
+            inputs = [np.concatenate([chunk.job.tokens[key].repeat(chunk.rows, 0) for chunk in group]) for key in keys]
+        noise = join([chunk.noise for chunk in group])
+        images = _timed(jobs, "sampler", lambda: self.backend.sample(name, inputs, noise))
+        self.counts[f"batch {len(noise)}"] += 1
+        self._deliver(group, images, np.ones(len(images), bool), "sampler")
+
+    def _deliver(
+        self, group: Sequence[Chunk], images: NDArray[np.uint8], finite: NDArray[np.bool_], stage: str
+    ) -> None:
+        """Hands the pictures out. An image that is black all over is what NaN becomes as uint8: never delivered."""
+        self._active = [chunk for chunk in self._active if chunk not in group]
+        self.failed_in_a_row = 0
+        start = 0
+        for chunk in group:
+            own = slice(start, start + chunk.rows)
+            start = own.stop
+            black = not images[own].reshape(chunk.rows, -1).any(axis=1).all()
+            if black or not finite[own].all():
+                where = stage if not finite[own].all() or stage == "sampler" else "decode"
+                reason = (
+                    f"{where} gave NaN, Inf or an empty picture; load the engine with precision fp32, or export again"
+                )
+                self._end(chunk, EngineError(reason))
+                continue
+            self.counts["pictures"] += chunk.rows
+            chunk.job.finish(chunk.row, images[own])
+
+    def _guarded(self, work: Callable[[Sequence[Chunk]], None], group: Sequence[Chunk]) -> None:
+        """A failing call is tried once more for each request alone, so that only the one to blame fails."""
+        try:
+            work(group)
+        except Exception as error:
+            jobs = list(dict.fromkeys(chunk.job for chunk in group))
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._guarded(work, [chunk for chunk in group if chunk.job is job])
+                return
+            self.failed_in_a_row += 1
+            self._end(
+                group[0], error if isinstance(error, EngineError) else EngineError(f"{work.__name__[1:]}: {error}")
+            )
+
+    def _end(self, chunk: Chunk, error: EngineError) -> None:
+        self.counts["failed"] += 1
+        chunk.job.fail(error)
+        self._active = [other for other in self._active if other.job is not chunk.job]
+
+    def _drop_the_ended(self) -> None:
+        """Forgets cancelled jobs, and fails those whose deadline has passed."""
+        now = time.perf_counter()
+        for chunk in self._active:
+            if chunk.job.expires and chunk.job.deadline < now and not chunk.job.future.done():
+                self.counts["expired"] += 1
+                chunk.job.fail(EngineError(f"not drawn within its {chunk.job.request.timeout:g} s; try again later"))
+        gone = {chunk.job for chunk in self._active if chunk.job.future.done()}
+        self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
+        self._active = [chunk for chunk in self._active if chunk.job not in gone]
+
+
+def _single(table: object) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return table.a.astype(np.float32), table.b.astype(np.float32)  # type: ignore[attr-defined]
+
+
+def _rows(group: Sequence[Chunk], values: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """One value per image: that of its plan at its step."""
+    return np.concatenate([np.full(c.rows, values[c.job.steps][c.step], np.float32) for c in group])
+
+
+def _timed(jobs: Sequence[Job], stage: str, work: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    value = work()
+    seconds = time.perf_counter() - started
+    for job in jobs:
+        job.spent(stage, seconds)
+    return value

@@ -1,0 +1,134 @@
+"""Typing: of one user's requests only the newest matters, and its picture is never replaced by an older one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+
+from ..core.errors import EngineError, ImagineFlashError
+from .engine import Engine
+from .request import GenerateRequest
+from .work import GenerateResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionResult:
+    """What came of request number `seq`: pictures, or an error. preview: in one step, and more steps follow."""
+
+    seq: int
+    result: GenerateResult | None = None
+    error: ImagineFlashError | None = None
+    preview: bool = False
+
+
+class Session:
+    """Latest wins: at most one request runs and one waits. A newer one replaces the one that waits and cancels the one
+    that runs before its next call (encode | step | decode). Sequence numbers of results never go backwards.
+
+    deliver: called with each result, in the engine's thread, so it must be quick. preview: each request is drawn in one
+    step first, and in its own number of steps, from the same noise, if nothing newer came meanwhile.
+    """
+
+    def __init__(self, engine: Engine, deliver: Callable[[SessionResult], None], *, preview: bool = False) -> None:
+        self.engine, self.preview = engine, preview
+        self.replaced = 0  # requests that a newer one made obsolete
+        self._deliver = deliver
+        self._lock = threading.RLock()  # a future that is cancelled calls back at once
+        self._newest = 0
+        self._future: Future[GenerateResult] | None = None
+        self._closed = False
+
+    def submit(self, request: GenerateRequest, seq: int | None = None) -> int:
+        """The newest request; returns its number, which is one more than the last unless given.
+
+        Raises RequestError and the like for what the engine does not draw, EngineError for a number that is not newer or
+        after `close`; the request before stays.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineError("the session is closed; open another")
+            seq = self._newest + 1 if seq is None else seq
+            if seq <= self._newest:
+                raise EngineError(f"seq must be above {self._newest}, the newest so far, got {seq}")
+            first = self._first(request)
+            future = self.engine.submit(first)
+            self._cancel()
+            self._newest, self._future = seq, future
+        future.add_done_callback(lambda done: self._arrived(seq, request, first, done))
+        return seq
+
+    def close(self) -> None:
+        """Cancel what runs or waits; nothing is delivered afterwards."""
+        with self._lock:
+            self._closed = True
+            self._cancel()
+
+    def _first(self, request: GenerateRequest) -> GenerateRequest:
+        steps = request.steps or max(self.engine.steps)
+        wanted = self.preview and steps > 1 and 1 in self.engine.steps
+        return request.model_copy(update={"steps": 1}) if wanted else request
+
+    def _cancel(self) -> None:
+        if self._future is not None and self._future.cancel():
+            self.replaced += 1
+        self._future = None
+
+    def _arrived(
+        self, seq: int, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]
+    ) -> None:
+        with self._lock:
+            if self._closed or seq != self._newest or future is not self._future:
+                return  # obsolete, or cancelled
+            preview = drawn is not request
+            try:
+                found = SessionResult(seq=seq, result=future.result(), preview=preview)
+                if preview:
+                    self._future = self.engine.submit(request)
+            except CancelledError:
+                return
+            except ImagineFlashError as error:
+                found, preview = SessionResult(seq=seq, error=error), False
+            following = self._future if preview else None
+            self._deliver(found)
+        if following is not None:
+            following.add_done_callback(lambda done: self._arrived(seq, request, request, done))
+
+
+class Mailbox:
+    """The newest result of a session for a reader in an event loop; a slow reader misses results, and nothing piles up.
+
+    mailbox = Mailbox()
+    session = Session(engine, mailbox.put)
+    async for found in mailbox: ...
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._latest: SessionResult | None = None
+        self._closed = False
+
+    def put(self, found: SessionResult) -> None:
+        """From any thread."""
+        self._latest = found
+        self._call(self._arrived.set)
+
+    def close(self) -> None:
+        """Ends the reading; from any thread."""
+        self._closed = True
+        self._call(self._arrived.set)
+
+    async def __aiter__(self) -> AsyncIterator[SessionResult]:
+        while not self._closed:
+            await self._arrived.wait()
+            self._arrived.clear()
+            found, self._latest = self._latest, None
+            if found is not None and not self._closed:
+                yield found
+
+    def _call(self, what: Callable[[], object]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(what)

@@ -1,0 +1,138 @@
+"""A request on its way through the engine: one job, drawn in chunks of images that move together."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.artifact import Size
+from .backends import Array, Conditions
+from .request import GenerateRequest
+from .tokenizer import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds of one request, by the wall clock; a call that it shared with others counts whole.
+
+    queue: until the engine took it up. denoise: one entry per network call. copy: to and from the device, joining and
+    splitting batches. sampler: of whole-sampler graphs, which have no other stages. total: from the call to the pictures.
+    """
+
+    tokenize: float = 0.0
+    noise: float = 0.0
+    queue: float = 0.0
+    encode: float = 0.0
+    denoise: tuple[float, ...] = ()
+    update: float = 0.0
+    decode: float = 0.0
+    copy: float = 0.0
+    sampler: tuple[float, ...] = ()
+    total: float = 0.0
+
+    def stages(self) -> dict[str, float]:
+        """The stages that took part, in order, calls of one kind added up."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        summed = {name: sum(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: seconds for name, seconds in summed.items() if seconds > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult:
+    """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
+
+    unknown_words: of the prompt, those that training never showed.
+    """
+
+    images: NDArray[np.uint8]
+    timings: Timings
+    steps: int
+    seed: int
+    unknown_words: list[str]
+    cached: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a picture drawn from another one keeps. latents (1, C, h, w) of that picture; where mask is 0 they come back
+    at every step. mask: (1, 1, h, w) for latents; pixels and pixel_mask (H, W, ...) restore the picture itself."""
+
+    latents: Array
+    mask: Array | None = None
+    pixels: NDArray[np.uint8] | None = None
+    pixel_mask: NDArray[np.float32] | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """One request: what the caller's thread prepared, and what the worker found out."""
+
+    request: GenerateRequest
+    tokens: Tokens
+    size: Size
+    steps: int
+    started: float  # perf_counter when the request was made
+    tokenize: float
+    noise_seconds: float
+    deadline: float  # perf_counter; the earliest goes first
+    expires: bool
+    unknown_words: list[str]
+    future: Future[GenerateResult] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    pictures: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by the row of a chunk's first picture
+    cached: bool = False
+
+    def spent(self, stage: str, seconds: float) -> None:
+        self.seconds.setdefault(stage, []).append(seconds)
+
+    def fail(self, error: BaseException) -> None:
+        """The request ends in an error, unless it has ended already."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    def finish(self, row: int, images: NDArray[np.uint8]) -> None:
+        """Takes a chunk's pictures; with the last of them the request is answered."""
+        self.pictures[row] = images
+        if sum(map(len, self.pictures.values())) < self.request.count:
+            return
+        images = np.concatenate([self.pictures[row] for row in sorted(self.pictures)])
+        result = GenerateResult(
+            images=images, timings=self._timings(), steps=self.steps, seed=self.request.seed,
+            unknown_words=self.unknown_words, cached=self.cached,
+        )  # fmt: skip
+        with suppress(InvalidStateError):  # cancelled meanwhile
+            self.future.set_result(result)
+
+    def _timings(self) -> Timings:
+        def summed(stage: str) -> float:
+            return sum(self.seconds.get(stage, ()))
+
+        return Timings(
+            tokenize=self.tokenize, noise=self.noise_seconds, queue=summed("queue"), encode=summed("encode"),
+            denoise=tuple(self.seconds.get("denoise", ())), update=summed("update"), decode=summed("decode"),
+            copy=summed("copy"), sampler=tuple(self.seconds.get("sampler", ())),
+            total=time.perf_counter() - self.started,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Some pictures of a job, all at the same step. row: of the first among the job's pictures. x: latents (n, C, h, w)."""
+
+    job: Job
+    row: int
+    noise: NDArray[np.float32]
+    x: Array = None
+    conditions: Conditions = ()
+    step: int = 0  # the next of the plan
+    known: Known | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.noise)

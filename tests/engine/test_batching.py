@@ -1,0 +1,269 @@
+"""Concurrent requests share network calls, and none of them notices the others."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagine_flash.core.errors import ArtifactError, BusyError, EngineError, RequestError
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.backends.onnxruntime import OnnxruntimeBackend
+
+
+class Gate:
+    """Around a real backend: holds each call of a stage until it is opened, and says what was asked."""
+
+    def __init__(self, engine: Engine, stage: str = "denoise") -> None:
+        self.calls: list[int] = []
+        self.entered, self.open = threading.Event(), threading.Event()
+        inner = getattr(engine.backend, stage)
+
+        def held(*args):
+            self.calls.append(len(args[0]) if stage != "encode" else len(next(iter(args[0].values()))))
+            self.entered.set()
+            assert self.open.wait(20), "the test never opened the gate"
+            return inner(*args)
+
+        setattr(engine.backend, stage, held)
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def engine(request: pytest.FixtureRequest, tiny_artifact: Path) -> Iterator[Engine]:
+    with Engine.load(tiny_artifact, backend=request.param) as engine:
+        yield engine
+
+
+def ask(prompt: str = "a cat", **values) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": prompt, "steps": 3, "seed": 7, **values})
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_requests_at_different_steps_and_plans_share_calls(engine: Engine) -> None:
+    requests = [ask("a cat", seed=1), ask("a dog", seed=2, steps=2), ask("a fox on pink", seed=3, steps=1)]
+    alone = [engine.generate(request).images for request in requests]
+    gate = Gate(engine)
+    first = engine.submit(requests[0])
+    assert gate.entered.wait(20)
+    others = [engine.submit(request) for request in requests[1:]]
+    gate.open.set()
+    together = [future.result(20).images for future in (first, *others)]
+    assert gate.calls == [1, 3, 2], "they join at the next step and leave when they are drawn"
+    assert all(likeness(a, b) <= 1 for a, b in zip(alone, together, strict=True))
+
+
+def test_the_prompts_of_newcomers_are_encoded_together(engine: Engine) -> None:
+    denoise, encode = Gate(engine), Gate(engine, "encode")
+    encode.open.set()
+    first = engine.submit(ask("a cat"))
+    assert denoise.entered.wait(20)
+    others = [engine.submit(ask(prompt, seed=9)) for prompt in ("a dog", "a fox", "a cat")]
+    denoise.open.set()
+    got = [future.result(20) for future in (first, *others)]
+    assert encode.calls == [1, 2] and [result.cached for result in got] == [False, False, False, True]
+    assert likeness(got[1].images, engine.generate(ask("a dog", seed=9)).images) <= 1
+
+
+def test_a_large_request_goes_in_chunks_and_a_small_one_is_not_behind_all_of_them(engine: Engine) -> None:
+    gate = Gate(engine)
+    large = engine.submit(ask(count=10, steps=1))
+    assert gate.entered.wait(20)
+    small = engine.submit(ask("a dog", steps=1, timeout=20))  # its deadline is the earlier one
+    order: list[str] = []
+    large.add_done_callback(lambda _: order.append("large"))
+    small.add_done_callback(lambda _: order.append("small"))
+    gate.open.set()
+    assert large.result(20).images.shape[0] == 10 and small.result(20)
+    assert order == ["small", "large"] and gate.calls[0] == 3 and sum(gate.calls) == 11
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_cancelling_stops_before_the_next_call(engine: Engine, stage: str) -> None:
+    gate, later = Gate(engine, stage), {"encode": "denoise", "denoise": "decode", "decode": "encode"}[stage]
+    following = Gate(engine, later)
+    following.open.set()
+    future = engine.submit(ask("a new prompt", steps=1))
+    assert gate.entered.wait(20)
+    before = len(following.calls)
+    assert future.cancel()
+    gate.open.set()
+    other = engine.generate(ask("a new prompt", steps=1, seed=8))  # the same prompt: no encoder when it is known
+    assert other.images.shape == (1, 64, 64, 3)
+    assert len(following.calls) - before <= 1, "the cancelled request went on"
+    assert engine.batcher.counts["cancelled"] + (stage == "decode") >= 1
+    assert engine.batcher.waiting == 0
+
+
+def test_what_waits_may_expire_and_may_be_too_much(tiny_artifact: Path) -> None:
+    with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=4) as engine:
+        gate = Gate(engine)
+        first = engine.submit(ask(count=2))
+        assert gate.entered.wait(20)
+        late = engine.submit(ask(timeout=0.05))
+        with pytest.raises(BusyError, match="3 pictures wait already, at most 4 may"):
+            engine.submit(ask(count=2))
+        time.sleep(0.06)
+        gate.open.set()
+        with pytest.raises(EngineError, match=r"not drawn within its 0\.05 s"):
+            late.result(20)
+        assert first.result(20).images.shape[0] == 2
+        assert engine.generate(ask(count=20)).images.shape[0] == 20, "one that nothing is before is always taken"
+
+
+def test_a_prompt_that_crashes_the_encoder_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked, inner, gate = engine.tokenizer.encode("a dog")["input_ids"], engine.backend.encode, Gate(engine)
+
+    def crash(tokens):
+        if (tokens["input_ids"] == marked).all(1).any():
+            raise RuntimeError("the device is gone")
+        return inner(tokens)
+
+    first = engine.submit(ask("a fox"))
+    assert gate.entered.wait(20)
+    monkeypatch.setattr(engine.backend, "encode", crash)
+    bad, good = engine.submit(ask("a dog")), engine.submit(ask("a cat"))  # encoded together
+    gate.open.set()
+    with pytest.raises(EngineError, match=r"encode.*the device is gone"):
+        bad.result(20)
+    assert first.result(20).images.any() and good.result(20).images.any()
+
+
+@pytest.mark.parametrize("stage", ["denoise", "decode"])
+def test_a_call_that_crashes_is_tried_again_for_each_alone(
+    engine: Engine, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, limit = getattr(engine.backend, stage), [1]
+    fine = engine.generate(ask()).images
+    gate = Gate(engine, "encode")
+
+    def crash(x, *others):
+        if len(x) > limit[0]:
+            raise RuntimeError("out of memory")
+        return inner(x, *others)
+
+    monkeypatch.setattr(engine.backend, stage, crash)
+    first = engine.submit(ask("a fox"))
+    assert gate.entered.wait(20)
+    futures = [engine.submit(ask()) for _ in range(3)]
+    gate.open.set()
+    assert first.result(20) and all(likeness(future.result(20).images, fine) <= 1 for future in futures)
+    limit[0] = 0
+    with pytest.raises(EngineError, match=f"{stage}.*out of memory"):
+        engine.generate(ask())
+    assert engine.batcher.failed_in_a_row == 1
+    limit[0] = 1
+    assert likeness(engine.generate(ask()).images, fine) <= 1 and engine.batcher.failed_in_a_row == 0
+
+
+def test_nan_fails_the_request_that_has_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, gate = engine.backend.denoise, Gate(engine)
+    first = engine.submit(ask("a cat"))
+    assert gate.entered.wait(20)
+
+    def second_row_is_nan(x, timestep, conditions):
+        m = np.array(inner(x, timestep, conditions))
+        m[1:2, 0, 0, 0] = np.nan
+        return m
+
+    monkeypatch.setattr(engine.backend, "denoise", second_row_is_nan)
+    other = engine.submit(ask("a dog"))
+    gate.open.set()
+    assert first.result(20).images.any()
+    with pytest.raises(EngineError, match=r"denoise gave NaN.*precision fp32"):
+        other.result(20)
+    monkeypatch.setattr(engine.backend, "denoise", inner)
+    monkeypatch.setattr(engine.backend, "decode", lambda x: np.zeros((len(x), 64, 64, 3), np.uint8))
+    with pytest.raises(EngineError, match="decode gave NaN"):
+        engine.generate(ask())
+
+
+def test_after_close_nothing_hangs(tiny_artifact: Path) -> None:
+    engine = Engine.load(tiny_artifact, backend="onnxruntime")
+    gate = Gate(engine)
+    running = engine.submit(ask())
+    assert gate.entered.wait(20)
+    waiting = engine.submit(ask())
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    gate.open.set()
+    closer.join(20)
+    for future in (running, waiting):
+        with pytest.raises(EngineError, match=r"closed; load it again"):
+            future.result(20)
+    with pytest.raises(EngineError, match="closed"):
+        engine.generate(ask())
+    engine.close()  # twice is fine
+    assert not engine.batcher._thread.is_alive()
+
+
+def test_an_engine_that_is_forgotten_ends_its_thread(tiny_artifact: Path) -> None:
+    engine = Engine.load(tiny_artifact, backend="onnxruntime")
+    engine.generate(ask())
+    thread = engine.batcher._thread
+    del engine
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_asyncio(engine: Engine) -> None:
+    async def main() -> None:
+        many = await asyncio.gather(*(engine.agenerate(ask(seed=seed)) for seed in range(6)))
+        assert [result.seed for result in many] == list(range(6))
+        preview, final = [result async for result in engine.stream(ask(seed=1))]
+        assert (preview.steps, final.steps) == (1, 3) and likeness(final.images, many[1].images) <= 1
+        assert [result.steps async for result in engine.stream(ask(steps=1))] == [1]
+        gate = Gate(engine)
+        task = asyncio.create_task(engine.agenerate(ask(seed=9)))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open.set()
+
+    asyncio.run(main())
+
+
+def test_padding_changes_nothing(tiny_artifact: Path) -> None:
+    with Engine.load(tiny_artifact, backend="openvino", max_batch=3) as engine:
+        engine.backend.batches = (1, 3)  # type: ignore[attr-defined]
+        two = engine.generate(ask(count=2)).images
+        alone = [engine.generate(ask(seed=7 + i)).images[0] for i in range(2)]
+        assert likeness(two, np.stack(alone)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"max_batch": 0}, RequestError, "max_batch must be 1 to 3"),
+        ({"max_batch": 5}, RequestError, "max_batch must be 1 to 3.*got 5"),
+        ({"sizes": [(64, 96)]}, RequestError, r"has the sizes 64x64 \(width x height\), got 96x64"),
+        ({"backend": "onnxrt"}, ArtifactError, "no backend 'onnxrt'; did you mean 'onnxruntime'"),
+        ({"precision": "fp8"}, ArtifactError, "no precision 'fp8'"),
+        ({"backend": "onnxruntime", "precision": "bf16"}, ArtifactError, "own precision, fp32.*--precision bf16"),
+        ({"backend": "openvino", "precision": "fp16"}, ArtifactError, "computes in .*fp32.*, not fp16"),
+        ({"backend": "openvino", "device": "cuda"}, ArtifactError, "device must be auto or cpu, got 'cuda'"),
+        ({"backend": "onnxruntime", "device": "gpu"}, ArtifactError, "device must be auto, cpu, cuda.*got 'gpu'"),
+        ({"device": "cuda:1"}, ArtifactError, "no CUDAExecutionProvider.*onnxruntime-gpu"),
+    ],
+)
+def test_what_cannot_be_loaded(tiny_artifact: Path, values: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message) as found:
+        Engine.load(tiny_artifact, **values)
+    assert "\n" not in str(found.value)
+
+
+def test_a_request_beyond_memory_is_refused_before_it_is_made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagine_flash.engine.engine.RESULT_BYTES", 5 * 64 * 64 * 3)
+    with pytest.raises(RequestError, match=r"6 pictures of 64x64 take 73,728 bytes; at most 5 at once"):
+        engine.generate(ask(count=6))
+
+
+def test_the_line_that_says_what_was_chosen(engine: Engine) -> None:
+    assert engine.backend.name in engine.describe() and "cpu" in engine.describe() and "fp32" in engine.describe()
+    assert isinstance(engine.backend, OnnxruntimeBackend) == (engine.backend.name == "onnxruntime")
