@@ -23,12 +23,13 @@ from imagine_flash.core.artifact import (
     TensorSpec,
     TokenizerSpec,
     hash_files,
+    read_artifact_manifest,
     sha256_file,
     write_manifest,
 )
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
-from imagine_flash.export import tensorrt as ours
-from imagine_flash.export.tensorrt import Machine, batch_profile, build_plans, find_plan, plan_key, write_plan
+from imagine_flash.core.tensorrt_plans import BuildRecipe, Machine, find_plan, plan_key
+from imagine_flash.export.tensorrt import batch_profile, build_plans, write_plan, write_tensorrt
 from imagine_flash.export.tensorrt_operators import OPERATORS, check_graph
 
 ROOT = Path(__file__).parents[2]
@@ -72,14 +73,14 @@ def artifact(tmp_path):
         scaling_factor=1.0, tokenizers=[TokenizerSpec(file="tokenizer.json", context_length=8)], graphs=graphs,
         files=hash_files(folder), parity={}, student_sha256="0" * 64,
     )  # fmt: skip
-    formats = {"tensorrt": ours.write_tensorrt(folder, manifest)}
+    formats = {"tensorrt": write_tensorrt(folder, manifest)}
     write_manifest(folder, manifest.model_copy(update={"formats": formats, "files": hash_files(folder)}))
     return folder
 
 
 def key_of(folder: Path, machine: Machine = HERE, flags=(), graph="denoiser"):
-    manifest = ours.read_artifact_manifest(folder)
-    recipe = ours.BuildRecipe.model_validate_json((folder / "tensorrt" / "build.json").read_bytes())
+    manifest = read_artifact_manifest(folder)
+    recipe = BuildRecipe.model_validate_json((folder / "tensorrt" / "build.json").read_bytes())
     return plan_key(manifest, recipe, graph, machine, flags)
 
 
@@ -87,7 +88,7 @@ def key_of(folder: Path, machine: Machine = HERE, flags=(), graph="denoiser"):
 
 
 def test_the_recipe_says_what_a_plan_is_built_from(artifact):
-    formats = ours.read_artifact_manifest(artifact).formats
+    formats = read_artifact_manifest(artifact).formats
     assert formats == {"tensorrt": {"recipe": "tensorrt/build.json", "parser": "10.15", "graphs": sorted(GRAPHS)}}
     recipe = json.loads((artifact / "tensorrt" / "build.json").read_text())
     assert recipe["flags"] == ["STRONGLY_TYPED"]
@@ -177,11 +178,11 @@ def test_what_the_parser_lists_passes(graph):
 
 
 def test_nothing_is_written_for_a_graph_that_cannot_be_parsed(artifact):
-    manifest = ours.read_artifact_manifest(artifact)
+    manifest = read_artifact_manifest(artifact)
     shutil.rmtree(artifact / "tensorrt")
     (artifact / "decoder.onnx").write_bytes(model([NODE("Det", ["x"], ["y"])]).SerializeToString())
     with pytest.raises(ArtifactError, match=r"decoder: .*Det \(1 of them\)"):
-        ours.write_tensorrt(artifact, manifest)
+        write_tensorrt(artifact, manifest)
     assert not (artifact / "tensorrt").exists()
 
 
@@ -196,13 +197,13 @@ def flip(path: Path) -> None:
 
 def rehash(folder: Path, **update) -> None:
     """A manifest that fits the changed files, as another export would have written it."""
-    manifest = ours.read_artifact_manifest(folder, verify=False)
+    manifest = read_artifact_manifest(folder, verify=False)
     files = {name: sha256_file(folder / name) for name in manifest.files}
     write_manifest(folder, manifest.model_copy(update={"files": files, **update}))
 
 
 def changed_batch(folder: Path) -> None:
-    ours.write_tensorrt(folder, ours.read_artifact_manifest(folder).model_copy(update={"batch": (1, 5)}))
+    write_tensorrt(folder, read_artifact_manifest(folder).model_copy(update={"batch": (1, 5)}))
 
 
 CHANGES = {
@@ -243,7 +244,7 @@ def test_a_plan_is_found_and_checked(artifact):
     plain = write_plan(artifact, key_of(artifact), b"plain")
     assert find_plan(artifact, "denoiser", machine=HERE) == plain, "the one without flags goes first"
     assert find_plan(artifact, "decoder", machine=HERE) is None
-    ours.read_artifact_manifest(artifact)  # plans do not disturb the artifact's hashes
+    read_artifact_manifest(artifact)  # plans do not disturb the artifact's hashes
     flip(plain)
     with pytest.raises(ArtifactError, match=rf"{re.escape(str(plain))} differs from its sha256; delete it and run"):
         find_plan(artifact, "denoiser", machine=HERE)
@@ -292,7 +293,7 @@ def test_damaged_recipes_and_records(artifact):
     with pytest.raises(ArtifactError, match=r"build\.json uses 'other.bin', which the manifest does not list"):
         key_of(artifact)
     write_plan(artifact, key, b"plan")
-    manifest = ours.read_artifact_manifest(artifact)
+    manifest = read_artifact_manifest(artifact)
     files = {name: digest for name, digest in manifest.files.items() if name != "tensorrt/build.json"}
     write_manifest(artifact, manifest.model_copy(update={"files": files}))
     recipe.unlink()
@@ -323,6 +324,7 @@ def test_a_damaged_artifact_is_not_built(artifact):
 
 # the real bindings of both major versions, above libraries that answer nothing
 
+USERS = ("core/tensorrt_plans.py", "export/tensorrt.py")
 OBJECTS = {"builder": "Builder", "parser": "OnnxParser", "config": "IBuilderConfig", "profile": "IOptimizationProfile"}
 RESULTS = {"get_error": "ParserError", "get_timing_cache": "ITimingCache"}
 DRIVER = """
@@ -340,9 +342,10 @@ int nvmlSystemGetDriverVersion(char *version, unsigned length) { strncpy(version
 
 
 def used_names() -> set[str]:
-    """Every TensorRT name in export/tensorrt.py: trt.X.Y, and X.y of what the variables and results there are."""
+    """Every TensorRT name in the two files that use it: trt.X.Y, and X.y of what the variables and results there are."""
     names = set()
-    for node in ast.walk(ast.parse(Path(ours.__file__).read_text(encoding="utf-8"))):
+    trees = [ast.parse((ROOT / file).read_text(encoding="utf-8")) for file in USERS]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if not isinstance(node, ast.Attribute):
             continue
         owner = node.value
@@ -430,7 +433,8 @@ def test_every_name_is_in_the_bindings(bindings):
 BUILD = """
     import sys
     from imagine_flash.core.errors import ArtifactError
-    from imagine_flash.export.tensorrt import build_plans, this_machine
+    from imagine_flash.core.tensorrt_plans import this_machine
+    from imagine_flash.export.tensorrt import build_plans
     try:
         print(this_machine().model_dump_json())
         build_plans({folder!r}, graphs=["denoiser"], progress=print)

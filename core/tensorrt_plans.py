@@ -1,0 +1,175 @@
+"""TensorRT plans beside an artifact: what a plan is made from, and which of those in the folder fits this machine.
+
+`export/tensorrt.py` writes the recipe and builds the plans. Finding one needs neither the export nor, until there is a plan
+to compare, TensorRT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from .artifact import ArtifactManifest, read_artifact_manifest
+from .errors import ArtifactError, MissingExtraError, missing_extra, nearest
+from .files import sha256_file
+
+FOLDER = "tensorrt"
+RECIPE_FILE = "tensorrt/build.json"
+INDEX = "https://pypi.nvidia.com"
+COMMAND = "imagine-flash build-tensorrt"
+
+Content = TypeVar("Content", bound=BaseModel)
+Profile = dict[str, tuple[list[int], list[int], list[int]]]  # input -> its smallest, optimal and largest shape
+
+
+class GraphRecipe(BaseModel, frozen=True, extra="forbid"):
+    """What one plan is built from: graph and weights, relative to the artifact folder, and the shapes it must take."""
+
+    file: str
+    weights: list[str]
+    profile: Profile
+
+
+class BuildRecipe(BaseModel, frozen=True, extra="forbid"):
+    """`tensorrt/build.json`. flags: of the network; those of the builder are chosen when the plans are built."""
+
+    format: Literal["imagine-flash-tensorrt"] = "imagine-flash-tensorrt"
+    format_version: Literal[1] = 1
+    parser: str
+    graphs: dict[str, GraphRecipe]
+    flags: list[Literal["STRONGLY_TYPED"]] = ["STRONGLY_TYPED"]
+
+
+class Machine(BaseModel, frozen=True, extra="forbid"):
+    """What a plan depends on beside its graph: the GPU's architecture such as sm_90, driver and TensorRT versions."""
+
+    sm: str
+    driver: str
+    tensorrt: str
+
+
+class PlanKey(Machine, frozen=True):
+    """All that a plan was made from; two plans with the same key are interchangeable."""
+
+    graph: str
+    graph_sha256: str
+    weights_sha256: dict[str, str]
+    profile: Profile
+    flags: list[str]
+
+    @property
+    def file(self) -> str:
+        """The plan's file name: graph, sm, TensorRT version and the first 16 hex digits of the key's SHA-256."""
+        digest = hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return f"{self.graph}_{self.sm}_trt{self.tensorrt}_{digest[:16]}.plan"
+
+
+class PlanRecord(BaseModel, frozen=True, extra="forbid"):
+    """The JSON beside a plan: its key and the SHA-256 of its bytes."""
+
+    key: PlanKey
+    sha256: str
+
+
+def find_plan(folder: str | Path, graph: str, *, machine: Machine | None = None) -> Path | None:
+    """The plan of `graph` whose key matches this machine (or `machine`), its SHA-256 checked; None if it has no plans.
+
+    A version-compatible plan also matches a later TensorRT of the same major version. Raises ArtifactError that names the
+    differing fields if all plans are for others, or if the plan is damaged; MissingExtraError.
+    """
+    folder = Path(folder)
+    paths = sorted((folder / FOLDER).glob(f"{graph}_sm_*.json"))
+    plans = {plan: read_json(path, PlanRecord) for path in paths if (plan := path.with_suffix(".plan")).is_file()}
+    if not plans:
+        return None
+    manifest, recipe = read_artifact_manifest(folder, verify=False), read_json(folder / RECIPE_FILE, BuildRecipe)
+    machine = machine or this_machine(folder)
+    closest: list[str] = []
+    for plan, record in sorted(plans.items(), key=lambda item: len(item[1].key.flags)):  # flags may cost speed
+        differences = _differences(record.key, plan_key(manifest, recipe, graph, machine, record.key.flags))
+        if not differences:
+            if sha256_file(plan) != record.sha256:
+                raise ArtifactError(f"{plan} differs from its sha256; delete it and run '{COMMAND} {folder}'")
+            return plan
+        closest = min(closest or differences, differences, key=len)
+    raise ArtifactError(f"no TensorRT plan of {graph!r} fits: {', '.join(closest)}; run '{COMMAND} {folder}' here")
+
+
+def plan_key(
+    manifest: ArtifactManifest, recipe: BuildRecipe, graph: str, machine: Machine, flags: Sequence[str] = ()
+) -> PlanKey:
+    """The key of a plan, from the hashes in the manifest. Raises ArtifactError for files or graphs not listed there."""
+    if graph not in recipe.graphs.keys() & manifest.graphs.keys():
+        raise ArtifactError(f"no TensorRT recipe for the graph {graph!r}{nearest(graph, recipe.graphs)}; export again")
+    built = recipe.graphs[graph]
+    for file in (built.file, *built.weights):
+        if file not in manifest.files:
+            raise ArtifactError(f"{RECIPE_FILE} uses {file!r}, which the manifest does not list; export again")
+    return PlanKey(
+        graph=graph,
+        graph_sha256=manifest.files[built.file],
+        weights_sha256={file: manifest.files[file] for file in built.weights},
+        profile=built.profile,
+        flags=sorted({*recipe.flags, *flags}),
+        **machine.model_dump(),
+    )
+
+
+def this_machine(folder: str | Path = "FOLDER") -> Machine:
+    """The first CUDA device and the TensorRT of this process; `folder` is for the message of what to run elsewhere.
+
+    Asks the driver's own libraries: CUDA for the device, since it keeps to CUDA_VISIBLE_DEVICES and NVML does not, and
+    NVML for the driver's version. Raises MissingExtraError without TensorRT, ArtifactError without a GPU.
+    """
+    elsewhere = f"run '{COMMAND} {folder}' on the machine with the GPU"
+    try:
+        trt: Any = import_module("tensorrt")
+    except (ImportError, OSError):
+        what = f"{missing_extra('tensorrt', 'tensorrt')} (pip install tensorrt; it comes from {INDEX})"
+        raise MissingExtraError(f"{what}, then {elsewhere}") from None
+    names = ("nvcuda.dll", "nvml.dll") if sys.platform == "win32" else ("libcuda.so.1", "libnvidia-ml.so.1")
+    try:
+        cuda, nvml = map(ctypes.CDLL, names)
+    except OSError as error:
+        raise ArtifactError(f"no NVIDIA driver here ({error}); {elsewhere}") from None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    driver = ctypes.create_string_buffer(96)
+    codes = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
+    for attribute, value in ((75, major), (76, minor)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        codes.append(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
+    codes += [nvml.nvmlInit_v2(), nvml.nvmlSystemGetDriverVersion(driver, len(driver))]
+    if any(codes):
+        raise ArtifactError(f"no usable NVIDIA GPU here (the driver answers {codes}, 0 is good); {elsewhere}")
+    return Machine(sm=f"sm_{major.value}{minor.value}", driver=driver.value.decode(), tensorrt=trt.__version__)
+
+
+def read_json(path: Path, kind: type[Content]) -> Content:
+    """A recipe or a record. Raises ArtifactError, naming the file and its first wrong field."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; export again with the format 'tensorrt'") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        raise ArtifactError(f"{path}: {field}{first['msg']}; delete it, or export again") from None
+
+
+def _differences(built: PlanKey, wanted: PlanKey) -> list[str]:
+    """What keeps a plan from being the wanted one, in words; a version-compatible one may be of an earlier TensorRT."""
+    here, there = wanted.model_dump(), built.model_dump()
+    if "VERSION_COMPATIBLE" in built.flags:
+        new, old = ([int(n) for n in re.findall(r"\d+", key.tensorrt)] for key in (wanted, built))
+        if new[0] == old[0] and new >= old:
+            there["tensorrt"] = here["tensorrt"]
+    told = {field: f" is {here[field]} here and {there[field]} in the plan" for field in Machine.model_fields}
+    return [field + told.get(field, " differs") for field in here if here[field] != there[field]]
