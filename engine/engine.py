@@ -126,9 +126,7 @@ class Engine:
         much waits already, EngineError after `close`.
         """
         started = time.perf_counter()
-        steps = max(self._plans) if request.steps is None else request.steps
-        select(self._plans, steps)
-        size = self._size(request)
+        steps, size = self.check(request)
         tokens = self.tokenizer.encode(request.prompt)
         tokenized = time.perf_counter()
         noise = initial_noise(request.seed, request.count, self.manifest.latent_shape_of(size))
@@ -142,6 +140,20 @@ class Engine:
         self.batcher.submit([Chunk(job, row, noise[row : row + self.max_batch]) for row in rows])
         return job.future
 
+    def check(self, request: GenerateRequest) -> tuple[int, Size]:
+        """The steps and the size that a request means. Raises PlanError, RequestError."""
+        steps = max(self._plans) if request.steps is None else request.steps
+        select(self._plans, steps)
+        return steps, self._size(request)
+
+    def preview(self, request: GenerateRequest) -> GenerateRequest | None:
+        """The request in one step, from the same noise; None if that is what it asks for, or there is no such plan.
+
+        Raises PlanError, RequestError for the request itself.
+        """
+        steps, _ = self.check(request)
+        return request.model_copy(update={"steps": 1}) if steps > 1 and 1 in self._plans else None
+
     def generate(self, request: GenerateRequest) -> GenerateResult:
         """Draw a request and wait for it. Raises what `submit` raises, and EngineError for a failing backend."""
         return self.submit(request).result()
@@ -153,9 +165,8 @@ class Engine:
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
         """The request in one step as a preview, then in all its steps, from the same noise."""
-        steps = max(self._plans) if request.steps is None else request.steps
-        if steps > 1 and 1 in self._plans:
-            yield await self.agenerate(request.model_copy(update={"steps": 1}))
+        if (preview := self.preview(request)) is not None:
+            yield await self.agenerate(preview)
         yield await self.agenerate(request)
 
     def close(self) -> None:

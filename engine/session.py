@@ -53,7 +53,7 @@ class Session:
             seq = self._newest + 1 if seq is None else seq
             if seq <= self._newest:
                 raise EngineError(f"seq must be above {self._newest}, the newest so far, got {seq}")
-            first = self._first(request)
+            first = (self.engine.preview(request) if self.preview else None) or request
             future = self.engine.submit(first)
             self._cancel()
             self._newest, self._future = seq, future
@@ -65,11 +65,6 @@ class Session:
         with self._lock:
             self._closed = True
             self._cancel()
-
-    def _first(self, request: GenerateRequest) -> GenerateRequest:
-        steps = request.steps or max(self.engine.steps)
-        wanted = self.preview and steps > 1 and 1 in self.engine.steps
-        return request.model_copy(update={"steps": 1}) if wanted else request
 
     def _cancel(self) -> None:
         if self._future is not None and self._future.cancel():

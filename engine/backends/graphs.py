@@ -67,7 +67,7 @@ class GraphBackend(ABC):
         return x
 
     def finite(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
-        return np.isfinite(x).reshape(len(x), -1).all(axis=1)
+        return np.asarray(np.isfinite(x).all(axis=tuple(range(1, x.ndim))))
 
     def decode(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
         return self.run(self._at_size("decoder", x), [x])[0]

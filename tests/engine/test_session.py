@@ -1,0 +1,241 @@
+"""Latest wins: whatever the interleaving, results never go backwards, nothing hangs and nothing is left behind."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from imagine_flash.core.errors import EngineError, PlanError, RequestError
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.session import Mailbox, Session, SessionResult
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_artifact: Path) -> Iterator[Engine]:
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        yield engine
+
+
+class Inbox:
+    """Collects what a session delivers."""
+
+    def __init__(self) -> None:
+        self.found: list[SessionResult] = []
+        self._arrived = threading.Condition()
+
+    def __call__(self, result: SessionResult) -> None:
+        with self._arrived:
+            self.found.append(result)
+            self._arrived.notify_all()
+
+    def until(self, seq: int, *, preview: bool = False) -> SessionResult:
+        def there() -> SessionResult | None:
+            return next((r for r in self.found if r.seq == seq and r.preview == preview), None)
+
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: there() is not None, 20), f"no result {seq}: {self.found}"
+        found = there()
+        assert found is not None
+        return found
+
+
+def ask(prompt: str = "a cat", **values) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": prompt, "steps": 3, "seed": 7, **values})
+
+
+def hold(engine: Engine, monkeypatch: pytest.MonkeyPatch, stage: str) -> tuple[threading.Event, threading.Event]:
+    entered, go = threading.Event(), threading.Event()
+    inner = getattr(engine.backend, stage)
+
+    def held(*args):
+        entered.set()
+        assert go.wait(20)
+        return inner(*args)
+
+    monkeypatch.setattr(engine.backend, stage, held)
+    return entered, go
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_a_newer_request_cancels_at_the_next_boundary(
+    engine: Engine, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.prompt_cache.clear()
+    inbox = Inbox()
+    session = Session(engine, inbox)
+    entered, go = hold(engine, monkeypatch, stage)
+    before = engine.batcher.counts["pictures"]
+    assert session.submit(ask("a cat")) == 1
+    assert entered.wait(20)
+    assert [session.submit(ask(prompt)) for prompt in ("a cat on", "a cat on a", "a cat on pink")] == [2, 3, 4]
+    assert session.replaced == 3 and engine.batcher.waiting == 4
+    go.set()
+    last = inbox.until(4)
+    assert last.result is not None and np.array_equal(last.result.images, engine.generate(ask("a cat on pink")).images)
+    assert [found.seq for found in inbox.found] == [4], "obsolete pictures were delivered"
+    drawn = engine.batcher.counts["pictures"] - before - 1
+    assert drawn == 1 + (stage == "decode"), "the one that ran is stopped at the next call, those that waited never run"
+
+
+def test_the_preview_comes_first_and_only_while_it_is_the_newest(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = Inbox()
+    session = Session(engine, inbox, preview=True)
+    session.submit(ask("a dog"))
+    inbox.until(1)
+    assert [(found.seq, found.preview, found.result.steps) for found in inbox.found if found.result] == [
+        (1, True, 1),
+        (1, False, 3),
+    ]
+    final, preview = inbox.until(1).result, inbox.until(1, preview=True).result
+    assert final is not None and np.array_equal(final.images, engine.generate(ask("a dog")).images)
+    assert preview is not None and np.array_equal(preview.images, engine.generate(ask("a dog", steps=1)).images)
+    session.submit(ask("a cat", steps=1))
+    assert not inbox.until(2).preview, "one step needs no preview"
+    monkeypatch.setattr(session, "_deliver", lambda found: (inbox(found), found.seq == 3 and session.submit(ask("x"))))
+    session.submit(ask("a fox"))
+    inbox.until(4)
+    assert not [found for found in inbox.found if found.seq == 3 and not found.preview], "something newer had come"
+    session.close()
+
+
+def test_numbers_may_be_given_but_never_go_back(engine: Engine) -> None:
+    inbox = Inbox()
+    session = Session(engine, inbox)
+    assert session.submit(ask(), seq=10) == 10
+    for seq in (10, 3, -1):
+        with pytest.raises(EngineError, match=f"seq must be above 10, the newest so far, got {seq}"):
+            session.submit(ask(), seq=seq)
+    assert inbox.until(10).result is not None and session.submit(ask()) == 11
+    inbox.until(11)
+
+
+def test_a_request_that_cannot_be_drawn_leaves_the_one_before(engine: Engine) -> None:
+    inbox = Inbox()
+    session = Session(engine, inbox)
+    session.submit(ask())
+    with pytest.raises(PlanError):
+        session.submit(ask(steps=7))
+    with pytest.raises(RequestError):
+        session.submit(ask("a cat on pink " * 9))
+    assert inbox.until(1).result is not None and session.submit(ask()) == 2
+
+
+def test_a_failing_backend_is_an_error_with_its_number(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox = Inbox()
+    session = Session(engine, inbox, preview=True)
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.backend, "denoise", fail)
+        session.submit(ask())
+        found = inbox.until(1)
+    assert found.result is None and "no memory" in str(found.error)
+    session.submit(ask())
+    assert inbox.until(2).result is not None
+
+
+def test_after_close_nothing_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox = Inbox()
+    session = Session(engine, inbox)
+    entered, go = hold(engine, monkeypatch, "denoise")
+    session.submit(ask())
+    assert entered.wait(20)
+    session.close()
+    go.set()
+    engine.generate(ask("a dog"))
+    assert not inbox.found and engine.batcher.waiting == 0
+    with pytest.raises(EngineError, match="the session is closed"):
+        session.submit(ask())
+
+
+ACTION = st.tuples(st.integers(0, 2), st.sampled_from(["submit", "submit", "submit", "bad", "pause", "crash"]))
+
+
+@given(actions=st.lists(ACTION, max_size=25), preview=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_the_interleaving(engine: Engine, actions: list[tuple[int, str]], preview: bool, seed: int) -> None:
+    """Three sessions on one engine, typed into by threads of their own, with requests refused and calls that crash."""
+    rng = random.Random(seed)
+    inboxes = [Inbox() for _ in range(3)]
+    sessions = [Session(engine, inbox, preview=preview) for inbox in inboxes]
+    newest, inner, crashes = [0, 0, 0], engine.backend.denoise, threading.Event()
+
+    def denoise(*args):
+        if crashes.is_set():
+            crashes.clear()
+            raise RuntimeError("now and then")
+        return inner(*args)
+
+    def type_into(which: int) -> None:
+        for number, action in actions:
+            if number != which:
+                continue
+            if action == "pause":
+                time.sleep(rng.random() * 0.01)
+            elif action == "crash":
+                crashes.set()
+            elif action == "bad":
+                with pytest.raises(PlanError):
+                    sessions[which].submit(ask(steps=9))
+            else:
+                newest[which] = sessions[which].submit(ask(rng.choice(["a cat", "a dog", "a fox on pink"])))
+
+    engine.backend.denoise = denoise  # type: ignore[method-assign]
+    try:
+        threads = [threading.Thread(target=type_into, args=(which,)) for which in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        crashes.clear()
+        for inbox, last in zip(inboxes, newest, strict=True):
+            if last:
+                inbox.until(last)  # the newest is always answered
+            numbers = [found.seq for found in inbox.found]
+            assert numbers == sorted(numbers), "results went backwards"
+            finals = [found.seq for found in inbox.found if not found.preview]
+            assert len(finals) == len(set(finals)), "a request was answered twice"
+            assert all(sum(found.seq == seq for found in inbox.found) <= 2 for seq in set(numbers))
+    finally:
+        engine.backend.denoise = inner  # type: ignore[method-assign]
+        for session in sessions:
+            session.close()
+    limit = time.monotonic() + 20
+    while engine.batcher.waiting and time.monotonic() < limit:
+        time.sleep(0.001)
+    assert engine.batcher.waiting == 0, "something was left behind"
+    assert engine.generate(ask()).images.any()
+
+
+def test_a_slow_reader_gets_the_newest_and_no_queue(engine: Engine) -> None:
+    async def main() -> None:
+        mailbox = Mailbox()
+        session = Session(engine, mailbox.put)
+        reader = mailbox.__aiter__()
+        session.submit(ask("a cat"))
+        assert (await anext(reader)).seq == 1
+        for prompt in ("a dog", "a fox", "a dog on pink"):
+            future_seq = session.submit(ask(prompt))
+            while session._future is not None and not session._future.done():
+                await asyncio.sleep(0.001)  # each of them is drawn while nobody reads
+        await asyncio.sleep(0.05)
+        found = await anext(reader)
+        assert found.seq == future_seq == 4
+        mailbox.put(found)
+        mailbox.close()
+        assert [found async for found in reader] == []
+        session.close()
+
+    asyncio.run(main())
