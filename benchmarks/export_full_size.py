@@ -9,12 +9,14 @@ Neither depends on the values of the weights. The tokenizer is the embedded mode
 from __future__ import annotations
 
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +92,28 @@ def write_student(kind: str, folder: Path) -> int:
 
 
 def measure(kind: str, out: Path, *, size: str) -> dict[str, Any]:
-    """Exports in a process of its own; the record says the time, the largest resident memory and what was written."""
+    """Writes the student and exports it, each in a process of its own, so that the one leaves no memory to the other.
+
+    The record says the export's time, its largest resident memory and what was written.
+    """
     with tempfile.TemporaryDirectory(prefix="imagine-flash-full-size-") as scratch:
         student, artifact = Path(scratch) / "student", Path(scratch) / "artifact"
         student.mkdir()
-        parameters = write_student(kind, student)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as writer:
+            parameters = writer.submit(write_student, kind, student).result()
         arguments = ["export", str(student), str(artifact), "--batch", "1", "--sizes", size, "--name", kind]
-        code = "from imagine_flash.cli import main; main()"
+        command = [sys.executable, "-c", "from imagine_flash.cli import main; main()", *arguments]
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *arguments])
+        export = subprocess.Popen(command)
+        _, status, usage = os.wait4(export.pid, 0)
         seconds = time.perf_counter() - started
-        if done.returncode:
-            raise SystemExit(done.returncode)
+        if code := os.waitstatus_to_exitcode(status):
+            raise SystemExit(code)
         manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
         record = {
             "name": f"export of {kind} at {size}, batch 1, 1 step, float32 graphs",
             "parameters": parameters, "seconds": round(seconds, 1),
-            "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+            "peak_resident_gib": round(usage.ru_maxrss / 2**20, 2),
             "bytes": {path.name: path.stat().st_size for path in sorted(artifact.iterdir()) if path.is_file()},
             "student_sha256": hash_folder(student), "parity": manifest["parity"],
             "nodes": {name: graph["nodes"] for name, graph in manifest["graphs"].items()},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +217,15 @@ class _session:
 
     def __exit__(self, *_: object) -> None:
         del self._session
-        gc.collect()
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Frees what is dead and hands it to the system: glibc would keep gigabytes of weights too small to be mapped singly."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
+    if trim is not None:
+        trim(0)
 
 
 def _step(x: torch.Tensor, m: NDArray[Any], table: UpdateTable, index: int) -> torch.Tensor:

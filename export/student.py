@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from .ledger import Ledger
 from .loading import load_stages, student_folder
 from .onnx import StageGraph, export_decoder, export_denoiser, export_text_encoder, save_graph
 from .options import ExportOptions
-from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, make_cases
+from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, give_back_memory, make_cases
 from .precision import emulate, find_islands, lower
 from .report import save_references, write_report
 from .sampler_graph import sampler_graph
@@ -98,7 +97,7 @@ def _export(
     with atomic_folder(out, replaces=(ARTIFACT_FILE,)) as target, torch.inference_mode():
         store = WeightStore(target / WEIGHTS_FILE)
         traced = _trace(folder, target, described, store, options, progress)
-        gc.collect()
+        give_back_memory()
         stages = _lowered(traced, store, options, progress)
         graphs = stages | _samplers(stages, traced)
         specs = {name: save_graph(graph, target / f"{name}.onnx") for name, graph in graphs.items()}
