@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
 from ..core.errors import PlanError, ScheduleError
 from ..core.plan import StepPlan
+from ..core.prediction import linear_coefficients
 from ..core.schedule import NoiseSchedule
-from ..core.update import update_table
+from ..core.update import UpdateTable, update_table
 from ..kernels.update import Coefficients, coefficients_on, noise_corrected_update
+
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 
 class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
-    """Few deterministic steps with noise correction (Kohler et al. 2024), as a drop-in for a student's DDIMScheduler.
+    """Few deterministic steps with noise correction (Kohler et al. 2024), as a drop-in for a student's own scheduler.
 
         pipe.scheduler = ImagineFlashScheduler.from_config(pipe.scheduler.config)
         pipe("a cat", num_inference_steps=3, guidance_scale=1.0)
 
     Timesteps are trailing (3 steps: 999, 666, 333) unless the pipeline is called with `timesteps`. Noise correction applies
-    where the trajectory starts at the last timestep, so not in image to image. Raises ScheduleError and PlanError.
+    to a step from the last timestep: in image to image, where all steps are left. `shift` makes it the rectified flow of
+    Stable Diffusion 3, whose networks are told T sigma_t; the betas and prediction_type are not read then. docs/diffusers.md
+    has the pipelines. Raises ScheduleError and PlanError.
     """
 
     order = 1
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["LCMScheduler", "TCDScheduler", FLOW_CLASS]
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -41,13 +51,26 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         rescale_betas_zero_snr: bool = False,
         noise_correction: bool = True,
+        shift: float | None = None,
     ) -> None:
-        self.schedule = NoiseSchedule.from_scheduler_config(dict(self.config))
+        flow = {} if shift is None else {"_class_name": FLOW_CLASS}
+        self.schedule = NoiseSchedule.from_scheduler_config({**dict(self.config), **flow})
         self.alphas_cumprod = torch.from_numpy(self.schedule.alpha**2).float()  # read by pipelines that inspect it
         self._use(StepPlan.trailing(3, num_train_timesteps), None)
 
     def __len__(self) -> int:
         return self.schedule.num_train_timesteps
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler of the noise schedule that another scheduler's config describes; `kwargs` replace its values.
+
+        Unlike diffusers' own classes it also keeps what that scheduler took by default: the network was trained on it.
+        Raises ScheduleError for a config whose noise levels are no fixed table.
+        """
+        if isinstance(config, dict) and config.get("_class_name") != cls.__name__:
+            config = _settled({**config, **{k: v for k, v in kwargs.items() if k in config}})
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(
         self,
@@ -55,14 +78,13 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the plan: trailing with `num_inference_steps`, or the given `timesteps`, strictly decreasing."""
-        if timesteps is not None:
-            plan = StepPlan(tuple(int(t) for t in timesteps))
-        elif num_inference_steps is not None:
-            plan = StepPlan.trailing(int(num_inference_steps), self.schedule.num_train_timesteps)
-        else:
+        """Choose the plan: trailing with `num_inference_steps`, or the given `timesteps`, strictly decreasing indices."""
+        given: Any = timesteps if timesteps is not None else num_inference_steps
+        given = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or torch
+        if given is None:
             raise PlanError("give num_inference_steps or timesteps")
-        self._use(plan, device)
+        steps = self.schedule.num_train_timesteps
+        self._use(StepPlan.trailing(given, steps) if timesteps is None else StepPlan(given), device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network reads x_t as it is."""
@@ -72,35 +94,91 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         """Where image to image starts; nothing depends on it, since a step is found by its timestep."""
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True,
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True,
         **_: Any,
-    ) -> SchedulerOutput | tuple[torch.Tensor]:  # fmt: skip
-        """x_s from x_t (`sample`) and the network's output, in float32, returned in the sample's dtype."""
-        t = int(timestep)
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """x_s from x_t (`sample`) and the network's output, and the x0 that it implies: as DDIMScheduler.step.
+
+        Computed in float32, returned in the sample's dtype; at the last step the two are one tensor. Waits for the device
+        that `timestep` is on.
+        """
+        t = float(timestep)
         if t not in self._positions:
-            raise ScheduleError(f"timestep {t} is not in the plan {list(self._positions)}; call set_timesteps first")
-        coefficients = self._on(sample.device)
-        out = torch.empty_like(sample)
-        noise_corrected_update(sample, model_output, coefficients, self._positions[t], out=out)
-        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+            plan = self.timesteps.tolist()
+            raise ScheduleError(f"timestep {t:g} is not in the plan {plan}; call set_timesteps first")
+        row, coefficients = self._positions[t], self._on(sample.device)
+        out = noise_corrected_update(sample, model_output, coefficients, row, out=_like(sample))
+        x0 = out
+        if row < len(self._positions) - 1:
+            x0_row = coefficients.starts[1] + row
+            x0 = noise_corrected_update(sample, model_output, coefficients, x0_row, out=_like(sample))
+        return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
 
     def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = alpha_t x0 + sigma_t eps at `timesteps` (B,) or (1,)."""
-        alpha, sigma = self.schedule.at(timesteps.cpu().numpy().astype(np.int64))
+        """x_t = alpha_t x0 + sigma_t eps at `timesteps` (B,) or (1,), as the network is told them."""
+        if not timesteps.numel():  # image to image keeps int(steps * strength) steps
+            n = self.num_inference_steps
+            raise PlanError(f"strength leaves none of {n} step(s): it must be at least {math.ceil(100 / n) / 100:g}")
+        told = timesteps.cpu().double().numpy()
+        if self.schedule.kind == "flow":
+            sigma = told / self.schedule.num_train_timesteps
+            alpha = 1.0 - sigma
+        else:
+            alpha, sigma = self.schedule.at(told)
         shape = (-1, *(1,) * (original.ndim - 1))
-        alpha, sigma = (torch.from_numpy(np.atleast_1d(v)).to(original).view(shape) for v in (alpha, sigma))
+        alpha, sigma = (
+            torch.as_tensor(v, dtype=original.dtype).to(original.device).view(shape) for v in (alpha, sigma)
+        )
         return alpha * original + sigma * noise
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` by the name and in the order of flow pipelines."""
+        return self.add_noise(sample, noise, timestep)
 
     def _use(self, plan: StepPlan, device: str | torch.device | None) -> None:
         config: Any = self.config
-        kind = "flow" if self.schedule.kind == "flow" else config.prediction_type
-        self._table = update_table(self.schedule, plan, kind, noise_correction=config.noise_correction)
-        self._positions = {t: i for i, t in enumerate(plan.timesteps)}
+        flow = self.schedule.kind == "flow"
+        kind = "flow" if flow else config.prediction_type
+        table = update_table(self.schedule, plan, kind, noise_correction=config.noise_correction)
+        (a, b), _ = linear_coefficients(kind, *self.schedule.at(table.timesteps))
+        self._tables = table, UpdateTable(a, b, np.zeros(len(plan)), table.timesteps)  # to x_s, to x0
         self._coefficients: Coefficients | None = None
         self.num_inference_steps = len(plan)
-        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.int64, device=device)
+        dtype = torch.float32 if flow else torch.int64
+        told = torch.tensor(self.schedule.network_time(table.timesteps), dtype=dtype)
+        self._positions = {float(t): i for i, t in enumerate(told)}
+        self.timesteps = told.to(device)
 
     def _on(self, device: torch.device) -> Coefficients:
         if self._coefficients is None or self._coefficients.rows.device != device:
-            self._coefficients = coefficients_on(device, self._table)
+            self._coefficients = coefficients_on(device, *self._tables)
         return self._coefficients
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Room for a result, in x's dtype and, where it is one that the update writes, its layout."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Another scheduler's config with what that class takes for a key left out, and with `shift` if it is a flow.
+
+    `.config` has the class's name only where it was read from a file: a flow's is then known by its keys. ScheduleError.
+    """
+    values = {key: value for key, value in config.items() if key != "_use_default_values"}
+    betas = "beta_schedule" in values or values.get("trained_betas") is not None
+    name = str(values.get("_class_name") or ("DDIMScheduler" if betas else FLOW_CLASS if "shift" in values else ""))
+    owner = getattr(diffusers, name, None)
+    if isinstance(owner, type) and issubclass(owner, SchedulerMixin):
+        ours = inspect.signature(ImagineFlashScheduler).parameters
+        for key, parameter in inspect.signature(owner).parameters.items():
+            if key in ours and parameter.default is not inspect.Parameter.empty:
+                values.setdefault(key, parameter.default)
+    for key, usual in (("timestep_type", "discrete"), ("invert_sigmas", False)):
+        if values.get(key, usual) != usual:
+            raise ScheduleError(
+                f"{key}={values[key]!r} is not supported: such a network is told other times; use {usual!r}"
+            )
+    NoiseSchedule.from_scheduler_config({**values, "_class_name": name})
+    return values

@@ -1,16 +1,25 @@
 """Our sampler inside diffusers' own pipelines: the pictures are those of the sampler outside them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 
 from imagine_flash.core.errors import PlanError, ScheduleError
 from imagine_flash.core.noise import initial_noise
 from imagine_flash.core.plan import StepPlan
+from imagine_flash.core.prediction import x0_and_eps
 from imagine_flash.core.update import update_table
 from imagine_flash.distill.networks import load_networks
 from imagine_flash.engine.scheduler import ImagineFlashScheduler
@@ -58,37 +67,56 @@ def test_without_noise_correction_it_is_ddim(pipeline: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_a_step_also_gives_the_x0_that_it_implies(pipeline: Any) -> None:
+    scheduler = scheduler_of(pipeline.scheduler.config)
+    scheduler.set_timesteps(2)
+    x, m = (torch.from_numpy(initial_noise(seed, 2, (4, 8, 8))) for seed in (1, 2))
+    for t in (999, 499):
+        x_s, x0 = scheduler.step(m, t, x, return_dict=False)
+        expected, _ = x0_and_eps("v_prediction", x, m, *(float(v) for v in scheduler.schedule.at(t)))
+        torch.testing.assert_close(x0, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x_s, x0, rtol=0, atol=0)
+    assert scheduler.step(m, 999, x).pred_original_sample is not None
+
+
+EXPLICIT = {
+    "beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+    "num_train_timesteps": 500, "rescale_betas_zero_snr": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, EXPLICIT], ids=["defaults", "explicit"])
+@pytest.mark.parametrize("build", [DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, DPMSolverMultistepScheduler])
+def test_it_keeps_the_schedule_of_another(build: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    """diffusers drops what a config left to its class's default, and two of these classes have other defaults than ours."""
+    other = build(**settings)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": build.__name__, **settings}))
+    from_file: Any = ImagineFlashScheduler.from_pretrained(str(tmp_path))
+    for ours in (scheduler_of(other.config), from_file, scheduler_of(from_file.config)):
+        np.testing.assert_allclose(ours.alphas_cumprod, other.alphas_cumprod, rtol=0, atol=2e-6)
+        assert ours.config.prediction_type == other.config.prediction_type
+    back = build.from_config(scheduler_of(other.config).config)
+    assert {key: back.config[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize("settings", [{}, {"shift": 3.0}])
+def test_it_keeps_the_shift_of_a_flow(settings: dict[str, Any], tmp_path: Path) -> None:
+    other: Any = FlowMatchEulerDiscreteScheduler(**settings)
+    other.save_pretrained(str(tmp_path))
+    from_file: Any = ImagineFlashScheduler.from_pretrained(str(tmp_path))
+    for ours in (scheduler_of(other.config), from_file, scheduler_of(from_file.config)):
+        assert ours.schedule.kind == "flow"
+        np.testing.assert_allclose(ours.schedule.sigma[::-1], other.sigmas, rtol=0, atol=1e-6)
+        ours.set_timesteps(3)
+        np.testing.assert_allclose(ours.timesteps, other.timesteps[[0, 333, 666]], rtol=1e-6)
+
+
 def test_its_config_survives_a_folder(pipeline: Any, tmp_path: Path) -> None:
     scheduler = scheduler_of(pipeline.scheduler.config, noise_correction=False)
     scheduler.save_pretrained(str(tmp_path))
     again: Any = ImagineFlashScheduler.from_pretrained(str(tmp_path))
     assert dict(again.config)["noise_correction"] is False
     assert again.schedule.alpha[-1] == scheduler.schedule.alpha[-1]
-
-
-def test_image_to_image_starts_at_a_later_step(pipeline: Any) -> None:
-    """With strength 0.4, 0.7 and 1 there are one, two and three steps left of three."""
-    parts = {
-        k: v
-        for k, v in pipeline.components.items()
-        if k not in ("safety_checker", "feature_extractor", "image_encoder")
-    }
-    build: Any = StableDiffusionImg2ImgPipeline
-    pipe = build(
-        **parts,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    start = torch.zeros(1, 3, 64, 64)
-    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "np"}
-    images = [
-        pipe("a cat", image=start, strength=s, generator=torch.Generator().manual_seed(0), **options).images
-        for s in (0.4, 0.7, 1.0)
-    ]
-    assert all(np.isfinite(image).all() and image.shape == (1, 64, 64, 3) for image in images)
-    assert not np.allclose(images[0], images[2])
 
 
 def test_add_noise_is_the_forward_process(pipeline: Any) -> None:
@@ -113,6 +141,9 @@ def test_half_precision_stays_half_precision(pipeline: Any) -> None:
     [
         (lambda s: s.set_timesteps(0), PlanError, "between 1 and 999 steps, got 0"),
         (lambda s: s.set_timesteps(), PlanError, "give num_inference_steps or timesteps"),
+        (lambda s: s.set_timesteps(2.5), PlanError, "between 1 and 999 steps, got 2.5"),
+        (lambda s: s.set_timesteps(timesteps=[]), PlanError, "a plan needs at least one timestep"),
+        (lambda s: s.set_timesteps(timesteps=[999.5]), PlanError, "a timestep must be a whole number >= 0, got 999.5"),
         (lambda s: s.set_timesteps(timesteps=[1, 5]), PlanError, "timesteps must decrease strictly"),
         (lambda s: s.set_timesteps(timesteps=[1000]), PlanError, r"timestep 1000 is outside the schedule's 0\.\.999"),
         (
@@ -125,8 +156,67 @@ def test_half_precision_stays_half_precision(pipeline: Any) -> None:
             ScheduleError,
             "epsilon prediction has no x0 at alpha_t = 0",
         ),
+        (
+            lambda s: scheduler_of(s.config, prediction_type="v-prediction"),
+            ScheduleError,
+            "got 'v-prediction'; did you",
+        ),
+        (
+            lambda s: scheduler_of(s.config, prediction_type="flow"),
+            ScheduleError,
+            "flow prediction needs a flow schedule",
+        ),
+        (lambda s: scheduler_of({}), ScheduleError, "neither '_class_name' nor 'beta_schedule'"),
+        (lambda s: scheduler_of({"_class_name": "EDMEulerScheduler"}), ScheduleError, "EDMEulerScheduler has no"),
+        (
+            lambda s: scheduler_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config),
+            ScheduleError,
+            "use_dynamic_shifting is not supported.*set a fixed shift",
+        ),
+        (
+            lambda s: scheduler_of(DPMSolverMultistepScheduler(use_flow_sigmas=True).config),
+            ScheduleError,
+            "use_flow_sigmas is not supported; use a FlowMatchEulerDiscreteScheduler config",
+        ),
+        (
+            lambda s: scheduler_of(EulerDiscreteScheduler(timestep_type="continuous").config),
+            ScheduleError,
+            "timestep_type='continuous' is not supported",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(pipeline: Any, call: Any, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         call(scheduler_of(pipeline.scheduler.config))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_plan_leaves_the_former_one(pipeline: Any) -> None:
+    scheduler = scheduler_of(pipeline.scheduler.config)
+    scheduler.set_timesteps(timesteps=torch.tensor([999, 500]))
+    with pytest.raises(PlanError):
+        scheduler.set_timesteps(timesteps=np.array([1000, 500]))
+    assert scheduler.timesteps.tolist() == [999, 500] and scheduler.num_inference_steps == 2
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_a_layout_changes_nothing(pipeline: Any, layout: str) -> None:
+    scheduler = scheduler_of(pipeline.scheduler.config)
+    x, m = (torch.from_numpy(initial_noise(seed, 2, (4, 8, 8))) for seed in (1, 2))
+    if layout == "channels_last":
+        other = x.contiguous(memory_format=torch.channels_last)
+    else:
+        other = x.transpose(2, 3).contiguous().transpose(2, 3)
+    a, b = (scheduler.step(m, 999, v).prev_sample for v in (x, other))
+    torch.testing.assert_close(a, b)
+
+
+def test_the_pages_lines_run(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand in docs/diffusers.md, where `student` is a student's folder."""
+    page = (Path(__file__).parents[2] / "docs/diffusers.md").read_text(encoding="utf-8")
+    (tmp_path / "student").symlink_to(tiny_student)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec("\n".join(line[4:] for line in page.splitlines() if line.startswith("    ")), scope)
+    assert scope["image"].size == (64, 64)
+    assert isinstance(scope["redraw"].scheduler, ImagineFlashScheduler)
