@@ -123,9 +123,14 @@ def _export(
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,
+            optimize=False,
         )
-    assert program is not None
+        assert program is not None
+        parameters = [*program.model.graph.initializers.values()]
+        program.optimize()
     stage = _take_weights(program.model, store, opset)
+    for parameter in parameters:  # the optimizer's rules keep the last graph they saw, weights that it folded included
+        parameter.const_value = None
     for value in (*stage.graph.input, *stage.graph.output):
         first = value.type.tensor_type.shape.dim[0]
         if not first.dim_param:
