@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PACKAGES = ("imagine-flash", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "diffusers", "transformers")
+PACKAGES = (
+    "imagine-flash", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "tokenizers", "diffusers",
+    "transformers",
+)  # fmt: skip
 
 _PATH = re.compile(
     r"""(^|[=,;\s'"(\[]|:(?!//))"""  # where a path may start; not the // of a URL

@@ -15,12 +15,15 @@ from ..core.errors import ImagineFlashError, missing_extra
 from .harness import Case, Record, Timing
 
 END = "<!-- /bench -->"
+FURTHER, MOST_COLUMNS = "further numbers", 5  # of numbers that cases have of their own: more share one column
+TEXT = ("case", "candidate", FURTHER)
 
 
 def as_markdown(record: Record) -> str:
     """A table of one row per case and candidate; times in µs, or in ms if every median is at least one."""
     headings = headings_of(record)
-    lines = ["| " + " | ".join(headings) + " |", "|---|---" + "|---:" * (len(headings) - 2) + "|"]
+    rules = ["---" if heading in TEXT else "---:" for heading in headings]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "|".join(rules) + "|"]
     rows = ([cell.replace("|", r"\|") for cell in row] for row in table_rows(record))
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -29,8 +32,8 @@ def as_rich(record: Record) -> Table:
     """The same table for a terminal: the question above, each case above its candidates, the provenance below."""
     table = Table(title=record.question, caption=provenance(record), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings_of(record)[1:]:
-        least = {"candidate": 19}.get(heading, 17 if heading.startswith("times as fast") else 6)
-        table.add_column(heading, justify="left" if heading == "candidate" else "right", min_width=least)
+        least = {"candidate": 19, FURTHER: 12}.get(heading, 17 if heading.startswith("times as fast") else 6)
+        table.add_column(heading, justify="left" if heading in TEXT else "right", min_width=least)
     rows = table_rows(record)
     for case in record.rows:
         table.add_row(f"[bold]{case_name(case)}")
@@ -45,17 +48,20 @@ def headings_of(record: Record) -> list[str]:
     unit, baselines = unit_of(record)[0], {case.baseline for case in record.rows}
     baseline = baselines.pop() if len(baselines) == 1 else "the baseline"
     speed = f"times as fast as {baseline}, p50 [p5..p95]"
-    return ["case", "candidate", f"p50 {unit}", f"p95 {unit}", f"p99 {unit}", speed, *_extra_names(record)]
+    return ["case", "candidate", f"p50 {unit}", f"p95 {unit}", f"p99 {unit}", speed, *_extra_columns(record)]
 
 
 def table_rows(record: Record) -> Iterator[tuple[str, ...]]:
     """The record's rows as text, in the order of `headings_of`."""
-    scale, extra_names = unit_of(record)[1], _extra_names(record)
+    scale, columns = unit_of(record)[1], _extra_columns(record)
     for case in record.rows:
         for timing in case.timings:
             times = (number(us / scale) for us in (timing.p50_us, timing.p95_us, timing.p99_us))
             extra = case.extra.get(timing.name, {})
-            further = (number(extra[name]) if name in extra else "" for name in extra_names)
+            texts = {name: number(value) for name, value in extra.items()}
+            if columns == [FURTHER]:
+                texts = {FURTHER: ", ".join(f"{name} {text}" for name, text in texts.items())}
+            further = (texts.get(name, "") for name in columns)
             yield case_name(case), timing.name, *times, _speed(case, timing), *further
 
 
@@ -66,9 +72,11 @@ def unit_of(record: Record) -> tuple[str, float]:
 
 
 def case_name(case: Case) -> str:
-    """The parameters as 'batch 4, shape 1×4×64×64'; what is a name and says of what ("kernel") stands alone."""
+    """The parameters as 'batch 4, shape 1×4×64×64'; a name that says of what ("kernel", "what") stands alone."""
     return (
-        ", ".join(_plain(value) if key == "kernel" else f"{key} {_plain(value)}" for key, value in case.case.items())
+        ", ".join(
+            _plain(value) if key in ("kernel", "what") else f"{key} {_plain(value)}" for key, value in case.case.items()
+        )
         or "-"
     )
 
@@ -175,8 +183,9 @@ def _speed(case: Case, timing: Timing) -> str:
     return f"{number(ratio.p50)} [{number(ratio.p5)}..{number(ratio.p95)}]"
 
 
-def _extra_names(record: Record) -> list[str]:
-    return list(dict.fromkeys(name for case in record.rows for extra in case.extra.values() for name in extra))
+def _extra_columns(record: Record) -> list[str]:
+    names = list(dict.fromkeys(name for case in record.rows for extra in case.extra.values() for name in extra))
+    return names if len(names) <= MOST_COLUMNS else [FURTHER]
 
 
 def _plain(value: Any) -> str:

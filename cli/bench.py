@@ -35,6 +35,32 @@ def bench_kernels_command(
     say(f"wrote {output}.json and {output}.png")
 
 
+@bench.command("runtime")
+def bench_runtime_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
+        "runtime"
+    ),
+    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="May be repeated; by default all that are installed.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timings of single pictures; groups and processes get fewer.")] = 200,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
+) -> None:
+    """Time the engine against its backends' bare calls and diffusers; batching, cold start and memory."""
+    needs("cpu", "onnxruntime", "tokenizers", "PIL")
+    needs("bench", "matplotlib")
+    from rich.console import Console
+
+    from ..benchmarks.records import as_rich
+    from ..benchmarks.runtime import bench_runtime
+
+    writable(output)
+    record = bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick)
+    Console().print(as_rich(record))
+    say(f"wrote {output}.json and {output}.png")
+
+
 @bench.command("report")
 def bench_report_command(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record that a bench command wrote.")],

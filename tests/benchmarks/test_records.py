@@ -57,6 +57,14 @@ def test_the_markdown_table() -> None:
     assert as_markdown(SMALL) == TABLE
 
 
+def test_many_further_numbers_share_a_column() -> None:
+    numbers = {f"n{i}": i / 4 for i in range(1, 7)}
+    lines = as_markdown(record(case({}, 10.0, 5.0, {"fused|1": numbers}))).splitlines()
+    assert lines[0].endswith(" | further numbers |") and lines[1] == "|---|---|---:|---:|---:|---:|---|"
+    assert lines[2].endswith("| baseline |  |")
+    assert lines[3].endswith("| n1 0.250, n2 0.500, n3 0.750, n4 1.00, n5 1.25, n6 1.50 |")
+
+
 def test_long_times_are_shown_in_milliseconds() -> None:
     assert as_markdown(record(case({}, 12_345.0, 1000.0))).splitlines() == [
         "| case | candidate | p50 ms | p95 ms | p99 ms | times as fast as torch, p50 [p5..p95] |",

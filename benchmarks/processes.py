@@ -1,0 +1,169 @@
+"""What only a process of its own can show of the runtime: how soon the first picture is there, and the memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.artifact import ArtifactManifest
+from ..core.errors import ImagineFlashError
+from ..core.files import CACHE_VARIABLE
+from ..engine import Engine, GenerateRequest
+from . import diffusers_student
+from .harness import Candidate, Case, Check, measure
+from .pictures import Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of, read_picture
+
+GENERATE = (  # what `imagine-flash generate` does, by a backend of one's choice
+    "import sys; from imagine_flash.engine import Engine, GenerateRequest; from PIL import Image;"
+    "folder, backend, prompt, steps, seed, output = sys.argv[1:];"
+    "engine = Engine.load(folder, backend=backend);"
+    "request = GenerateRequest(prompt=prompt, steps=int(steps), seed=int(seed));"
+    "Image.fromarray(engine.generate(request).images[0]).save(output)"
+)
+CALL = "import json, sys; from imagine_flash.benchmarks.{module} import {name}; {name}(**json.loads(sys.argv[1]))"
+NOT_CACHED = ", nothing cached"
+MB, SETTLED = 1e6, 200  # requests until memory is what it stays
+
+
+class NoProcessSize(ImagineFlashError):
+    """The system does not say how large a process is."""
+
+
+def cold_start(
+    folder: Path, manifest: ArtifactManifest, backends: Sequence[str], rounds: int, student: Path | None
+) -> Case:
+    """From a process's start to its end, the picture in a file: `imagine-flash generate`, and diffusers' pipeline.
+
+    OpenVINO keeps compiled models from one process to the next; "nothing cached" is it without them.
+    """
+    steps, (request, expected) = max(drawn_by_torch(folder, manifest).items())
+    limits: dict[str, Limits] = {}
+    commands: dict[str, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="imagine-flash-cold-start-") as scratch:
+        out = Path(scratch) / "picture.png"
+        if student is not None:
+            arguments = diffusers_student.picture_of(request, manifest) | {"student": str(student), "output": str(out)}
+            commands[diffusers_student.NAME] = lambda: _call("diffusers_student", "draw_to_file", arguments)
+        for name in backends:
+            with Engine.load(folder, backend=name) as engine:
+                limits[name] = limits_of(manifest, precision_of(engine))
+            command = [GENERATE, str(folder), name, request.prompt, str(steps), str(request.seed), str(out)]
+            commands[name] = lambda command=command: _run(command)
+            if name == "openvino":
+                commands[name + NOT_CACHED] = lambda command=command: _run(command, **{CACHE_VARIABLE: ""})
+
+        def check(candidate: Candidate) -> Check:
+            out.unlink(missing_ok=True)
+            candidate.run()
+            allowed = limits.get(candidate.name) or limits_of(manifest, manifest.precision)
+            return check_pictures(read_picture(out), expected, allowed)
+
+        candidates = [Candidate(name=name, run=run) for name, run in commands.items()]
+        return measure(
+            candidates, baseline=candidates[0].name, check=check, case={"what": "cold start", "steps": steps},
+            warm_up=1, n=rounds, repeats=1,
+        )  # fmt: skip
+
+
+def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], rounds: int, requests: int) -> Case:
+    """Processes that load a backend, make every graph and batch ready and draw once; resident memory in between.
+
+    "MB grown" is of one more process: by how much it is larger after `requests` more. Raises NoProcessSize.
+    """
+    resident_mb()
+    steps, (request, expected) = min(drawn_by_torch(folder, manifest).items())
+    limits: dict[str, Limits] = {}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in backends}
+    with tempfile.TemporaryDirectory(prefix="imagine-flash-memory-") as scratch:
+        out = Path(scratch) / "picture.npy"
+
+        def run(name: str, requests: int = 0) -> dict[str, float]:
+            arguments = {
+                "folder": str(folder), "backend": name, "output": str(out), "requests": requests,
+                "prompt": request.prompt, "steps": steps, "seed": request.seed,
+            }  # fmt: skip
+            found = json.loads(_call("processes", "report_memory", arguments))
+            limits[name] = limits_of(manifest, found.pop("precision"))
+            seen[name].append(found)
+            return found
+
+        def check(candidate: Candidate) -> Check:
+            out.unlink(missing_ok=True)
+            candidate.run()
+            return check_pictures(np.load(out), expected, limits[candidate.name])
+
+        candidates = [Candidate(name=name, run=lambda name=name: run(name)) for name in backends]
+        case = measure(
+            candidates, baseline=backends[0], check=check, case={"what": "load and warm up", "requests": requests},
+            warm_up=1, n=rounds, repeats=1,
+        )  # fmt: skip
+        extra: dict[str, dict[str, float]] = {}
+        for name in backends:
+            middle = {key: round(float(np.median([found[key] for found in seen[name]])), 1) for key in seen[name][0]}
+            extra[name] = middle | {"MB grown": round(run(name, requests)["MB grown"], 1)}
+    return case.with_extra(extra)
+
+
+def resident_mb() -> float:
+    """This process's resident memory, in 10^6 bytes. Raises NoProcessSize."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        raise NoProcessSize("this system has no /proc/self/statm, which says how large a process is") from None
+    return pages * os.sysconf("SC_PAGE_SIZE") / MB
+
+
+def grown_mb(engine: Engine, requests: int, steps: int) -> float:
+    """By how much this process is larger after so many requests, most of them in groups, than it is after 200."""
+    different = different_requests(engine.manifest, 16, steps)
+
+    def draw(count: int) -> None:
+        for first in range(0, count, engine.max_batch):
+            group = range(first, min(first + engine.max_batch, count))
+            wanted = [different[i % len(different)].model_copy(update={"seed": i}) for i in group]
+            for future in [engine.submit(request) for request in wanted]:
+                future.result()
+
+    draw(SETTLED)
+    before = resident_mb()
+    draw(requests)
+    return resident_mb() - before
+
+
+def report_memory(
+    folder: str, backend: str, prompt: str, steps: int, seed: int, output: str, requests: int
+) -> None:  # fmt: skip
+    """In a process of its own: prints memory as JSON, and writes the picture as .npy."""
+    before = resident_mb()
+    with Engine.load(folder, backend=backend) as engine:
+        loaded = resident_mb()
+        engine.warm_up()
+        pixels = engine.generate(GenerateRequest(prompt=prompt, steps=steps, seed=seed)).images[0]
+        found = {"MB before": before, "MB loaded": loaded, "MB warm": resident_mb()}
+        if requests:
+            found["MB grown"] = grown_mb(engine, requests, steps)
+        np.save(output, pixels)
+        print(json.dumps({**found, "precision": precision_of(engine)}))
+
+
+def _call(module: str, name: str, arguments: dict[str, Any]) -> str:
+    """What a function of this package prints in a process of its own."""
+    return _run([CALL.format(module=module, name=name), json.dumps(arguments)])
+
+
+def _run(command: Sequence[str], **environment: str) -> str:
+    """What Python prints that runs a command line's code and arguments. Raises ImagineFlashError: the last of its errors."""
+    whole, environment = [sys.executable, "-c", *command], {**os.environ, **environment}
+    done = subprocess.run(whole, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ImagineFlashError(f"a process to measure ended with {done.returncode}: {last}")
+    return done.stdout
