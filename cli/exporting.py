@@ -41,6 +41,9 @@ def export_command(
         bool | None, typer.Option("--whole-sampler/--stages", help="Graphs of one kind alone; by default both.")
     ] = None,
     tiny_decoder: Annotated[Path | None, typer.Option(help="An AutoencoderTiny folder to decode with instead.")] = None,
+    image_encoder: Annotated[
+        bool, typer.Option("--image-encoder/--no-image-encoder", help="Also what drawing from a picture needs.")
+    ] = True,
     check_prompts: Annotated[Path | None, typer.Option(help="Prompts that the gate draws, one a line.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; by default the folder's name.")] = None,
     opset: Annotated[int, typer.Option(help="20 to 24; below 23 attention and normalisation are decomposed.")] = 23,
@@ -61,7 +64,7 @@ def export_command(
     options = ExportOptions(
         name=name, formats=tuple(formats or ["onnx"]), precision=precision, steps=parse_steps(steps), opset=opset,
         sizes=parse_sizes(sizes), batch=parse_batch(batch), tiny_decoder=tiny_decoder, psnr=min_psnr, error=max_error,
-        forms="both" if whole is None else "whole-sampler" if whole else "stages", int8=int8,
+        image_encoder=image_encoder, forms="both" if whole is None else "whole-sampler" if whole else "stages", int8=int8,
         prompts=None if check_prompts is None else read_prompts(check_prompts),
     )  # fmt: skip
     with _bar() as progress:

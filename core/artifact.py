@@ -23,6 +23,7 @@ from .files import (
     sha256_file,
 )
 from .manifests import (
+    IMAGE_ENCODER,
     LORA_FILE,
     PIPELINE_FILE,
     SAMPLERS,
@@ -40,6 +41,7 @@ from .manifests import (
 
 __all__ = [
     "ARTIFACT_FILE",
+    "IMAGE_ENCODER",
     "LORA_FILE",
     "PIPELINE_FILE",
     "SAMPLERS",

@@ -16,6 +16,7 @@ from .schedule import NoiseSchedule
 from .update import UpdateTable, update_table
 
 STAGES = ("text_encoder", "denoiser", "decoder")
+IMAGE_ENCODER = "image_encoder"  # a stage that only drawing from a picture needs
 SAMPLERS = ("sampler_{}", "sampler_{}_from_embeddings")  # by number of steps
 PIPELINE_FILE = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -176,9 +177,10 @@ class ArtifactManifest(_Frozen):
         whole = all(any(self.graph_name(kind, size) in self.graphs for kind in kinds) for size in self.sizes)
         if missing and not (whole and not stages & self.graphs.keys()):
             raise ValueError(f"the graph {missing[0]!r} is missing")
+        known = stages | samplers | {self.graph_name(IMAGE_ENCODER, size) for size in self.sizes}
         for name in self.graphs:
-            if name not in stages | samplers:
-                raise ValueError(f"unknown graph {name!r}{nearest(name, [*stages, *samplers])}")
+            if name not in known:
+                raise ValueError(f"unknown graph {name!r}{nearest(name, known)}")
         used = [*self.tokenizers, *self.graphs.values(), *self.references]
         for name in [part.file for part in used]:
             if name not in self.files:

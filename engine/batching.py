@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from ..core.artifact import ArtifactManifest
 from ..core.errors import BusyError, EngineError
 from .backends import Array, Backend
+from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .prompt_cache import PromptCache
-from .work import Chunk, Job
+from .work import Chunk, Job, PlanTables
 
 T = TypeVar("T")
 CLOSED = "the engine is closed; load it again with Engine.load"
@@ -38,11 +39,8 @@ class Batcher:
         self.backend, self.cache, self.max_batch, self.max_waiting = backend, cache, max_batch, max_waiting
         self.counts: Counter[str] = Counter()
         self.failed_in_a_row = 0
-        self._tables = {n: _single(table) for n, table in manifest.update_tables().items()}
-        self._times = {
-            n: manifest.schedule.network_time(table.timesteps).astype(np.float32)
-            for n, table in manifest.update_tables().items()
-        }
+        self._plans = {n: PlanTables.of(manifest.schedule, table) for n, table in manifest.update_tables().items()}
+        self._downscale, self._last = manifest.downscale, manifest.schedule.num_train_timesteps - 1
         self._whole, self._graphs = whole, manifest.graphs
         self._arrived: list[list[Chunk]] = []
         self._active: list[Chunk] = []  # of the thread alone
@@ -113,6 +111,9 @@ class Batcher:
             chunks[0].job.spent("queue", now - chunks[0].job.submitted)
         if self._whole and not self._has_embedding_samplers(new):
             return
+        for chunks in new:
+            if chunks[0].job.request.image is not None:
+                self._guarded(self._start_from_image, chunks)
         unknown = [chunks for chunks in new if not self._recall(chunks)]
         for i in range(0, len(unknown), self.max_batch):
             self._guarded(self._encode, [chunk for chunks in unknown[i : i + self.max_batch] for chunk in chunks])
@@ -143,6 +144,20 @@ class Batcher:
             own = self.cache.keep(job.tokens, tuple(condition[i : i + 1] for condition in conditions))
             self._condition([chunk for chunk in group if chunk.job is job], own)
 
+    def _start_from_image(self, chunks: Sequence[Chunk]) -> None:
+        """The picture as latents, noised to the level of the step where drawing begins."""
+        job = chunks[0].job
+        request, plan = job.request, self._plans[job.steps]
+        assert request.image is not None
+        image = request.image[None]
+        latents = _timed([job], "encode", lambda: self.backend.encode_image(image))
+        mask = None if request.mask is None else self.backend.upload(latent_mask(request.mask, self._downscale))
+        strength = request.strength or (DEFAULT_STRENGTH if mask is None else 1.0)
+        for chunk in chunks:
+            chunk.start, chunk.step = Start(latents, mask), first_step(plan.timesteps, self._last, strength)
+            if strength < 1:
+                chunk.x = chunk.start.at(self.backend.upload(chunk.noise), *plan.levels[chunk.step])
+
     def _next_group(self) -> list[Chunk]:
         """The chunks of the next call: those that go with the first, as many as fit."""
         ready = [chunk for chunk in self._active if self._is_drawn(chunk)] or self._active
@@ -156,7 +171,7 @@ class Batcher:
         return group
 
     def _is_drawn(self, chunk: Chunk) -> bool:
-        return not self._whole and chunk.step == len(self._times[chunk.job.steps])
+        return not self._whole and chunk.step == len(self._plans[chunk.job.steps].times)
 
     def _denoise(self, group: Sequence[Chunk]) -> None:
         """One network call and update; every chunk is a step further."""
@@ -169,15 +184,22 @@ class Batcher:
                 tuple(map(join, zip(*(chunk.conditions for chunk in group), strict=True))),
             ),
         )  # fmt: skip
-        times = _rows(group, self._times)
+        times, a, b = (self._rows(group, column) for column in ("times", "a", "b"))
         m = _timed(jobs, "denoise", lambda: self.backend.denoise(x, times, conditions))
         self.counts[f"batch {len(times)}"] += 1
-        a, b = (_rows(group, {n: table[k] for n, table in self._tables.items()}) for k in range(2))
         x = _timed(jobs, "update", lambda: self.backend.update(x, m, a, b))
         start = 0
         for chunk in group:
             chunk.x = x if len(group) == 1 else x[start : start + chunk.rows]
             chunk.step, start = chunk.step + 1, start + chunk.rows
+            if chunk.start is not None:
+                plan, noise = self._plans[chunk.job.steps], self.backend.upload(chunk.noise)
+                chunk.x = chunk.start.kept(chunk.x, noise, *plan.levels[chunk.step])
+
+    def _rows(self, group: Sequence[Chunk], column: str) -> NDArray[np.float32]:
+        """One value per image: that of its plan at its step."""
+        values = [getattr(self._plans[chunk.job.steps], column)[chunk.step] for chunk in group]
+        return np.concatenate([np.full(c.rows, value, np.float32) for c, value in zip(group, values, strict=True)])
 
     def _latents(self, chunk: Chunk) -> Array:
         return self.backend.upload(chunk.noise) if chunk.x is None else chunk.x
@@ -200,7 +222,7 @@ class Batcher:
         else:
             keys = jobs[0].tokens
             inputs = [np.concatenate([chunk.job.tokens[key].repeat(chunk.rows, 0) for chunk in group]) for key in keys]
-        noise = join([chunk.noise for chunk in group])
+        noise = join([self.backend.upload(chunk.noise) for chunk in group])
         images = _timed(jobs, "sampler", lambda: self.backend.sample(name, inputs, noise))
         self.counts[f"batch {len(noise)}"] += 1
         self._deliver(group, images, np.ones(len(images), bool), "sampler")
@@ -256,15 +278,6 @@ class Batcher:
         gone = {chunk.job for chunk in self._active if chunk.job.future.done()}
         self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
         self._active = [chunk for chunk in self._active if chunk.job not in gone]
-
-
-def _single(table: object) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    return table.a.astype(np.float32), table.b.astype(np.float32)  # type: ignore[attr-defined]
-
-
-def _rows(group: Sequence[Chunk], values: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float32]:
-    """One value per image: that of its plan at its step."""
-    return np.concatenate([np.full(c.rows, values[c.job.steps][c.step], np.float32) for c in group])
 
 
 def _timed(jobs: Sequence[Job], stage: str, work: Callable[[], T]) -> T:

@@ -10,13 +10,22 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Literal, Self
 
-from ..core.artifact import ARTIFACT_FILE, STAGES, ArtifactManifest, Size, read_artifact_manifest, size_name
+from ..core.artifact import (
+    ARTIFACT_FILE,
+    IMAGE_ENCODER,
+    STAGES,
+    ArtifactManifest,
+    Size,
+    read_artifact_manifest,
+    size_name,
+)
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..core.files import cache_folder, sha256_file
 from ..core.noise import initial_noise
 from ..core.plan import select
 from .backends import Backend, Wanted, choose, load_backend
 from .batching import Batcher
+from .editing import check_picture
 from .precision import bears
 from .prompt_cache import DEFAULT_BYTES, PromptCache
 from .request import GenerateRequest
@@ -144,7 +153,15 @@ class Engine:
         """The steps and the size that a request means. Raises PlanError, RequestError."""
         steps = max(self._plans) if request.steps is None else request.steps
         select(self._plans, steps)
-        return steps, self._size(request)
+        size = self._size(request)
+        if request.image is not None:
+            check_picture(request.image, request.mask, size, size_name(size))
+            if self.route == "sampler" or self.manifest.graph_name(IMAGE_ENCODER, size) not in self.manifest.graphs:
+                raise RequestError(
+                    f"{self.manifest.name} cannot start from a picture: that needs the route 'stages' and an artifact with "
+                    "an image encoder; run 'imagine-flash export STUDENT OUT --image-encoder'"
+                )
+        return steps, size
 
     def preview(self, request: GenerateRequest) -> GenerateRequest | None:
         """The request in one step, from the same noise; None if that is what it asks for, or there is no such plan.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.errors import RequestError
 
@@ -19,6 +21,9 @@ _WAYS_OUT = {
     "width": "a whole number of pixels",
     "count": f"a whole number from 1 to {MAX_COUNT}",
     "timeout": "a number of seconds above 0",
+    "image": "uint8 (H, W, 3)",
+    "mask": "(H, W) of bool or of numbers from 0 to 1",
+    "strength": "a number above 0, at most 1",
 }
 
 
@@ -29,9 +34,13 @@ class GenerateRequest(BaseModel):
     noise of seed + i, so any of them can be drawn again alone; None draws a seed at random. count: pictures, 1 to 64.
     height, width: pixels; None takes the engine's first size. timeout: seconds after which the request fails if it is
     still waiting or being drawn; those that expire first are drawn first.
+
+    image: uint8 (H, W, 3), of the request's size, to start from; drawing begins at the step of the plan whose noise level
+    is nearest to strength (1: the noisiest; default 0.75, or 1 with a mask). mask: (H, W), bool or 0..1: 1 is drawn anew,
+    0 stays as it is in the image, to the bit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     prompt: str
     steps: int | None = Field(default=None, ge=1)
@@ -40,6 +49,9 @@ class GenerateRequest(BaseModel):
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    image: NDArray[np.uint8] | None = None
+    mask: NDArray[np.float32] | None = None
+    strength: float | None = Field(default=None, gt=0, le=1)
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:
@@ -48,6 +60,35 @@ class GenerateRequest(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise RequestError(_one_line(error)) from None
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _is_a_picture(cls, image: Any) -> Any:
+        if image is None:
+            return None
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+            raise ValueError("no picture")
+        return pixels
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def _is_a_mask(cls, mask: Any) -> Any:
+        if mask is None:
+            return None
+        shares = np.asarray(mask)
+        if shares.dtype.kind not in "bfu" or shares.ndim != 2 or not shares.size:
+            raise ValueError("no mask")
+        shares = shares.astype(np.float32)
+        if not (shares.min() >= 0 and shares.max() <= 1):
+            raise ValueError("no mask")
+        return shares
+
+    @model_validator(mode="after")
+    def _starts_from_a_picture(self) -> Self:
+        if self.image is None and (self.mask is not None or self.strength is not None):
+            raise ValueError("mask and strength need an image to start from")
+        return self
 
     @field_validator("prompt")
     @classmethod
@@ -62,5 +103,18 @@ def _one_line(error: ValidationError) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else "request"
     if problem["type"] == "extra_forbidden":
         return f"a request has no {name!r}; it has {', '.join(GenerateRequest.model_fields)}"
-    value = "nothing" if problem["type"] == "missing" else repr(problem["input"])
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    value = (
+        _described(problem["input"])
+        if name in ("image", "mask")
+        else "nothing"
+        if problem["type"] == "missing"
+        else repr(problem["input"])
+    )
     return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {value}"
+
+
+def _described(picture: Any) -> str:
+    array = np.asarray(picture)
+    return f"{array.dtype} {array.shape}"

@@ -11,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.artifact import Size
+from ..core.schedule import NoiseSchedule
+from ..core.update import UpdateTable
 from .backends import Array, Conditions
+from .editing import Start, restore
 from .request import GenerateRequest
 from .tokenizer import Tokens
 
@@ -57,17 +60,6 @@ class GenerateResult:
     cached: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Known:
-    """What a picture drawn from another one keeps. latents (1, C, h, w) of that picture; where mask is 0 they come back
-    at every step. mask: (1, 1, h, w) for latents; pixels and pixel_mask (H, W, ...) restore the picture itself."""
-
-    latents: Array
-    mask: Array | None = None
-    pixels: NDArray[np.uint8] | None = None
-    pixel_mask: NDArray[np.float32] | None = None
-
-
 @dataclass(eq=False)
 class Job:
     """One request: what the caller's thread prepared, and what the worker found out."""
@@ -102,6 +94,8 @@ class Job:
         if sum(map(len, self.pictures.values())) < self.request.count:
             return
         images = np.concatenate([self.pictures[row] for row in sorted(self.pictures)])
+        if self.request.image is not None and self.request.mask is not None:
+            images = restore(images, self.request.image, self.request.mask)
         result = GenerateResult(
             images=images, timings=self._timings(), steps=self.steps, seed=self.request.seed,
             unknown_words=self.unknown_words, cached=self.cached,
@@ -131,8 +125,26 @@ class Chunk:
     x: Array = None
     conditions: Conditions = ()
     step: int = 0  # the next of the plan
-    known: Known | None = None
+    start: Start | None = None  # the picture it is drawn from
 
     @property
     def rows(self) -> int:
         return len(self.noise)
+
+
+@dataclass(frozen=True)
+class PlanTables:
+    """What a plan's steps need, float32 (n,): the network's times and the update's coefficients; and the noise levels."""
+
+    times: NDArray[np.float32]
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    timesteps: tuple[int, ...]
+    levels: tuple[tuple[float, float], ...]  # alpha, sigma before each step, and after the last
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, table: UpdateTable) -> PlanTables:
+        times = schedule.network_time(table.timesteps).astype(np.float32)
+        levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*schedule.at(table.timesteps), strict=True)]
+        timesteps = tuple(int(t) for t in table.timesteps)
+        return cls(times, table.a.astype(np.float32), table.b.astype(np.float32), timesteps, (*levels, (1.0, 0.0)))

@@ -10,7 +10,7 @@ import torch
 
 from ..core.artifact import Size
 from ..core.errors import ArtifactError, nearest
-from .stages import Decoder, Stages, TokenInput, downscale_of
+from .stages import Decoder, ImageEncoder, Stages, TokenInput, downscale_of
 
 EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"
 Conditions = tuple[torch.Tensor, ...]
@@ -74,6 +74,7 @@ def stages_of(pipeline: Any) -> Stages:
         conditions=conditions,
         denoiser=lambda size: architecture.denoiser(network, size),
         decoder=decoder,
+        image_encoder=ImageEncoder(decoder),
         scheduler=scheduler,
         latent_channels=channels,
         downscale=downscale,

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.artifact import GraphSpec, Size, TensorSpec
 from ..core.errors import ArtifactError, missing_extra
 from .options import MAX_BATCH
-from .stages import LATENTS, Stages, quiet
+from .stages import IMAGES, LATENTS, Stages, quiet
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
 try:
@@ -72,7 +72,13 @@ def export_denoiser(stages: Stages, store: WeightStore, size: Size, *, opset: in
 def export_decoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
     """The decoder at one image size: latents -> images."""
     latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
-    return _export(stages.decoder, {LATENTS: latents}, ("images",), store, opset)
+    return _export(stages.decoder, {LATENTS: latents}, (IMAGES,), store, opset)
+
+
+def export_image_encoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
+    """The image encoder at one image size: images -> latents."""
+    images = torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8)
+    return _export(stages.image_encoder, {IMAGES: images}, (LATENTS,), store, opset)
 
 
 def save_graph(stage: StageGraph, path: Path) -> GraphSpec:

@@ -31,7 +31,8 @@ class ExportOptions(BaseModel):
     name: what the model is called; None takes the folder's. sizes: of the images, (height, width); the first is the default;
     None takes the student's. batch: the smallest and the largest that is checked and built for. steps: the plans; None
     takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an AutoencoderTiny folder that
-    replaces the student's decoder. prompts: what the gate draws. psnr (dB) and error replace the precision's limits.
+    replaces the student's decoder. image_encoder: also the graph that drawing from a picture needs. prompts: what the
+    gate draws. psnr (dB) and error replace the precision's limits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -49,12 +50,18 @@ class ExportOptions(BaseModel):
     psnr: float | None = Field(default=None, gt=0)
     error: float | None = Field(default=None, gt=0)
     int8: bool = False
+    image_encoder: bool = True
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ArtifactError(_one_line(error)) from None
+
+    @property
+    def with_image_encoder(self) -> bool:
+        """A whole-sampler artifact starts from noise alone."""
+        return self.image_encoder and self.forms != "whole-sampler"
 
     @field_validator("opset")
     @classmethod

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.artifact import ArtifactManifest, Size, TokenizerSpec, size_name
+from ..core.artifact import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..core.errors import ParityError, missing_extra
 from ..core.noise import initial_noise
 from ..core.update import UpdateTable, reference_update
@@ -50,6 +50,7 @@ class Case:
     walks: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]  # by steps: x_t, t, m of every step
     latents: dict[int, torch.Tensor]  # by steps: x0
     images: dict[int, torch.Tensor]  # by steps: uint8 (B, H, W, 3)
+    encoded: dict[int, torch.Tensor]  # by steps: the images as latents again
 
     def __str__(self) -> str:
         return f"prompt {self.prompts[0]!r}, seed {self.seed}, batch {len(self.prompts)}, size {size_name(self.size)}"
@@ -119,6 +120,13 @@ def check_parity(
                     ledger.compare_images(name, run(cases[i].latents[steps])[0], cases[i], steps)
                     loop = manifest.graph_name(f"stages_{steps}", size)
                     ledger.compare_images(loop, run(walked[i, steps])[0], cases[i], steps)
+        name = manifest.graph_name(IMAGE_ENCODER, size)
+        if name in graphs:
+            progress(name)
+            with _session(graphs[name]) as run:
+                for i in here:
+                    for steps, images in cases[i].images.items():
+                        ledger.compare(name, "latents", run(images)[0], cases[i].encoded[steps], cases[i])
         for steps in manifest.plans:
             for kind in ("sampler_{}", "sampler_{}_from_embeddings"):
                 name = manifest.graph_name(kind.format(steps), size)
@@ -135,7 +143,7 @@ def _draw(
 ) -> Case:
     tokens = stages.encode_prompts(prompts)
     noise = torch.from_numpy(initial_noise(seed, len(prompts), stages.latent_shape(size)))
-    case = Case(prompts, seed, size, tokens, noise, tuple(stages.text_encoder(*tokens.values())), {}, {}, {})
+    case = Case(prompts, seed, size, tokens, noise, tuple(stages.text_encoder(*tokens.values())), {}, {}, {}, {})
     for condition in case.conditions:
         _finite(condition, "text_encoder", case)
     for steps, table in sampling.tables.items():
@@ -148,6 +156,7 @@ def _draw(
         _finite(stages.decoder.decode(x), "decoder", case)
         case.walks[steps], case.latents[steps], case.images[steps] = walk, x, stages.decoder(x)
         _not_empty(case.images[steps], case)
+        case.encoded[steps] = _finite(stages.image_encoder(case.images[steps]), IMAGE_ENCODER, case)
     return case
 
 

@@ -17,7 +17,7 @@ try:
 except ImportError:
     raise missing_extra("torch", "export") from None
 
-LATENTS = "latents"
+IMAGES, LATENTS = "images", "latents"
 PROBE = 8  # latents of a side: enough for any decoder, cheap for all
 
 
@@ -56,6 +56,24 @@ class Decoder(torch.nn.Module):
         return pixels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
+class ImageEncoder(torch.nn.Module):
+    """images uint8 (B, H, W, 3) -> latents float32 (B, C, h, w), as the denoiser takes them: the decoder's counterpart.
+
+    The mean where the vae gives a distribution.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.vae = decoder.vae
+        self.register_buffer("scale", decoder.scale, persistent=False)
+        self.register_buffer("shift", decoder.shift, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        encoded = self.vae.encode(images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0)
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (z - self.shift) / self.scale
+
+
 @dataclass(frozen=True)
 class TokenInput:
     """One tokenizer and the inputs of the text encoder that it feeds.
@@ -85,7 +103,7 @@ class Stages:
     """A student's networks, float32, in evaluation mode, on the CPU, and what the graphs' shapes follow from.
 
     text_encoder(*ids and masks) -> one tensor per name in `conditions`; denoiser(size)(latents, timestep, *conditions)
-    -> m; decoder(latents) -> images. Every tensor is batched; conditions are float32.
+    -> m; decoder(latents) -> images, image_encoder back. Every tensor is batched; conditions are float32.
     """
 
     pipeline: str  # diffusers' class
@@ -94,6 +112,7 @@ class Stages:
     conditions: tuple[str, ...]
     denoiser: Callable[[Size], torch.nn.Module]  # for images of that size, which some networks are told
     decoder: Decoder
+    image_encoder: ImageEncoder
     scheduler: dict[str, Any]
     latent_channels: int
     downscale: int  # pixels of an image's side per latent

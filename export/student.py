@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from ..core.artifact import (
     ARTIFACT_FILE,
+    IMAGE_ENCODER,
+    STAGES,
     ArtifactManifest,
     Size,
     StudentManifest,
@@ -31,13 +33,13 @@ from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
 from .ledger import Ledger
 from .loading import load_stages, student_folder
-from .onnx import StageGraph, export_decoder, export_denoiser, export_text_encoder, save_graph
+from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder, save_graph
 from .options import ExportOptions
 from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, give_back_memory, make_cases
 from .precision import emulate, find_islands, lower
 from .report import save_references, write_report
 from .sampler_graph import sampler_graph
-from .stages import LATENTS, Stages
+from .stages import IMAGES, LATENTS, Stages
 from .tokenizer import parity_prompts, write_tokenizers
 from .weights import WEIGHTS_FILE, WeightStore
 
@@ -139,19 +141,20 @@ def _trace(
     }  # fmt: skip
     check_tokenizers(target, facts["tokenizers"], stages, prompts)
     cases = make_cases(stages, sampling, sizes, sorted({*options.batch}), prompts, progress)
-    return _Traced(_stage_graphs(stages, store, sizes, options.opset, progress), cases, sampling, facts)
+    return _Traced(_stage_graphs(stages, store, sizes, options, progress), cases, sampling, facts)
 
 
 def _stage_graphs(
-    stages: Stages, store: WeightStore, sizes: tuple[Size, ...], opset: int, progress: Progress
+    stages: Stages, store: WeightStore, sizes: tuple[Size, ...], options: ExportOptions, progress: Progress
 ) -> Graphs:  # fmt: skip
     progress("writing text_encoder")
-    graphs = {"text_encoder": export_text_encoder(stages, store, opset=opset)}
-    for kind, export in (("denoiser", export_denoiser), ("decoder", export_decoder)):
+    graphs = {"text_encoder": export_text_encoder(stages, store, opset=options.opset)}
+    kinds = {"denoiser": export_denoiser, "decoder": export_decoder, IMAGE_ENCODER: export_image_encoder}
+    for kind, export in list(kinds.items())[: 3 if options.with_image_encoder else 2]:
         for size in sizes:
             name = graph_name(kind, size, sizes[0])
             progress(f"writing {name}")
-            graphs[name] = export(stages, store, size, opset=opset)
+            graphs[name] = export(stages, store, size, opset=options.opset)
     return graphs
 
 
@@ -187,7 +190,7 @@ def _lowered(traced: _Traced, store: WeightStore, options: ExportOptions, progre
 def _is_of(name: str, case: Case, traced: _Traced) -> bool:
     """One case per stage graph and seed: that of the smallest batch at the graph's size."""
     default, smallest = traced.facts["sizes"][0], traced.facts["batch"][0]
-    at_its_size = name in {graph_name(kind, case.size, default) for kind in ("text_encoder", "denoiser", "decoder")}
+    at_its_size = name in {graph_name(kind, case.size, default) for kind in (*STAGES, IMAGE_ENCODER)}
     return at_its_size and len(case.prompts) == smallest
 
 
@@ -196,8 +199,9 @@ def _feed(name: str, case: Case, traced: _Traced) -> dict[str, Any]:
     longest = max(traced.sampling.tables)
     if name == "text_encoder":
         return {key: ids.numpy() for key, ids in case.tokens.items()}
-    if name.startswith("decoder"):
-        return {LATENTS: case.latents[longest].numpy()}
+    for stage, key, given in (("decoder", LATENTS, case.latents), (IMAGE_ENCODER, IMAGES, case.images)):
+        if name.startswith(stage):
+            return {key: given[longest].numpy()}
     x, t, _ = case.walks[longest][0]
     values = [x, t, *case.conditions]
     names = [value.name for value in traced.stages[name].graph.input]
@@ -279,7 +283,7 @@ def _sampling(
 def _count(options: ExportOptions, plans: int) -> int:
     """How many things an export tells that it does."""
     sizes = len(options.sizes or [1])
-    stages = 1 + 2 * sizes
+    stages = 1 + (2 + options.with_image_encoder) * sizes
     cases = sizes * len({*options.batch}) * len(SEEDS)
     graphs = stages + 2 * plans * sizes
     lowered = 0 if options.precision == "fp32" else stages

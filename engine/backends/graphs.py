@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.artifact import ArtifactManifest
+from ...core.artifact import IMAGE_ENCODER, ArtifactManifest
 from ...core.errors import ArtifactError
 
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
@@ -45,13 +45,16 @@ class GraphBackend(ABC):
                 self._graph(graph, batch)
 
     def upload(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return values
+        return values.copy()  # `update` writes into it
 
     def join(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[NDArray[np.float32], ...]:
         return tuple(self.run("text_encoder", list(tokens.values())))
+
+    def encode_image(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.run(self.manifest.graph_name(IMAGE_ENCODER, (images.shape[1], images.shape[2])), [images])[0]
 
     def denoise(
         self, x: NDArray[np.float32], timestep: NDArray[np.float32], conditions: Sequence[NDArray[np.float32]]
