@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import missing_extra
+from ..core.errors import ImagineFlashError, missing_extra
 from .common import image_format, say, writable
 
 if TYPE_CHECKING:
@@ -30,35 +31,78 @@ def generate_command(
     model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
     width: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the artifact's first size.")] = None,
     height: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the artifact's first size.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to start from; it is scaled and cropped to the size.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="What of IMAGE is drawn anew: white; black stays as it is.")] = None,
+    strength: Annotated[
+        str | None, typer.Option(metavar="0..1", help="How much of IMAGE is drawn anew; by default 0.75, 1 with MASK.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="openvino, onnxruntime or tensorrt; by default the fastest here.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default what the backend finds.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(help="fp32, bf16 or fp16; by default the fastest that draws the artifact's reference pictures."),
+    ] = "auto",
 ) -> None:
     """Draw a prompt in 1 to 3 network evaluations."""
     from ..engine import Engine, GenerateRequest
 
     image_format(output)
     writable(output)
-    request = GenerateRequest(
-        prompt=prompt, steps=_whole(steps), seed=_whole(seed), count=_whole(count), width=_whole(width),
-        height=_whole(height),
-    )  # fmt: skip
-    engine = Engine.load(model)
-    result = engine.generate(request)
+    values: dict[str, Any] = {
+        "prompt": prompt, "steps": _number(steps), "seed": _number(seed), "count": _number(count),
+        "width": _number(width), "height": _number(height),
+    }  # fmt: skip
+    request = GenerateRequest(**values)
+    with Engine.load(model, backend=backend, device=device, precision=precision) as engine:
+        if image is not None or mask is not None or strength is not None:
+            _, size = engine.check(request)
+            pictures = {"image": _read(image, size, "RGB"), "mask": _read(mask, size, "L")}
+            request = GenerateRequest(**values, **pictures, strength=_number(strength, float))
+        result, what = engine.generate(request), engine.describe()
     paths = _save(result, request, output)
     if result.unknown_words:
         words = ", ".join(result.unknown_words)
         say(
             f"note: the model never saw the word{'s' if len(result.unknown_words) > 1 else ''} {words}; it draws something anyway"
         )
+    say(what)
     say("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
     shown = paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
     say(f"wrote {shown} ({result.steps} steps, seed {result.seed})")
 
 
-def _whole(text: str | None) -> Any:
+def _number(text: str | None, kind: Callable[[str], Any] = int) -> Any:
     """The number that the text says, or the text itself: the request names the value that it cannot take."""
     try:
-        return None if text is None else int(text)
+        return None if text is None else kind(text)
     except ValueError:
         return text
+
+
+def _read(path: Path | None, size: tuple[int, int], mode: str) -> Any:
+    """A picture file as an array of the size (height, width): scaled to cover it, then cropped around the middle.
+
+    mode RGB: uint8 (H, W, 3); L: float32 (H, W) in 0..1.
+    """
+    if path is None:
+        return None
+    try:
+        import numpy as np
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise missing_extra("pillow", "cpu") from None
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
+        raise ImagineFlashError(f"cannot read {path}: {reason}; give a PNG, JPEG or WebP file") from None
+    pixels = np.array(ImageOps.fit(upright, (size[1], size[0])))
+    return pixels if mode == "RGB" else pixels.astype(np.float32) / 255
 
 
 def _save(result: GenerateResult, request: GenerateRequest, output: Path) -> list[Path]:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -23,8 +25,6 @@ def fails(*arguments: str | Path) -> str:
 
 
 def test_generate_writes_a_picture_and_says_how_long_it_took(tiny_artifact: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     out = tmp_path / "cat.png"
     done = run("generate", "a cat on zebra", "--model", tiny_artifact, "--seed", "7", "--steps", "2", "-o", out)
     assert done.returncode == 0, done.stderr
@@ -40,6 +40,17 @@ def test_several_pictures_are_numbered(tiny_artifact: Path, tmp_path: Path) -> N
     done = run("generate", "a cat", "--model", tiny_artifact, "--count", "3", "-o", tmp_path / "c.jpg")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c-1.jpg", "c-2.jpg", "c-3.jpg"]
+
+
+def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_path: Path) -> None:
+    start, mask, out = tmp_path / "start.jpg", tmp_path / "mask.png", tmp_path / "edited.png"
+    Image.new("RGB", (300, 200), "orange").save(start)
+    Image.fromarray(np.repeat([[0, 255]], 64, axis=0).repeat(32, axis=1).astype(np.uint8)).save(mask)
+    run("generate", "a cat", "--model", tiny_artifact, "--image", start, "--mask", mask, "--seed", "7", "-o", out)
+    drawn = np.asarray(Image.open(out)).astype(int)
+    assert drawn.shape == (64, 64, 3) and np.abs(drawn[:, :32] - [255, 165, 0]).max() <= 3 and drawn[:, 32:].std() > 5
+    done = run("generate", "a cat", "--model", tiny_artifact, "--image", start, "--strength", "0.4", "-o", out)
+    assert "(3 steps" in done.stdout and np.asarray(Image.open(out)).std() > 0
 
 
 @pytest.mark.parametrize(
@@ -62,13 +73,22 @@ def test_several_pictures_are_numbered(tiny_artifact: Path, tmp_path: Path) -> N
         (["a cat", "--model", "{tmp}/file"], "folder"),
         (["a cat", "--model", "{tmp}/empty"], "empty"),
         (["a cat", "--bogus"], "--bogus"),
+        (["a cat", "--backend", "onxruntime"], "no backend 'onxruntime'; did you mean 'onnxruntime'?"),
+        (["a cat", "--precision", "fp8"], "no precision 'fp8'"),
+        (["a cat", "--device", "gpu"], "'gpu'"),
+        (["a cat", "--image", "{tmp}/none.png"], "none.png: No such file"),
+        (["a cat", "--image", "{tmp}/file"], "no picture that Pillow reads"),
+        (["a cat", "--mask", "{tmp}/file"], "no picture that Pillow reads"),
+        (["a cat", "--strength", "0.5"], "mask and strength need an image"),
+        (["a cat", "--image", "{picture}", "--strength", "2"], "strength must be a number above 0, at most 1, got 2.0"),
+        (["a cat", "--image", "{picture}", "--strength", "half"], "'half'"),
     ],
 )
 def test_generate_refuses(arguments: list[str], says: str, tiny_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     before = sorted(p.name for p in tmp_path.iterdir())
-    given = [a.format(tmp=tmp_path) for a in arguments]
+    given = [a.format(tmp=tmp_path, picture=tiny_artifact / "references/64x64_1.png") for a in arguments]
     if "--model" not in given:
         given += ["--model", str(tiny_artifact)]
     if "-o" not in given:
