@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.artifact import ArtifactManifest
-from ...core.errors import ArtifactError, nearest
+from ...core.errors import ArtifactError, ImagineFlashError, nearest
+from ...core.tensorrt_plans import find_plan
 
-BACKENDS = ("openvino", "onnxruntime")
+BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Array = (
     Any  # the backend's own kind, batch first: of NumPy, or of torch on a device; sliced by [i:j], added, multiplied
@@ -46,7 +48,7 @@ class Backend(Protocol):
         ...
 
     def upload(self, values: NDArray[np.float32]) -> Array:
-        """The values as the backend's array."""
+        """A copy of the values as the backend's array."""
         ...
 
     def join(self, arrays: Sequence[Array]) -> Array:
@@ -55,6 +57,10 @@ class Backend(Protocol):
 
     def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> Conditions:
         """Token ids and masks (B, L) by input name -> the conditions of the denoiser, each (B, ...)."""
+        ...
+
+    def encode_image(self, images: NDArray[np.uint8]) -> Array:
+        """Images (B, H, W, 3) -> latents (B, C, h, w); asked of artifacts with an image encoder only."""
         ...
 
     def denoise(self, x: Array, timestep: NDArray[np.float32], conditions: Conditions) -> Array:
@@ -90,14 +96,32 @@ def installed() -> list[str]:
     return here
 
 
-def choose(name: str, manifest: ArtifactManifest, device: str = "auto") -> str:
-    """The backend meant by `name`: "auto" is the fastest one installed that takes this artifact. Raises ArtifactError."""
+def choose(name: str, manifest: ArtifactManifest, device: str = "auto", folder: Path | None = None) -> str:
+    """The backend meant by `name`: "auto" is the fastest one installed that takes this artifact. Raises ArtifactError.
+
+    Without the artifact's folder, auto knows of no TensorRT plans.
+    """
     if name not in ("auto", *BACKENDS):
         raise ArtifactError(f"no backend {name!r}{nearest(name, BACKENDS)}; known: auto, {', '.join(BACKENDS)}")
     if name != "auto":
         return name
-    takes = {"openvino": manifest.precision == "fp32" and device in ("auto", "cpu")}
+    takes = {
+        "tensorrt": folder is not None and device in ("auto", "cuda", "cuda:0") and _has_plans(folder, manifest),
+        "openvino": manifest.precision == "fp32" and device in ("auto", "cpu"),
+    }
     return next((here for here in installed() if takes.get(here, True)), "onnxruntime")
+
+
+def _has_plans(folder: Path, manifest: ArtifactManifest) -> bool:
+    """Whether TensorRT plans of all stages, or without stages of all samplers, fit this machine."""
+    packages = (importlib.util.find_spec(name) is not None for name in ("tensorrt", "torch"))
+    if not (all(packages) and os.path.exists("/dev/nvidiactl")):
+        return False
+    stages = [name for name in manifest.graphs if not name.startswith("sampler_")]
+    try:
+        return all(find_plan(folder, name) is not None for name in stages or manifest.graphs)
+    except ImagineFlashError:  # plans of another machine
+        return False
 
 
 def load_backend(name: str, folder: Path, manifest: ArtifactManifest, wanted: Wanted | None = None) -> Backend:
@@ -106,7 +130,12 @@ def load_backend(name: str, folder: Path, manifest: ArtifactManifest, wanted: Wa
     if wanted.precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
         raise ArtifactError(f"no precision {wanted.precision!r}{nearest(wanted.precision, PRECISIONS)}; known: {known}")
-    if choose(name, manifest, wanted.device) == "openvino":
+    chosen = choose(name, manifest, wanted.device, folder)
+    if chosen == "tensorrt":
+        from .tensorrt import TensorrtBackend
+
+        return TensorrtBackend(folder, manifest, wanted)
+    if chosen == "openvino":
         from .openvino import OpenvinoBackend
 
         return OpenvinoBackend(folder, manifest, wanted)

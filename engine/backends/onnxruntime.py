@@ -17,7 +17,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 
 class OnnxruntimeBackend(GraphBackend):
     """One session per graph, of any batch. device: cpu, cuda, cuda:N, tensorrt or tensorrt:N; auto takes the CPU unless
-    onnxruntime-gpu finds CUDA. The precision is the graphs' own."""
+    onnxruntime-gpu finds CUDA. The precision is the graphs' own. CUDA graphs stay off: the state lives on the host."""
 
     name = "onnxruntime"
 

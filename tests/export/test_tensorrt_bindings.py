@@ -18,8 +18,11 @@ from imagine_flash.export.tensorrt import build_plans
 from imagine_flash.tests.tensorrt_artifact import NODE, build_artifact, key_of, model, rehash
 
 ROOT = Path(__file__).parents[2]
-USERS = ("core/tensorrt_plans.py", "export/tensorrt.py")
-OBJECTS = {"builder": "Builder", "parser": "OnnxParser", "config": "IBuilderConfig", "profile": "IOptimizationProfile"}
+USERS = ("core/tensorrt_plans.py", "export/tensorrt.py", "engine/backends/tensorrt.py")
+OBJECTS = {
+    "builder": "Builder", "parser": "OnnxParser", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
+    "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
+}  # fmt: skip
 RESULTS = {"get_error": "ParserError", "get_timing_cache": "ITimingCache"}
 DRIVER = """
 #include <stdlib.h>
@@ -41,7 +44,7 @@ def artifact(tmp_path):
 
 
 def used_names() -> set[str]:
-    """Every TensorRT name in the two files that use it: trt.X.Y, and X.y of what the variables and results there are."""
+    """Every TensorRT name in the files that use it: trt.X.Y, and X.y of what the variables and results there are."""
     names = set()
     trees = [ast.parse((ROOT / file).read_text(encoding="utf-8")) for file in USERS]
     for node in (node for tree in trees for node in ast.walk(tree)):
@@ -62,6 +65,8 @@ def test_the_names_are_collected():
         "BuilderFlag.REFIT", "BuilderFlag.VERSION_COMPATIBLE", "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
         "OnnxParser.parse_from_file", "ParserError.desc", "ITimingCache.serialize", "IBuilderConfig.set_timing_cache",
         "IOptimizationProfile.set_shape", "Builder.build_serialized_network", "ILogger.Severity.ERROR", "__version__",
+        "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "ICudaEngine.create_execution_context",
+        "IExecutionContext.set_input_shape", "IExecutionContext.execute_async_v3", "DataType.INT64",
     }  # fmt: skip
 
 
@@ -122,11 +127,18 @@ def test_every_name_is_in_the_bindings(bindings):
             operator.attrgetter(name)(tensorrt)
         print(tensorrt.__version__, hasattr(tensorrt.BuilderFlag, "FP16"))
         print(tensorrt.IBuilderConfig.set_timing_cache.__doc__, tensorrt.Builder.create_network.__doc__)
+        for name in ("set_input_shape", "set_tensor_address", "execute_async_v3", "get_tensor_shape"):
+            print(getattr(tensorrt.IExecutionContext, name).__doc__)
     """)
     assert done.returncode == 0, done.stderr
     version, weakly_typed = done.stdout.split()[:2]
     assert version.startswith(f"{bindings.major}.") and weakly_typed == str(bindings.major == 10)
-    assert "ignore_mismatch: bool) -> bool" in done.stdout and "flags: typing.SupportsInt = 0" in done.stdout
+    for signature in (
+        "ignore_mismatch: bool) -> bool", "flags: typing.SupportsInt = 0", "name: str, shape: tuple) -> bool",
+        "name: str, memory: typing.SupportsInt) -> bool", "stream_handle: typing.SupportsInt) -> bool",
+        "name: str) -> tensorrt_bindings.tensorrt.Dims",
+    ):  # fmt: skip
+        assert signature in done.stdout
 
 
 BUILD = """
@@ -162,6 +174,28 @@ def test_up_to_the_first_answer_of_the_library(bindings, artifact):
     assert building == f"building {key_of(artifact, found).file}"
     assert message == f"denoiser: TensorRT {found.tensorrt} cannot start on this machine: it does not say why"
     assert sorted(path.name for path in (artifact / "tensorrt").iterdir()) == ["build.json"]
+
+
+LOAD = """
+    from pathlib import Path
+    from imagine_flash.core.artifact import read_artifact_manifest
+    from imagine_flash.core.errors import ArtifactError
+    from imagine_flash.engine.backends import load_backend
+    folder = Path({folder!r})
+    try:
+        load_backend("tensorrt", folder, read_artifact_manifest(folder))
+    except ArtifactError as error:
+        print(error)
+"""
+
+
+def test_the_engine_up_to_the_first_answer_of_the_library(bindings, artifact):
+    for library in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        bindings.compile(library, DRIVER)
+    done = bindings.run(LOAD.format(folder=str(artifact)))
+    assert done.returncode == 0, done.stderr
+    cannot_start = r"TensorRT [\d.]+ cannot start on this machine \(it does not say why\); see what nvidia-smi says\n"
+    assert re.fullmatch(cannot_start, done.stdout), done
 
 
 # with TensorRT and a GPU
