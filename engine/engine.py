@@ -89,7 +89,7 @@ class Engine:
         manifest = read_artifact_manifest(folder)
         cache = PromptCache(prompt_cache_bytes)
         route, max_batch = _route(route, manifest), _max_batch(max_batch, manifest)
-        backend = choose(backend, manifest, device)
+        backend = choose(backend, manifest, device, folder)
         if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
             precision = "bf16"
         wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))

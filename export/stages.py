@@ -69,7 +69,7 @@ class ImageEncoder(torch.nn.Module):
         self.register_buffer("shift", decoder.shift, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        encoded = self.vae.encode(images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0)
+        encoded = self.vae.encode(images.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0)
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return (z - self.shift) / self.scale
 

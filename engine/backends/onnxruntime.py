@@ -14,6 +14,8 @@ from .graphs import GraphBackend, Run
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
+LARGE = 200_000_000  # bytes of weights beyond which memory matters more than loading fast
+
 
 class OnnxruntimeBackend(GraphBackend):
     """One session per graph, of any batch. device: cpu, cuda, cuda:N, tensorrt or tensorrt:N; auto takes the CPU unless
@@ -41,10 +43,15 @@ class OnnxruntimeBackend(GraphBackend):
     def open(self, graph: str, batch: int) -> Run:
         options = self._library.SessionOptions()
         options.log_severity_level = 3
-        options.enable_mem_reuse = False  # planning reuse takes five sixths of loading an unrolled graph: decision 004
+        large = max(map(_size, self.folder.glob("*.bin")), default=0) > LARGE
+        options.enable_mem_reuse = large  # planning it takes five sixths of loading an unrolled graph: decision 004
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
         path = self.folder / self.manifest.graphs[graph].file
         session = self._library.InferenceSession(path, options, providers=self._providers)
+        if (wanted := self._providers[0]) != PROVIDERS["cpu"] and wanted[0] not in session.get_providers():
+            raise ArtifactError(
+                f"{wanted[0]} does not start here, often for want of CUDA's libraries; take the device cpu"
+            )
         names = [value.name for value in session.get_inputs()]
         return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
@@ -65,3 +72,7 @@ def _providers(library: Any, device: str) -> tuple[str, list[Any]]:
         )
     chosen = {"tensorrt": ["tensorrt", "cuda"], "cuda": ["cuda"], "cpu": []}[kind]
     return device, [*((PROVIDERS[name], {"device_id": index}) for name in chosen), PROVIDERS["cpu"]]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
