@@ -32,6 +32,10 @@ class EngineError(ImagineFlashError):
     """The engine could not draw: a backend failed, gave NaN, or the engine is closed."""
 
 
+class ExpiredError(EngineError):
+    """A request that was not drawn within its time."""
+
+
 class BusyError(EngineError):
     """More requests wait than the engine takes; the same request may succeed later."""
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_the_readmes_python_runs() -> None:
     scope: dict = {}
     exec("\n".join(line.strip() for line in block.strip().splitlines()), scope)
     assert scope["images"].shape == (1, 64, 64, 3) and scope["images"].std() > 10
+
+
+def test_the_runtimes_python_runs() -> None:
+    """All blocks of docs/runtime.md in one scope, one after the other."""
+    found: list = []
+    scope: dict = {"deliver": found.append}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/runtime.md").read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, scope)
+    limit = time.monotonic() + 30
+    while not any(one.seq == 2 and not one.preview for one in found) and time.monotonic() < limit:
+        time.sleep(0.01)
+    scope["engine"].close()
+    assert scope["result"].images.shape == (1, 64, 64, 3)
+    assert [one.seq for one in found][-2:] == [2, 2] and all(one.error is None for one in found)
 
 
 def test_the_readmes_commands_are_the_ones_that_are_tested() -> None:
