@@ -123,7 +123,7 @@ def resident_mb() -> float:
 
 def grown_mb(engine: Engine, requests: int, steps: int) -> float:
     """By how much this process is larger after so many requests, most of them in groups, than it is after 200."""
-    different = different_requests(engine.manifest, 16, steps)
+    different = different_requests(engine.artifact, 16, steps)
 
     def draw(count: int) -> None:
         for first in range(0, count, engine.max_batch):

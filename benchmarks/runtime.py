@@ -73,7 +73,7 @@ def overhead(folder: Path, backend: str, route: Route, rounds: int, quick: bool 
     with Engine.load(folder, backend=backend, route=route) as engine:
         if engine.route != route:
             return
-        for _, (request, expected) in sorted(drawn_by_torch(folder, engine.manifest).items())[: 1 if quick else None]:
+        for _, (request, expected) in sorted(drawn_by_torch(folder, engine.artifact).items())[: 1 if quick else None]:
             yield _overhead(engine, request, expected, rounds)
 
 
@@ -105,7 +105,7 @@ def bare_calls(engine: Engine, request: GenerateRequest) -> Draw:
 
     While it runs, the engine must have nothing to do: its backend takes one thread at a time.
     """
-    backend, manifest, steps = engine.backend, engine.manifest, request.steps or max(engine.steps)
+    backend, manifest, steps = engine.backend, engine.artifact, request.steps or max(engine.steps)
     tokens = engine.tokenizer.encode(request.prompt)
     noise = initial_noise(request.seed, 1, manifest.latent_shape)
     if engine.route == "sampler":
@@ -136,11 +136,11 @@ def fastest(
     backend that it chose itself if `chosen`, else the first), and by diffusers where there is a student."""
     with ExitStack() as opened:
         engine = opened.enter_context(Engine.load(folder, backend="auto" if chosen else backends[0]))
-        steps, (request, expected) = min(drawn_by_torch(folder, engine.manifest).items())
+        steps, (request, expected) = min(drawn_by_torch(folder, engine.artifact).items())
         draws: dict[str, Draw] = {}
         limits: dict[str, Limits] = {diffusers_student.NAME: ONE_LEVEL, LOAD: _limits(engine)}
         if student is not None:
-            picture = diffusers_student.picture_of(request, engine.manifest)
+            picture = diffusers_student.picture_of(request, engine.artifact)
             draw = diffusers_student.drawer(student, **picture, warm_prompt=True)
             draws[diffusers_student.NAME] = lambda: np.asarray(draw())
         for backend in backends:
@@ -161,7 +161,7 @@ def batching(folder: Path, backend: str, rounds: int, counts: Sequence[int]) -> 
     """N requests of the most steps asked at once, against the same ones after another. A request's latency is from when
     all were asked until its pictures are there."""
     with Engine.load(folder, backend="onnxruntime") as reference:
-        requests = different_requests(reference.manifest, max(counts), max(reference.steps))
+        requests = different_requests(reference.artifact, max(counts), max(reference.steps))
         expected = np.concatenate([reference.generate(request).images for request in requests])
     with Engine.load(folder, backend=backend) as engine:
         engine.warm_up()
@@ -224,7 +224,7 @@ def _batch(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _limits(engine: Engine) -> Limits:
-    return limits_of(engine.manifest, precision_of(engine))
+    return limits_of(engine.artifact, precision_of(engine))
 
 
 def _engine(engine: Engine) -> dict[str, str]:

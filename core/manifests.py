@@ -5,6 +5,7 @@ graphs, weights, tokenizers and reference pictures.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
@@ -113,10 +114,13 @@ class StudentManifest(_Frozen):
         return {n: StepPlan(tuple(steps)) for n, steps in sorted(self.plans.items())}
 
 
-class ArtifactManifest(_Frozen):
-    """`manifest.json`: all that the runtime needs beside the graphs. It is refused unless every plan can be sampled."""
+class ModelDescription(_Frozen):
+    """What the runtime knows of any model that it draws with, be it an artifact or a student that runs in torch.
 
-    format: Literal["imagine-flash-artifact"] = "imagine-flash-artifact"
+    It is refused unless every plan can be sampled.
+    """
+
+    format: Literal["imagine-flash-artifact", "imagine-flash-student"]
     format_version: Literal[1] = 1
     name: str
     created_with: dict[str, str]
@@ -129,16 +133,9 @@ class ArtifactManifest(_Frozen):
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1)  # pixels of an image's side per latent
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
-    batch: tuple[int, int]  # the smallest and the largest that was checked
+    batch: tuple[int, int]  # the smallest and the largest that may be asked for; of an artifact, that was checked
     scaling_factor: float = Field(gt=0)
     tokenizers: list[TokenizerSpec] = Field(min_length=1)
-    graphs: dict[str, GraphSpec]
-    files: dict[str, str]
-    parity: dict[str, dict[str, float]]
-    limits: dict[str, float] = {}  # what the gate allowed: Limits of export.parity
-    references: list[ReferencePicture] = []
-    formats: dict[str, dict[str, Any]] = {}  # what lies beside the ONNX graphs, by format
-    student_sha256: str
 
     @field_validator("sizes")
     @classmethod
@@ -154,41 +151,22 @@ class ArtifactManifest(_Frozen):
             raise ValueError(f"the batch must run from 1 or more upwards, got {batch[0]}-{batch[1]}")
         return batch
 
-    @field_validator("files")
-    @classmethod
-    def _files_stay_inside(cls, files: dict[str, str]) -> dict[str, str]:
-        for name, digest in files.items():
-            if not _is_inside(name):
-                raise ValueError(f"{name!r} leaves the folder; only plain relative paths are read")
-            if not re.fullmatch("[0-9a-f]{64}", digest):
-                raise ValueError(f"the sha256 of {name!r} must be 64 hex digits, got {digest!r}")
-        return files
-
     @model_validator(mode="after")
-    def _is_complete(self) -> Self:
+    def _can_be_sampled(self) -> Self:
         self.update_tables()
         for size in self.sizes:
             if size[0] % self.downscale or size[1] % self.downscale:
                 raise ValueError(f"the size {size_name(size)} is no multiple of downscale {self.downscale}")
-        stages = {self.graph_name(stage, size) for stage in STAGES for size in self.sizes}
-        kinds = [kind.format(n) for kind in SAMPLERS for n in self.plans]
-        samplers = {self.graph_name(kind, size) for kind in kinds for size in self.sizes}
-        missing = sorted(stages - self.graphs.keys())
-        whole = all(any(self.graph_name(kind, size) in self.graphs for kind in kinds) for size in self.sizes)
-        if missing and not (whole and not stages & self.graphs.keys()):
-            raise ValueError(f"the graph {missing[0]!r} is missing")
-        known = stages | samplers | {self.graph_name(IMAGE_ENCODER, size) for size in self.sizes}
-        for name in self.graphs:
-            if name not in known:
-                raise ValueError(f"unknown graph {name!r}{nearest(name, known)}")
-        used = [*self.tokenizers, *self.graphs.values(), *self.references]
-        for name in [part.file for part in used]:
-            if name not in self.files:
-                raise ValueError(f"{name!r} is used but has no sha256 in 'files'")
         return self
 
+    @property
+    def graph_names(self) -> Collection[str]:
+        """The stages and samplers there are: of a student, every stage at every size."""
+        stages = (*STAGES, IMAGE_ENCODER)
+        return dict.fromkeys(self.graph_name(stage, size) for size in self.sizes for stage in stages)
+
     def graph_name(self, kind: str, size: Size | None = None) -> str:
-        """The key in `graphs` of a stage or sampler at a size."""
+        """What a stage or sampler is called at a size: a key in an artifact's `graphs`."""
         return graph_name(kind, size, self.sizes[0])
 
     @property
@@ -221,6 +199,53 @@ class ArtifactManifest(_Frozen):
         plans = plans_by_steps(self.plans, schedule.num_train_timesteps)
         correct = self.noise_correction
         return {n: update_table(schedule, p, self.prediction_type, noise_correction=correct) for n, p in plans.items()}
+
+
+class ArtifactManifest(ModelDescription):
+    """`manifest.json`: all that the runtime needs beside the graphs."""
+
+    format: Literal["imagine-flash-artifact"] = "imagine-flash-artifact"
+    graphs: dict[str, GraphSpec]
+    files: dict[str, str]
+    parity: dict[str, dict[str, float]]
+    limits: dict[str, float] = {}  # what the gate allowed: Limits of export.parity
+    references: list[ReferencePicture] = []
+    formats: dict[str, dict[str, Any]] = {}  # what lies beside the ONNX graphs, by format
+    student_sha256: str
+
+    @field_validator("files")
+    @classmethod
+    def _files_stay_inside(cls, files: dict[str, str]) -> dict[str, str]:
+        for name, digest in files.items():
+            if not _is_inside(name):
+                raise ValueError(f"{name!r} leaves the folder; only plain relative paths are read")
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"the sha256 of {name!r} must be 64 hex digits, got {digest!r}")
+        return files
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        stages = {self.graph_name(stage, size) for stage in STAGES for size in self.sizes}
+        kinds = [kind.format(n) for kind in SAMPLERS for n in self.plans]
+        samplers = {self.graph_name(kind, size) for kind in kinds for size in self.sizes}
+        missing = sorted(stages - self.graphs.keys())
+        whole = all(any(self.graph_name(kind, size) in self.graphs for kind in kinds) for size in self.sizes)
+        if missing and not (whole and not stages & self.graphs.keys()):
+            raise ValueError(f"the graph {missing[0]!r} is missing")
+        known = stages | samplers | {self.graph_name(IMAGE_ENCODER, size) for size in self.sizes}
+        for name in self.graphs:
+            if name not in known:
+                raise ValueError(f"unknown graph {name!r}{nearest(name, known)}")
+        used = [*self.tokenizers, *self.graphs.values(), *self.references]
+        for name in [part.file for part in used]:
+            if name not in self.files:
+                raise ValueError(f"{name!r} is used but has no sha256 in 'files'")
+        return self
+
+    @property
+    def graph_names(self) -> Collection[str]:
+        """The stages and samplers there are."""
+        return self.graphs.keys()
 
 
 def _is_inside(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import ArtifactManifest
+from ..core.artifact import ModelDescription
 from ..core.errors import BusyError, EngineError
 from .backends import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
@@ -34,14 +34,14 @@ class Batcher:
     """
 
     def __init__(
-        self, backend: Backend, manifest: ArtifactManifest, cache: PromptCache, *, max_batch: int, max_waiting: int, whole: bool
+        self, backend: Backend, manifest: ModelDescription, cache: PromptCache, *, max_batch: int, max_waiting: int, whole: bool
     ) -> None:  # fmt: skip
         self.backend, self.cache, self.max_batch, self.max_waiting = backend, cache, max_batch, max_waiting
         self.counts: Counter[str] = Counter()
         self.failed_in_a_row = 0
         self._plans = {n: PlanTables.of(manifest.schedule, table) for n, table in manifest.update_tables().items()}
         self._downscale, self._last = manifest.downscale, manifest.schedule.num_train_timesteps - 1
-        self._whole, self._graphs = whole, manifest.graphs
+        self._whole, self._graphs = whole, manifest.graph_names
         self._arrived: list[list[Chunk]] = []
         self._active: list[Chunk] = []  # of the thread alone
         self._closed = False

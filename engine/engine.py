@@ -15,6 +15,7 @@ from ..core.artifact import (
     IMAGE_ENCODER,
     STAGES,
     ArtifactManifest,
+    ModelDescription,
     Size,
     read_artifact_manifest,
     size_name,
@@ -50,7 +51,7 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: PromptTokenizer, manifest: ArtifactManifest, *, route: Route = "stages",
+        self, backend: Backend, tokenizer: PromptTokenizer, manifest: ModelDescription, *, route: Route = "stages",
         max_batch: int | None = None, max_waiting: int = MAX_WAITING, sizes: Sequence[Size] | None = None,
         prompt_cache: PromptCache | None = None, folder: Path | None = None,
     ) -> None:  # fmt: skip
@@ -114,6 +115,15 @@ class Engine:
         return bears("bf16", lambda: cls.load(folder, backend="openvino", precision="bf16"), key=key, cache=cache)
 
     @property
+    def artifact(self) -> ArtifactManifest:
+        """The manifest of the artifact that it draws with. Raises ArtifactError for an engine of a student."""
+        if not isinstance(self.manifest, ArtifactManifest):
+            raise ArtifactError(
+                f"{self.folder} is a student, not an artifact; run: imagine-flash export {self.folder} OUT"
+            )
+        return self.manifest
+
+    @property
     def steps(self) -> list[int]:
         """The step counts that the model was distilled for."""
         return sorted(self._plans)
@@ -156,7 +166,8 @@ class Engine:
         size = self._size(request)
         if request.image is not None:
             check_picture(request.image, request.mask, size, size_name(size))
-            if self.route == "sampler" or self.manifest.graph_name(IMAGE_ENCODER, size) not in self.manifest.graphs:
+            encoder = self.manifest.graph_name(IMAGE_ENCODER, size)
+            if self.route == "sampler" or encoder not in self.manifest.graph_names:
                 raise RequestError(
                     f"{self.manifest.name} cannot start from a picture: that needs the route 'stages' and an artifact with "
                     "an image encoder; run 'imagine-flash export STUDENT OUT --image-encoder'"
@@ -217,15 +228,15 @@ def buckets(max_batch: int) -> tuple[int, ...]:
     return tuple(sorted({*powers, max_batch}))
 
 
-def _route(route: Route, manifest: ArtifactManifest) -> Route:
+def _route(route: Route, manifest: ModelDescription) -> Route:
     if route not in ROUTES:
         raise ArtifactError(f"no route {route!r}{nearest(route, ROUTES)}; known: {', '.join(ROUTES)}")
-    if "denoiser" not in manifest.graphs:
+    if "denoiser" not in manifest.graph_names:
         return "sampler"
-    return route if f"sampler_{max(manifest.plans)}" in manifest.graphs else "stages"
+    return route if f"sampler_{max(manifest.plans)}" in manifest.graph_names else "stages"
 
 
-def _max_batch(max_batch: int | None, manifest: ArtifactManifest) -> int:
+def _max_batch(max_batch: int | None, manifest: ModelDescription) -> int:
     low, high = manifest.batch
     chosen = high if max_batch is None else max_batch
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not low <= chosen <= high:
@@ -233,7 +244,7 @@ def _max_batch(max_batch: int | None, manifest: ArtifactManifest) -> int:
     return chosen
 
 
-def _sizes(sizes: Sequence[Size] | None, manifest: ArtifactManifest) -> list[Size]:
+def _sizes(sizes: Sequence[Size] | None, manifest: ModelDescription) -> list[Size]:
     for size in sizes or ():
         if tuple(size) not in manifest.sizes:
             known = ", ".join(map(size_name, manifest.sizes))

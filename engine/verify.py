@@ -30,10 +30,11 @@ def verify(engine: Engine) -> Iterator[Verified]:
 
     Raises ArtifactError for an artifact without pictures or one that cannot be read.
     """
-    if not engine.manifest.references:
+    manifest = engine.artifact
+    if not manifest.references:
         raise ArtifactError(f"{engine.folder} holds no reference pictures; export the student again")
-    limits = engine.manifest.limits
-    for reference in engine.manifest.references:
+    limits = manifest.limits
+    for reference in manifest.references:
         height, width = reference.size
         request = GenerateRequest(
             prompt=reference.prompt, steps=reference.steps, seed=reference.seed, height=height, width=width

@@ -81,7 +81,7 @@ def engine(request: pytest.FixtureRequest, tiny_artifact: Path) -> Iterator[Engi
 
 
 def test_bare_calls_draw_the_reference_and_call_nothing_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = drawn_by_torch(engine.folder, engine.manifest)
+    drawn = drawn_by_torch(engine.folder, engine.artifact)
     ways = {steps: bare_calls(engine, request) for steps, (request, _) in drawn.items()}
     calls: list[str] = []
 
@@ -101,7 +101,7 @@ def test_bare_calls_draw_the_reference_and_call_nothing_else(engine: Engine, mon
 
 def test_a_groups_latencies_count_from_the_first_request(tiny_artifact: Path) -> None:
     with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
-        requests = different_requests(engine.manifest, 3, 2)
+        requests = different_requests(engine.artifact, 3, 2)
         assert len({request.prompt for request in requests}) == len({request.seed for request in requests}) == 3
         alone, together = [], []
         first = draw_group(engine, requests, alone, together=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ SCHEDULER = {
     "num_train_timesteps": 1000,
 }
 PLANS = {1: [999], 2: [999, 499], 3: [999, 666, 333]}
+EMBEDDED = Path(__file__).parents[2] / "assets/emoji/artifact"
 
 
 @pytest.fixture
@@ -93,6 +95,12 @@ def test_an_artifact_round_trip(artifact):
     assert [len(table) for table in manifest.update_tables().values()] == [1, 2, 3]
     assert sorted(manifest.files) == sorted([*(g.file for g in manifest.graphs.values()), "tokenizer.json"])
     assert manifest.graphs["denoiser"].inputs[0].shape == ["batch", 4, 8, 8]
+
+
+def test_the_file_keeps_its_order_of_fields():
+    """What any model says of itself comes first, then an artifact's own."""
+    path = EMBEDDED / "manifest.json"
+    assert read_artifact_manifest(EMBEDDED, verify=False).model_dump_json(indent=2) + "\n" == path.read_text("utf-8")
 
 
 def test_a_student_round_trip(student):

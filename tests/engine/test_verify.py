@@ -19,7 +19,7 @@ def copy(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **changes: object) -> None:
-    manifest = Engine.load(folder).manifest
+    manifest = Engine.load(folder).artifact
     files = {name: sha256_file(folder / name) for name in manifest.files}
     write_manifest(folder, ArtifactManifest.model_validate(manifest.model_dump() | {"files": files} | changes))
 
