@@ -10,6 +10,7 @@ from ..core.errors import ImagineFlashError, ParityError
 from .bench import bench
 from .exporting import build_tensorrt_command, export_command, inspect_command
 from .generate import generate_command
+from .serve import serve_command
 from .training import distill_command, evaluate_command, train_judge_command, train_teacher_command
 
 app = typer.Typer(
@@ -17,8 +18,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 for command in (
-    generate_command, export_command, inspect_command, build_tensorrt_command, train_teacher_command, distill_command,
-    train_judge_command, evaluate_command,
+    generate_command, serve_command, export_command, inspect_command, build_tensorrt_command,
+    train_teacher_command, distill_command, train_judge_command, evaluate_command,
 ):  # fmt: skip
     app.command(command.__name__.removesuffix("_command").replace("_", "-"))(command)
 app.add_typer(bench, name="bench")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
-from ..core.errors import EngineError, ImagineFlashError
+from ..core.errors import EngineError, ImagineFlashError, RequestError
 from .engine import Engine
 from .request import GenerateRequest
 from .work import GenerateResult
@@ -35,28 +35,28 @@ class Session:
     def __init__(self, engine: Engine, deliver: Callable[[SessionResult], None], *, preview: bool = False) -> None:
         self.engine, self.preview = engine, preview
         self.replaced = 0  # requests that a newer one made obsolete
+        self.newest = 0  # the highest number so far
         self._deliver = deliver
         self._lock = threading.RLock()  # a future that is cancelled calls back at once
-        self._newest = 0
         self._future: Future[GenerateResult] | None = None
         self._closed = False
 
     def submit(self, request: GenerateRequest, seq: int | None = None) -> int:
         """The newest request; returns its number, which is one more than the last unless given.
 
-        Raises RequestError and the like for what the engine does not draw, EngineError for a number that is not newer or
+        Raises RequestError and the like for what the engine does not draw and for a number that is not newer, EngineError
         after `close`; the request before stays.
         """
         with self._lock:
             if self._closed:
                 raise EngineError("the session is closed; open another")
-            seq = self._newest + 1 if seq is None else seq
-            if seq <= self._newest:
-                raise EngineError(f"seq must be above {self._newest}, the newest so far, got {seq}")
+            seq = self.newest + 1 if seq is None else seq
+            if seq <= self.newest:
+                raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}")
             first = (self.engine.preview(request) if self.preview else None) or request
             future = self.engine.submit(first)
             self._cancel()
-            self._newest, self._future = seq, future
+            self.newest, self._future = seq, future
         future.add_done_callback(lambda done: self._arrived(seq, request, first, done))
         return seq
 
@@ -75,7 +75,7 @@ class Session:
         self, seq: int, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]
     ) -> None:
         with self._lock:
-            if self._closed or seq != self._newest or future is not self._future:
+            if self._closed or seq != self.newest or future is not self._future:
                 return  # obsolete, or cancelled
             preview = drawn is not request
             try:
@@ -105,9 +105,11 @@ class Mailbox:
         self._arrived = asyncio.Event()
         self._latest: SessionResult | None = None
         self._closed = False
+        self.skipped = 0  # results that a newer one replaced before they were read
 
     def put(self, found: SessionResult) -> None:
         """From any thread."""
+        self.skipped += self._latest is not None
         self._latest = found
         self._call(self._arrived.set)
 

@@ -112,7 +112,7 @@ def test_numbers_may_be_given_but_never_go_back(engine: Engine) -> None:
     session = Session(engine, inbox)
     assert session.submit(ask(), seq=10) == 10
     for seq in (10, 3, -1):
-        with pytest.raises(EngineError, match=f"seq must be above 10, the newest so far, got {seq}"):
+        with pytest.raises(RequestError, match=f"seq must be above 10, the newest so far, got {seq}"):
             session.submit(ask(), seq=seq)
     assert inbox.until(10).result is not None and session.submit(ask()) == 11
     inbox.until(11)

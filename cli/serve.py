@@ -1,0 +1,84 @@
+"""`imagine-flash serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import ImagineFlashError, RequestError
+from .common import needs, say
+
+
+def serve_command(
+    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0 is everybody who reaches this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    backend: Annotated[
+        str, typer.Option(help="openvino, onnxruntime or tensorrt; by default the fastest here.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default what the backend finds.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16; by default the fastest that the model bears.")
+    ] = "auto",
+    max_queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait; more are refused with 429.")] = 64,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Pictures of one network call; by default the artifact's most.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 60.0,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys of those who may draw, one a line.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may call; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve the model: a page that draws while you type, and an OpenAI-style image API."""
+    needs("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart", "PIL")
+    import uvicorn
+
+    from ..engine import Engine
+    from ..engine.server import ServerSettings, create_app
+    from ..engine.server.settings import read_keys
+
+    keys = () if api_key_file is None else read_keys(api_key_file)
+    settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=tuple(allow_origin or ()))
+
+    failed: list[ImagineFlashError] = []
+
+    def load() -> Engine:
+        try:
+            return Engine.load(
+                model, backend=backend, device=device, precision=precision, max_batch=max_batch, max_waiting=max_queue
+            )
+        except ImagineFlashError as error:
+            failed.append(error)
+            server.should_exit = True
+            raise
+
+    config = uvicorn.Config(
+        create_app(load, settings), host=host, port=port, log_level="warning", access_log=False, ws="websockets-sansio",
+        ws_max_size=settings.max_body, ws_ping_interval=20, timeout_graceful_shutdown=30, server_header=False,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    if not _is_loopback(host) and not keys:
+        say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
+    say(f"http://{host}:{port}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    server.run()
+    if failed:
+        raise failed[0]
+    if not server.started:
+        raise RequestError(f"cannot listen at {host}:{port}; choose another --port")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise RequestError(f"host must be an address such as 127.0.0.1 or 0.0.0.0, got {host!r}") from None

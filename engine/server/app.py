@@ -1,0 +1,162 @@
+"""The application as a function of the engine: `create_app(engine)`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from ...core.errors import EngineError, ImagineFlashError, missing_extra
+from ..engine import Engine
+from .settings import ServerSettings
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+    from fastapi.staticfiles import StaticFiles
+    from starlette.exceptions import HTTPException
+except ImportError as missing:
+    raise missing_extra(missing.name or "fastapi", "serve") from None
+
+from .errors import error_body, status_of
+from .guard import Guard
+from .images import images_router
+from .metrics import Metrics
+from .stream import stream_router
+
+PAGE = Path(__file__).parent / "page"
+LOG = logging.getLogger("imagine_flash.server")
+
+
+class Holder:
+    """The engine, once it is there: a server listens before its model is loaded, and says so."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.engine, self.failure = engine, ""
+
+    def get(self) -> Engine:
+        """Raises EngineError while there is none."""
+        if self.engine is None:
+            raise EngineError(self.failure or "the model is still being loaded; try again in a moment")
+        return self.engine
+
+
+def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings | None = None) -> FastAPI:
+    """The server of an engine, or of what loads one: then it is loaded in the background, and closed with the application.
+
+    Routes: /v1/images/generations, /v1/images/edits, /v1/models (OpenAI's), /v1/stream (WebSocket), / (the page),
+    /healthz, /readyz, /metrics, /docs, /openapi.json.
+    """
+    settings = settings or ServerSettings()
+    holder = Holder(engine if isinstance(engine, Engine) else None)
+    metrics = Metrics(holder)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if holder.engine is not None or isinstance(engine, Engine):
+            yield
+            return
+        loading = asyncio.create_task(_load(holder, engine))
+        try:
+            yield
+        finally:
+            await loading
+            if holder.engine is not None:
+                await asyncio.to_thread(holder.engine.close)
+
+    app = FastAPI(title="Imagine Flash", version=_version(), lifespan=lifespan, redoc_url=None)
+    app.state.holder, app.state.settings, app.state.metrics = holder, settings, metrics
+    app.include_router(images_router(holder, settings, metrics))
+    app.include_router(stream_router(holder, settings, metrics))
+    _operations(app, holder, metrics)
+    _errors(app)
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )  # fmt: skip
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+async def _load(holder: Holder, load: Callable[[], Engine]) -> None:
+    def loaded() -> Engine:
+        engine = load()
+        engine.warm_up()
+        return engine
+
+    try:
+        holder.engine = await asyncio.to_thread(loaded)
+        LOG.info(holder.engine.describe())
+    except ImagineFlashError as error:
+        holder.failure = f"the model could not be loaded: {error}"
+        LOG.error(holder.failure)
+
+
+def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(
+            PAGE / "index.html", headers={"content-security-policy": "default-src 'self'; img-src 'self' blob: data:"}
+        )
+
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> PlainTextResponse:
+        """The process answers."""
+        return PlainTextResponse("ok")
+
+    @app.get("/readyz", tags=["operations"], responses={503: {"description": "loading, or failing"}})
+    async def readyz() -> PlainTextResponse:
+        """The model is loaded and warm, and did not fail three times in a row."""
+        try:
+            failing = holder.get().batcher.failed_in_a_row
+        except EngineError as error:
+            return PlainTextResponse(str(error), status_code=503, headers={"retry-after": "1"})
+        if failing >= 3:
+            return PlainTextResponse(f"the last {failing} requests failed in the backend", status_code=503)
+        return PlainTextResponse("ready")
+
+    @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Prometheus' text format."""
+        return Response(metrics.render(), media_type=metrics.content_type)
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(ImagineFlashError)
+    async def ours(request: Request, error: ImagineFlashError) -> JSONResponse:
+        status, code = status_of(error)
+        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        return JSONResponse(error_body(str(error), code=code, status=status), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        message = f"{param}: {first['msg']}" if param else str(first["msg"])
+        return JSONResponse(error_body(message, code=first["type"], status=400, param=param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        body = error_body(str(error.detail), code=code, status=error.status_code)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        LOG.error("unexpected error at %s", request.url.path, exc_info=error)
+        return JSONResponse(error_body("the server failed; its log says why", code="internal", status=500), 500)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("imagine-flash")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,25 @@
+"""Errors as the OpenAI API words them, so that its clients raise the exceptions people know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...core.errors import BusyError, EngineError, ExpiredError, ImagineFlashError
+
+
+def error_body(message: str, *, code: str | None, status: int, param: str | None = None) -> dict[str, Any]:
+    """{"error": {message, type, param, code}}."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def status_of(error: ImagineFlashError) -> tuple[int, str]:
+    """The HTTP status and code of an engine's error."""
+    if isinstance(error, BusyError):
+        return 429, "busy"
+    if isinstance(error, ExpiredError):
+        return 504, "timeout"
+    if isinstance(error, EngineError):
+        return 503, "engine_failed"
+    return 400, "invalid_value"

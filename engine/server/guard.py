@@ -1,0 +1,141 @@
+"""What every request passes before it reaches a route: its size, where it comes from, who asks; and its id in the log."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+import time
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from .errors import error_body
+from .settings import ServerSettings
+
+OPEN = ("/", "/healthz", "/readyz", "/page/", "/docs", "/openapi.json", "/metrics")  # without a key
+KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
+LOG = logging.getLogger("imagine_flash.server")
+
+
+class TooLarge(Exception):
+    """A body beyond the limit, found while it arrives."""
+
+
+class Guard:
+    """ASGI middleware. Refuses with 401, 403 or 413 before anything is read; logs one line of JSON per request."""
+
+    def __init__(self, app: Any, settings: ServerSettings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        started, headers = time.perf_counter(), _headers(scope)
+        request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = [0]
+
+        async def answer(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                status[0] = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SAFE]
+            elif message["type"] == "websocket.accept":
+                status[0] = 101
+            await send(message)
+
+        refused = self._refusal(scope, headers)
+        try:
+            if refused is not None:
+                await _refuse(scope, answer, *refused)
+            else:
+                await self._limited(scope, headers, receive, answer, status)
+        finally:
+            _log(scope, request_id, status[0] or 499, time.perf_counter() - started)
+
+    async def _limited(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, answer: Send, status: list[int]
+    ) -> None:
+        """Counts the body as it arrives: content-length may be absent, or a lie."""
+        limit, seen = self._limit(scope, headers), 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            if scope["type"] == "http":
+                seen += len(message.get("body", b""))
+                if seen > limit:
+                    raise TooLarge
+            return message
+
+        try:
+            await self.app(scope, counted, answer)
+        except TooLarge:
+            if not status[0]:
+                await _refuse(scope, answer, *_too_large(limit))
+
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        origin, host = headers.get("origin"), headers.get("host", "")
+        changes = scope["type"] == "websocket" or scope.get("method") not in ("GET", "HEAD", "OPTIONS")
+        if origin and changes and origin not in self.settings.allowed_origins and origin.partition("://")[2] != host:
+            return 403, "forbidden_origin", f"pages of {origin[:100]} may not call this server"
+        if self.settings.api_keys and not _is_open(scope["path"]) and not self._knows(headers):
+            return 401, "invalid_api_key", "give one of the server's keys as 'Authorization: Bearer KEY'"
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > (limit := self._limit(scope, headers)):
+            return _too_large(limit) if length.isdigit() else (400, "bad_request", "content-length is no number")
+        return None
+
+    def _limit(self, scope: Scope, headers: dict[str, str]) -> int:
+        upload = scope["path"] == "/v1/images/edits" and headers.get("content-type", "").startswith("multipart/")
+        return self.settings.max_upload if upload else self.settings.max_body
+
+    def _knows(self, headers: dict[str, str]) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            offered = [part.strip() for part in headers.get("sec-websocket-protocol", "").split(",")]
+            given = next((p.removeprefix(KEY_PROTOCOL) for p in offered if p.startswith(KEY_PROTOCOL)), "")
+        known = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.settings.api_keys]
+        return any(known)  # all were compared: the time says nothing
+
+
+SAFE = [
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
+]  # fmt: skip
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN or path.startswith("/page/")
+
+
+def _too_large(limit: int) -> tuple[int, str, str]:
+    return 413, "too_large", f"the request has more than {limit:,} bytes"
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
+
+
+async def _refuse(scope: Scope, send: Send, status: int, code: str, message: str) -> None:
+    """A JSON error; of a WebSocket, in place of its handshake where the server can, else by closing it."""
+    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
+    if kind.startswith("websocket") and "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = json.dumps(error_body(message, code=code, status=status)).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request_id": request_id, "kind": scope["type"],
+        "method": scope.get("method", "GET"), "path": scope["path"][:200], "status": status,
+        "ms": round(1000 * seconds, 2), "client": (scope.get("client") or ("",))[0],
+    }  # fmt: skip
+    LOG.info(json.dumps(line))

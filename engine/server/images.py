@@ -1,0 +1,203 @@
+"""`/v1/images/generations`, `/v1/images/edits` and `/v1/models`, as the OpenAI API has them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, File, Form, Request, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...core.artifact import Size, size_name
+from ...core.errors import RequestError
+from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
+from ..work import GenerateResult
+from .metrics import Metrics
+from .pictures import Format, encode, read_image, read_mask
+from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .app import Holder
+
+MAX_PROMPT = 4000  # characters; the model's own limit, in tokens, is lower
+
+
+class ImageRequest(BaseModel):
+    """The body of /v1/images/generations: OpenAI's fields, then ours. Fields of OpenAI that have no meaning here are taken
+    and ignored, unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
+    model: str | None = Field(default=None, max_length=200)
+    n: int = Field(default=1, ge=1, le=MAX_COUNT)
+    size: str | None = Field(default=None, max_length=20, description="WIDTHxHEIGHT or auto")
+    response_format: Literal["b64_json"] | None = None
+    output_format: Format = "png"
+    user: str | None = Field(default=None, max_length=200)
+    quality: str | None = Field(default=None, max_length=20)
+    style: str | None = Field(default=None, max_length=20)
+    background: str | None = Field(default=None, max_length=20)
+    moderation: str | None = Field(default=None, max_length=20)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+
+
+class ImageData(BaseModel):
+    """One picture, base64."""
+
+    b64_json: str
+    seed: int
+
+
+class ImageResponse(BaseModel):
+    """OpenAI's response; steps, timings (seconds by stage) and unknown_words are ours."""
+
+    created: int
+    data: list[ImageData]
+    output_format: Format
+    size: str
+    steps: int
+    timings: dict[str, float]
+    unknown_words: list[str]
+
+
+class Model(BaseModel):
+    """A model as OpenAI lists it, and what it draws."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "imagine-flash"
+    sizes: list[str]
+    steps: list[int]
+    backend: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) -> APIRouter:
+    """The routes of one engine."""
+    router = APIRouter(tags=["images"], responses={code: {"description": text} for code, text in ERRORS.items()})
+
+    @router.post("/v1/images/generations", response_model=ImageResponse)
+    async def generations(asked: ImageRequest, request: Request) -> ImageResponse:
+        """Draw a prompt."""
+        check_model(holder, asked.model)
+        values = {"prompt": asked.prompt, "count": asked.n, "steps": asked.steps, "seed": asked.seed}
+        wanted = GenerateRequest(**values, **sides(asked.size), timeout=settings.timeout)
+        return await _draw(wanted, asked.output_format, request)
+
+    @router.post("/v1/images/edits", response_model=ImageResponse)
+    async def edits(
+        request: Request,
+        image: Annotated[UploadFile, File(description="PNG, JPEG or WebP")],
+        prompt: Annotated[str, Form(min_length=1, max_length=MAX_PROMPT)],
+        mask: Annotated[UploadFile | None, File(description="transparent or white is drawn anew")] = None,
+        model: Annotated[str | None, Form(max_length=200)] = None,
+        n: Annotated[int, Form(ge=1, le=MAX_COUNT)] = 1,
+        size: Annotated[str | None, Form(max_length=20)] = None,
+        response_format: Annotated[Literal["b64_json"] | None, Form()] = None,
+        output_format: Annotated[Format, Form()] = "png",
+        seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
+        steps: Annotated[int | None, Form(ge=1, le=1000)] = None,
+        strength: Annotated[float | None, Form(gt=0, le=1)] = None,
+    ) -> ImageResponse:
+        """Draw a prompt from a picture, everywhere or where the mask says."""
+        check_model(holder, model)
+        values: dict[str, Any] = {"prompt": prompt, "count": n, "steps": steps, "seed": seed, **sides(size)}
+        values["timeout"] = settings.timeout
+        _, target = holder.get().check(GenerateRequest(**values))
+        pixels = await asyncio.to_thread(
+            _read, await image.read(), await mask.read() if mask else None, target, settings.max_pixels
+        )
+        return await _draw(GenerateRequest(**values, **pixels, strength=strength), output_format, request)
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def models() -> ModelList:
+        """The one model that is loaded."""
+        return ModelList(data=[_model(holder)])
+
+    @router.get("/v1/models/{name}", response_model=Model)
+    async def one_model(name: str) -> Model:
+        """That model, by its name."""
+        check_model(holder, name)
+        return _model(holder)
+
+    async def _draw(wanted: GenerateRequest, kind: Format, request: Request) -> ImageResponse:
+        result = await _until_gone(asyncio.ensure_future(holder.get().agenerate(wanted)), request)
+        metrics.observe(result)
+        files = await asyncio.to_thread(lambda: [encode(pixels, kind) for pixels in result.images])
+        return _response(result, files, kind)
+
+    return router
+
+
+ERRORS = {
+    400: "a value that cannot be drawn", 401: "no valid key", 403: "a page of another host", 404: "no such model",
+    413: "too large", 429: "too many wait: see Retry-After", 503: "loading or failing: see Retry-After", 504: "not in time",
+}  # fmt: skip
+
+
+def sides(size: str | None) -> dict[str, int]:
+    """{"width": ..., "height": ...} of a size such as 512x768. Raises RequestError."""
+    if size is None or size == "auto":
+        return {}
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if not found:
+        raise RequestError(f"size must be WIDTHxHEIGHT such as 512x512, or auto, got {size!r}")
+    return {"width": int(found[1]), "height": int(found[2])}
+
+
+def check_model(holder: Holder, name: str | None) -> None:
+    """Raises 404 for a model that is not the one loaded; a request may leave it out."""
+    from starlette.exceptions import HTTPException
+
+    loaded = holder.get().manifest.name
+    if name is not None and name != loaded:
+        raise HTTPException(404, f"no model {name!r}; this server has {loaded!r}")
+
+
+async def _until_gone(drawing: asyncio.Future[GenerateResult], request: Request) -> GenerateResult:
+    """The result; a client that hangs up cancels the work."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not drawing.done():
+            drawing.cancel()
+        return await drawing
+    finally:
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _read(image: bytes, mask: bytes | None, size: Size, max_pixels: int) -> dict[str, Any]:
+    found = {"image": read_image(image, size, max_pixels=max_pixels)}
+    return found if mask is None else {**found, "mask": read_mask(mask, size, max_pixels=max_pixels)}
+
+
+def _response(result: GenerateResult, files: list[bytes], kind: Format) -> ImageResponse:
+    height, width = result.images.shape[1:3]
+    data = [ImageData(b64_json=base64.b64encode(file).decode(), seed=result.seed + i) for i, file in enumerate(files)]
+    return ImageResponse(
+        created=int(time.time()), data=data, output_format=kind, size=size_name((height, width)), steps=result.steps,
+        timings=result.timings.stages(), unknown_words=result.unknown_words,
+    )  # fmt: skip
+
+
+def _model(holder: Holder) -> Model:
+    engine = holder.get()
+    return Model(
+        id=engine.manifest.name, sizes=[size_name(size) for size in engine.sizes], steps=engine.steps,
+        backend=engine.backend.describe(),
+    )  # fmt: skip

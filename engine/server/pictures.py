@@ -1,0 +1,67 @@
+"""Pixels to bytes and back. What was uploaded is measured before it is unpacked."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.artifact import Size
+from ...core.errors import RequestError, missing_extra
+
+try:
+    from PIL import Image, ImageOps
+except ImportError:
+    raise missing_extra("pillow", "serve") from None
+
+Format = Literal["png", "jpeg", "webp"]
+FORMATS: dict[str, dict[str, object]] = {  # of small pictures that are looked at once: quick to write
+    "png": {"compress_level": 1},
+    "jpeg": {"quality": 92, "subsampling": 0},
+    "webp": {"quality": 92, "method": 0},
+}
+READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers
+
+
+def encode(pixels: NDArray[np.uint8], kind: str) -> bytes:
+    """One image (H, W, 3) as a file's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind.upper(), **FORMATS[kind])
+    return buffer.getvalue()
+
+
+def read_image(data: bytes, size: Size, *, max_pixels: int, name: str = "image") -> NDArray[np.uint8]:
+    """An uploaded picture as uint8 (H, W, 3) of `size`, scaled to cover it and cropped. Raises RequestError."""
+    return np.array(_fit(_open(data, max_pixels, name).convert("RGB"), size))
+
+
+def read_mask(data: bytes, size: Size, *, max_pixels: int) -> NDArray[np.float32]:
+    """An uploaded mask as float32 (H, W): 1 is drawn anew. Where it has transparency, that is what is drawn anew (as
+    OpenAI's API defines it), else what is white. Raises RequestError."""
+    mask = _open(data, max_pixels, "mask")
+    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
+        return 1 - _shares(mask.convert("RGBA").getchannel("A"), size)
+    return _shares(mask.convert("L"), size)
+
+
+def _shares(channel: Image.Image, size: Size) -> NDArray[np.float32]:
+    return (np.array(_fit(channel, size)) / 255).astype(np.float32)
+
+
+def _open(data: bytes, max_pixels: int, name: str) -> Image.Image:
+    try:
+        found = Image.open(io.BytesIO(data), formats=READ)  # reads the header alone
+        if found.width * found.height > max_pixels:
+            raise RequestError(f"{name} has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked")
+        found.load()
+        return ImageOps.exif_transpose(found)
+    except RequestError:
+        raise
+    except Exception as error:  # whatever damaged bytes make a reader raise
+        raise RequestError(f"{name} is no PNG, JPEG or WebP that can be read ({type(error).__name__})") from None
+
+
+def _fit(picture: Image.Image, size: Size) -> Image.Image:
+    return picture if picture.size == (size[1], size[0]) else ImageOps.fit(picture, (size[1], size[0]))

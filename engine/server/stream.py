@@ -1,0 +1,166 @@
+"""`/v1/stream`: a WebSocket that draws while somebody types. docs/protocol.md has the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...core.artifact import size_name
+from ...core.errors import EngineError, ImagineFlashError, RequestError
+from ..request import MAX_SEED, GenerateRequest
+from ..session import Mailbox, Session, SessionResult
+from .errors import error_body, status_of
+from .guard import KEY_PROTOCOL
+from .images import MAX_PROMPT, sides
+from .metrics import Metrics
+from .pictures import FORMATS, Format, encode
+from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .app import Holder
+
+PROTOCOL = "imagine-flash"
+MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
+TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG = 1013, 1003, 1009
+
+
+class StreamRequest(BaseModel):
+    """One message of the client: its newest text, and how to draw it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seq: int = Field(ge=1, le=MAX_SEQ)
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    size: str | None = Field(default=None, max_length=20)
+    format: Format = "webp"
+    preview: bool = False
+
+
+def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) -> APIRouter:
+    """The route of one engine."""
+    router = APIRouter()
+
+    @router.websocket("/v1/stream")
+    async def stream(socket: WebSocket) -> None:
+        offered = [part.strip() for part in socket.headers.get("sec-websocket-protocol", "").split(",")]
+        await socket.accept(
+            PROTOCOL if PROTOCOL in offered or any(p.startswith(KEY_PROTOCOL) for p in offered) else None
+        )
+        try:
+            engine = holder.get()
+        except EngineError as error:
+            await socket.close(TRY_AGAIN_LATER, str(error)[:120])
+            return
+        await _Connection(socket, engine, settings, metrics).run()
+
+    return router
+
+
+class _Connection:
+    """One socket: a session that keeps the newest request, and a writer that sends the newest result."""
+
+    def __init__(self, socket: WebSocket, engine: Any, settings: ServerSettings, metrics: Metrics) -> None:
+        self.socket, self.engine, self.settings, self.metrics = socket, engine, settings, metrics
+        self.mailbox = Mailbox()
+        self.session = Session(engine, self.mailbox.put)
+        self.formats: dict[int, Format] = {}  # of the requests that may still be answered
+        self._sending = asyncio.Lock()
+
+    async def run(self) -> None:
+        writer = asyncio.create_task(self._write())
+        try:
+            await self._tell(self._hello())
+            while True:
+                message = await self.socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                if message.get("text") is None:
+                    await self.socket.close(UNSUPPORTED, "messages are JSON text")
+                    return
+                await self._take(message["text"])
+        except (WebSocketDisconnect, RuntimeError):  # gone while something was sent
+            pass
+        finally:
+            self.session.close()
+            self.mailbox.close()
+            self.metrics.stale.inc(self.session.replaced)
+            self.metrics.skipped.inc(self.mailbox.skipped)
+            writer.cancel()
+
+    async def _take(self, text: str) -> None:
+        """One message of the client; what is wrong with it is answered, and the socket stays open."""
+        seq: object = None
+        try:
+            raw = json.loads(text)
+            seq = raw.get("seq") if isinstance(raw, dict) else None
+            asked = StreamRequest.model_validate(raw)
+            wanted = GenerateRequest(
+                prompt=asked.prompt,
+                seed=asked.seed,
+                steps=asked.steps,
+                timeout=self.settings.timeout,
+                **sides(asked.size),
+            )
+            self.session.preview = asked.preview
+            self.formats = {n: kind for n, kind in self.formats.items() if n >= self.session.newest}
+            self.formats[asked.seq] = asked.format
+            await asyncio.to_thread(self.session.submit, wanted, asked.seq)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"])
+            await self._tell(
+                _failure(seq, RequestError(f"{name}: {first['msg']}" if name else str(first["msg"])), name)
+            )
+        except (ValueError, RecursionError) as error:
+            ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
+            await self._tell(_failure(seq, ours))
+
+    async def _write(self) -> None:
+        async for found in self.mailbox:
+            if found.result is None:
+                await self._tell(_failure(found.seq, found.error or EngineError("no result")))
+                continue
+            kind = self.formats.get(found.seq, "webp")
+            frame = await asyncio.to_thread(_frame, found, kind)
+            self.metrics.observe(found.result)
+            async with self._sending:
+                await self.socket.send_bytes(frame)
+
+    async def _tell(self, message: dict[str, Any]) -> None:
+        async with self._sending:
+            await self.socket.send_text(json.dumps(message))
+
+    def _hello(self) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "type": "ready", "model": engine.manifest.name, "sizes": [size_name(size) for size in engine.sizes],
+            "steps": engine.steps, "formats": list(FORMATS), "backend": engine.backend.describe(),
+        }  # fmt: skip
+
+
+def _frame(found: SessionResult, kind: Literal["png", "jpeg", "webp"]) -> bytes:
+    """4 bytes, big-endian: the length of a JSON header; the header; the picture's file."""
+    assert found.result is not None
+    result = found.result
+    height, width = result.images.shape[1:3]
+    data = encode(result.images[0], kind)
+    header = {
+        "type": "image", "seq": found.seq, "preview": found.preview, "seed": result.seed, "steps": result.steps,
+        "size": size_name((height, width)), "format": kind, "bytes": len(data), "cached": result.cached,
+        "unknown_words": result.unknown_words, "timings": result.timings.stages(),
+    }  # fmt: skip
+    encoded = json.dumps(header).encode()
+    return struct.pack(">I", len(encoded)) + encoded + data
+
+
+def _failure(seq: object, error: ImagineFlashError, param: str | None = None) -> dict[str, Any]:
+    status, code = status_of(error)
+    known = seq if isinstance(seq, int) and not isinstance(seq, bool) else None
+    return {"type": "error", "seq": known, **error_body(str(error), code=code, status=status, param=param or None)}
