@@ -13,8 +13,8 @@ import numpy as np
 
 from ..core.artifact import GraphSpec, Size, TensorSpec
 from ..core.errors import ArtifactError, missing_extra
+from ..pipelines.stages import IMAGES, LATENTS, Stages, quiet
 from .options import MAX_BATCH
-from .stages import IMAGES, LATENTS, Stages, quiet
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
 try:

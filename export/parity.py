@@ -18,8 +18,8 @@ from ..core.artifact import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec
 from ..core.errors import ParityError, missing_extra
 from ..core.noise import initial_noise
 from ..core.update import UpdateTable, reference_update
+from ..pipelines.stages import Stages
 from .ledger import Ledger, Limits
-from .stages import Stages
 from .weights import WEIGHTS_FILE
 
 SEEDS = (0, 1)

@@ -31,15 +31,15 @@ from ..core.errors import ArtifactError, ParityError
 from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
+from ..pipelines.loading import load_stages, student_folder
+from ..pipelines.stages import IMAGES, LATENTS, Stages
 from .ledger import Ledger
-from .loading import load_stages, student_folder
 from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder, save_graph
 from .options import ExportOptions
 from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, give_back_memory, make_cases
 from .precision import emulate, find_islands, lower
 from .report import save_references, write_report
 from .sampler_graph import sampler_graph
-from .stages import IMAGES, LATENTS, Stages
 from .tokenizer import parity_prompts, write_tokenizers
 from .weights import WEIGHTS_FILE, WeightStore
 

@@ -17,10 +17,10 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from imagine_flash.export.architectures import stages_of
 from imagine_flash.export.onnx import StageGraph, _export, save_graph
 from imagine_flash.export.precision import emulate, find_islands, lower, run_graph
 from imagine_flash.export.weights import WEIGHTS_FILE, WeightStore
+from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.tests import pipelines
 
 OPSETS = (20, 23)  # decomposed attention and GroupNorm; native ones

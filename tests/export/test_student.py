@@ -21,9 +21,9 @@ from imagine_flash.core.errors import ArtifactError, ParityError
 from imagine_flash.core.update import reference_update
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.ledger import LIMITS
-from imagine_flash.export.loading import load_stages
 from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
 from imagine_flash.export.student import _sampling
+from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import pipelines
 
 SAMPLERS = [f"sampler_{n}{text}" for n in (1, 2, 3) for text in ("", "_from_embeddings")]
