@@ -58,7 +58,7 @@ def different_requests(manifest: ArtifactManifest, count: int, steps: int) -> li
 
 def precision_of(engine: Engine) -> str:
     """What the engine's network computes in: the backend's choice, or the graphs' own."""
-    return getattr(engine.backend, "precision", engine.manifest.precision)
+    return getattr(engine.backend, "precision", engine.artifact.precision)
 
 
 def limits_of(manifest: ArtifactManifest, precision: str) -> Limits:

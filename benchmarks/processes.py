@@ -21,13 +21,7 @@ from . import diffusers_student
 from .harness import Candidate, Case, Check, measure
 from .pictures import Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of, read_picture
 
-GENERATE = (  # what `imagine-flash generate` does, by a backend of one's choice
-    "import sys; from imagine_flash.engine import Engine, GenerateRequest; from PIL import Image;"
-    "folder, backend, prompt, steps, seed, output = sys.argv[1:];"
-    "engine = Engine.load(folder, backend=backend);"
-    "request = GenerateRequest(prompt=prompt, steps=int(steps), seed=int(seed));"
-    "Image.fromarray(engine.generate(request).images[0]).save(output)"
-)
+COMMAND = "from imagine_flash.cli import main; main()"
 CALL = "import json, sys; from imagine_flash.benchmarks.{module} import {name}; {name}(**json.loads(sys.argv[1]))"
 NOT_CACHED = ", nothing cached"
 MB, SETTLED = 1e6, 200  # requests until memory is what it stays
@@ -55,7 +49,8 @@ def cold_start(
         for name in backends:
             with Engine.load(folder, backend=name) as engine:
                 limits[name] = limits_of(manifest, precision_of(engine))
-            command = [GENERATE, str(folder), name, request.prompt, str(steps), str(request.seed), str(out)]
+            command = [COMMAND, "generate", request.prompt, "--backend", name, "--model", str(folder), "-o", str(out)]
+            command += ["--steps", str(steps), "--seed", str(request.seed)]
             commands[name] = lambda command=command: _run(command)
             if name == "openvino":
                 commands[name + NOT_CACHED] = lambda command=command: _run(command, **{CACHE_VARIABLE: ""})

@@ -17,6 +17,7 @@ from .harness import Case, Record, Timing
 END = "<!-- /bench -->"
 FURTHER, MOST_COLUMNS = "further numbers", 5  # of numbers that cases have of their own: more share one column
 TEXT = ("case", "candidate", FURTHER)
+NAMES = ("kernel", "what", "backend", "precision", "route")  # parameters whose values say of what they are
 
 
 def as_markdown(record: Record) -> str:
@@ -72,11 +73,9 @@ def unit_of(record: Record) -> tuple[str, float]:
 
 
 def case_name(case: Case) -> str:
-    """The parameters as 'batch 4, shape 1×4×64×64'; a name that says of what ("kernel", "what") stands alone."""
+    """The parameters as 'batch 4, shape 1×4×64×64'; a name ("kernel", ...) stands alone."""
     return (
-        ", ".join(
-            _plain(value) if key in ("kernel", "what") else f"{key} {_plain(value)}" for key, value in case.case.items()
-        )
+        ", ".join(_plain(value) if key in NAMES else f"{key} {_plain(value)}" for key, value in case.case.items())
         or "-"
     )
 

@@ -46,7 +46,7 @@ def bench_runtime(
         raise ImagineFlashError(f"--rounds must be at least {FEWEST_ROUNDS}, got {rounds}; quantiles need them")
     folder = EMBEDDED if model is None else model
     manifest = read_artifact_manifest(folder)
-    names = [choose(name, manifest) for name in dict.fromkeys(backends)] or _available(folder)
+    names = [choose(name, manifest, folder=folder) for name in dict.fromkeys(backends)] or _available(folder)
     fewer, fewest = max(FEWEST_ROUNDS, rounds // 10), max(FEWEST_ROUNDS, rounds // 20)
     student = _student(folder, manifest)
     parts: list[Callable[[], Iterable[Case]]] = [
@@ -138,23 +138,22 @@ def fastest(
         engine = opened.enter_context(Engine.load(folder, backend="auto" if chosen else backends[0]))
         steps, (request, expected) = min(drawn_by_torch(folder, engine.artifact).items())
         draws: dict[str, Draw] = {}
-        limits: dict[str, Limits] = {diffusers_student.NAME: ONE_LEVEL, LOAD: _limits(engine)}
+        ours = f"{LOAD}: {engine.backend.name} {precision_of(engine)}"
+        limits: dict[str, Limits] = {diffusers_student.NAME: ONE_LEVEL, ours: _limits(engine)}
         if student is not None:
             picture = diffusers_student.picture_of(request, engine.artifact)
             draw = diffusers_student.drawer(student, **picture, warm_prompt=True)
             draws[diffusers_student.NAME] = lambda: np.asarray(draw())
         for backend in backends:
-            for precision in dict.fromkeys(("auto", engine.manifest.precision)):
+            for precision in dict.fromkeys(("auto", engine.artifact.precision)):
                 one = opened.enter_context(Engine.load(folder, backend=backend, precision=precision))
                 name = f"{BARE}, {backend} {precision_of(one)}"
                 if name not in draws:
                     draws[name], limits[name] = bare_calls(one, request), _limits(one)
-        draws[LOAD] = lambda: engine.generate(request).images
-        case = _measure(
-            draws, expected, rounds, limits, {"what": "one picture", "steps": steps, "engine": engine.backend.name}
-        )
+        draws[ours] = lambda: engine.generate(request).images
+        case = _measure(draws, expected, rounds, limits, {"what": "one picture", "steps": steps})
     least = min(timing.p50_us for timing in case.timings if timing.name.startswith(BARE))
-    yield case.with_extra({LOAD: {"times the fastest bare": round(case[LOAD].p50_us / least, 3)}})
+    yield case.with_extra({ours: {"times the fastest bare": round(case[ours].p50_us / least, 3)}})
 
 
 def batching(folder: Path, backend: str, rounds: int, counts: Sequence[int]) -> Iterator[Case]:

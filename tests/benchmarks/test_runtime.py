@@ -42,7 +42,7 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     ]  # fmt: skip
     one = rows["one picture",]
     assert one.baseline == "diffusers, torch eager" and one.checks[one.baseline].what.startswith("levels")
-    assert one.extra["Engine.load()"]["times the fastest bare"] > 0
+    assert one.extra["Engine.load(): onnxruntime fp32"]["times the fastest bare"] > 0
     for key, row in rows.items():
         if key[0] == "overhead":
             assert row.baseline == "bare calls" and row.repeats == 1
