@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def serve_command(
     host: Annotated[
         str, typer.Option(help="The address to listen at; 0.0.0.0 is everybody who reaches this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     backend: Annotated[
         str, typer.Option(help="openvino, onnxruntime or tensorrt; by default the fastest here.")
     ] = "auto",
@@ -26,7 +27,7 @@ def serve_command(
     precision: Annotated[
         str, typer.Option(help="fp32, bf16 or fp16; by default the fastest that the model bears.")
     ] = "auto",
-    max_queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait; more are refused with 429.")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Pictures that may wait; more are refused with 429.")] = 64,
     max_batch: Annotated[
         int | None, typer.Option(help="Pictures of one network call; by default the artifact's most.")
     ] = None,
@@ -44,6 +45,10 @@ def serve_command(
     from ..engine.server import ServerSettings, create_app
     from ..engine.server.settings import read_keys
 
+    if not 0 <= port <= 65535:
+        raise RequestError(f"--port must be 0 to 65535, got {port}")
+    if max_queue < 1:
+        raise RequestError(f"--max-queue must be at least 1, got {max_queue}")
     keys = () if api_key_file is None else read_keys(api_key_file)
     settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=tuple(allow_origin or ()))
 
@@ -66,13 +71,24 @@ def serve_command(
     server = uvicorn.Server(config)
     if not _is_loopback(host) and not keys:
         say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
-    say(f"http://{host}:{port}")
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    say(f"http://{shown}:{listening.getsockname()[1]}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    server.run()
+    server.run(sockets=[listening])
     if failed:
         raise failed[0]
-    if not server.started:
-        raise RequestError(f"cannot listen at {host}:{port}; choose another --port")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen at {host}:{port} ({error.strerror}); choose another --port or --host"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -143,7 +143,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code)
         body = error_body(str(error.detail), code=code, status=error.status_code)
         return JSONResponse(body, error.status_code, error.headers)
 

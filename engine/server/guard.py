@@ -9,6 +9,7 @@ import secrets
 import time
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from .errors import error_body
@@ -17,10 +18,6 @@ from .settings import ServerSettings
 OPEN = ("/", "/healthz", "/readyz", "/page/", "/docs", "/openapi.json", "/metrics")  # without a key
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
 LOG = logging.getLogger("imagine_flash.server")
-
-
-class TooLarge(Exception):
-    """A body beyond the limit, found while it arrives."""
 
 
 class Guard:
@@ -51,13 +48,11 @@ class Guard:
             if refused is not None:
                 await _refuse(scope, answer, *refused)
             else:
-                await self._limited(scope, headers, receive, answer, status)
+                await self._limited(scope, headers, receive, answer)
         finally:
             _log(scope, request_id, status[0] or 499, time.perf_counter() - started)
 
-    async def _limited(
-        self, scope: Scope, headers: dict[str, str], receive: Receive, answer: Send, status: list[int]
-    ) -> None:
+    async def _limited(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: Send) -> None:
         """Counts the body as it arrives: content-length may be absent, or a lie."""
         limit, seen = self._limit(scope, headers), 0
 
@@ -67,14 +62,11 @@ class Guard:
             if scope["type"] == "http":
                 seen += len(message.get("body", b""))
                 if seen > limit:
-                    raise TooLarge
+                    status, _, text = _too_large(limit)
+                    raise HTTPException(status, text)
             return message
 
-        try:
-            await self.app(scope, counted, answer)
-        except TooLarge:
-            if not status[0]:
-                await _refuse(scope, answer, *_too_large(limit))
+        await self.app(scope, counted, answer)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
         origin, host = headers.get("origin"), headers.get("host", "")

@@ -59,6 +59,8 @@ def _open(data: bytes, max_pixels: int, name: str) -> Image.Image:
         return ImageOps.exif_transpose(found)
     except RequestError:
         raise
+    except Image.DecompressionBombError:
+        raise RequestError(f"{name} has far more than the {max_pixels:,} pixels that are unpacked") from None
     except Exception as error:  # whatever damaged bytes make a reader raise
         raise RequestError(f"{name} is no PNG, JPEG or WebP that can be read ({type(error).__name__})") from None
 

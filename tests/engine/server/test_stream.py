@@ -1,0 +1,153 @@
+"""The WebSocket of a real server process: the newest text wins, and nothing that a client sends stops the server."""
+
+import io
+import json
+import random
+import struct
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from imagine_flash.engine import Engine, GenerateRequest
+
+
+def open_stream(server, **options) -> ClientConnection:
+    return connect(f"ws://127.0.0.1:{server.port}/v1/stream", **options)
+
+
+def ask(socket: ClientConnection, seq: int, prompt: str = "a cat", **values) -> None:
+    socket.send(json.dumps({"seq": seq, "prompt": prompt, "format": "png", **values}))
+
+
+def read(socket: ClientConnection, seconds: float = 20) -> tuple[dict, np.ndarray | None]:
+    """The next message: its header and, of a picture, the pixels."""
+    message = socket.recv(timeout=seconds)
+    if isinstance(message, str):
+        return json.loads(message), None
+    (length,) = struct.unpack(">I", message[:4])
+    header, data = json.loads(message[4 : 4 + length]), message[4 + length :]
+    assert len(data) == header["bytes"]
+    return header, np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.fixture
+def stream(server):
+    with open_stream(server) as socket:
+        ready, _ = read(socket)
+        assert ready["type"] == "ready" and ready["steps"] == [1, 2, 3] and ready["sizes"] == ["64x64"]
+        yield socket
+
+
+def test_a_picture_with_its_header(stream: ClientConnection, tiny_artifact) -> None:
+    ask(stream, 5, "a cat on zebra", seed=7, steps=2)
+    header, pixels = read(stream)
+    assert (header["seq"], header["seed"], header["steps"], header["size"]) == (5, 7, 2, "64x64")
+    assert header["unknown_words"] == ["zebra"] and not header["preview"]
+    assert 0 < header["timings"]["denoise"] < header["timings"]["total"]
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        expected = engine.generate(GenerateRequest(prompt="a cat on zebra", seed=7, steps=2)).images[0]
+    assert pixels is not None and np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_typing_ends_with_the_last_text_and_never_goes_back(stream: ClientConnection) -> None:
+    text = "a fox on a pink background"
+    for i in range(1, len(text) + 1):
+        ask(stream, i, text[:i] if text[:i].strip() else "a", seed=7)
+    seen = []
+    while not seen or seen[-1] < len(text):
+        header, _ = read(stream)
+        seen.append(header["seq"])
+    assert seen == sorted(seen) and len(set(seen)) == len(seen)
+
+
+def test_the_preview_comes_first(stream: ClientConnection) -> None:
+    ask(stream, 1, preview=True, seed=7)
+    headers = [read(stream)[0]]
+    if headers[0]["preview"]:  # a reader may be too slow for it
+        headers.append(read(stream)[0])
+        assert headers[0]["steps"] == 1
+    assert [h["seq"] for h in headers] == [1] * len(headers) and headers[-1]["steps"] == 3
+
+
+BAD = [
+    ("{", "no JSON"),
+    ("[]", "dictionary"),
+    ('{"prompt": "a"}', "seq"),
+    ('{"seq": 0, "prompt": "a"}', "seq"),
+    ('{"seq": "1", "prompt": "a"}', "seq"),
+    ('{"seq": 1e99, "prompt": "a"}', "seq"),
+    ('{"seq": 1, "prompt": ""}', "prompt"),
+    ('{"seq": 1, "prompt": "   "}', "prompt must be"),
+    ('{"seq": 1, "prompt": "a", "steps": 7}', "steps must be 1, 2 or 3, got 7"),
+    ('{"seq": 1, "prompt": "a", "size": "8x8"}', "draws 64x64"),
+    ('{"seq": 1, "prompt": "a", "format": "gif"}', "format"),
+    ('{"seq": 1, "prompt": "a", "sead": 3}', "sead"),
+    ('{"seq": 1, "prompt": "' + "a " * 1900 + '"}', "tokens"),
+    ("[" * 30_000, "no JSON"),
+    ("nul\x00l", "no JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD, ids=range(len(BAD)))
+def test_what_is_wrong_is_answered_and_the_stream_goes_on(stream: ClientConnection, text: str, says: str) -> None:
+    stream.send(text)
+    header, _ = read(stream)
+    assert header["type"] == "error" and says in header["error"]["message"], header
+    ask(stream, 1)
+    assert read(stream)[0]["seq"] == 1
+    ask(stream, 1)
+    assert "seq must be above 1" in read(stream)[0]["error"]["message"]
+
+
+def test_frames_that_are_no_text_and_frames_that_are_too_long_close_it(server) -> None:
+    for message, code in ((b"\x00\x01", 1003), ("x" * 70_000, 1009)):
+        with open_stream(server) as socket:
+            read(socket)
+            socket.send(message)
+            with pytest.raises(ConnectionClosed) as closed:
+                read(socket)
+            assert closed.value.rcvd is not None and closed.value.rcvd.code == code
+    with open_stream(server) as socket:
+        assert read(socket)[0]["type"] == "ready"
+
+
+def test_pages_of_other_hosts_are_refused(server) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        open_stream(server, origin="https://evil.example")
+    assert refused.value.response.status_code == 403
+    with open_stream(server, origin=server.url) as socket:
+        assert read(socket)[0]["type"] == "ready"
+
+
+def test_a_closed_socket_leaves_nothing_behind(server) -> None:
+    rng = random.Random(0)
+    for _ in range(30):
+        with open_stream(server) as socket:
+            for seq in range(1, rng.randrange(2, 6)):
+                ask(socket, seq, rng.choice(["a cat", "a dog", "a fox on pink"]))
+            time.sleep(rng.random() * 0.02)
+            if rng.random() < 0.5:
+                socket.socket.close()  # without a goodbye
+    with httpx.Client(base_url=server.url) as http:
+        limit = time.monotonic() + 20
+        while "imagine_flash_waiting_pictures 0.0" not in http.get("/metrics").text:
+            assert time.monotonic() < limit, "work of closed sockets goes on"
+            time.sleep(0.05)
+
+
+def test_a_slow_reader_gets_the_newest(server) -> None:
+    with open_stream(server, max_queue=1) as socket:
+        read(socket)
+        for seq in range(1, 60):
+            ask(socket, seq, random.choice(["a cat", "a dog"]), seed=seq)
+            time.sleep(0.01)
+        time.sleep(0.3)
+        seen = []
+        while not seen or seen[-1] < 59:
+            seen.append(read(socket)[0]["seq"])
+        assert seen == sorted(seen)
