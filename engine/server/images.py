@@ -8,7 +8,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi import APIRouter, File, Form, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...core.artifact import Size, size_name
@@ -16,7 +16,7 @@ from ...core.errors import RequestError
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .metrics import Metrics
-from .pictures import Format, encode, read_image, read_mask
+from .pictures import Format, encode_all, read_image, read_mask
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
     router = APIRouter(tags=["images"], responses={code: {"description": text} for code, text in ERRORS.items()})
 
     @router.post("/v1/images/generations", response_model=ImageResponse)
-    async def generations(asked: ImageRequest, request: Request) -> ImageResponse:
+    async def generations(asked: ImageRequest, request: Request) -> Response:
         """Draw a prompt."""
         check_model(holder, asked.model)
         values = {"prompt": asked.prompt, "count": asked.n, "steps": asked.steps, "seed": asked.seed}
@@ -108,7 +108,7 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
         seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
         steps: Annotated[int | None, Form(ge=1, le=1000)] = None,
         strength: Annotated[float | None, Form(gt=0, le=1)] = None,
-    ) -> ImageResponse:
+    ) -> Response:
         """Draw a prompt from a picture, everywhere or where the mask says."""
         check_model(holder, model)
         values: dict[str, Any] = {"prompt": prompt, "count": n, "steps": steps, "seed": seed, **sides(size)}
@@ -130,11 +130,11 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
         check_model(holder, name)
         return _model(holder)
 
-    async def _draw(wanted: GenerateRequest, kind: Format, request: Request) -> ImageResponse:
+    async def _draw(wanted: GenerateRequest, kind: Format, request: Request) -> Response:
         result = await _until_gone(asyncio.ensure_future(holder.get().agenerate(wanted)), request)
         metrics.observe(result)
-        files = await asyncio.to_thread(lambda: [encode(pixels, kind) for pixels in result.images])
-        return _response(result, files, kind)
+        files = await encode_all(result.images, kind)
+        return Response(_response(result, files, kind).model_dump_json(), media_type="application/json")
 
     return router
 

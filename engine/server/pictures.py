@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Literal
 
@@ -22,6 +23,7 @@ FORMATS: dict[str, dict[str, object]] = {  # of small pictures that are looked a
     "jpeg": {"quality": 92, "subsampling": 0},
     "webp": {"quality": 92, "method": 0},
 }
+SMALL = 100_000  # bytes of pixels: less work than changing threads
 READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers
 
 
@@ -30,6 +32,15 @@ def encode(pixels: NDArray[np.uint8], kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=kind.upper(), **FORMATS[kind])
     return buffer.getvalue()
+
+
+async def encode_all(images: NDArray[np.uint8], kind: str) -> list[bytes]:
+    """Every image (N, H, W, 3) as a file's bytes; large ones are written beside the event loop."""
+
+    def encoded() -> list[bytes]:
+        return [encode(pixels, kind) for pixels in images]
+
+    return encoded() if images.nbytes <= SMALL else await asyncio.to_thread(encoded)
 
 
 def read_image(data: bytes, size: Size, *, max_pixels: int, name: str = "image") -> NDArray[np.uint8]:

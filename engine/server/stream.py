@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,11 +14,12 @@ from ...core.artifact import size_name
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ..request import MAX_SEED, GenerateRequest
 from ..session import Mailbox, Session, SessionResult
+from ..work import GenerateResult
 from .errors import error_body, status_of
 from .guard import KEY_PROTOCOL
 from .images import MAX_PROMPT, sides
 from .metrics import Metrics
-from .pictures import FORMATS, Format, encode
+from .pictures import FORMATS, Format, encode_all
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -128,10 +129,10 @@ class _Connection:
                 await self._tell(_failure(found.seq, found.error or EngineError("no result")))
                 continue
             kind = self.formats.get(found.seq, "webp")
-            frame = await asyncio.to_thread(_frame, found, kind)
+            (data,) = await encode_all(found.result.images[:1], kind)
             self.metrics.observe(found.result)
             async with self._sending:
-                await self.socket.send_bytes(frame)
+                await self.socket.send_bytes(_frame(found, found.result, kind, data))
 
     async def _tell(self, message: dict[str, Any]) -> None:
         async with self._sending:
@@ -145,12 +146,9 @@ class _Connection:
         }  # fmt: skip
 
 
-def _frame(found: SessionResult, kind: Literal["png", "jpeg", "webp"]) -> bytes:
+def _frame(found: SessionResult, result: GenerateResult, kind: Format, data: bytes) -> bytes:
     """4 bytes, big-endian: the length of a JSON header; the header; the picture's file."""
-    assert found.result is not None
-    result = found.result
     height, width = result.images.shape[1:3]
-    data = encode(result.images[0], kind)
     header = {
         "type": "image", "seq": found.seq, "preview": found.preview, "seed": result.seed, "steps": result.steps,
         "size": size_name((height, width)), "format": kind, "bytes": len(data), "cached": result.cached,
