@@ -1,0 +1,281 @@
+// The page: each change of the text, seed, steps or size is a request, and the newest one's picture is shown.
+
+import { Figures } from "./figures.js";
+import { Picture, Strip } from "./picture.js";
+import { Stream } from "./stream.js";
+import { command, fileName, fromHash, toClipboard, toHash, whole } from "./text.js";
+
+const EXAMPLES = {
+  "a fox": "a fox on a pink background",
+  "a cat and a dog": "a cat to the left of a dog",
+  "a rocket": "a rocket above a house on a blue background",
+  "a penguin": "a penguin on an orange background",
+  "a pizza": "a pizza to the right of a robot on green",
+};
+const SETTLED = 800; // ms without a change: the picture is meant
+const SLOW = 0.1; // s of drawing from which a picture in one step is asked for first
+const BUSY = [400, 800, 1600, 3000]; // ms to wait before asking a busy server again
+
+const find = (id) => document.getElementById(id);
+const [main, prompt, seed, size, note] = ["main", "prompt", "seed", "size", "note"].map(
+  (name) => find(name) ?? document.querySelector(name),
+);
+const stream = new Stream();
+const picture = new Picture(find("picture"));
+const strip = new Strip(find("strip"), (drawn, event) => bringBack(drawn, event));
+const figures = new Figures(
+  Object.fromEntries(["all", "model", "queue", "rest", "page", "rate"].map((name) => [name, find(`f-${name}`)])),
+);
+
+let hello = { sizes: [], steps: [], formats: ["webp"], model: "" }; // what the model draws
+let steps; // undefined: the model's most
+let asked = { seq: 0 }; // the newest request: what was sent, and when
+const waiting = new Map(); // by number, the requests whose pictures may still come
+let seconds = 0; // of drawing, lately
+let refusals = 0; // of a busy server, in a row
+let settling = 0;
+let retrying = 0;
+
+// Asking
+
+/** Asks for what the page says now. `at`: when the key was pressed, or null; typed: by somebody who types on. */
+function draw(at = null, typed = false) {
+  clearTimeout(retrying);
+  clearTimeout(settling);
+  const text = prompt.value.trim();
+  const number = whole(seed.value);
+  seed.setAttribute("aria-invalid", String(number === null));
+  if (number === null) return;
+  asked = { seq: asked.seq + 1, prompt: text, seed: number, steps, size: size.value || undefined, at, typed };
+  settling = setTimeout(settle, SETTLED);
+  if (!text) {
+    picture.clear(asked.seq);
+    refresh();
+    return;
+  }
+  const { seq } = asked;
+  const preview = seconds > SLOW && steps !== 1;
+  const format = small(asked.size) && hello.formats.includes("png") ? "png" : "webp"; // 64 x 64: 6 kB without a loss
+  asked.sent = performance.now();
+  waiting.set(seq, asked);
+  stream.send({ seq, prompt: text, seed: number, steps, size: asked.size, format, preview });
+}
+
+function small(name) {
+  const [width, height] = (name ?? hello.sizes[0] ?? "512x512").split("x").map(Number);
+  return width * height <= 128 * 128;
+}
+
+/** The text, seed, steps and size of an example, of the strip or of the address. */
+function bringBack(wanted, event = null) {
+  keep();
+  if (wanted.prompt !== undefined) prompt.value = wanted.prompt;
+  if (wanted.seed !== undefined) seed.value = wanted.seed;
+  if (wanted.steps !== undefined) choose(wanted.steps);
+  if (wanted.size !== undefined && hello.sizes.includes(wanted.size)) size.value = wanted.size;
+  fit();
+  draw(event?.timeStamp ?? null);
+}
+
+// What comes back
+
+stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
+  const mine = waiting.get(header.seq);
+  const spent = figures.arrived(header);
+  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt }))) return;
+  for (const seq of waiting.keys()) if (seq < header.seq) waiting.delete(seq); // a connection far away has several under way
+  const now = await new Promise((painted) => requestAnimationFrame(() => painted(performance.now())));
+  if (mine.typed) figures.typed(now);
+  if (header.preview) return;
+  refusals = 0;
+  if (picture.shown.header !== header) return; // a newer one is shown by now
+  seconds = header.timings.total - (header.timings.queue ?? 0);
+  figures.shown(spent, { key: mine.at, sent: mine.sent, received: at, shown: now });
+  say(stream.state);
+  unknown(header.unknown_words);
+  refresh();
+});
+
+stream.addEventListener("failure", ({ detail: { seq, error } }) => {
+  if (seq !== null && seq !== asked.seq) return; // of a text that has changed
+  if (error.code === "busy") {
+    say("busy");
+    retrying = setTimeout(draw, BUSY[Math.min(refusals++, BUSY.length - 1)]);
+  } else {
+    say("failed", `${error.message[0].toUpperCase()}${error.message.slice(1)}.`, error.type === "server_error");
+  }
+});
+
+stream.addEventListener("ready", ({ detail }) => {
+  hello = detail;
+  fillSteps();
+  fillSizes();
+  find("model").textContent = `${hello.model} · ${hello.backend}`;
+  if (picture.shown?.header.seq !== asked.seq || picture.shown.header.preview) draw();
+});
+
+stream.addEventListener("state", ({ detail }) => say(detail));
+
+// Saying
+
+const STATES = {
+  connecting: ["connecting"],
+  ready: ["ready"],
+  busy: ["busy", "Too many pictures are waiting. This one is asked for again in a moment."],
+  failed: ["not drawn"],
+  loading: ["loading the model", "The model is being loaded. It draws in a moment."],
+  restarting: ["restarting", "The server is restarting. The page comes back by itself."],
+  lost: ["no connection", "The server does not answer. The page keeps trying."],
+  blocked: ["no connection", "The server answers, but the connection for drawing does not open. Something between may not pass on WebSockets."],
+  key: ["needs a key", "This server draws for those who have a key. It is kept until this tab is closed."],
+  "wrong-key": ["needs a key", "The server does not know that key."],
+};
+
+/** The state of the page; `text` and `again` of one error. */
+function say(state, text = STATES[state][1] ?? "", again = ["lost", "blocked"].includes(state)) {
+  const needsKey = state === "key" || state === "wrong-key";
+  if (main.dataset.state !== state) main.dataset.state = state;
+  if (find("state-text").textContent !== STATES[state][0]) find("state-text").textContent = STATES[state][0];
+  if (find("trouble-text").textContent !== text) find("trouble-text").textContent = text;
+  find("trouble").hidden = !text;
+  find("again").hidden = !again;
+  if (needsKey && find("key-form").hidden) requestAnimationFrame(() => find("key").focus());
+  find("key-form").hidden = !needsKey;
+}
+
+/** Words that the model never saw; not the one that is being typed. */
+function unknown(words) {
+  const typing = asked.typed && performance.now() - asked.sent < SETTLED ? prompt.value.split(/[\s,]/).at(-1) : "";
+  const seen = words.filter((word) => word !== typing.toLowerCase());
+  const text = seen.length ? `The model never saw: ${seen.join(", ")}` : "";
+  if (note.textContent !== text) note.textContent = text;
+}
+
+/** Nobody changed anything for a while. */
+function settle() {
+  history.replaceState(null, "", toHash({ prompt: asked.prompt, seed: asked.seed, steps, size: chosenSize() }));
+  if (picture.shown?.header.seq !== asked.seq) return;
+  unknown(picture.shown.header.unknown_words);
+  find("said").textContent = `Drawn: ${picture.shown.prompt}`;
+  keep();
+}
+
+function keep() {
+  if (!picture.shown || picture.shown.header.preview || picture.shown.header.seq !== asked.seq) return;
+  strip.add(picture.shown);
+  find("last").hidden = false;
+}
+
+/** Download and command of the picture that is shown. */
+function refresh() {
+  const { shown } = picture;
+  const link = find("download");
+  find("copy").disabled = !shown;
+  const parts = shown ? commandOf(shown).split(/ (?=-)/) : []; // lines break between options, not within
+  const spans = parts.map((text) => Object.assign(document.createElement("span"), { textContent: text }));
+  find("command").replaceChildren(...spans.flatMap((span, i) => (i ? [" ", span] : [span])));
+  if (!shown) {
+    link.removeAttribute("href");
+    note.textContent = "";
+    return;
+  }
+  link.href = shown.url;
+  link.download = fileName({ ...shown.header, prompt: shown.prompt });
+}
+
+function commandOf({ header, prompt }) {
+  const other = header.size === hello.sizes[0] ? undefined : header.size;
+  return command({ ...header, prompt, size: other, model: hello.model });
+}
+
+// Controls
+
+function chosenSize() {
+  return size.value === hello.sizes[0] ? undefined : size.value || undefined;
+}
+
+function choose(number) {
+  steps = number;
+  const box = document.querySelector(`#steps input[value="${number}"]`);
+  if (box) box.checked = true;
+}
+
+function fillSteps() {
+  const most = Math.max(...hello.steps);
+  if (!hello.steps.includes(steps)) steps = most;
+  const labels = hello.steps.map((number) => {
+    const box = Object.assign(document.createElement("input"), { type: "radio", name: "steps", value: number });
+    box.checked = number === steps;
+    const label = document.createElement("label");
+    label.append(box, Object.assign(document.createElement("span"), { textContent: number }));
+    return label;
+  });
+  find("steps").replaceChildren(find("steps").firstElementChild, ...labels);
+  find("steps").hidden = hello.steps.length < 2;
+}
+
+function fillSizes() {
+  const before = size.value || fromHash(location.hash).size;
+  size.replaceChildren(...hello.sizes.map((name) => new Option(name.replace("x", " × "), name)));
+  if (hello.sizes.includes(before)) size.value = before;
+  find("size-field").hidden = hello.sizes.length < 2;
+  picture.shape(size.value);
+}
+
+/** As high as its text. */
+function fit() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+}
+
+prompt.addEventListener("input", ({ timeStamp }) => {
+  if (/[\r\n]/.test(prompt.value)) prompt.value = prompt.value.replace(/\s*[\r\n]+\s*/g, " ");
+  fit();
+  draw(timeStamp, true);
+});
+prompt.addEventListener("keydown", (event) => event.key === "Enter" && !event.isComposing && event.preventDefault());
+find("words").addEventListener("submit", (event) => event.preventDefault());
+seed.addEventListener("input", ({ timeStamp }) => draw(timeStamp, true));
+find("dice").addEventListener("click", ({ timeStamp }) => {
+  keep();
+  seed.value = crypto.getRandomValues(new Uint32Array(1))[0] % 100000;
+  draw(timeStamp);
+});
+find("steps").addEventListener("change", (event) => {
+  keep();
+  steps = Number(event.target.value);
+  draw(event.timeStamp);
+});
+size.addEventListener("change", ({ timeStamp }) => {
+  keep();
+  picture.shape(size.value);
+  draw(timeStamp);
+});
+find("copy").addEventListener("click", async () => {
+  const done = await toClipboard(find("command").textContent);
+  find("copy").textContent = done ? "Copied" : "Not copied";
+  find("said").textContent = done ? "The command is copied." : "";
+  setTimeout(() => (find("copy").textContent = "Copy"), 1600);
+});
+find("again").addEventListener("click", () => (stream.ready ? draw() : stream.connect()));
+find("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const sent = stream.use(find("key").value.trim());
+  if (sent) find("key").value = "";
+  else find("trouble-text").textContent = "A browser cannot send that key: it may hold letters, digits and - . _ ~ ! # $ % & ' * + ^ ` | only.";
+});
+addEventListener("hashchange", () => bringBack(fromHash(location.hash)));
+addEventListener("resize", fit);
+
+for (const [label, text] of Object.entries(EXAMPLES)) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: label, title: text });
+  button.addEventListener("click", (event) => bringBack({ prompt: text }, event));
+  find("examples").append(button);
+}
+bringBack({ prompt: EXAMPLES["a fox"], ...fromHash(location.hash) });
+refresh();
+if (matchMedia("(pointer: fine)").matches) {
+  prompt.focus();
+  prompt.select(); // the first key replaces the example
+}
+stream.connect();

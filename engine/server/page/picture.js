@@ -1,0 +1,116 @@
+// The picture and the strip of the last ones.
+
+const SMALL = 256; // pixels: below, a picture is shown in squares instead of a blur
+const KEPT = 16;
+
+/** Shows the newest picture: never one of an older request, and a preview only until the full one is there. */
+export class Picture {
+  #figure;
+  #empty;
+  #url = "";
+  #newest = 0; // nothing older than this is shown
+  #full = false; // of #newest, the full picture is shown
+
+  constructor(figure) {
+    this.#figure = figure;
+    this.#empty = figure.firstElementChild;
+    this.shown = null; // {header, blob, prompt}
+  }
+
+  /** True once it is in the page; false where something newer is shown by then. */
+  async show({ header, blob, prompt }) {
+    if (!this.#wants(header)) return false;
+    const url = URL.createObjectURL(blob);
+    const image = new Image();
+    image.src = url;
+    image.alt = prompt;
+    try {
+      await image.decode(); // so that it replaces the other without a flash
+    } catch {
+      URL.revokeObjectURL(url);
+      return false;
+    }
+    if (!this.#wants(header)) {
+      URL.revokeObjectURL(url);
+      return false;
+    }
+    image.classList.toggle("squares", image.naturalWidth < SMALL);
+    this.#replace(image, url);
+    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, url }];
+    this.#mark(header, prompt);
+    return true;
+  }
+
+  /** Nothing, and nothing that was asked for before `seq`. */
+  clear(seq) {
+    this.#replace(this.#empty, "");
+    [this.#newest, this.#full, this.shown] = [seq, true, null];
+    this.#mark({ seq, preview: false }, "");
+  }
+
+  /** The box of a size such as 64x64, before there is a picture. */
+  shape(size) {
+    const [width, height] = size.split("x").map(Number);
+    this.#figure.style.aspectRatio = `${width} / ${height}`;
+  }
+
+  #wants({ seq, preview }) {
+    return seq > this.#newest || (seq === this.#newest && !this.#full && !preview);
+  }
+
+  #replace(element, url) {
+    this.#figure.replaceChildren(element);
+    if (this.#url) URL.revokeObjectURL(this.#url);
+    this.#url = url;
+  }
+
+  #mark(header, prompt) {
+    Object.assign(this.#figure.dataset, { prompt, preview: String(header.preview), seed: header.seed ?? "" });
+    this.#figure.dataset.seq = header.seq; // last: who watches it finds the others set
+  }
+}
+
+/** The pictures somebody stayed at, newest first; a click brings one back. */
+export class Strip {
+  #list;
+  #items = new Map(); // what was drawn -> its element
+
+  constructor(list, pick) {
+    this.#list = list;
+    list.addEventListener("click", (event) => {
+      const button = event.target.closest("button");
+      if (button) pick(JSON.parse(button.dataset.drawn), event);
+    });
+  }
+
+  add({ header, blob, prompt }) {
+    const { seed, steps, size } = header;
+    const drawn = JSON.stringify({ prompt, seed, steps, size });
+    const item = this.#items.get(drawn) ?? this.#made(drawn, blob, `${prompt}, seed ${seed}, ${steps} steps`);
+    this.#items.delete(drawn);
+    this.#items.set(drawn, item); // the newest is the map's last
+    if (this.#list.firstElementChild !== item && !item.contains(document.activeElement)) this.#list.prepend(item);
+    for (const old of [...this.#items.keys()].slice(0, -KEPT)) {
+      URL.revokeObjectURL(this.#items.get(old).querySelector("img").src);
+      this.#items.get(old).remove();
+      this.#items.delete(old);
+    }
+  }
+
+  #made(drawn, blob, label) {
+    const image = new Image();
+    image.src = URL.createObjectURL(blob);
+    image.alt = "";
+    image.classList.toggle("squares", Number(JSON.parse(drawn).size.split("x")[0]) < SMALL);
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = label;
+    button.setAttribute("aria-label", label);
+    button.dataset.drawn = drawn;
+    button.append(image);
+    const item = document.createElement("li");
+    item.append(button);
+    this.#list.prepend(item);
+    return item;
+  }
+}

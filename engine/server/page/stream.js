@@ -1,0 +1,143 @@
+// The connection to /v1/stream (docs/protocol.md): it finds out why it failed, and comes back by itself.
+
+const KEY = "imagine-flash.key";
+const LOADING = 1013;
+const RESTARTING = 1012;
+const TOKEN = /^[\w!#$%&'*+.^`|~-]+$/; // what a browser may offer as a subprotocol
+
+/** The key, for as long as this tab lives; where the browser stores nothing, as long as this page. */
+const remembered = {
+  own: "",
+  get key() {
+    try {
+      return sessionStorage.getItem(KEY) ?? "";
+    } catch {
+      return this.own;
+    }
+  },
+  set key(value) {
+    this.own = value;
+    try {
+      value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY);
+    } catch {
+      // kept in `own`
+    }
+  },
+};
+
+/** Events: "state" {name}, "ready" {hello}, "picture" {header, blob, at}, "failure" {seq, error}.
+ *
+ * States: connecting, ready, loading, restarting, lost, blocked (the server answers, the socket does not), key (one is
+ * needed), wrong-key.
+ */
+export class Stream extends EventTarget {
+  #socket = null;
+  #timer = 0;
+  #failures = 0;
+
+  constructor() {
+    super();
+    this.state = "";
+    addEventListener("online", () => this.state !== "ready" && this.connect());
+    document.addEventListener("visibilitychange", () => !document.hidden && this.state === "lost" && this.connect());
+    addEventListener("pageshow", (event) => event.persisted && this.connect()); // back from the browser's cache
+  }
+
+  get ready() {
+    return this.state === "ready";
+  }
+
+  connect() {
+    clearTimeout(this.#timer);
+    this.#drop();
+    if (!["lost", "loading", "restarting", "blocked"].includes(this.state)) this.#become("connecting");
+    const { key } = remembered;
+    const url = new URL("v1/stream", document.baseURI.replace(/^http/, "ws"));
+    url.hash = url.search = "";
+    const socket = new WebSocket(url, ["imagine-flash", ...(key ? [`imagine-flash.key.${key}`] : [])]);
+    this.#socket = socket;
+    socket.binaryType = "arraybuffer";
+    socket.onmessage = ({ data }) => this.#take(data);
+    let opened = false;
+    socket.onopen = () => (opened = true);
+    socket.onclose = ({ code }) => this.#closed(code, opened);
+  }
+
+  /** False where there is no connection; the newest request is sent again at "ready". */
+  send(request) {
+    if (!this.ready) return false;
+    this.#socket.send(JSON.stringify(request));
+    return true;
+  }
+
+  /** False where a browser cannot send this key. */
+  use(key) {
+    if (!TOKEN.test(key)) return false;
+    remembered.key = key;
+    this.#failures = 0;
+    this.connect();
+    return true;
+  }
+
+  #take(data) {
+    const at = performance.now();
+    if (typeof data !== "string") {
+      const length = new DataView(data).getUint32(0);
+      const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+      const blob = new Blob([new Uint8Array(data, 4 + length)], { type: `image/${header.format}` });
+      this.#tell("picture", { header, blob, at });
+      return;
+    }
+    const message = JSON.parse(data);
+    if (message.type === "ready") {
+      this.#failures = 0;
+      this.#become("ready");
+      this.#tell("ready", message);
+    } else if (message.type === "error") {
+      this.#tell("failure", message);
+    }
+  }
+
+  async #closed(code, opened) {
+    this.#socket = null;
+    const found = code === LOADING ? "loading" : code === RESTARTING ? "restarting" : opened ? "lost" : await this.#reason();
+    if (this.#socket) return; // connected again meanwhile
+    this.#become(found);
+    if (found === "key" || found === "wrong-key") return; // until somebody gives one
+    const longest = found === "loading" ? 2000 : 8000;
+    const delay = Math.min(longest, 300 * 2 ** this.#failures++) * (0.8 + 0.4 * Math.random());
+    this.#timer = setTimeout(() => this.connect(), delay);
+  }
+
+  /** Why a socket did not open: a browser does not say, an ordinary request does. */
+  async #reason() {
+    const { key } = remembered;
+    try {
+      const headers = key ? { authorization: `Bearer ${key}` } : {};
+      const { status } = await fetch("v1/models", { headers, cache: "no-store", signal: AbortSignal.timeout(5000) });
+      if (status === 401) {
+        remembered.key = "";
+        return key ? "wrong-key" : "key";
+      }
+      return status === 503 ? "loading" : status < 500 ? "blocked" : "lost";
+    } catch {
+      return "lost";
+    }
+  }
+
+  #drop() {
+    if (!this.#socket) return;
+    this.#socket.onclose = this.#socket.onmessage = this.#socket.onopen = null;
+    this.#socket.close();
+    this.#socket = null;
+  }
+
+  #become(state) {
+    this.state = state;
+    this.#tell("state", state);
+  }
+
+  #tell(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+}
