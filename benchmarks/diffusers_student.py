@@ -35,8 +35,13 @@ def pipeline_of(student: Path) -> Any:
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
+    from diffusers.utils.logging import disable_progress_bar as quiet_loading
+    from transformers.utils.logging import disable_progress_bar as quiet_weights
+
     from ..engine.scheduler import ImagineFlashScheduler
 
+    quiet_loading()
+    quiet_weights()
     pipeline: Any = StableDiffusionPipeline.from_pretrained(student, dtype=torch.float32)
     correction = read_student_manifest(student).noise_correction
     pipeline.scheduler = ImagineFlashScheduler.from_config(pipeline.scheduler.config, noise_correction=correction)

@@ -157,12 +157,12 @@ def fastest(
 
 
 def batching(folder: Path, backend: str, rounds: int, counts: Sequence[int]) -> Iterator[Case]:
-    """N requests of the most steps asked at once, against the same ones after another. A request's latency is from when
-    all were asked until its pictures are there."""
+    """N requests of the most steps asked at once, against the same ones after another, in the graphs' own precision. A
+    request's latency is from when all were asked until its pictures are there."""
     with Engine.load(folder, backend="onnxruntime") as reference:
         requests = different_requests(reference.artifact, max(counts), max(reference.steps))
         expected = np.concatenate([reference.generate(request).images for request in requests])
-    with Engine.load(folder, backend=backend) as engine:
+    with Engine.load(folder, backend=backend, precision=reference.artifact.precision) as engine:
         engine.warm_up()
         for count in counts:
             latencies: dict[str, list[float]] = {ALONE: [], TOGETHER: []}
