@@ -34,7 +34,6 @@ def pipeline_of(student: Path) -> Any:
     """The student's pipeline in float32 on the CPU, with the sampler that it was distilled for."""
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
     from diffusers.utils.logging import disable_progress_bar as quiet_loading
     from transformers.utils.logging import disable_progress_bar as quiet_weights
 
