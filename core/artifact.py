@@ -58,6 +58,7 @@ __all__ = [
     "TokenizerSpec",
     "atomic_file",
     "atomic_folder",
+    "first_problem",
     "graph_name",
     "hash_files",
     "hash_folder",
@@ -131,7 +132,7 @@ def _read(folder: Path, file: str, kind: type[Manifest]) -> Manifest:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ArtifactError(f"{path}: {_first_problem(error, kind.model_fields)}") from None
+        raise ArtifactError(f"{path}: {first_problem(error, kind.model_fields)}") from None
 
 
 def _why_no_manifest(folder: Path, file: str) -> str:
@@ -151,7 +152,7 @@ def _why_no_manifest(folder: Path, file: str) -> str:
     return f"{folder} holds no {file}; it is neither a student nor an artifact of imagine-flash"
 
 
-def _first_problem(error: ValidationError, known: Iterable[str]) -> str:
+def first_problem(error: ValidationError, known: Iterable[str]) -> str:
     """The first complaint as 'field: what; way out', on one line."""
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])

@@ -24,7 +24,7 @@ from ..core.errors import ArtifactError, RequestError, nearest
 from ..core.files import cache_folder, sha256_file
 from ..core.noise import initial_noise
 from ..core.plan import select
-from .backends import Backend, Wanted, choose, load_backend
+from .backends import STUDENT_BATCHES, Backend, Wanted, choose, load_backend, runs_student
 from .batching import Batcher
 from .editing import check_picture
 from .precision import bears
@@ -39,6 +39,7 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "artifact"
 PATIENCE = 60.0  # seconds: how a request without a timeout ranks among those that have one
 MAX_WAITING = 1024  # pictures
 RESULT_BYTES = 2**30  # of one request's pictures
+STUDENT_BATCH = 4  # pictures of one network call, where a student runs in torch and nothing else is said
 
 
 class Engine:
@@ -57,7 +58,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.backend, self.tokenizer, self.manifest = backend, tokenizer, manifest
         self.route = _route(route, manifest)
-        self.max_batch = _max_batch(max_batch, manifest)
+        self.max_batch = _max_batch(max_batch, manifest.batch)
         self.sizes = _sizes(sizes, manifest)
         self.folder = Path() if folder is None else folder
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
@@ -74,33 +75,42 @@ class Engine:
         route: Route = "stages", sizes: Sequence[Size] | None = None, max_batch: int | None = None,
         max_waiting: int = MAX_WAITING, prompt_cache_bytes: int = DEFAULT_BYTES,
     ) -> Engine:  # fmt: skip
-        """Load an artifact folder, by default the embedded model. Every file's hash is checked.
+        """Load an artifact folder, by default the embedded model, after checking every file's hash; or a student folder,
+        which runs in torch.
 
         backend, device, precision: "auto" takes what is fastest of what is installed and present; `describe` says what
-        that was. sizes: of the artifact's, (height, width), those that will be asked for; None takes all. max_batch:
-        pictures of one network call; None takes the most that the artifact was checked with. max_waiting: pictures that
-        may wait before requests are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes
-        every time.
+        that was. sizes: of the artifact's, (height, width), those that will be asked for; None takes all, of a student the
+        networks' own. max_batch: pictures of one network call; None takes the most that the artifact was checked with, of
+        a student 4. max_waiting: pictures that may wait before requests are refused. prompt_cache_bytes: room for
+        embeddings of the prompts seen last; 0 encodes every time.
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
         backend that is not installed.
         """
         folder = EMBEDDED if path is None else Path(path)
         if path is None and not folder.is_dir():
             raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
-        manifest = read_artifact_manifest(folder)
         cache = PromptCache(prompt_cache_bytes)
-        route, max_batch = _route(route, manifest), _max_batch(max_batch, manifest)
-        backend = choose(backend, manifest, device, folder)
-        if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
-            precision = "bf16"
-        wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))
-        loaded = load_backend(backend, folder, manifest, wanted)
-        tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
+        model: ModelDescription
+        if runs_student(backend, folder):
+            from .backends.torch import load_student
+
+            max_batch = _max_batch(STUDENT_BATCH if max_batch is None else max_batch, STUDENT_BATCHES)
+            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))
+            loaded, tokenizer, model = load_student(folder, backend, wanted, sizes)
+        else:
+            model = manifest = read_artifact_manifest(folder)
+            route, max_batch = _route(route, manifest), _max_batch(max_batch, manifest.batch)
+            backend = choose(backend, manifest, device, folder)
+            if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
+                precision = "bf16"
+            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))
+            loaded = load_backend(backend, folder, manifest, wanted)
+            tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
         engine = cls(
-            loaded, tokenizer, manifest, route=route, max_batch=max_batch, max_waiting=max_waiting, sizes=sizes,
+            loaded, tokenizer, model, route=route, max_batch=max_batch, max_waiting=max_waiting, sizes=sizes,
             prompt_cache=cache, folder=folder,
         )  # fmt: skip
-        loaded.prepare(STAGES if route == "stages" else [f"sampler_{max(engine.steps)}"])
+        loaded.prepare(STAGES if engine.route == "stages" else [f"sampler_{max(engine.steps)}"])
         return engine
 
     @classmethod
@@ -188,8 +198,7 @@ class Engine:
 
     async def agenerate(self, request: GenerateRequest) -> GenerateResult:
         """Draw a request without blocking the event loop; cancelling the task stops the work before the next call."""
-        future = await asyncio.to_thread(self.submit, request)
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(self.submit(request))
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
         """The request in one step as a preview, then in all its steps, from the same noise."""
@@ -236,11 +245,11 @@ def _route(route: Route, manifest: ModelDescription) -> Route:
     return route if f"sampler_{max(manifest.plans)}" in manifest.graph_names else "stages"
 
 
-def _max_batch(max_batch: int | None, manifest: ModelDescription) -> int:
-    low, high = manifest.batch
+def _max_batch(max_batch: int | None, batch: tuple[int, int]) -> int:
+    low, high = batch
     chosen = high if max_batch is None else max_batch
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not low <= chosen <= high:
-        raise RequestError(f"max_batch must be {low} to {high}, what the artifact was checked with, got {max_batch!r}")
+        raise RequestError(f"max_batch must be {low} to {high} for this model, got {max_batch!r}")
     return chosen
 
 

@@ -36,13 +36,13 @@ def architecture_of(pipeline_class: str) -> Architecture:
     if pipeline_class not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ArtifactError(
-            f"cannot export a {pipeline_class}{nearest(pipeline_class, ARCHITECTURES)}; known classes: {known}"
+            f"cannot read a {pipeline_class}{nearest(pipeline_class, ARCHITECTURES)}; known classes: {known}"
         )
     return ARCHITECTURES[pipeline_class]
 
 
 def stages_of(pipeline: Any) -> Stages:
-    """The stages of a pipeline in memory (float32, CPU). Raises ArtifactError for one that is not text to image."""
+    """The stages of a pipeline in memory (on the CPU). Raises ArtifactError for one that is not text to image."""
     name = type(pipeline).__name__
     architecture = architecture_of(name)
     for part in architecture.components:
@@ -56,7 +56,7 @@ def stages_of(pipeline: Any) -> Stages:
     if channels != latent_channels:
         raise ArtifactError(
             f"the {architecture.network} takes {channels} channels and the vae has {latent_channels}; "
-            "only text-to-image students are exported"
+            "only text-to-image students are read"
         )
     if network.config.get("time_cond_proj_dim"):
         raise ArtifactError(
@@ -136,7 +136,7 @@ class T5Text(torch.nn.Module):
 
 
 class UNet(torch.nn.Module):
-    """latents (B, C, h, w), timestep (B,), embeddings (B, L, D) -> m (B, C, h, w), all float32."""
+    """latents (B, C, h, w), timestep float32 (B,), embeddings (B, L, D) -> m (B, C, h, w)."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from ..core.schedule import NoiseSchedule
 from .architectures import architecture_of, stages_of
 from .stages import Stages, prediction_type_of, quiet
 
+UPCASTS = ("StableDiffusionXLPipeline",)  # diffusers' pipelines that heed the vae's force_upcast
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,10 +38,11 @@ def student_folder(student: str | Path) -> Path:
         ) from None
 
 
-def load_stages(student: str | Path, *, tiny_decoder: Path | None = None) -> Stages:
-    """Loads a student folder's diffusers pipeline in float32; LoRA weights are fused into their base.
+def load_stages(student: str | Path, *, tiny_decoder: Path | None = None, dtype: torch.dtype = torch.float32) -> Stages:
+    """Loads a student folder's diffusers pipeline; LoRA weights are fused into their base, in float32.
 
-    tiny_decoder: an AutoencoderTiny folder that takes the decoder's place.
+    tiny_decoder: an AutoencoderTiny folder that takes the decoder's place. dtype: of the networks, but for what diffusers
+    and transformers keep in float32 because half precision does not hold it.
     Raises ArtifactError for a folder that does not load or a class that is not known, ScheduleError for a schedule
     without a closed form (before any weight is read), MissingExtraError.
     """
@@ -55,11 +57,14 @@ def load_stages(student: str | Path, *, tiny_decoder: Path | None = None) -> Sta
         part: None for part in index if not part.startswith("_") and part not in architecture.components
         if isinstance(index[part], list)
     }  # fmt: skip
-    pipeline = _load(base, unused)
+    pipeline = _load(base, unused, dtype if described.base is None else torch.float32)
     if described.base is not None:
         _fuse(pipeline, folder, described.base)
+        pipeline.to(dtype)
     if tiny_decoder is not None:
         pipeline.vae = _load_tiny(tiny_decoder)
+    if dtype == torch.float16 and index["_class_name"] in UPCASTS and pipeline.vae.config.get("force_upcast"):
+        pipeline.vae.to(torch.float32)
     stages = stages_of(pipeline)
     assert stages.prediction_type == prediction_type_of(scheduler)
     return stages
@@ -72,7 +77,7 @@ def _base_folder(folder: Path, described: StudentManifest) -> Path:
     return beside if beside.is_dir() else student_folder(described.base)
 
 
-def _load(folder: Path, unused: dict[str, None]) -> Any:
+def _load(folder: Path, unused: dict[str, None], dtype: torch.dtype) -> Any:
     try:
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError:
@@ -80,7 +85,7 @@ def _load(folder: Path, unused: dict[str, None]) -> Any:
     try:
         with quiet():
             return DiffusionPipeline.from_pretrained(
-                str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, **unused
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **unused
             )
     except Exception as error:  # whatever a damaged folder makes the libraries raise
         raise ArtifactError(f"{folder} does not load in diffusers: {_first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The three stages of a student as torch modules with the inputs and outputs that the graphs have."""
+"""The stages of a student as torch modules, with the inputs and outputs that the exported graphs have."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ IMAGES, LATENTS = "images", "latents"
 PROBE = 8  # latents of a side: enough for any decoder, cheap for all
 
 
+def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values in `dtype`; where they are, no operator is traced."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 class Decoder(torch.nn.Module):
     """latents float32 (B, C, h, w) -> images uint8 (B, H, W, 3): unscale, decode, [-1, 1] to 0..255, round half to even.
 
     The unscaling is vae.config's: z / scaling_factor + shift_factor, or z std / scaling_factor + mean where it has
-    latents_mean and latents_std.
+    latents_mean and latents_std. The vae computes in its own dtype, all else in float32.
     """
 
     scale: torch.Tensor
@@ -33,7 +38,7 @@ class Decoder(torch.nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.dtype = vae, vae.dtype
         config = vae.config
         self.scaling_factor = float(config.scaling_factor)
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -45,14 +50,14 @@ class Decoder(torch.nn.Module):
         self.shifted = bool(shift.any())
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images float32 (B, 3, H, W), about [-1, 1]."""
+        """Images (B, 3, H, W), about [-1, 1], in the vae's dtype."""
         z = latents * self.scale
         if self.shifted:
             z = z + self.shift
-        return self.vae.decode(z, return_dict=False)[0]
+        return self.vae.decode(cast(z, self.dtype), return_dict=False)[0]
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        pixels = (self.decode(latents) * 127.5 + 127.5).clamp(0.0, 255.0).round()
+        pixels = (cast(self.decode(latents), torch.float32) * 127.5 + 127.5).clamp(0.0, 255.0).round()
         return pixels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
@@ -62,16 +67,20 @@ class ImageEncoder(torch.nn.Module):
     The mean where the vae gives a distribution.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.vae = decoder.vae
+        self.vae, self.dtype = decoder.vae, decoder.dtype
         self.register_buffer("scale", decoder.scale, persistent=False)
         self.register_buffer("shift", decoder.shift, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        encoded = self.vae.encode(images.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0)
+        pixels = images.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0
+        encoded = self.vae.encode(cast(pixels, self.dtype))
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return (z - self.shift) / self.scale
+        return (cast(z, torch.float32) - self.shift) / self.scale
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,11 @@ class TokenInput:
 
 @dataclass(frozen=True)
 class Stages:
-    """A student's networks, float32, in evaluation mode, on the CPU, and what the graphs' shapes follow from.
+    """A student's networks, in evaluation mode, on the CPU, and what the graphs' shapes follow from.
 
     text_encoder(*ids and masks) -> one tensor per name in `conditions`; denoiser(size)(latents, timestep, *conditions)
-    -> m; decoder(latents) -> images, image_encoder back. Every tensor is batched; conditions are float32.
+    -> m; decoder(latents) -> images, image_encoder back. Every tensor is batched; text encoder and denoiser take and give
+    their own dtype, float32 for an export.
     """
 
     pipeline: str  # diffusers' class

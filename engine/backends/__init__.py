@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.artifact import ArtifactManifest
+from ...core.artifact import ARTIFACT_FILE, STUDENT_FILE, ArtifactManifest
 from ...core.errors import ArtifactError, ImagineFlashError, nearest
 from ...core.tensorrt_plans import find_plan
 
-BACKENDS = ("tensorrt", "openvino", "onnxruntime")
+BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
+STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders
+STUDENT_BATCHES = (1, 63)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Array = (
     Any  # the backend's own kind, batch first: of NumPy, or of torch on a device; sliced by [i:j], added, multiplied
@@ -27,15 +29,23 @@ Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest."""
+    """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest.
+
+    Raises ArtifactError for an unknown precision.
+    """
 
     device: str = "auto"
     precision: str = "auto"
     batches: tuple[int, ...] = (1,)
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ArtifactError(f"no precision {self.precision!r}{nearest(self.precision, PRECISIONS)}; known: {known}")
+
 
 class Backend(Protocol):
-    """The graphs of an artifact as functions of arrays. Called by one thread at a time, `prepare` and `describe` excepted."""
+    """The stages of a model as functions of arrays. Called by one thread at a time, `prepare` and `describe` excepted."""
 
     name: str
 
@@ -96,13 +106,34 @@ def installed() -> list[str]:
     return here
 
 
+def runs_student(name: str, folder: Path) -> bool:
+    """Whether `folder` is to be read as a student: by the backend's name, and with "auto" by what is in it.
+
+    Raises ArtifactError for a name that is not known, or a student where the backend runs artifacts.
+    """
+    _check_name(name)
+    is_student = (folder / STUDENT_FILE).is_file() and not (folder / ARTIFACT_FILE).is_file()
+    if is_student and name in BACKENDS:
+        raise ArtifactError(
+            f"{folder} is a student, not an artifact; run: imagine-flash export {folder} OUT, or take backend 'torch'"
+        )
+    return is_student or name in STUDENT_BACKENDS
+
+
+def _check_name(name: str) -> None:
+    known = ("auto", *BACKENDS, *STUDENT_BACKENDS)
+    if name not in known:
+        raise ArtifactError(f"no backend {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
 def choose(name: str, manifest: ArtifactManifest, device: str = "auto", folder: Path | None = None) -> str:
     """The backend meant by `name`: "auto" is the fastest one installed that takes this artifact. Raises ArtifactError.
 
     Without the artifact's folder, auto knows of no TensorRT plans.
     """
-    if name not in ("auto", *BACKENDS):
-        raise ArtifactError(f"no backend {name!r}{nearest(name, BACKENDS)}; known: auto, {', '.join(BACKENDS)}")
+    _check_name(name)
+    if name in STUDENT_BACKENDS:
+        raise ArtifactError(f"{name} runs a student folder, not an artifact; give the student, or another backend")
     if name != "auto":
         return name
     takes = {
@@ -127,9 +158,6 @@ def _has_plans(folder: Path, manifest: ArtifactManifest) -> bool:
 def load_backend(name: str, folder: Path, manifest: ArtifactManifest, wanted: Wanted | None = None) -> Backend:
     """The backend called `name`, or what "auto" means. Raises ArtifactError, MissingExtraError."""
     wanted = wanted or Wanted()
-    if wanted.precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
-        raise ArtifactError(f"no precision {wanted.precision!r}{nearest(wanted.precision, PRECISIONS)}; known: {known}")
     chosen = choose(name, manifest, wanted.device, folder)
     if chosen == "tensorrt":
         from .tensorrt import TensorrtBackend

@@ -6,18 +6,19 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.artifact import IMAGE_ENCODER, ArtifactManifest
+from ...core.artifact import IMAGE_ENCODER, ModelDescription
 from ...core.errors import ArtifactError
 
+Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
 
 
-class GraphBackend(ABC):
+class GraphBackend(ABC, Generic[Described]):
     """One compiled graph per name and batch size, made by `prepare` or when it is first needed.
 
     A subclass that compiles for fixed batch sizes sets `batches`; a batch between two of them is padded with its last image.
@@ -25,8 +26,9 @@ class GraphBackend(ABC):
 
     name: str
     batches: tuple[int, ...] = ()  # increasing; empty where a graph takes any batch
+    way_out = "export the student again"
 
-    def __init__(self, folder: Path, manifest: ArtifactManifest) -> None:
+    def __init__(self, folder: Path, manifest: Described) -> None:
         self.folder, self.manifest = folder, manifest
         self._graphs: dict[tuple[str, int], Run] = {}
         self._lock = threading.Lock()
@@ -113,8 +115,8 @@ class GraphBackend(ABC):
             return found
         with self._lock:
             if (graph, batch) not in self._graphs:
-                if graph not in self.manifest.graphs:
-                    raise ArtifactError(f"the artifact has no graph {graph!r}; export the student again")
+                if graph not in self.manifest.graph_names:
+                    raise ArtifactError(f"{self.folder} has no graph {graph!r}; export the student again")
                 try:
                     self._graphs[graph, batch] = self.open(graph, batch)
                 except Exception as error:
@@ -125,4 +127,4 @@ class GraphBackend(ABC):
         if isinstance(error, ArtifactError):
             return error
         reason = " ".join(str(error).split())[:300]
-        return ArtifactError(f"{self.name} cannot run {graph} of {self.folder} ({reason}); export the student again")
+        return ArtifactError(f"{self.name} cannot run {graph} of {self.folder} ({reason}); {self.way_out}")

@@ -17,7 +17,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 LARGE = 200_000_000  # bytes of weights beyond which memory matters more than loading fast
 
 
-class OnnxruntimeBackend(GraphBackend):
+class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
     """One session per graph, of any batch. device: cpu, cuda, cuda:N, tensorrt or tensorrt:N; auto takes the CPU unless
     onnxruntime-gpu finds CUDA. The precision is the graphs' own. CUDA graphs stay off: the state lives on the host."""
 

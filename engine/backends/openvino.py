@@ -21,7 +21,7 @@ from .graphs import GraphBackend, Run
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenvinoBackend(GraphBackend):
+class OpenvinoBackend(GraphBackend[ArtifactManifest]):
     """One compiled model per graph and batch size. precision: fp32 (auto), or bf16 on a CPU that has it."""
 
     name = "openvino"
@@ -63,12 +63,11 @@ class OpenvinoBackend(GraphBackend):
     def open(self, graph: str, batch: int) -> Run:
         model = self._core.read_model(self._file(graph))
         spec = self.manifest.graphs[graph]
-        free = {value.name for value in spec.inputs if value.shape[0] == "batch"}
-        shapes = {value.any_name: list(value.partial_shape) for value in model.inputs}
-        model.reshape({name: [batch, *shape[1:]] if name in free else shape for name, shape in shapes.items()})
+        model.reshape({v.name: [batch, *v.shape[1:]] if v.shape[0] == "batch" else v.shape for v in spec.inputs})
         compiled = self._core.compile_model(model, "CPU", self._options)
         request = compiled.create_infer_request()
-        order = [[port.any_name for port in compiled.inputs].index(value.name) for value in spec.inputs]
+        names = [port.names for port in compiled.inputs]  # several, where a graph hands an input on under another name
+        order = [next(i for i, known in enumerate(names) if value.name in known) for value in spec.inputs]
         outputs = [compiled.output(value.name) for value in spec.outputs]
 
         def run(inputs: Any) -> list[np.ndarray]:

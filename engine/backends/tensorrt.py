@@ -45,7 +45,7 @@ class Bound:
         return [array[:rows] for array in self.outputs]
 
 
-class TensorrtBackend(GraphBackend):
+class TensorrtBackend(GraphBackend[ArtifactManifest]):
     """device: auto, cuda or cuda:0; CUDA_VISIBLE_DEVICES says which GPU that is. The precision is the plans' own.
 
     All work goes on one stream, which becomes the calling thread's current one, so that what it computes with our arrays

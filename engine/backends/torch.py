@@ -1,0 +1,298 @@
+"""A student folder's own networks in torch, without an export: the slow, correct path that the others are tested against.
+
+Each backend name is one way of running them: "torch" module by module; "torch-compile" with denoiser and decoder compiled for
+fixed batch sizes, which on a GPU are captured as CUDA graphs too; "torch-graph" captured without a compiler. The loop over
+the steps is not captured: requests join and leave between steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from ...core.artifact import (
+    IMAGE_ENCODER,
+    ModelDescription,
+    Size,
+    StudentManifest,
+    TokenizerSpec,
+    first_problem,
+    read_student_manifest,
+)
+from ...core.errors import ArtifactError, missing_extra
+
+try:
+    import torch
+except ImportError:
+    raise missing_extra("torch", "export") from None
+
+from ...pipelines.loading import load_stages, student_folder
+from ...pipelines.stages import Stages
+from ...pipelines.tokenizer import tokenizers_of
+from ..tokenizer import PromptTokenizer
+from . import STUDENT_BATCHES, Wanted
+from .graphs import GraphBackend, Run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+WARM_UP = 3  # calls before a capture, for what libraries allocate and choose at their first ones
+Network = Callable[..., Any]  # tensors -> one, or a tuple
+
+
+def load_student(
+    path: str | Path, backend: str, wanted: Wanted, sizes: Sequence[Size] | None
+) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:  # fmt: skip
+    """What an engine is made of, from a student (folder or hub id). sizes: by default the networks' own.
+
+    Raises ArtifactError, ScheduleError, MissingExtraError.
+    """
+    folder = student_folder(path)
+    student = read_student_manifest(folder)
+    device = device_of(wanted.device)
+    precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if wanted.precision == "auto" else wanted.precision
+    stages = load_stages(folder, dtype=DTYPES[precision])
+    for size in sizes or ():
+        stages.check_size(size)
+    tokenizers = tokenizers_of(stages, student.known_words)
+    specs = [spec for spec, _ in tokenizers]
+    model = _description(folder, student, stages, precision, sizes or [stages.default_size], specs)
+    loaded = TorchBackend(
+        folder, model, stages, device, name="torch" if backend == "auto" else backend, batches=wanted.batches
+    )
+    return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
+
+
+class TorchBackend(GraphBackend[ModelDescription]):
+    """The state is float32 between steps, the networks compute in the description's precision, cast at their boundary.
+
+    A batch between two of `batches` is padded where the networks are compiled or captured. Only `finite` and `decode` wait
+    for the device, and what compiles or captures.
+    """
+
+    way_out = "try backend 'torch', device cpu or precision fp32"
+
+    def __init__(
+        self, folder: Path, model: ModelDescription, stages: Stages, device: torch.device, *, name: str = "torch",
+        batches: Sequence[int] = (1,),
+    ) -> None:  # fmt: skip
+        super().__init__(folder, model)
+        self.name, self.device, self.precision = name, device, model.precision
+        self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
+        self._captures = self._on_gpu and name != "torch"
+        if name == "torch-graph" and not self._on_gpu:
+            raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")
+        self.batches = () if name == "torch" else tuple(batches)
+        self._dtype = DTYPES[model.precision]
+        self._tokens = [ids.to(device) for ids in stages.example_tokens(1).values()]
+        self._networks = self._on_device(stages)
+        self._sizes = {model.graph_name(kind, size): size for kind in ("denoiser", "decoder") for size in model.sizes}
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._rows = torch.arange(STUDENT_BATCHES[1], dtype=torch.int32, device=device)
+
+    def _on_device(self, stages: Stages) -> dict[str, Network]:
+        """By graph name. channels_last more than halves the time of the embedded model's networks on a CPU."""
+        model, found = self.manifest, dict[str, Network]()
+        kept = {"device": self.device, "memory_format": torch.channels_last}
+        decoder, encoder = stages.decoder.to(**kept), stages.image_encoder.to(**kept)
+        text = stages.text_encoder.to(self.device)
+        found["text_encoder"] = lambda *tokens: tuple(values.to(self._dtype) for values in text(*tokens))
+        for size in model.sizes:
+            found[model.graph_name("denoiser", size)] = InPrecision(stages.denoiser(size).to(**kept), self._dtype)
+            found[model.graph_name("decoder", size)] = OnGpu(decoder) if self._on_gpu else decoder
+            found[model.graph_name(IMAGE_ENCODER, size)] = encoder
+        return found
+
+    def describe(self) -> str:
+        where = torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu"
+        how = ["compiled"] * self._compiles + ["CUDA graphs"] * self._captures or ["eager"]
+        threads = [] if self._on_gpu else [f"{torch.get_num_threads()} threads"]
+        return ", ".join([f"torch {torch.__version__} on {where}", self.precision, *how, *threads])
+
+    @torch.inference_mode()
+    def open(self, graph: str, batch: int) -> Run:
+        network: Any = self._networks[graph]
+        if not batch or graph not in self._sizes:
+            return _as_run(network)
+        with self._current():
+            inputs = self._example(graph, batch)
+            if self._compiles:
+                network = compiled(network, inputs)
+            return Captured(network, inputs, self._pool) if self._captures else _as_run(network)
+
+    def _example(self, graph: str, batch: int) -> list[torch.Tensor]:
+        """Inputs of a graph's shapes: the short prompt's conditions, latents of zeros."""
+        latents = torch.zeros(batch, *self.manifest.latent_shape_of(self._sizes[graph]), device=self.device)
+        if graph.startswith("decoder"):
+            return [latents]
+        conditions = [
+            values.expand(batch, *values.shape[1:]).clone() for values in self._networks["text_encoder"](*self._tokens)
+        ]
+        return [latents, latents.new_zeros(batch), *conditions]
+
+    @torch.inference_mode()
+    def upload(self, values: NDArray[Any]) -> torch.Tensor:
+        copy = torch.tensor(values, pin_memory=self._on_gpu)  # memory that a GPU copies from by itself
+        return copy.to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def join(self, arrays: Sequence[Any]) -> Any:
+        return arrays[0] if len(arrays) == 1 else torch.cat(list(arrays))
+
+    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Any, ...]:
+        return tuple(self.run("text_encoder", list(tokens.values())))
+
+    @torch.inference_mode()
+    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs of a graph, queued; of a captured one valid until its next call. Raises ArtifactError."""
+        rows, fixed = len(inputs[0]), graph in self._sizes
+        bucket = self._bucket(rows) if fixed else 0
+        with self._current():
+            run = self._graph(graph, bucket)
+            tensors: list[Any] = [
+                values if isinstance(values, torch.Tensor) else self.upload(values) for values in inputs
+            ]
+            if bucket > rows:
+                tensors = [torch.cat([v, v[-1:].expand(bucket - rows, *v.shape[1:])]) for v in tensors]
+            try:
+                outputs: list[Any] = run(tensors)
+            except Exception as error:  # torch's errors share no base of their own
+                raise self._broken(graph, error) from None
+        return [values[:rows] for values in outputs] if bucket > rows else outputs
+
+    @torch.inference_mode()
+    def update(self, x: Any, m: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> Any:
+        if self._on_gpu:
+            from .tensorrt import update_in_place
+
+            table = self.upload(np.stack([a, b, np.zeros_like(a)], axis=1))
+            return update_in_place(x, m, table, self._rows[: len(a)])
+        rows = (-1, *(1,) * (x.ndim - 1))
+        return x.mul_(torch.from_numpy(a).view(rows)).add_(torch.from_numpy(b).view(rows) * m)
+
+    @torch.inference_mode()
+    def finite(self, x: Any) -> NDArray[np.bool_]:
+        return torch.isfinite(x).flatten(1).all(1).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode(self, x: Any) -> NDArray[np.uint8]:
+        images = self.run(self._at_size("decoder", x), [x])[0]
+        if not self._on_gpu:
+            return images.numpy()
+        host = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
+        host.copy_(images, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return host.numpy()
+
+    def close(self) -> None:
+        super().close()
+        self._networks.clear()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Makes the device the current one: Triton and captures start there."""
+        return torch.cuda.device(self.device) if self._on_gpu else nullcontext()
+
+
+class InPrecision(torch.nn.Module):
+    """A denoiser that takes latents in float32 and computes in `dtype`, that of the conditions."""
+
+    def __init__(self, denoiser: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.denoiser, self.dtype = denoiser, dtype
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
+        return self.denoiser(x.to(self.dtype), timestep, *conditions)
+
+
+class OnGpu(torch.nn.Module):
+    """A decoder whose pixels are written by the kernel, from the vae's own dtype."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        from ...kernels.to_image import to_image
+
+        return to_image(self.decoder.decode(latents))
+
+
+class Captured:
+    """A network for one batch size as a CUDA graph over static arrays; its output is valid until the next call."""
+
+    def __init__(self, network: Network, inputs: Sequence[torch.Tensor], pool: Any) -> None:
+        self.inputs, side = inputs, torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                network(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = network(*inputs)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        for static, values in zip(self.inputs, inputs, strict=True):
+            static.copy_(values, non_blocking=True)
+        self._graph.replay()
+        return [self.output]
+
+
+def compiled(network: Network, inputs: Sequence[torch.Tensor]) -> Network:
+    """The network compiled for tensors like these, made under inference mode."""
+    fast = torch.compile(network, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1024):  # every batch size of every size is one
+        fast(*inputs)
+    # what the batcher computes by itself is not of that kind, and would be compiled for anew
+    return lambda *given: fast(*(values if values.is_inference() else values.clone() for values in given))
+
+
+def device_of(name: str) -> torch.device:
+    """The device meant by auto, cpu, cuda or cuda:N. Raises ArtifactError for one that is not there."""
+    there = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    if not DEVICE.fullmatch(name):
+        raise ArtifactError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and not there:
+        raise ArtifactError(f"torch {torch.__version__} finds no CUDA; install the build of torch for this GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArtifactError(f"there is no {name}: torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _as_run(network: Network) -> Run:
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        outputs = network(*inputs)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+    return run
+
+
+def _description(
+    folder: Path, student: StudentManifest, stages: Stages, precision: str, sizes: Sequence[Size],
+    tokenizers: Sequence[TokenizerSpec],
+) -> ModelDescription:  # fmt: skip
+    """Raises ArtifactError for plans that the schedule does not have."""
+    known: dict[str, Any] = {
+        "format": student.format, "name": folder.resolve().name, "pipeline": stages.pipeline, "precision": precision,
+        "created_with": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+        "prediction_type": stages.prediction_type, "scheduler": stages.scheduler, "plans": student.plans,
+        "noise_correction": student.noise_correction, "latent_channels": stages.latent_channels,
+        "downscale": stages.downscale, "sizes": list(sizes), "batch": STUDENT_BATCHES,
+        "scaling_factor": stages.decoder.scaling_factor, "tokenizers": list(tokenizers),
+    }  # fmt: skip
+    try:
+        return ModelDescription(**known)
+    except ValidationError as error:
+        raise ArtifactError(f"{folder}: {first_problem(error, known)}") from None
