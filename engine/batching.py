@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.artifact import ModelDescription
-from ..core.errors import BusyError, EngineError
+from ..core.errors import BusyError, EngineError, ExpiredError
 from .backends import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .prompt_cache import PromptCache
@@ -274,7 +274,7 @@ class Batcher:
         for chunk in self._active:
             if chunk.job.expires and chunk.job.deadline < now and not chunk.job.future.done():
                 self.counts["expired"] += 1
-                chunk.job.fail(EngineError(f"not drawn within its {chunk.job.request.timeout:g} s; try again later"))
+                chunk.job.fail(ExpiredError(f"not drawn within its {chunk.job.request.timeout:g} s; try again later"))
         gone = {chunk.job for chunk in self._active if chunk.job.future.done()}
         self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
         self._active = [chunk for chunk in self._active if chunk.job not in gone]
