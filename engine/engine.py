@@ -22,6 +22,7 @@ from ..core.artifact import (
 )
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..core.files import cache_folder, sha256_file
+from ..core.hub import local_folder
 from ..core.noise import initial_noise
 from ..core.plan import select
 from .backends import STUDENT_BATCHES, Backend, Wanted, choose, load_backend, runs_student
@@ -75,8 +76,8 @@ class Engine:
         route: Route = "stages", sizes: Sequence[Size] | None = None, max_batch: int | None = None,
         max_waiting: int = MAX_WAITING, prompt_cache_bytes: int = DEFAULT_BYTES,
     ) -> Engine:  # fmt: skip
-        """Load an artifact folder, by default the embedded model, after checking every file's hash; or a student folder,
-        which runs in torch.
+        """Load an artifact, by default the embedded model, after checking every file's hash; or a student, which runs in
+        torch. path: a folder, or a hub id ("owner/name") that is downloaded.
 
         backend, device, precision: "auto" takes what is fastest of what is installed and present; `describe` says what
         that was. sizes: of the artifact's, (height, width), those that will be asked for; None takes all, of a student the
@@ -86,7 +87,7 @@ class Engine:
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
         backend that is not installed.
         """
-        folder = EMBEDDED if path is None else Path(path)
+        folder = EMBEDDED if path is None else local_folder(path)
         if path is None and not folder.is_dir():
             raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
         cache = PromptCache(prompt_cache_bytes)

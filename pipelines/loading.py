@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,17 @@ import torch
 
 from ..core.artifact import LORA_FILE, PIPELINE_FILE, StudentManifest, read_student_manifest
 from ..core.errors import ArtifactError, missing_extra
+from ..core.hub import local_folder
 from ..core.schedule import NoiseSchedule
 from .architectures import architecture_of, stages_of
 from .stages import Stages, prediction_type_of, quiet
 
 UPCASTS = ("StableDiffusionXLPipeline",)  # diffusers' pipelines that heed the vae's force_upcast
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def student_folder(student: str | Path) -> Path:
-    """The folder of a student; a hub id ("owner/name", where no such folder is) is downloaded. Raises ArtifactError."""
-    folder = Path(student)
-    if folder.exists() or not HUB_ID.fullmatch(str(student)):
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(
-            snapshot_download(str(student), ignore_patterns=["*.bin", "*.ckpt", "*.pt", "*.onnx*", "*.msgpack"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(
-            f"{student} is no folder here and could not be fetched from the Hugging Face hub ({reason}); check the path"
-        ) from None
+    """The folder of a student; a hub id is downloaded, but for what no student needs. Raises ArtifactError."""
+    return local_folder(student, ignore=["*.onnx*", "*.bin"])
 
 
 def load_stages(student: str | Path, *, tiny_decoder: Path | None = None, dtype: torch.dtype = torch.float32) -> Stages:

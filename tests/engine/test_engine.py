@@ -125,3 +125,10 @@ def test_what_the_model_cannot_draw(engine: Engine, tiny_artifact: Path) -> None
 def test_seed_none_draws_one() -> None:
     seeds = {GenerateRequest(prompt="a cat", seed=None).seed for _ in range(4)}
     assert len(seeds) > 1
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_named(tiny_artifact: Path) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"^nobody/nothing is no folder here and could not be fetched .*check the path"
+    ):
+        Engine.load("nobody/nothing")
