@@ -88,6 +88,15 @@ def test_every_class_passes_the_gate(exported) -> None:
     assert [spec.name for spec in manifest.graphs["denoiser"].inputs] == ["latents", "timestep", *conditions]
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "pixart"])
+def test_half_precision_passes_the_gate_of_every_class(kind: str, tmp_path) -> None:
+    student = architectures.build_student(kind, tmp_path / "student")
+    options = ExportOptions(precision="fp16", steps=(1,), batch=(1, 1), forms="stages", image_encoder=False)
+    manifest = export_student(student, tmp_path / "artifact", options=options)
+    assert manifest.precision == "fp16" and manifest.parity["stages_1"]["psnr"] >= 35
+    assert any("time" in island for island in manifest.graphs["denoiser"].islands), "angles need float32"
+
+
 def test_the_runtime_draws_what_torch_draws(exported) -> None:
     """From the prompt on: tokenizers, conditions, every step, by both routes."""
     _, student, manifest, artifact = exported
