@@ -162,14 +162,31 @@ def measure(
                 _seconds(candidate, 1, clock)
         repeats = repeats or _enough_repeats(candidates, clock)
         rounds = [[_seconds(candidate, repeats, clock) for candidate in candidates] for _ in range(n)]
-    microseconds = np.array(rounds) * 1e6 / repeats  # (n, candidates)
-    for name, shortest in zip(names, microseconds.min(0), strict=True):
-        if shortest <= 0:
-            raise ImagineFlashError(f"{name!r} took no time that the clock can see; give more than {repeats} repeats")
-    base = microseconds[:, names.index(baseline)]
-    timings = tuple(_timing(name, own, base) for name, own in zip(names, microseconds.T, strict=True))
     return Case(
-        case=parameters, baseline=baseline, warm_up=warm_up, repeats=repeats, timings=timings, checks=checks
+        case=parameters, baseline=baseline, warm_up=warm_up, repeats=repeats, checks=checks,
+        timings=_timings(names, np.array(rounds) / repeats, baseline, repeats),
+    )  # fmt: skip
+
+
+def case_of(
+    samples: Mapping[str, Sequence[float]], *, baseline: str, checks: Mapping[str, Check], case: Mapping[str, Any],
+    warm_up: int = 1, repeats: int = 1,
+) -> Case:  # fmt: skip
+    """A row of seconds per call that were taken elsewhere: candidate -> n of them, sample i of all in the same round.
+
+    repeats: the calls that each sample is the mean of. Raises ImagineFlashError for a failed check, for fewer than five
+    samples and for another number of them than the baseline's.
+    """
+    names, counts = list(samples), {len(own) for own in samples.values()}
+    _refuse_settings(names, baseline, warm_up, min(counts, default=0), repeats)
+    if len(counts) > 1:
+        raise ImagineFlashError(f"every candidate needs the same number of samples, got {sorted(counts)}")
+    for name in names:
+        _refuse_wrong(name, checks.get(name))
+    seconds = np.array([samples[name] for name in names]).T
+    return Case(
+        case=TypeAdapter(Parameters).validate_python(dict(case)), baseline=baseline, warm_up=warm_up, repeats=repeats,
+        checks=dict(checks), timings=_timings(names, seconds, baseline, repeats),
     )  # fmt: skip
 
 
@@ -187,14 +204,15 @@ def _refuse_settings(names: list[str], baseline: str, warm_up: int, n: int, repe
 
 
 def _passed(candidate: Candidate, check: Callable[[Candidate], Check]) -> Check:
-    result = check(candidate)
+    return _refuse_wrong(candidate.name, check(candidate))
+
+
+def _refuse_wrong(name: str, result: Any) -> Check:
     if not isinstance(result, Check):
-        raise ImagineFlashError(
-            f"{candidate.name!r} was not checked: check returned {type(result).__name__}, not a Check"
-        )
+        raise ImagineFlashError(f"{name!r} was not checked: check returned {type(result).__name__}, not a Check")
     if not result.passed:
         raise ImagineFlashError(
-            f"{candidate.name!r} is wrong, so it was not timed: {result.what} differs by {result.error:.4g}, "
+            f"{name!r} is wrong, so it was not timed: {result.what} differs by {result.error:.4g}, "
             f"allowed are {result.tolerance:.4g}"
         )
     return result
@@ -226,6 +244,16 @@ def _enough_repeats(candidates: Sequence[Candidate], clock: Clock) -> int:
     while repeats < MOST_REPEATS and min(_seconds(c, repeats, clock) for c in candidates) < LONG_ENOUGH:
         repeats *= 2
     return repeats
+
+
+def _timings(names: Sequence[str], seconds: np.ndarray, baseline: str, repeats: int) -> tuple[Timing, ...]:
+    """Of seconds per call (n, candidates), in the order of `names`."""
+    microseconds = seconds * 1e6
+    for name, shortest in zip(names, microseconds.min(0), strict=True):
+        if shortest <= 0:
+            raise ImagineFlashError(f"{name!r} took no time that the clock can see; give more than {repeats} repeats")
+    base = microseconds[:, list(names).index(baseline)]
+    return tuple(_timing(name, own, base) for name, own in zip(names, microseconds.T, strict=True))
 
 
 def _timing(name: str, own: np.ndarray, base: np.ndarray) -> Timing:

@@ -107,12 +107,12 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
     return case.with_extra(extra)
 
 
-def resident_mb() -> float:
-    """This process's resident memory, in 10^6 bytes. Raises NoProcessSize."""
+def resident_mb(pid: int | str = "self") -> float:
+    """A process's resident memory, by default this one's, in 10^6 bytes. Raises NoProcessSize."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     except OSError:
-        raise NoProcessSize("this system has no /proc/self/statm, which says how large a process is") from None
+        raise NoProcessSize(f"this system has no /proc/{pid}/statm, which says how large a process is") from None
     return pages * os.sysconf("SC_PAGE_SIZE") / MB
 
 

@@ -61,6 +61,31 @@ def bench_runtime_command(
     say(f"wrote {output}.json and {output}.png")
 
 
+@bench.command("serve")
+def bench_serve_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path("serve"),
+    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="openvino or onnxruntime; by default the fastest here.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(help="Timings of single pictures; fewer sentences are typed.")] = 200,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
+) -> None:
+    """Time the server: overhead, typing, 64 clients at once, malformed requests."""
+    needs("cpu", "onnxruntime", "tokenizers", "PIL")
+    needs("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart")
+    needs("bench", "matplotlib")
+    from rich.console import Console
+
+    from ..benchmarks.records import as_rich
+    from ..benchmarks.serve import bench_serve
+
+    writable(output)
+    record = bench_serve(output, model=model, backend=backend, rounds=rounds, quick=quick)
+    Console().print(as_rich(record))
+    say(f"wrote {output}.json and {output}.png")
+
+
 @bench.command("report")
 def bench_report_command(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record that a bench command wrote.")],

@@ -1,0 +1,73 @@
+"""Somebody who types: one request per key with the whole text so far, shown by a server that draws the newest text, or by
+one that draws every text in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine import GenerateRequest
+from .serve_clients import HttpClient, StreamClient
+
+LATEST, QUEUE = "latest wins", "every key in turn"
+KEYS_PER_SECOND = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typed:
+    """One sentence of one session. seconds: from the last key to its picture, `picture`; typing: from the first key to the
+    last; shown: pictures that arrived meanwhile; fresh: of all, those whose text was the newest when they arrived."""
+
+    seconds: float
+    typing: float
+    shown: int
+    fresh: int
+    picture: NDArray[np.uint8]
+
+
+def _due(requests: Sequence[GenerateRequest], start: float, phase: float) -> list[float]:
+    """When each key is pressed. phase: 0 to 1 of the time between keys, so that sessions don't press theirs together."""
+    return [start + (i + phase) / KEYS_PER_SECOND for i in range(len(requests))]
+
+
+def type_latest_wins(port: int, requests: Sequence[GenerateRequest], start: float, phase: float) -> Typed:
+    """Over a WebSocket: every key is sent when it is pressed. Raises ImagineFlashError."""
+    due = _due(requests, start, phase)
+    shown = fresh = 0
+    with StreamClient(port) as stream:
+        for request, moment in zip(requests, due, strict=True):
+            while (left := moment - time.perf_counter()) > 0:
+                try:
+                    seq, _ = stream.receive(left)
+                except TimeoutError:
+                    break
+                shown, fresh = shown + 1, fresh + (seq == stream.newest)
+            stream.send(request)
+        while True:
+            seq, answer = stream.receive()
+            if seq == len(requests):
+                seconds = time.perf_counter() - due[-1]
+                return Typed(
+                    seconds=seconds, typing=due[-1] - due[0], shown=shown, fresh=fresh + 1, picture=answer.pixels()
+                )  # fmt: skip
+
+
+def type_in_queue(port: int, requests: Sequence[GenerateRequest], start: float, phase: float) -> Typed:
+    """Over HTTP on one connection: every key's picture is asked for after the answer to the one before, or when the key is
+    pressed if that is later. Raises ImagineFlashError."""
+    due = _due(requests, start, phase)
+    shown = fresh = 0
+    with HttpClient(port) as http:
+        for i, (request, moment) in enumerate(zip(requests, due, strict=True)):
+            time.sleep(max(0.0, moment - time.perf_counter()))
+            answer = http.draw(request)
+            arrived = time.perf_counter()
+            shown += arrived < due[-1]
+            fresh += i + 1 == len(requests) or arrived < due[i + 1]
+    return Typed(
+        seconds=arrived - due[-1], typing=due[-1] - due[0], shown=shown, fresh=fresh, picture=answer.pixels()
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""`bench serve` as a user runs it, on the tiny artifact; and what it sends to a server is malformed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagine_flash.benchmarks.harness import Check, case_of, read_record
+from imagine_flash.benchmarks.malformed import KINDS, malformed
+from imagine_flash.core.errors import ImagineFlashError
+
+CODE = "from imagine_flash.cli import main; main()"
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CODE, "bench", "serve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+@pytest.mark.slow
+def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    out = tmp_path / "serve"
+    done = run("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "times as fast as" in done.stdout and "overhead p50 ms" in done.stdout
+    rows = {(row.case["what"], row.case.get("sessions", row.case.get("steps", 0))): row for row in
+            read_record(out.with_suffix(".json")).rows}  # fmt: skip
+    assert list(rows) == [
+        ("overhead", 1), ("overhead", 3), ("typing", 1), ("typing", 4), ("load", 1), ("malformed requests", 0),
+    ]  # fmt: skip
+    for way in ("HTTP", "WebSocket"):
+        extra = rows["overhead", 3].extra[way]
+        assert 0 < extra["overhead p50 ms"] <= extra["overhead p95 ms"]
+        assert extra["overhead p50 ms"] < rows["overhead", 3][way].p50_us / 1e3
+    for way in ("every key in turn", "latest wins"):
+        row = rows["typing", 4]
+        extra, keys = row.extra[way], row.case["keys"]
+        assert isinstance(keys, int) and 0 <= extra["stale"] < extra["pictures drawn"] <= keys * row[way].n
+    assert rows["typing", 4].extra["every key in turn"]["pictures drawn"] == 5 * 8
+    load = rows["load", 1].extra["HTTP"]
+    assert {**load, "MB grown": 0} == {"lost": 0, "doubled": 0, "5xx": 0, "429 repeated": 0, "MB grown": 0}
+    outcomes = rows["malformed requests", 0].extra["between malformed requests"]
+    assert sum(outcomes.values()) == 200 and {"400", "413", "closed 1002", "error message"} < outcomes.keys()
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rounds", "2"], "--rounds must be at least 5, got 2"),
+        (["--backend", "openvin"], "no backend 'openvin'; did you mean 'openvino'?"),
+        (["--model", "{tmp}/nowhere"], "nowhere"),
+        (["-o", "{tmp}/missing/r"], "is not a folder; make it first"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    done = run(*given, *([] if "-o" in given else ["-o", str(tmp_path / "r")]))
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("error: ") and says in line, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_same_seed_makes_the_same_malformed_requests() -> None:
+    assert list(malformed(60, 3)) == list(malformed(60, 3)) != list(malformed(60, 4))
+
+
+def test_no_json_of_a_malformed_request_could_be_drawn() -> None:
+    """9e18 once was a "huge number", and is a seed like any other."""
+    from imagine_flash.engine.server.images import ImageRequest
+
+    for sent in list(malformed(600 * len(KINDS), 5))[:: len(KINDS)]:
+        body = sent.data.partition(b"\r\n\r\n")[2]
+        try:
+            found = ImageRequest.model_validate(json.loads(body))
+        except (ValueError, RecursionError):
+            continue
+        assert sent.what == "impossible value" and (
+            found.size != "64x64" or found.steps == 999 or not found.prompt.strip()
+        )
+
+
+RIGHT = Check(what="levels", error=0, tolerance=1)
+
+
+def test_a_row_of_samples_taken_elsewhere() -> None:
+    samples = {"a": [0.01, 0.02, 0.03, 0.04, 0.05], "b": [0.005, 0.005, 0.01, 0.04, 0.1]}
+    case = case_of(samples, baseline="a", checks=dict.fromkeys(samples, RIGHT), case={"what": "typing"}, repeats=3)
+    assert (case["a"].p50_us, case["b"].p50_us, case["b"].ratio.p50, case.repeats) == (30e3, 10e3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("samples", "checks", "says"),
+    [
+        ({"a": [1.0] * 5, "b": [1.0] * 6}, {}, r"the same number of samples, got \[5, 6\]"),
+        ({"a": [1.0] * 4, "b": [1.0] * 4}, {}, "at least 5 rounds, got 4"),
+        ({"b": [1.0] * 5}, {}, "the baseline 'a' is none of"),
+        ({}, {}, "the baseline 'a' is none of"),
+        ({"a": [1.0] * 5, "b": [0.0] * 5}, {}, "'b' took no time"),
+        ({"a": [1.0] * 5, "b": [1.0] * 5}, {"b": Check(what="levels", error=2, tolerance=1)}, "'b' is wrong"),
+        ({"a": [1.0] * 5, "b": [1.0] * 5}, {"b": None}, "'b' was not checked"),
+    ],
+)
+def test_a_row_of_samples_is_refused(samples: dict, checks: dict, says: str) -> None:
+    with pytest.raises(ImagineFlashError, match=says):
+        case_of(samples, baseline="a", checks={"a": RIGHT, "b": RIGHT, **checks}, case={})
