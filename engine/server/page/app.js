@@ -33,7 +33,7 @@ let asked = { seq: 0 }; // the newest request: what was sent, and when
 const waiting = new Map(); // by number, the requests whose pictures may still come
 let seconds = 0; // of drawing, lately
 let refusals = 0; // of a busy server, in a row
-let settling = 0;
+let settling = 0; // the timer; 0 once it has run
 let retrying = 0;
 
 // Asking
@@ -47,7 +47,11 @@ function draw(at = null, typed = false) {
   seed.setAttribute("aria-invalid", String(number === null));
   if (number === null) return;
   asked = { seq: asked.seq + 1, prompt: text, seed: number, steps, size: size.value || undefined, at, typed };
-  settling = setTimeout(settle, SETTLED);
+  settling = setTimeout(() => {
+    settling = 0;
+    settle();
+  }, SETTLED);
+  if (!typed) share();
   if (!text) {
     picture.clear(asked.seq);
     refresh();
@@ -84,16 +88,16 @@ stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
   const spent = figures.arrived(header);
   if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt }))) return;
   for (const seq of waiting.keys()) if (seq < header.seq) waiting.delete(seq); // a connection far away has several under way
-  const now = await new Promise((painted) => requestAnimationFrame(() => painted(performance.now())));
-  if (mine.typed) figures.typed(now);
+  if (mine.typed) figures.typed(performance.now());
+  refresh();
   if (header.preview) return;
   refusals = 0;
-  if (picture.shown.header !== header) return; // a newer one is shown by now
   seconds = header.timings.total - (header.timings.queue ?? 0);
-  figures.shown(spent, { key: mine.at, sent: mine.sent, received: at, shown: now });
   say(stream.state);
   unknown(header.unknown_words);
-  refresh();
+  if (!settling) settle(); // it was drawn slowly
+  const shown = await new Promise((painted) => requestAnimationFrame(() => painted(performance.now())));
+  if (picture.shown?.header === header) figures.shown(spent, { key: mine.at, sent: mine.sent, received: at, shown });
 });
 
 stream.addEventListener("failure", ({ detail: { seq, error } }) => {
@@ -151,13 +155,20 @@ function unknown(words) {
   if (note.textContent !== text) note.textContent = text;
 }
 
-/** Nobody changed anything for a while. */
+/** Nobody changed anything for a while, and the picture may be there. */
 function settle() {
-  history.replaceState(null, "", toHash({ prompt: asked.prompt, seed: asked.seed, steps, size: chosenSize() }));
+  share();
   if (picture.shown?.header.seq !== asked.seq) return;
   unknown(picture.shown.header.unknown_words);
   find("said").textContent = `Drawn: ${picture.shown.prompt}`;
   keep();
+}
+
+/** The address brings this picture back, once the page knows what the model draws; before, the address is the wish. */
+function share() {
+  if (!hello.sizes.length) return;
+  const size = asked.size === hello.sizes[0] ? undefined : asked.size;
+  history.replaceState(null, "", toHash({ prompt: asked.prompt, seed: asked.seed, steps: asked.steps, size }));
 }
 
 function keep() {
@@ -189,10 +200,6 @@ function commandOf({ header, prompt }) {
 }
 
 // Controls
-
-function chosenSize() {
-  return size.value === hello.sizes[0] ? undefined : size.value || undefined;
-}
 
 function choose(number) {
   steps = number;

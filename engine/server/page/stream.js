@@ -104,7 +104,7 @@ export class Stream extends EventTarget {
     if (this.#socket) return; // connected again meanwhile
     this.#become(found);
     if (found === "key" || found === "wrong-key") return; // until somebody gives one
-    const longest = found === "loading" ? 2000 : 8000;
+    const longest = found === "loading" ? 2000 : 4000;
     const delay = Math.min(longest, 300 * 2 ** this.#failures++) * (0.8 + 0.4 * Math.random());
     this.#timer = setTimeout(() => this.connect(), delay);
   }

@@ -78,13 +78,13 @@ def server(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         one.stop()
 
 
-@pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts one with the options given, for one test."""
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts one with the options given; by default the embedded model's. They end with the module's tests."""
     started: list[ServerProcess] = []
 
     def start(*options: str | Path, seconds: float = 60) -> ServerProcess:
-        one = ServerProcess(options, tmp_path / f"server-{len(started)}.log")
+        one = ServerProcess(options, tmp_path_factory.mktemp("server") / "log")
         started.append(one)
         return one.start(seconds)
 
