@@ -95,6 +95,7 @@ class Guard:
 
 SAFE = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
+    (b"cache-control", b"no-cache"),  # an updated page does not meet the parts of the old one
 ]  # fmt: skip
 
 

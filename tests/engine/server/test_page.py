@@ -301,6 +301,28 @@ def test_a_busy_server_is_asked_again_and_other_errors_are_said(server, open_pag
     assert not opened.page.locator("#trouble").is_visible()
 
 
+def test_a_model_of_several_sizes(server, open_page) -> None:
+    opened = open_page(server.url)
+
+    def between(socket: Any) -> None:
+        upstream = socket.connect_to_server()
+
+        def down(message: Any) -> None:
+            known = not isinstance(message, str)
+            socket.send(message if known else message.replace('"sizes": ["64x64"]', '"sizes": ["64x64", "128x64"]'))
+
+        upstream.on_message(down)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().shows("a fox on a pink background")
+    assert "size" not in opened.page.evaluate("location.hash")
+    opened.page.select_option("#size", "128x64")
+    opened.says("#trouble", "draws 64x64")
+    box = opened.page.locator("#picture").bounding_box()
+    assert box is not None and abs(box["width"] - 2 * box["height"]) < 1
+    assert "size=128x64" in opened.page.evaluate("location.hash")
+
+
 def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
     (tmp_path / "keys").write_text(KEY)
     server = start_server("--api-key-file", tmp_path / "keys")
@@ -331,4 +353,5 @@ def test_the_page_and_its_parts_are_served_whole(server) -> None:
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert not re.findall(r"<[^>]+\s(?:style|on\w+)=|<script>|https?://", page.text)
         for part in re.findall(r'(?:href|src)="(page/[^"]+)"', page.text):
-            assert http.get(f"/{part}").status_code == 200, part
+            answer = http.get(f"/{part}")
+            assert answer.status_code == 200 and answer.headers["cache-control"] == "no-cache", part
