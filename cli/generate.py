@@ -32,9 +32,11 @@ def generate_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; numbered where COUNT > 1.")] = Path(
         "imagine-flash.png"
     ),
-    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
-    width: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the artifact's first size.")] = None,
-    height: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the artifact's first size.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="An artifact folder, or a student folder; by default the embedded model.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the model's first size.")] = None,
+    height: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the model's first size.")] = None,
     image: Annotated[
         Path | None, typer.Option(help="A picture to start from; it is scaled and cropped to the size.")
     ] = None,
@@ -43,7 +45,11 @@ def generate_command(
         str | None, typer.Option(metavar="0..1", help="How much of IMAGE is drawn anew; by default 0.75, 1 with MASK.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="openvino, onnxruntime, tensorrt or torch; by default the one that is done soonest.")
+        str,
+        typer.Option(
+            help="openvino, onnxruntime or tensorrt; for a student torch, torch-compile or torch-graph; by default the "
+            "one that is done soonest."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default what the backend finds.")] = "auto",
     precision: Annotated[
