@@ -35,7 +35,7 @@ from .typing_clients import LATEST, QUEUE, Typed, type_in_queue, type_latest_win
 GENERATE, HTTP, STREAM, SUBMIT = "engine.generate", "HTTP", "WebSocket", "engine.submit"
 BEFORE, BETWEEN = "before", "between malformed requests"
 SENTENCE, SHORT = "a fox on a pink background", "a fox"
-CLIENTS, LOAD_ROUNDS, SAMPLED, REFERENCE = 64, 5, 16, "onnxruntime's pictures"
+CLIENTS, LOAD_ROUNDS, SAMPLED = 64, 5, 16
 QUESTION = (
     "What does the server add to the engine, what does latest wins save while somebody types, and what do load and "
     "malformed input do to it?"
@@ -44,11 +44,10 @@ QUESTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What every part needs: the engine in this process, the same one behind a server, and one that draws the reference."""
+    """What every part needs: the engine in this process, and the same one behind a server."""
 
     folder: Path
     engine: Engine
-    reference: Engine
     server: Server
 
     def about(self, what: str, **further: object) -> dict[str, object]:
@@ -59,9 +58,11 @@ class Bench:
         return limits_of(self.engine.artifact, precision_of(self.engine))
 
     def check(self, got: Sequence[NDArray[np.uint8]], requests: Sequence[GenerateRequest]) -> Check:
-        """Pictures against the reference's of the same requests."""
-        expected = np.concatenate([self.reference.generate(request).images for request in requests])
-        return check_pictures(np.stack(got) if got else expected[:0], expected, self.limits, REFERENCE)
+        """Pictures against the engine's of the same requests, drawn alone in this process; `overhead` checks against torch's."""
+        expected = np.concatenate([self.engine.generate(request).images for request in requests])
+        return check_pictures(
+            np.stack(got) if got else expected[:0], expected, self.limits, "the engine's, drawn alone"
+        )
 
 
 def bench_serve(
@@ -78,7 +79,6 @@ def bench_serve(
         bench = Bench(
             folder=folder,
             engine=opened.enter_context(Engine.load(folder, backend=backend)),
-            reference=opened.enter_context(Engine.load(folder, backend="onnxruntime")),
             server=opened.enter_context(serving(folder, backend, max_queue=4 * CLIENTS)),
         )
         bench.engine.warm_up()
@@ -91,7 +91,8 @@ def bench_serve(
 
 
 def _parts(bench: Bench, rounds: int, quick: bool) -> list[Callable[[], Iterable[Case]]]:
-    steps = sorted({min(bench.engine.steps), max(bench.engine.steps)})
+    drawn = drawn_by_torch(bench.folder, bench.engine.artifact)
+    steps = sorted({min(drawn), max(drawn)})
     sentences, text = max(FEWEST_ROUNDS, rounds // 20), SHORT if quick else SENTENCE
     return [
         *(lambda n=n: [overhead(bench, n, rounds)] for n in steps),
@@ -280,7 +281,7 @@ def _take(found: Load, request: GenerateRequest, status: int, answer: Answer | N
 def fuzz(bench: Bench, count: int) -> Case:
     """So many malformed requests and frames in turn, a good request on a new connection after every 100th; and as many
     good ones before, to compare with. Raises ImagineFlashError for one that is not refused as it should be."""
-    request, _ = drawn_by_torch(bench.folder, bench.engine.artifact)[min(bench.engine.steps)]
+    _, (request, _) = min(drawn_by_torch(bench.folder, bench.engine.artifact).items())
     every = min(100, count // FEWEST_ROUNDS)
     drawn: dict[str, list[tuple[float, Answer]]] = {BEFORE: [], BETWEEN: []}
 
