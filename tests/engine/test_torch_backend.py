@@ -22,6 +22,7 @@ from imagine_flash.core.update import reference_update
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends import Wanted, choose
 from imagine_flash.engine.backends.torch import TorchBackend, device_of, load_student
+from imagine_flash.engine.backends.torch_modes import OnGpu
 from imagine_flash.engine.verify import verify
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, pipelines
@@ -237,6 +238,14 @@ def test_compiled_is_eager(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) 
     with torch.compiler.set_stance("fail_on_recompile"):
         drawn = walk(fast, 3)
     assert levels(drawn, walk(eager, 3)) <= 1
+
+
+def test_the_pixels_of_a_gpu_are_the_decoders(tiny_student: Path) -> None:
+    """The kernel, in its interpreter or as its reference, on what the vae gives."""
+    decoder = load_stages(tiny_student, dtype=torch.bfloat16).decoder
+    with torch.inference_mode():
+        latents = torch.from_numpy(initial_noise(0, 2, (4, 8, 8)))
+        assert torch.equal(OnGpu(decoder)(latents), decoder(latents))
 
 
 # errors
