@@ -61,8 +61,9 @@ def export_command(
     from ..export import export_student
     from ..export.options import ExportOptions, parse_batch, parse_sizes, parse_steps, read_prompts
 
+    chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision}  # names not yet checked
     options = ExportOptions(
-        name=name, formats=tuple(formats or ["onnx"]), precision=precision, steps=parse_steps(steps), opset=opset,
+        **chosen, name=name, steps=parse_steps(steps), opset=opset,
         sizes=parse_sizes(sizes), batch=parse_batch(batch), tiny_decoder=tiny_decoder, psnr=min_psnr, error=max_error,
         image_encoder=image_encoder, forms="both" if whole is None else "whole-sampler" if whole else "stages", int8=int8,
         prompts=None if check_prompts is None else read_prompts(check_prompts),

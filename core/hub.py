@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from .errors import ArtifactError, missing_extra
@@ -19,13 +20,13 @@ def local_folder(name: str | Path, *, ignore: Sequence[str] = ()) -> Path:
     if folder.exists() or not HUB_ID.fullmatch(str(name)):
         return folder
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+        hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError:
         raise missing_extra("huggingface_hub", "cpu") from None
+    known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
     try:
-        return Path(snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        return Path(hub.snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore]))
+    except known as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(
             f"{name} is no folder here and could not be fetched from the Hugging Face hub ({reason}); check the path"

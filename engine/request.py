@@ -7,9 +7,9 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..core.errors import RequestError
+from ..core.checked import Checked
 
 MAX_COUNT = 64
 MAX_SEED = 2**63 - 1
@@ -27,7 +27,7 @@ _WAYS_OUT = {
 }
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Checked):
     """A prompt and how to draw it. Keyword-only, frozen; RequestError in one line for what cannot be drawn.
 
     steps: network evaluations; None takes the most that the model was distilled for. seed: picture i of a request has the
@@ -40,7 +40,7 @@ class GenerateRequest(BaseModel):
     0 stays as it is in the image, to the bit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(strict=True)
 
     prompt: str
     steps: int | None = Field(default=None, ge=1)
@@ -56,10 +56,17 @@ class GenerateRequest(BaseModel):
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:
             del values["seed"]
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise RequestError(_one_line(error)) from None
+        super().__init__(**values)
+
+    @classmethod
+    def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:
+        """The field, what it takes, and what was given."""
+        if kind == "extra_forbidden":
+            return f"a request has no {name!r}; it has {', '.join(cls.model_fields)}"
+        if not name:
+            return message.removeprefix("Value error, ")
+        given = _described(value) if name in ("image", "mask") else "nothing" if kind == "missing" else repr(value)
+        return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {given}"
 
     @field_validator("image", mode="before")
     @classmethod
@@ -96,23 +103,6 @@ class GenerateRequest(BaseModel):
         if not prompt.strip():
             raise ValueError("empty")
         return prompt.strip()
-
-
-def _one_line(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    name = str(problem["loc"][0]) if problem["loc"] else "request"
-    if problem["type"] == "extra_forbidden":
-        return f"a request has no {name!r}; it has {', '.join(GenerateRequest.model_fields)}"
-    if not problem["loc"]:
-        return problem["msg"].removeprefix("Value error, ")
-    value = (
-        _described(problem["input"])
-        if name in ("image", "mask")
-        else "nothing"
-        if problem["type"] == "missing"
-        else repr(problem["input"])
-    )
-    return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {value}"
 
 
 def _described(picture: Any) -> str:

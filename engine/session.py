@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -29,16 +30,24 @@ class Session:
     that runs before its next call (encode | step | decode). Sequence numbers of results never go backwards.
 
     deliver: called with each result, in the engine's thread, so it must be quick. preview: each request is drawn in one
-    step first, and in its own number of steps, from the same noise, if nothing newer came meanwhile.
+    step first, and in its own number of steps, from the same noise, if nothing newer came meanwhile. patience: seconds
+    after which a request that runs is let finish beside the newest one, since somebody who types faster than the engine
+    draws would see nothing until they stop; None cancels always.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[SessionResult], None], *, preview: bool = False) -> None:
-        self.engine, self.preview = engine, preview
+    def __init__(
+        self, engine: Engine, deliver: Callable[[SessionResult], None], *, preview: bool = False,
+        patience: float | None = None,
+    ) -> None:  # fmt: skip
+        self.engine, self.preview, self.patience = engine, preview, patience
         self.replaced = 0  # requests that a newer one made obsolete
         self.newest = 0  # the highest number so far
         self._deliver = deliver
         self._lock = threading.RLock()  # a future that is cancelled calls back at once
-        self._future: Future[GenerateResult] | None = None
+        self._future: Future[GenerateResult] | None = None  # of the newest
+        self._spared: Future[GenerateResult] | None = None  # of an older one that may finish
+        self._delivered = 0  # the number of the last result
+        self._unanswered: float | None = None  # since when, perf_counter
         self._closed = False
 
     def submit(self, request: GenerateRequest, seq: int | None = None) -> int:
@@ -55,7 +64,7 @@ class Session:
                 raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}")
             first = (self.engine.preview(request) if self.preview else None) or request
             future = self.engine.submit(first)
-            self._cancel()
+            self._make_way()
             self.newest, self._future = seq, future
         future.add_done_callback(lambda done: self._arrived(seq, request, first, done))
         return seq
@@ -64,29 +73,44 @@ class Session:
         """Cancel what runs or waits; nothing is delivered afterwards."""
         with self._lock:
             self._closed = True
-            self._cancel()
+            for future in (self._future, self._spared):
+                self._cancel(future)
+            self._future = self._spared = None
 
-    def _cancel(self) -> None:
-        if self._future is not None and self._future.cancel():
+    def _make_way(self) -> None:
+        """For a newer request: cancels the newest so far, or spares it where nothing was delivered for too long."""
+        now = time.perf_counter()
+        self._unanswered = now if self._unanswered is None else self._unanswered
+        late = self.patience is not None and now - self._unanswered > self.patience
+        if late and self._spared is None and self._future is not None and not self._future.done():
+            self._spared = self._future
+        else:
+            self._cancel(self._future)
+
+    def _cancel(self, future: Future[GenerateResult] | None) -> None:
+        if future is not None and future.cancel():
             self.replaced += 1
-        self._future = None
 
     def _arrived(
         self, seq: int, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]
     ) -> None:
         with self._lock:
-            if self._closed or seq != self.newest or future is not self._future:
+            spared = future is self._spared
+            if spared:
+                self._spared = None
+            if self._closed or seq < self._delivered or not (spared or future is self._future):
                 return  # obsolete, or cancelled
             preview = drawn is not request
             try:
                 found = SessionResult(seq=seq, result=future.result(), preview=preview)
-                if preview:
+                if preview and not spared:
                     self._future = self.engine.submit(request)
             except CancelledError:
                 return
             except ImagineFlashError as error:
                 found, preview = SessionResult(seq=seq, error=error), False
-            following = self._future if preview else None
+            following = self._future if preview and not spared else None
+            self._delivered, self._unanswered = seq, None
             self._deliver(found)
         if following is not None:
             following.add_done_callback(lambda done: self._arrived(seq, request, request, done))

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..core.artifact import Size
+from ..core.checked import Checked
 from ..core.errors import ArtifactError, nearest
 from .ledger import LIMITS, Limits
 
@@ -25,7 +26,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {  # of the ONNX graphs, by what is mad
 MAX_BATCH = 63  # from 64 on, diffusers' Upsample2D takes another way
 
 
-class ExportOptions(BaseModel):
+class ExportOptions(Checked):
     """How to export. Keyword-only, frozen; ArtifactError in one line for what cannot be done.
 
     name: what the model is called; None takes the folder's. sizes: of the images, (height, width); the first is the default;
@@ -35,7 +36,7 @@ class ExportOptions(BaseModel):
     gate draws. psnr (dB) and error replace the precision's limits.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    refusal = ArtifactError
 
     name: str | None = None
     formats: tuple[Format, ...] = ("onnx",)
@@ -52,11 +53,15 @@ class ExportOptions(BaseModel):
     int8: bool = False
     image_encoder: bool = True
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ArtifactError(_one_line(error)) from None
+    @classmethod
+    def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:
+        """The option and what is wrong with it; its own validators say all of it."""
+        if kind == "extra_forbidden":
+            return f"an export has no option {name!r}{nearest(name, cls.model_fields)}"
+        message = message.removeprefix("Value error, ")
+        if kind == "value_error":
+            return message if name in ("", "opset", "batch") else f"{name} {message}"
+        return f"{name}: {message.lower()}, got {value!r}"
 
     @property
     def with_image_encoder(self) -> bool:
@@ -148,14 +153,3 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise ArtifactError(f"{path} holds no prompts; write one a line")
     return prompts
-
-
-def _one_line(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    name = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "extra_forbidden":
-        return f"an export has no option {name!r}{nearest(name, ExportOptions.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return message if name in ("", "opset", "batch") else f"{name} {message}"
-    return f"{name}: {message.lower()}, got {problem['input']!r}"

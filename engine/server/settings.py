@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from ...core.checked import Checked
 from ...core.errors import RequestError
 
 SHORTEST_KEY = 16  # characters
+KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
 
 
-class ServerSettings(BaseModel):
+class ServerSettings(Checked):
     """Keyword-only, frozen; RequestError in one line for what cannot be.
 
     api_keys: who may draw; none means everybody who reaches the port. timeout: seconds that a request may take.
@@ -20,22 +22,12 @@ class ServerSettings(BaseModel):
     allowed_origins: web pages of other hosts that may call, such as https://example.org.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     api_keys: tuple[str, ...] = ()
     timeout: float = Field(default=60.0, gt=0, le=3600)
     max_body: int = Field(default=65_536, ge=1024)
     max_upload: int = Field(default=20_000_000, ge=1024)
     max_pixels: int = Field(default=16_777_216, ge=4096)
     allowed_origins: tuple[str, ...] = ()
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = str(first["loc"][0]) if first["loc"] else "settings"
-            raise RequestError(f"{name}: {first['msg']}, got {first['input']!r}") from None
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .app import Holder
 
 PROTOCOL = "imagine-flash"
+PATIENCE = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
 TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG = 1013, 1003, 1009
 
@@ -70,7 +71,7 @@ class _Connection:
     def __init__(self, socket: WebSocket, engine: Any, settings: ServerSettings, metrics: Metrics) -> None:
         self.socket, self.engine, self.settings, self.metrics = socket, engine, settings, metrics
         self.mailbox = Mailbox()
-        self.session = Session(engine, self.mailbox.put)
+        self.session = Session(engine, self.mailbox.put, patience=PATIENCE)
         self.formats: dict[int, Format] = {}  # of the requests that may still be answered
         self._sending = asyncio.Lock()
 
@@ -110,7 +111,7 @@ class _Connection:
                 **sides(asked.size),
             )
             self.session.preview = asked.preview
-            self.formats = {n: kind for n, kind in self.formats.items() if n >= self.session.newest}
+            self.formats = {n: kind for n, kind in list(self.formats.items())[-8:]}
             self.formats[asked.seq] = asked.format
             await asyncio.to_thread(self.session.submit, wanted, asked.seq)
         except ValidationError as error:

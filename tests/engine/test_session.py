@@ -84,6 +84,26 @@ def test_a_newer_request_cancels_at_the_next_boundary(
     assert drawn == 1 + (stage == "decode"), "the one that ran is stopped at the next call, those that waited never run"
 
 
+def test_patience_lets_one_older_picture_through(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typing faster than the engine draws: without it nothing would be shown until the typing stops."""
+    inbox = Inbox()
+    session = Session(engine, inbox, patience=0.05)
+    entered, go = hold(engine, monkeypatch, "denoise")
+    for prompt in ("a cat", "a cat on", "a cat on a"):  # within the patience: each cancels the one before
+        session.submit(ask(prompt))
+    assert entered.wait(20)
+    time.sleep(0.06)
+    for prompt in ("a cat on p", "a cat on pi", "a cat on pink"):  # 3 is spared, 4 and 5 are not
+        session.submit(ask(prompt))
+    assert session.replaced == 4
+    go.set()
+    inbox.until(6)
+    assert [found.seq for found in inbox.found] == [3, 6]
+    session.submit(ask("a dog"))
+    session.submit(ask("a dog on pink"))
+    assert inbox.until(8) and [found.seq for found in inbox.found][-1] == 8, "after a picture patience begins anew"
+
+
 def test_the_preview_comes_first_and_only_while_it_is_the_newest(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,13 +182,18 @@ def test_after_close_nothing_is_delivered(engine: Engine, monkeypatch: pytest.Mo
 ACTION = st.tuples(st.integers(0, 2), st.sampled_from(["submit", "submit", "submit", "bad", "pause", "crash"]))
 
 
-@given(actions=st.lists(ACTION, max_size=25), preview=st.booleans(), seed=st.integers(0, 99))
+@given(
+    actions=st.lists(ACTION, max_size=25), preview=st.booleans(), seed=st.integers(0, 99),
+    patience=st.sampled_from([None, 0.0, 0.01]),
+)  # fmt: skip
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_the_interleaving(engine: Engine, actions: list[tuple[int, str]], preview: bool, seed: int) -> None:
+def test_whatever_the_interleaving(
+    engine: Engine, actions: list[tuple[int, str]], preview: bool, seed: int, patience: float | None
+) -> None:
     """Three sessions on one engine, typed into by threads of their own, with requests refused and calls that crash."""
     rng = random.Random(seed)
     inboxes = [Inbox() for _ in range(3)]
-    sessions = [Session(engine, inbox, preview=preview) for inbox in inboxes]
+    sessions = [Session(engine, inbox, preview=preview, patience=patience) for inbox in inboxes]
     newest, inner, crashes = [0, 0, 0], engine.backend.denoise, threading.Event()
 
     def denoise(*args):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -129,7 +130,7 @@ def test_the_image_encoder_equals_the_pipelines_own(artifact, student):
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = AutoencoderKL.from_pretrained(student / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(student / "vae")
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(images.astype(np.float32) / 255)
     expected = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
