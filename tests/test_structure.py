@@ -87,13 +87,12 @@ def test_the_reader_of_imports_sees_them(source, file, rooms):
 
 
 def test_the_runtime_reads_pipelines_in_one_place():
-    """They need torch, and so does what imports them; but for the hub, which is asked for a folder."""
-
-    def reads(name: tuple[str, ...]) -> bool:
-        return name[:2] == ("imagine_flash", "pipelines") and name[2:3] != ("hub",)
-
-    files = [f for f in package_files() if f.parts[0] == "engine"]
-    readers = [str(f) for f in files if any(map(reads, imported_modules((ROOT / f).read_text("utf-8"), f)))]
+    """It needs torch; so does what imports it."""
+    readers = [
+        str(f) for f in package_files()
+        if f.parts[0] == "engine"
+        and any(name[:2] == ("imagine_flash", "pipelines") for name in imported_modules((ROOT / f).read_text("utf-8"), f))
+    ]  # fmt: skip
     assert readers == ["engine/backends/torch.py"]
 
 
