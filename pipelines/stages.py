@@ -38,7 +38,7 @@ class Decoder(torch.nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae, self.dtype = vae, vae.dtype
+        self.vae = vae
         config = vae.config
         self.scaling_factor = float(config.scaling_factor)
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -54,7 +54,7 @@ class Decoder(torch.nn.Module):
         z = latents * self.scale
         if self.shifted:
             z = z + self.shift
-        return self.vae.decode(cast(z, self.dtype), return_dict=False)[0]
+        return self.vae.decode(cast(z, self.vae.dtype), return_dict=False)[0]
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         pixels = (cast(self.decode(latents), torch.float32) * 127.5 + 127.5).clamp(0.0, 255.0).round()
@@ -72,13 +72,13 @@ class ImageEncoder(torch.nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.vae, self.dtype = decoder.vae, decoder.dtype
+        self.vae = decoder.vae
         self.register_buffer("scale", decoder.scale, persistent=False)
         self.register_buffer("shift", decoder.shift, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0
-        encoded = self.vae.encode(cast(pixels, self.dtype))
+        encoded = self.vae.encode(cast(pixels, self.vae.dtype))
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return (cast(z, torch.float32) - self.shift) / self.scale
 
