@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,12 +145,13 @@ class Candidate:
 
 def measure(
     candidates: Sequence[Candidate], *, baseline: str, check: Callable[[Candidate], Check], case: Mapping[str, Any],
-    warm_up: int = 10, n: int = 100, repeats: int | None = None, clock: Clock | None = None,
+    warm_up: int = 10, n: int = 100, repeats: int | None = None, clock: Clock | None = None, rest: float = 0.0,
 ) -> Case:  # fmt: skip
     """Checks every candidate, warms up, then times n rounds of all in their order, the garbage collector paused.
 
     A timing is of `repeats` calls; by default as many, a power of two, as make the fastest candidate's timing last 200
-    microseconds. The clock is the host's unless `clock_for` gave another. Raises ImagineFlashError for a failed check.
+    microseconds. The clock is the host's unless `clock_for` gave another. rest: seconds of sleep before each timing, for
+    threads that the candidate before left spinning. Raises ImagineFlashError for a failed check.
     """
     names = [candidate.name for candidate in candidates]
     _refuse_settings(names, baseline, warm_up, n, repeats)
@@ -161,7 +163,7 @@ def measure(
             for candidate in candidates:
                 _seconds(candidate, 1, clock)
         repeats = repeats or _enough_repeats(candidates, clock)
-        rounds = [[_seconds(candidate, repeats, clock) for candidate in candidates] for _ in range(n)]
+        rounds = [[_seconds(candidate, repeats, clock, rest) for candidate in candidates] for _ in range(n)]
     return Case(
         case=parameters, baseline=baseline, warm_up=warm_up, repeats=repeats, checks=checks,
         timings=_timings(names, np.array(rounds) / repeats, baseline, repeats),
@@ -230,9 +232,11 @@ def _garbage_collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _seconds(candidate: Candidate, repeats: int, clock: Clock) -> float:
+def _seconds(candidate: Candidate, repeats: int, clock: Clock, rest: float = 0.0) -> float:
     """One timing, of `repeats` calls together; `clock.seconds` waits for the device."""
     run = candidate.run
+    if rest:
+        time.sleep(rest)
     start = clock.mark()
     for _ in range(repeats):
         run()

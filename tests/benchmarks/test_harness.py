@@ -94,6 +94,20 @@ def test_candidates_take_turns_in_their_order() -> None:
     assert (case.warm_up, case.baseline, case.repeats) == (2, "B", 1)
 
 
+def test_a_rest_is_before_each_timing_and_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+
+    def sleep(seconds: float) -> None:
+        clock.calls.append("rest")
+        clock.now += seconds
+
+    monkeypatch.setattr("imagine_flash.benchmarks.harness.time.sleep", sleep)
+    candidates = [clock.candidate(name, 0.001) for name in "AB"]
+    case = measure(candidates, baseline="A", check=right, case={}, warm_up=1, n=5, repeats=1, clock=clock, rest=0.02)
+    assert clock.calls == ["A", "B", *["rest", "A", "rest", "B"] * 5]
+    assert case["A"].p50_us == case["B"].p50_us == 1000
+
+
 def test_repeats_make_the_fastest_timing_long_enough_and_are_the_same_for_all() -> None:
     """30 microseconds need 8 calls (7 give 210, and we double); the time is per call."""
     clock = FakeClock()
