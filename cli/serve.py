@@ -66,7 +66,8 @@ def serve_command(
 
     config = uvicorn.Config(
         create_app(load, settings), host=host, port=port, log_level="warning", access_log=False, ws="websockets-sansio",
-        ws_max_size=settings.max_body, ws_ping_interval=20, timeout_graceful_shutdown=30, server_header=False,
+        ws_max_size=settings.max_body, ws_ping_interval=20, timeout_keep_alive=75, timeout_graceful_shutdown=30,
+        server_header=False,
     )  # fmt: skip
     server = uvicorn.Server(config)
     if not _is_loopback(host) and not keys:

@@ -131,7 +131,7 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
         return _model(holder)
 
     async def _draw(wanted: GenerateRequest, kind: Format, request: Request) -> Response:
-        result = await _until_gone(asyncio.ensure_future(holder.get().agenerate(wanted)), request)
+        result = await _until_gone(asyncio.wrap_future(holder.get().submit(wanted)), request)
         metrics.observe(result)
         files = await encode_all(result.images, kind)
         return Response(_response(result, files, kind).model_dump_json(), media_type="application/json")
@@ -167,10 +167,8 @@ def check_model(holder: Holder, name: str | None) -> None:
 async def _until_gone(drawing: asyncio.Future[GenerateResult], request: Request) -> GenerateResult:
     """The result; a client that hangs up cancels the work."""
     gone = asyncio.ensure_future(_disconnected(request))
+    gone.add_done_callback(lambda _: drawing.cancel())
     try:
-        await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not drawing.done():
-            drawing.cancel()
         return await drawing
     finally:
         gone.cancel()
