@@ -49,7 +49,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     packer = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
-    chunks = {b"IHDR": header, b"IDAT": packer.compress(filtered) + packer.flush(), b"IEND": b""}
+    chunks = {b"IHDR": header, b"IDAT": packer.compress(filtered.data) + packer.flush(), b"IEND": b""}
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()
