@@ -105,12 +105,14 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
             PAGE / "index.html", headers={"content-security-policy": "default-src 'self'; img-src 'self' blob: data:"}
         )
 
-    @app.get("/healthz", tags=["operations"])
+    @app.get("/healthz", tags=["operations"], response_class=PlainTextResponse)
     async def healthz() -> PlainTextResponse:
         """The process answers."""
         return PlainTextResponse("ok")
 
-    @app.get("/readyz", tags=["operations"], responses={503: {"description": "loading, or failing"}})
+    @app.get(
+        "/readyz", tags=["operations"], response_class=PlainTextResponse, responses={503: {"description": "loading, or failing"}}
+    )  # fmt: skip
     async def readyz() -> PlainTextResponse:
         """The model is loaded and warm, and did not fail three times in a row."""
         try:

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from ...core.errors import BusyError, EngineError, ExpiredError, ImagineFlashError
+
+
+class Error(BaseModel):
+    """What is wrong; param: the value to blame; code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every answer of 400 and above holds, for the OpenAPI document."""
+
+    error: Error
 
 
 def error_body(message: str, *, code: str | None, status: int, param: str | None = None) -> dict[str, Any]:

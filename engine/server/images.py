@@ -8,13 +8,15 @@ import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFile
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...core.artifact import Size, size_name
 from ...core.errors import RequestError
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
+from .errors import ErrorBody
 from .metrics import Metrics
 from .pictures import Format, encode_all, read_image, read_mask
 from .settings import ServerSettings
@@ -84,7 +86,9 @@ class ModelList(BaseModel):
 
 def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) -> APIRouter:
     """The routes of one engine."""
-    router = APIRouter(tags=["images"], responses={code: {"description": text} for code, text in ERRORS.items()})
+    errors = {code: {"description": text, "model": ErrorBody} for code, text in ERRORS.items()}
+    asked = [Depends(HTTPBearer(auto_error=False, description="One of the server's keys."))]
+    router = APIRouter(tags=["images"], responses=errors, dependencies=asked if settings.api_keys else [])
 
     @router.post("/v1/images/generations", response_model=ImageResponse)
     async def generations(asked: ImageRequest, request: Request) -> Response:
@@ -139,9 +143,10 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
     return router
 
 
-ERRORS = {
+ERRORS: dict[int | str, str] = {
     400: "a value that cannot be drawn", 401: "no valid key", 403: "a page of another host", 404: "no such model",
     413: "too large", 429: "too many wait: see Retry-After", 503: "loading or failing: see Retry-After", 504: "not in time",
+    "4XX": "what else a request may have wrong",
 }  # fmt: skip
 
 
