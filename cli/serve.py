@@ -6,12 +6,16 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import ImagineFlashError, RequestError
 from .common import needs, say
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings
 
 
 def serve_command(
@@ -36,29 +40,52 @@ def serve_command(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may call; may be repeated.")
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Processor threads of a network call; by default all there are.")
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run replicas on Ray Serve: here, or in the cluster of RAY_ADDRESS.")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(help="Of --ray; by default as many as the load needs, up to one per GPU or machine.")
+    ] = None,
 ) -> None:
     """Serve the model: a page that draws while you type, and an OpenAI-style image API."""
     needs("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart", "PIL")
-    import uvicorn
-
-    from ..engine import Engine
-    from ..engine.server import ServerSettings, create_app
-    from ..engine.server.settings import read_keys
+    from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings, read_keys
 
     if not 0 <= port <= 65535:
         raise RequestError(f"--port must be 0 to 65535, got {port}")
-    if max_queue < 1:
-        raise RequestError(f"--max-queue must be at least 1, got {max_queue}")
-    keys = () if api_key_file is None else read_keys(api_key_file)
-    settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=tuple(allow_origin or ()))
+    if replicas is not None and (replicas < 1 or not ray):
+        raise RequestError(f"--replicas must be at least 1 and go with --ray, got {replicas}")
+    engine: dict[str, Any] = {
+        "model": model, "backend": backend, "device": device, "precision": precision, "max_queue": max_queue,
+        "max_batch": max_batch, "threads": threads,
+    }  # fmt: skip
+    origins = tuple(allow_origin or ())
+    if not _is_loopback(host) and api_key_file is None:
+        say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
+    if ray:
+        needs("ray", "ray")
+        asked = RaySettings(**engine, api_key_file=api_key_file, timeout=timeout, allowed_origins=origins)
+        _serve_on_ray(asked, host, port, replicas)
+    else:
+        keys = () if api_key_file is None else read_keys(api_key_file)
+        settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=origins)
+        _serve_here(EngineSettings(**engine), settings, host, port)
+
+
+def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, port: int) -> None:
+    """Until a signal ends it. Raises what loading the model raises."""
+    import uvicorn
+
+    from ..engine.server import create_app
 
     failed: list[ImagineFlashError] = []
 
     def load() -> Engine:
         try:
-            return Engine.load(
-                model, backend=backend, device=device, precision=precision, max_batch=max_batch, max_waiting=max_queue
-            )
+            return engine.load()
         except ImagineFlashError as error:
             failed.append(error)
             server.should_exit = True
@@ -70,15 +97,26 @@ def serve_command(
         server_header=False,
     )  # fmt: skip
     server = uvicorn.Server(config)
-    if not _is_loopback(host) and not keys:
-        say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
     listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    say(f"http://{shown}:{listening.getsockname()[1]}")
+    say(_url(host, listening))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
+
+
+def _serve_on_ray(settings: RaySettings, host: str, port: int, replicas: int | None) -> None:
+    """Until a signal ends it; the URL is said once it draws. Raises ImagineFlashError."""
+    from ..engine.server.ray_run import run
+
+    with _listen(host, port) as free:  # what listens in the end is a process of Ray's
+        url, port = _url(host, free), free.getsockname()[1]
+    run(settings, host=host, port=port, replicas=replicas, ready=lambda: say(url))
+
+
+def _url(host: str, listening: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listening.getsockname()[1]}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

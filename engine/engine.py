@@ -74,7 +74,7 @@ class Engine:
     def load(
         cls, path: str | Path | None = None, *, backend: str = "auto", device: str = "auto", precision: str = "auto",
         route: Route = "stages", sizes: Sequence[Size] | None = None, max_batch: int | None = None,
-        max_waiting: int = MAX_WAITING, prompt_cache_bytes: int = DEFAULT_BYTES,
+        max_waiting: int = MAX_WAITING, prompt_cache_bytes: int = DEFAULT_BYTES, threads: int | None = None,
     ) -> Engine:  # fmt: skip
         """Load an artifact, by default the embedded model, after checking every file's hash; or a student, which runs in
         torch. path: a folder, or a hub id ("owner/name") that is downloaded.
@@ -83,7 +83,8 @@ class Engine:
         that was. sizes: of the artifact's, (height, width), those that will be asked for; None takes all, of a student the
         networks' own. max_batch: pictures of one network call; None takes the most that the artifact was checked with, of
         a student 4. max_waiting: pictures that may wait before requests are refused. prompt_cache_bytes: room for
-        embeddings of the prompts seen last; 0 encodes every time.
+        embeddings of the prompts seen last; 0 encodes every time. threads: of the processor, for one network call; None
+        takes all that this process may use.
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
         backend that is not installed.
         """
@@ -96,7 +97,7 @@ class Engine:
             from .backends.torch import load_student
 
             max_batch = _max_batch(STUDENT_BATCH if max_batch is None else max_batch, STUDENT_BATCHES)
-            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))
+            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
             loaded, tokenizer, model = load_student(folder, backend, wanted, sizes)
         else:
             model = manifest = read_artifact_manifest(folder)
@@ -104,7 +105,7 @@ class Engine:
             backend = choose(backend, manifest, device, folder)
             if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
                 precision = "bf16"
-            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch))
+            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
             loaded = load_backend(backend, folder, manifest, wanted)
             tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
         engine = cls(

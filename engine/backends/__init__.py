@@ -30,18 +30,22 @@ Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest.
+    threads: processor threads of a network call; None leaves it to the backend, which takes all it may use.
 
-    Raises ArtifactError for an unknown precision.
+    Raises ArtifactError for an unknown precision, or less than one thread.
     """
 
     device: str = "auto"
     precision: str = "auto"
     batches: tuple[int, ...] = (1,)
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ArtifactError(f"no precision {self.precision!r}{nearest(self.precision, PRECISIONS)}; known: {known}")
+        if self.threads is not None and self.threads < 1:
+            raise ArtifactError(f"threads must be at least 1, got {self.threads}")
 
 
 class Backend(Protocol):

@@ -35,14 +35,17 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
                 f"onnxruntime computes in the graphs' own precision, {manifest.precision}; for {wanted.precision} run "
                 f"'imagine-flash export STUDENT OUT --precision {wanted.precision}'"
             )
+        self.threads = wanted.threads
         self.device, self._providers = _providers(onnxruntime, wanted.device)
 
     def describe(self) -> str:
-        return f"onnxruntime {self._library.__version__} on {self.device}, {self.manifest.precision}"
+        threads = "" if self.threads is None else f", {self.threads} threads"
+        return f"onnxruntime {self._library.__version__} on {self.device}, {self.manifest.precision}{threads}"
 
     def open(self, graph: str, batch: int) -> Run:
         options = self._library.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads or 0  # 0: as many as there are cores
         large = max(map(_size, self.folder.glob("*.bin")), default=0) > LARGE
         options.enable_mem_reuse = large  # planning it takes five sixths of loading an unrolled graph: decision 004
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too

@@ -49,9 +49,10 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         if self.precision not in HINTS or (self.precision == "bf16" and "BF16" not in native):
             there = "fp32, bf16" if "BF16" in native else "fp32"
             raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {self.precision}")
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self.precision],
-            "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+            "INFERENCE_NUM_THREADS": wanted.threads or allowed,
         }  # fmt: skip
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)

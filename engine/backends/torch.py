@@ -49,12 +49,15 @@ DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 def load_student(
     folder: Path, backend: str, wanted: Wanted, sizes: Sequence[Size] | None
 ) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:  # fmt: skip
-    """What an engine is made of, from a student folder. sizes: by default the networks' own.
+    """What an engine is made of, from a student folder. sizes: by default the networks' own. wanted.threads is set for the
+    whole process, as torch knows no other way.
 
     Raises ArtifactError, ScheduleError, MissingExtraError.
     """
     student = read_student_manifest(folder)
     device = device_of(wanted.device)
+    if wanted.threads is not None:
+        torch.set_num_threads(wanted.threads)
     precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if wanted.precision == "auto" else wanted.precision
     stages = load_stages(folder, dtype=DTYPES[precision])
     for size in sizes or ():

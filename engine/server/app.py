@@ -116,17 +116,21 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
     async def readyz() -> PlainTextResponse:
         """The model is loaded and warm, and did not fail three times in a row."""
         try:
-            failing = holder.get().batcher.failed_in_a_row
+            check_ready(holder)
         except EngineError as error:
             return PlainTextResponse(str(error), status_code=503, headers={"retry-after": "1"})
-        if failing >= 3:
-            return PlainTextResponse(f"the last {failing} requests failed in the backend", status_code=503)
         return PlainTextResponse("ready")
 
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return Response(metrics.render(), media_type=metrics.content_type)
+
+
+def check_ready(holder: Holder) -> None:
+    """Raises EngineError while there is no model, and after three failures of the backend in a row."""
+    if (failing := holder.get().batcher.failed_in_a_row) >= 3:
+        raise EngineError(f"the last {failing} requests failed in the backend")
 
 
 def _errors(app: FastAPI) -> None:

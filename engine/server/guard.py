@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import re
 import secrets
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from .settings import ServerSettings
 
 OPEN = ("/", "/healthz", "/readyz", "/page/", "/docs", "/openapi.json", "/metrics")  # without a key
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")  # of a proxy in front, so that its log and ours agree
 LOG = logging.getLogger("imagine_flash.server")
 
 
@@ -31,7 +33,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, headers = time.perf_counter(), _headers(scope)
-        request_id = secrets.token_hex(8)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         status = [0]
 

@@ -7,11 +7,34 @@ from pathlib import Path
 
 from pydantic import Field
 
+from ...core.artifact import read_artifact_manifest
 from ...core.checked import Checked
 from ...core.errors import RequestError
+from ...core.hub import local_folder
+from ..backends import choose, runs_student
+from ..engine import EMBEDDED, Engine
 
 SHORTEST_KEY = 16  # characters
 KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
+
+
+class EngineSettings(Checked):
+    """What `Engine.load` is asked for: by a server once, on Ray by every replica. max_queue: pictures that may wait."""
+
+    model: Path | str | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    max_batch: int | None = Field(default=None, ge=1)
+    max_queue: int = Field(default=64, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+
+    def load(self) -> Engine:
+        """Raises ArtifactError, MissingExtraError."""
+        return Engine.load(
+            self.model, backend=self.backend, device=self.device, precision=self.precision, max_batch=self.max_batch,
+            max_waiting=self.max_queue, threads=self.threads,
+        )  # fmt: skip
 
 
 class ServerSettings(Checked):
@@ -28,6 +51,26 @@ class ServerSettings(Checked):
     max_upload: int = Field(default=20_000_000, ge=1024)
     max_pixels: int = Field(default=16_777_216, ge=4096)
     allowed_origins: tuple[str, ...] = ()
+
+
+class RaySettings(EngineSettings):
+    """The arguments of one replica on Ray. api_key_file: as all files, at the same place on every machine."""
+
+    api_key_file: Path | None = None
+    timeout: float = Field(default=60.0, gt=0, le=3600)
+    allowed_origins: tuple[str, ...] = ()
+
+    def server(self) -> ServerSettings:
+        """Raises RequestError."""
+        keys = () if self.api_key_file is None else read_keys(self.api_key_file)
+        return ServerSettings(api_keys=keys, timeout=self.timeout, allowed_origins=self.allowed_origins)
+
+    def check(self) -> None:
+        """What a replica would find wrong in its first second, before any is started. Raises ImagineFlashError."""
+        self.server()
+        folder = EMBEDDED if self.model is None else local_folder(self.model)
+        if not runs_student(self.backend, folder):
+            choose(self.backend, read_artifact_manifest(folder), self.device, folder)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

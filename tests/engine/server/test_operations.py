@@ -87,7 +87,7 @@ def test_what_cannot_be_served(tiny_artifact: Path, tmp_path: Path) -> None:
         (["--host", "example.org"], "host must be an address"),
         (["--port", "70000"], "70000"),
         (["--timeout", "-1"], "timeout"),
-        (["--max-queue", "0"], "--max-queue must be at least 1, got 0"),
+        (["--max-queue", "0"], "max_queue: Input should be greater than or equal to 1, got 0"),
         (["--backend", "cuda"], "no backend 'cuda'"),
         (["--api-key-file", tmp_path / "none"], "cannot read the keys"),
         (["--api-key-file", tmp_path / "empty"], "holds no key"),

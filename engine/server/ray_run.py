@@ -1,0 +1,99 @@
+"""`imagine-flash serve --ray`: Ray Serve with one engine per replica, until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ...core.errors import EngineError, RequestError, missing_extra
+from .settings import RaySettings
+
+ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__package__}.ray_app:middlewares",
+    "RAY_DEDUP_LOGS": "0",  # one line per request, as without Ray
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody, unless the user wants it
+}
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)  # read when ray is imported
+
+try:
+    import ray
+    from ray import serve
+except ImportError:
+    raise missing_extra("ray", "ray") from None
+
+from .ray_app import NAME, QUIET, deployment  # noqa: E402
+
+PER_REPLICA = 16  # requests and open WebSockets of a replica, above which another is started
+
+
+def run(
+    settings: RaySettings, *, host: str, port: int, replicas: int | None = None, ready: Callable[[], None]
+) -> None:  # fmt: skip
+    """Serve until SIGTERM or SIGINT, in a Ray of its own, or in the cluster that RAY_ADDRESS names; what was accepted is
+    drawn before it ends. replicas: None scales with the load, up to one per GPU, or per machine where there is none.
+    ready: called once requests are answered. Raises RequestError for what the machines cannot hold, EngineError where no
+    replica starts.
+    """
+    settings.check()
+    with _ray(host, port):
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        machines = sum(bool(node["Alive"]) for node in ray.nodes())
+        options = placement(ray.cluster_resources(), machines, settings, replicas)
+        try:
+            serve.run(deployment(settings, **options), name=NAME)
+        except RuntimeError:
+            raise EngineError(f"no replica starts: {_reason()}") from None
+        ready()
+        stop.wait()
+        serve.delete(NAME)
+
+
+def placement(
+    resources: Mapping[str, float], machines: int, settings: RaySettings, replicas: int | None
+) -> dict[str, Any]:
+    """How many replicas, and what each is given of the cluster's resources: a GPU where there are any, else a share of the
+    processors. Raises RequestError where they do not fit."""
+    cpus, gpus = resources.get("CPU", 1), int(resources.get("GPU", 0))
+    on_gpu = gpus > 0 and settings.device != "cpu"
+    most = gpus if on_gpu else machines
+    if on_gpu and (replicas or 0) > gpus:
+        raise RequestError(f"--replicas {replicas} need a GPU each; Ray has {gpus}")
+    share = cpus / (replicas or most)
+    wanted = min(settings.threads or share, share)
+    options = {"num_cpus": wanted if wanted < 1 else int(wanted), "num_gpus": int(on_gpu)}
+    if replicas is not None:
+        return {"num_replicas": replicas, "ray_actor_options": options}
+    scaling = {"min_replicas": 1, "max_replicas": most, "target_ongoing_requests": PER_REPLICA, "upscale_delay_s": 5}
+    return {"autoscaling_config": scaling, "ray_actor_options": options}
+
+
+def _reason() -> str:
+    """What the last replica that failed said last."""
+    said = serve.status().applications[NAME].deployments[NAME].message.strip().splitlines() or ["see Ray's logs"]
+    return re.sub(r"^[\w.]+(Error|Exception): ", "", said[-1].strip())
+
+
+@contextmanager
+def _ray(host: str, port: int) -> Iterator[None]:
+    """Ray with Serve's proxies listening."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"Ray does not start: {str(error).splitlines()[0]}") from None
+    try:
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
+        yield
+    finally:
+        if "RAY_ADDRESS" in os.environ:
+            serve.shutdown()  # the cluster stays
+        ray.shutdown()

@@ -1,0 +1,160 @@
+"""Two replicas on Ray Serve, in processes of their own: what a replica that dies, and an end under load, do to those who asked."""
+
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from threading import Event
+
+import httpx
+import psutil
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+pytestmark = pytest.mark.slow
+if sys.platform == "win32":
+    pytest.skip("Ray's own support of Windows is experimental", allow_module_level=True)
+
+CLIENTS = 8
+
+
+@pytest.fixture(scope="module")
+def cluster(start_server, tiny_artifact: Path):
+    server = start_server("--model", tiny_artifact, "--ray", "--replicas", "2", seconds=150)
+    wait_for(lambda: f"{server.url}\n" in server.log.read_text())  # both draw, not only the first
+    return server
+
+
+def processes(server, name: str) -> list[psutil.Process]:
+    """Of Ray, under this server."""
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in found if name in " ".join(process.cmdline())]
+
+
+def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < limit, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+def draw_until(server, over: Callable[[], bool], number: int, closing: Event | None = None) -> Counter[object]:
+    """What a client is answered that asks for one picture after the other; every picture is of the seed it asked for. A
+    connection may break only for a request that was sent after `closing` was set."""
+    got: Counter[object] = Counter()
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        while not over():
+            seed, late = 10_000 * number + got.total(), closing is not None and closing.is_set()
+            try:
+                answer = http.post("/v1/images/generations", json={"prompt": "a cat", "seed": seed})
+            except httpx.TransportError:
+                assert late
+                return got
+            got[answer.status_code] += 1
+            if answer.status_code == 200:
+                assert answer.json()["data"][0]["seed"] == seed
+            else:
+                assert answer.json()["error"]["type"] == "server_error" and answer.headers["retry-after"] == "1"
+                time.sleep(0.1)
+    return got
+
+
+def stream(server) -> AbstractContextManager[ClientConnection]:
+    return connect(server.url.replace("http", "ws") + "/v1/stream")
+
+
+def draws(socket: ClientConnection, seq: int) -> bool:
+    """Whether it draws; no where it was closed, which must be by "service restart"."""
+    try:
+        socket.send(json.dumps({"seq": seq, "prompt": "a cat"}))
+        while not isinstance(said := socket.recv(60), bytes):
+            assert json.loads(said)["type"] == "ready"
+        return True
+    except ConnectionClosed as closed:
+        assert closed.rcvd is not None and closed.rcvd.code == 1012, closed
+        return False
+
+
+def test_a_replica_that_dies_takes_no_request_with_it(cluster) -> None:
+    before = processes(cluster, "ray::ServeReplica")
+    assert len(before) == 2
+    stop = time.monotonic() + 12
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool, ExitStack() as opened:
+        sockets = [opened.enter_context(stream(cluster)) for _ in range(6)]  # spread over both, and bound to one each
+        assert all(draws(socket, 1) for socket in sockets)
+        clients = [pool.submit(draw_until, cluster, lambda: time.monotonic() > stop, n) for n in range(CLIENTS)]
+        time.sleep(3)
+        before[0].kill()
+        time.sleep(1)
+        left = [socket for socket in sockets if draws(socket, 2)]
+        assert 0 < len(left) < len(sockets)  # those of the other replica never noticed
+        found = sum((client.result() for client in clients), Counter())
+    assert set(found) <= {200, 503} and found[200] > 20, found
+    wait_for(lambda: len(processes(cluster, "ray::ServeReplica")) == 2 and before[0] not in processes(cluster, "ray::"))
+    with stream(cluster) as again:
+        assert draws(again, 1)
+
+
+def test_metrics_of_all_replicas_reach_prometheus_through_ray(cluster) -> None:
+    (raylet,) = processes(cluster, "--session_dir=")
+    (session,) = {part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--session_dir=")}
+    (port,) = {file.read_text().strip() for file in Path(session).glob("metrics_export_port_*")}
+
+    def replicas() -> set[str]:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        return set(re.findall(r'ray_imagine_flash_ready\{.*replica="(\w+)".*\} 1', text))
+
+    wait_for(lambda: len(replicas()) >= 2)
+
+
+def test_sigterm_under_load_draws_what_was_accepted(cluster) -> None:
+    closing = Event()
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        over = cluster.process.poll
+        clients = [pool.submit(draw_until, cluster, lambda: over() is not None, n, closing) for n in range(CLIENTS)]
+        time.sleep(2)
+        closing.set()
+        cluster.process.send_signal(signal.SIGTERM)
+        assert cluster.process.wait(60) == 0
+        found = sum((client.result() for client in clients), Counter())
+    assert set(found) <= {200, 503} and found[200] > 5, found
+
+
+def test_a_serve_config_runs_it(tmp_path: Path) -> None:
+    """deploy/ray-serve.yaml as a stranger would try it, at a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = Path(__file__).parents[3] / "deploy" / "ray-serve.yaml"
+    text = config.read_text()
+    (tmp_path / "serve.yaml").write_text(text.replace("port: 8000", f"port: {port}"))
+    ((variable, function),) = re.findall(r"export (\w+)=(\S+)", text)
+    command = [Path(sys.executable).with_name("serve"), "run", tmp_path / "serve.yaml"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, variable: function}, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+
+        def ready() -> bool:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(ready, 120)
+        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "seed": 1}, timeout=60)
+        assert answer.status_code == 200 and answer.json()["data"][0]["seed"] == 1
+    finally:
+        process.terminate()
+        process.wait(60)
