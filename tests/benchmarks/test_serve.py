@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imagine_flash.benchmarks.harness import Check, case_of, read_record
-from imagine_flash.benchmarks.malformed import KINDS, malformed
+from imagine_flash.benchmarks.serving.malformed import KINDS, malformed
 from imagine_flash.core.errors import ImagineFlashError
 
 CODE = "from imagine_flash.cli import main; main()"
@@ -31,6 +31,7 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
             read_record(out.with_suffix(".json")).rows}  # fmt: skip
     assert list(rows) == [
         ("overhead", 1), ("overhead", 3), ("typing", 1), ("typing", 4), ("load", 1), ("malformed requests", 0),
+        ("overhead on Ray", 1), ("load on Ray", 1),
     ]  # fmt: skip
     for way in ("HTTP", "WebSocket"):
         extra = rows["overhead", 3].extra[way]
@@ -43,6 +44,9 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     assert rows["typing", 4].extra["every key in turn"]["pictures drawn"] == 5 * 8
     load = rows["load", 1].extra["HTTP"]
     assert {**load, "MB grown": 0} == {"lost": 0, "doubled": 0, "5xx": 0, "429 repeated": 0, "MB grown": 0}
+    for way in ("HTTP", "HTTP, Ray Serve"):
+        assert rows["overhead on Ray", 1].extra[way]["overhead p50 ms"] > 0
+        assert rows["load on Ray", 1].extra[way]["lost"] == rows["load on Ray", 1].extra[way]["doubled"] == 0
     outcomes = rows["malformed requests", 0].extra["between malformed requests"]
     assert sum(outcomes.values()) == 200 and {"400", "413", "closed 1002", "error message"} < outcomes.keys()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

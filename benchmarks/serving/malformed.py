@@ -1,28 +1,23 @@
-"""Malformed requests and frames, the same ones for the same seed, and what a server does with each.
+"""Malformed requests and frames, the same ones for the same seed.
 
 Everything is made so that it cannot be right: what is cut off is never whole, and what is random stands where a value is
-needed. So an answer of 200 is the server's fault, as is 5xx, or silence where an answer is due.
+needed.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import BinaryIO
 
-from ..core.errors import ImagineFlashError
-from .serve_clients import GENERATIONS
+from .clients import GENERATIONS
 
 EDITS, STREAM = "/v1/images/edits", "/v1/stream"
 LONGEST_MESSAGE = 65_536  # bytes that the server takes
-SILENCE = 20.0  # seconds without the answer that is due
-HUNG_UP = "hung up"  # the client did, in the middle of something, or the server before it had read all of too much
 COMMON = {"prompt": "a cat", "seed": 7, "steps": 1}
 DRAWING = COMMON | {"n": 1, "size": "64x64", "output_format": "png", "user": "somebody"}
 TYPING = COMMON | {"seq": 1, "format": "png", "preview": False}
@@ -44,66 +39,6 @@ def malformed(count: int, seed: int) -> Iterator[Malformed]:
     rng = random.Random(seed)
     for i in range(count):
         yield KINDS[i % len(KINDS)](rng)
-
-
-def outcome(port: int, sent: Malformed) -> str:
-    """What the server does: "400" and the like, "closed 1002" and the like, "error message" or HUNG_UP.
-
-    Raises ImagineFlashError for anything that is neither a refusal nor allowed silence.
-    """
-    try:
-        with socket.create_connection(("127.0.0.1", port), SILENCE) as connection, connection.makefile("rb") as reader:
-            found = (_of_frames if sent.stream else _of_request)(connection, reader, sent)
-    except ConnectionError:  # it closed while bytes that it does not want were on their way
-        found = HUNG_UP
-    except TimeoutError:
-        found = f"no answer in {SILENCE:g} s"
-    refused = found == "error message" or found.startswith("closed 1") or (len(found) == 3 and found[0] == "4")
-    if not (refused or (found == HUNG_UP and not sent.answer_due)):
-        raise ImagineFlashError(f"{sent.what} was answered with {found!r}; the bytes begin with {sent.data[:300]!r}")
-    return found
-
-
-def _of_request(connection: socket.socket, reader: BinaryIO, sent: Malformed) -> str:
-    try:
-        connection.sendall(sent.data)
-        if not sent.answer_due:
-            connection.shutdown(socket.SHUT_WR)
-    except ConnectionError:  # an answer may have come before
-        pass
-    line = reader.readline(1000)
-    return line.split()[1].decode() if line.startswith(b"HTTP/1.1 ") else repr(line) if line else HUNG_UP
-
-
-def _of_frames(connection: socket.socket, reader: BinaryIO, sent: Malformed) -> str:
-    compressed = "Sec-WebSocket-Extensions: permessage-deflate\r\n" if "deflate" in sent.what else ""
-    connection.sendall(_handshake(extra=compressed))
-    if b" 101 " not in (line := reader.readline(1000)):
-        return f"a handshake with {line!r}"
-    while reader.readline(1000).strip():
-        pass
-    _next_frame(reader)  # "ready"
-    connection.sendall(sent.data)
-    if not sent.answer_due:
-        connection.shutdown(socket.SHUT_WR)
-    opcode, payload = _next_frame(reader)
-    if opcode == 8:
-        return f"closed {struct.unpack('>H', payload[:2])[0] if payload else 1005}"
-    if opcode == 1 and json.loads(payload)["type"] == "error":
-        return "error message"
-    return HUNG_UP if opcode < 0 else f"a frame {payload[:100]!r}"
-
-
-def _next_frame(reader: BinaryIO) -> tuple[int, bytes]:
-    """Opcode and payload of the server's next frame that is no ping; -1 where it has closed."""
-    while len(head := reader.read(2)) == 2:
-        length = head[1]
-        if length > 125:
-            length = int.from_bytes(reader.read(2 if length == 126 else 8), "big")
-        payload = reader.read(length)
-        if head[0] & 15 not in (9, 10):
-            return head[0] & 15, payload
-    return -1, b""
 
 
 def _json_fault(rng: random.Random, good: dict[str, object]) -> tuple[str, bytes]:
@@ -177,7 +112,7 @@ def _headers(rng: random.Random) -> Malformed:
         "no such method": _head("/", method=rng.choice(["FROB", "get", "\xff", ""])),
         "version": _head("/healthz").replace(b"HTTP/1.1", rng.choice([b"HTTP/9.9", b"HTTP/", b"ICY/1.0", b"1.1"])),
         "another protocol": rng.choice(PROTOCOLS),
-        "handshake": _handshake(**rng.choice(HANDSHAKES)),
+        "handshake": handshake(**rng.choice(HANDSHAKES)),
     }  # fmt: skip
     what = rng.choice(list(faults))
     return Malformed(what=what, data=faults[what])
@@ -197,9 +132,7 @@ HANDSHAKES = (
 )  # fmt: skip
 
 
-def _handshake(
-    path: str = STREAM, version: str = "13", key: str = "AAAAAAAAAAAAAAAAAAAAAA==", extra: str = ""
-) -> bytes:
+def handshake(path: str = STREAM, version: str = "13", key: str = "AAAAAAAAAAAAAAAAAAAAAA==", extra: str = "") -> bytes:
     lines = ["Upgrade: websocket", "Connection: Upgrade", f"Sec-WebSocket-Version: {version}"]
     return _head(path, *lines, f"Sec-WebSocket-Key: {key}", *extra.split("\r\n")[:-1], method="GET")
 

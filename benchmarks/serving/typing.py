@@ -4,14 +4,18 @@ one that draws every text in order."""
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine import GenerateRequest
-from .serve_clients import HttpClient, StreamClient
+from ...engine import GenerateRequest
+from ..harness import Case, case_of
+from .bench import Bench
+from .clients import HttpClient, StreamClient
 
 LATEST, QUEUE = "latest wins", "every key in turn"
 KEYS_PER_SECOND = 12
@@ -71,3 +75,40 @@ def type_in_queue(port: int, requests: Sequence[GenerateRequest], start: float, 
     return Typed(
         seconds=arrived - due[-1], typing=due[-1] - due[0], shown=shown, fresh=fresh, picture=answer.pixels()
     )  # fmt: skip
+
+
+def typing(bench: Bench, sessions: int, sentences: int, text: str) -> Case:
+    """So many sessions type a sentence at once, in the most steps: seconds from the last key to its picture.
+
+    stale: pictures drawn of a text that was not the newest when they arrived, or never delivered. The prompts of all keys
+    were drawn once before, so neither way is given the other's embeddings.
+    """
+    steps, port = max(bench.engine.steps), bench.server.port
+    keys = [text[:i] for i in range(1, len(text) + 1)]
+    requests = [[GenerateRequest(prompt=key, seed=seed, steps=steps) for key in keys] for seed in range(sessions)]
+    with HttpClient(port) as http:
+        for request in requests[0]:
+            http.draw(request)
+    ways = {QUEUE: type_in_queue, LATEST: type_latest_wins}
+    typed: dict[str, list[Typed]] = {name: [] for name in ways}
+    drawn: Counter[str] = Counter()
+    with ThreadPoolExecutor(sessions) as pool:
+        for _ in range(sentences):
+            for name, way in ways.items():
+                before, start = bench.server.pictures(), time.perf_counter() + 0.1
+                futures = [pool.submit(way, port, own, start, i / sessions) for i, own in enumerate(requests)]
+                typed[name] += [future.result() for future in futures]
+                drawn[name] += int(bench.server.pictures() - before)
+    last = [own[-1] for own in requests]
+    checks = {name: bench.check([one.picture for one in own[-sessions:]], last) for name, own in typed.items()}
+    case = case_of(
+        {name: [one.seconds for one in own] for name, own in typed.items()}, baseline=QUEUE, checks=checks,
+        case=bench.about("typing", steps=steps, sessions=sessions, keys=len(keys)),
+    )  # fmt: skip
+    return case.with_extra({name: _typed(own, drawn[name]) for name, own in typed.items()})
+
+
+def _typed(typed: Sequence[Typed], drawn: int) -> dict[str, float]:
+    fresh = sum(one.fresh for one in typed)
+    shown = float(np.mean([one.shown / one.typing for one in typed]))
+    return {"pictures drawn": drawn, "stale": drawn - fresh, "frames/s while typing": round(shown, 2)}

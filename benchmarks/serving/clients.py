@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import ImagineFlashError
-from ..engine import GenerateRequest
-from .processes import COMMAND, resident_mb
+from ...core.errors import ImagineFlashError
+from ...engine import GenerateRequest
+from ..processes import COMMAND, resident_mb
 
 GENERATIONS = "/v1/images/generations"
 PATIENCE = 60.0  # seconds until a server that does not answer is an error
@@ -66,9 +66,23 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, backend: str, *, max_queue: int) -> Iterator[Server]:
-    """`imagine-flash serve` in a process of its own, at a free port, until the end of the block. Raises ImagineFlashError."""
-    options = ["serve", "--port", "0", "--model", str(model), "--backend", backend, "--max-queue", str(max_queue)]
+def serving(model: Path, backend: str, *further: str, max_queue: int) -> Iterator[Server]:
+    """`imagine-flash serve` in a process of its own, at a free port, until the end of the block; further: options.
+
+    Raises ImagineFlashError.
+    """
+    options = [
+        "serve",
+        "--port",
+        "0",
+        "--model",
+        str(model),
+        "--backend",
+        backend,
+        "--max-queue",
+        str(max_queue),
+        *further,
+    ]
     with tempfile.TemporaryDirectory(prefix="imagine-flash-serve-") as scratch:
         log = Path(scratch) / "log"
         with log.open("wb") as written:
