@@ -71,7 +71,7 @@ def bench_serve_command(
     rounds: Annotated[int, typer.Option(help="Timings of single pictures; fewer sentences are typed.")] = 200,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
 ) -> None:
-    """Time the server: overhead, typing, 64 clients at once, malformed requests."""
+    """Time the server: overhead, typing, 64 clients at once, malformed requests, two replicas on Ray Serve."""
     needs("cpu", "onnxruntime", "tokenizers", "PIL")
     needs("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib")

@@ -24,11 +24,12 @@ KEYS_PER_SECOND = 12
 @dataclass(frozen=True, kw_only=True)
 class Typed:
     """One sentence of one session. seconds: from the last key to its picture, `picture`; typing: from the first key to the
-    last; shown: pictures that arrived meanwhile; fresh: of all, those whose text was the newest when they arrived."""
+    last; shown: pictures that arrived meanwhile; late: after it; fresh: of all, those whose text was the newest when they came."""
 
     seconds: float
     typing: float
     shown: int
+    late: int
     fresh: int
     picture: NDArray[np.uint8]
 
@@ -41,7 +42,7 @@ def _due(requests: Sequence[GenerateRequest], start: float, phase: float) -> lis
 def type_latest_wins(port: int, requests: Sequence[GenerateRequest], start: float, phase: float) -> Typed:
     """Over a WebSocket: every key is sent when it is pressed. Raises ImagineFlashError."""
     due = _due(requests, start, phase)
-    shown = fresh = 0
+    shown = fresh = late = 0
     with StreamClient(port) as stream:
         for request, moment in zip(requests, due, strict=True):
             while (left := moment - time.perf_counter()) > 0:
@@ -53,10 +54,11 @@ def type_latest_wins(port: int, requests: Sequence[GenerateRequest], start: floa
             stream.send(request)
         while True:
             seq, answer = stream.receive()
+            late += 1
             if seq == len(requests):
                 seconds = time.perf_counter() - due[-1]
                 return Typed(
-                    seconds=seconds, typing=due[-1] - due[0], shown=shown, fresh=fresh + 1, picture=answer.pixels()
+                    seconds=seconds, typing=due[-1] - due[0], shown=shown, late=late, fresh=fresh + 1, picture=answer.pixels()
                 )  # fmt: skip
 
 
@@ -73,15 +75,17 @@ def type_in_queue(port: int, requests: Sequence[GenerateRequest], start: float, 
             shown += arrived < due[-1]
             fresh += i + 1 == len(requests) or arrived < due[i + 1]
     return Typed(
-        seconds=arrived - due[-1], typing=due[-1] - due[0], shown=shown, fresh=fresh, picture=answer.pixels()
+        seconds=arrived - due[-1], typing=due[-1] - due[0], shown=shown, late=len(requests) - shown, fresh=fresh,
+        picture=answer.pixels(),
     )  # fmt: skip
 
 
 def typing(bench: Bench, sessions: int, sentences: int, text: str) -> Case:
     """So many sessions type a sentence at once, in the most steps: seconds from the last key to its picture.
 
-    stale: pictures drawn of a text that was not the newest when they arrived, or never delivered. The prompts of all keys
-    were drawn once before, so neither way is given the other's embeddings.
+    never shown: pictures drawn and not sent, because a newer text had come; stale: these, and those of a text that was no
+    longer the newest when they arrived. The prompts of all keys were drawn once before, so neither way is given the other's
+    embeddings.
     """
     steps, port = max(bench.engine.steps), bench.server.port
     keys = [text[:i] for i in range(1, len(text) + 1)]
@@ -109,6 +113,8 @@ def typing(bench: Bench, sessions: int, sentences: int, text: str) -> Case:
 
 
 def _typed(typed: Sequence[Typed], drawn: int) -> dict[str, float]:
-    fresh = sum(one.fresh for one in typed)
-    shown = float(np.mean([one.shown / one.typing for one in typed]))
-    return {"pictures drawn": drawn, "stale": drawn - fresh, "frames/s while typing": round(shown, 2)}
+    fresh, sent = sum(one.fresh for one in typed), sum(one.shown + one.late for one in typed)
+    rate = float(np.mean([one.shown / one.typing for one in typed]))
+    return {
+        "pictures drawn": drawn, "never shown": drawn - sent, "stale": drawn - fresh, "frames/s while typing": round(rate, 2),
+    }  # fmt: skip

@@ -40,7 +40,10 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     for way in ("every key in turn", "latest wins"):
         row = rows["typing", 4]
         extra, keys = row.extra[way], row.case["keys"]
-        assert isinstance(keys, int) and 0 <= extra["stale"] < extra["pictures drawn"] <= keys * row[way].n
+        assert (
+            isinstance(keys, int)
+            and 0 <= extra["never shown"] <= extra["stale"] < extra["pictures drawn"] <= keys * row[way].n
+        )
     assert rows["typing", 4].extra["every key in turn"]["pictures drawn"] == 5 * 8
     load = rows["load", 1].extra["HTTP"]
     assert {**load, "MB grown": 0} == {"lost": 0, "doubled": 0, "5xx": 0, "429 repeated": 0, "MB grown": 0}
