@@ -119,10 +119,10 @@ def plot(record: Record, path: str | Path) -> None:
         axes.set_xscale("log")
     else:
         axes.set_xlim(left=0)
-    axes.set_xlabel(f"{unit} per call: p50, whisker to p95\n{provenance(record)}")
+    axes.set_xlabel(f"{unit} per call: p50, whisker to p95")
     figure.suptitle(textwrap.fill(record.question, 80))
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3, title=provenance(record), title_fontsize="small")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -45,6 +45,35 @@ def test_every_command_and_option_is_described() -> None:
                     assert rows, f"docs/cli.md says nothing of {name} {option}"
 
 
+def test_the_costs_are_those_of_the_record() -> None:
+    from imagine_flash.benchmarks.harness import read_record
+
+    rows = {str(row.case["what"]): row for row in read_record(ROOT / "docs/results/serve.json").rows}
+    load, on_ray = rows["load"], rows["load on Ray"]
+    milliseconds = [t.p50_us / 1e3 for t in (load["engine.submit"], load["HTTP"], on_ray["HTTP, Ray Serve"])]
+    table = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    found = re.findall(r"\| ([\d.]+) \| ([\d.]+) \|\n", table)
+    assert found == [(f"{one:.2f}", f"{one / 3.6:.2f}") for one in milliseconds]
+
+
+def test_what_tritons_client_is_told_to_send_draws_the_engines_picture() -> None:
+    """The first block of docs/scaling.md, with the embedded artifact; its inputs go to the graph that Triton would run."""
+    import numpy as np
+    import onnxruntime
+
+    from imagine_flash.engine import Engine, GenerateRequest
+
+    artifact = ROOT / "assets/emoji/artifact"
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scaling.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    scope: dict = {}
+    exec(block.replace('Path("OUT")', f'Path(r"{artifact}")'), scope)
+    session = onnxruntime.InferenceSession(artifact / "sampler_3.onnx", providers=["CPUExecutionProvider"])
+    (images,) = session.run(["images"], scope["inputs"])
+    with Engine.load(artifact, backend="onnxruntime") as engine:
+        expected = engine.generate(GenerateRequest(prompt="a fox on a pink background", seed=7, steps=3)).images
+    assert np.abs(np.asarray(images).astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("file", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
