@@ -100,6 +100,7 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
     listening = _listen(host, port)
     say(_url(host, listening))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("uvicorn.error").addFilter(_one_line)
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
@@ -112,6 +113,13 @@ def _serve_on_ray(settings: RaySettings, host: str, port: int, replicas: int | N
     with _listen(host, port) as free:  # what listens in the end is a process of Ray's
         url, port = _url(host, free), free.getsockname()[1]
     run(settings, host=host, port=port, replicas=replicas, ready=lambda: say(url))
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """A client's broken UTF-8 is no error of the server, and uvicorn would log its own traceback for it."""
+    if "Invalid UTF-8" in record.msg:
+        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    return True
 
 
 def _url(host: str, listening: socket.socket) -> str:

@@ -15,6 +15,7 @@ from .guard import SAFE
 from .settings import ServerSettings
 
 TRIES = 3
+OF_A_REPLICA = SAFE[0]  # the header of whatever `Guard` has let through
 MOST = ServerSettings.model_fields["max_upload"].default
 SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
 LOG = logging.getLogger("imagine_flash.server")
@@ -52,8 +53,10 @@ class SecondTry:
             if client.gone:
                 return
             if answer and not answer[-1].get("more_body", answer[-1]["type"] == "http.response.start"):
-                if not _of_a_replica(answer[0]) and not scope["path"].startswith("/-/"):
+                headers = dict.fromkeys(map(tuple, answer[0].get("headers", ())))  # each once: Ray adds the id again
+                if OF_A_REPLICA not in headers and not scope["path"].startswith("/-/"):
                     break  # Ray's own: no replica was asked
+                answer[0]["headers"] = list(headers)
                 for message in answer:
                     await send(message)
                 return
@@ -121,11 +124,6 @@ class _Client:
         message = await self._receive()
         self.gone |= message["type"] == "http.disconnect"
         return message
-
-
-def _of_a_replica(start: Message) -> bool:
-    """Whether `Guard` has seen the answer."""
-    return any(name == SAFE[0][0] for name, _ in start.get("headers", ()))
 
 
 async def _error(send: Send, status: int, code: str, text: str) -> None:

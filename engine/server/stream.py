@@ -86,6 +86,9 @@ class _Connection:
                 if message.get("text") is None:
                     await self.socket.close(UNSUPPORTED, "messages are JSON text")
                     return
+                if len(message["text"]) > self.settings.max_body:  # uvicorn counts bytes before; Ray's proxies do not
+                    await self.socket.close(TOO_BIG, f"messages have at most {self.settings.max_body} bytes")
+                    return
                 await self._take(message["text"])
         except (WebSocketDisconnect, RuntimeError):  # gone while something was sent
             pass

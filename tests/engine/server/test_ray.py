@@ -105,6 +105,25 @@ def test_a_replica_that_dies_takes_no_request_with_it(cluster) -> None:
         assert draws(again, 1)
 
 
+def test_limits_errors_and_the_page_are_as_without_ray(cluster) -> None:
+    with httpx.Client(base_url=cluster.url, timeout=60) as http:
+        wrong = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 99})
+        assert wrong.status_code == 400 and wrong.json()["error"]["type"] == "invalid_request_error"
+        large = http.post("/v1/images/generations", content=b" " * 70_000, headers={"content-type": "application/json"})
+        assert large.status_code == 413 and large.json()["error"]["code"] == "too_large"
+        other = http.post("/v1/images/generations", json={"prompt": "a cat"}, headers={"origin": "https://example.org"})
+        assert other.status_code == 403 and http.get("/nowhere").json()["error"]["code"] == "not_found"
+        page = http.get("/", headers={"x-request-id": "0123-abcd"})
+        assert "Imagine Flash" in page.text and page.headers.get_list("x-request-id") == ["0123-abcd"]
+        assert http.get("/-/routes").status_code == 200
+    with stream(cluster) as socket:
+        socket.recv(60)
+        socket.send(" " * 70_000)
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(60)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+
+
 def test_metrics_of_all_replicas_reach_prometheus_through_ray(cluster) -> None:
     (raylet,) = processes(cluster, "--session_dir=")
     (session,) = {part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--session_dir=")}

@@ -116,6 +116,17 @@ def test_frames_that_are_no_text_and_frames_that_are_too_long_close_it(server) -
         assert read(socket)[0]["type"] == "ready"
 
 
+def test_text_that_is_no_utf8_closes_it_in_one_line_of_the_log(server) -> None:
+    with open_stream(server) as socket:
+        read(socket)
+        socket.send(b"{\xff}", text=True)
+        with pytest.raises(ConnectionClosed) as closed:
+            read(socket)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1007
+    log = server.log.read_text()
+    assert "Invalid UTF-8" in log and "Traceback" not in log
+
+
 def test_pages_of_other_hosts_are_refused(server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         open_stream(server, origin="https://evil.example")
