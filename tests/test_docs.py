@@ -45,10 +45,30 @@ def test_every_command_and_option_is_described() -> None:
                     assert rows, f"docs/cli.md says nothing of {name} {option}"
 
 
-def test_the_costs_are_those_of_the_record() -> None:
+def record_rows(name: str, **case: object) -> dict:
+    """The last row of each kind of a record, of those with these values."""
     from imagine_flash.benchmarks.harness import read_record
 
-    rows = {str(row.case["what"]): row for row in read_record(ROOT / "docs/results/serve.json").rows}
+    rows = read_record(ROOT / f"docs/results/{name}.json").rows
+    return {str(row.case["what"]): row for row in rows if case.items() <= row.case.items()}
+
+
+def test_the_readmes_times_are_those_of_the_records() -> None:
+    runtime, serve = record_rows("runtime"), record_rows("serve")
+    typing = record_rows("serve", sessions=16)["typing"]
+    pairs = [
+        (runtime["one picture"], "Engine.load(): openvino bf16", "diffusers, torch eager"),
+        (runtime["cold start"], "onnxruntime", "diffusers, torch eager"),
+        (typing, "latest wins", "every key in turn"),
+        (serve["load"], "HTTP", "engine.submit"),
+    ]
+    expected = [tuple(f"{row[name].p50_us / 1e3:#.3g}" for name in names) for row, *names in pairs]
+    found = re.findall(r"\| ([\d.]+) ms \| ([\d.]+) ms:", README.split("## How fast?")[1])
+    assert [tuple(map(float, pair)) for pair in found] == [tuple(map(float, pair)) for pair in expected]
+
+
+def test_the_costs_are_those_of_the_record() -> None:
+    rows = record_rows("serve")
     load, on_ray = rows["load"], rows["load on Ray"]
     milliseconds = [t.p50_us / 1e3 for t in (load["engine.submit"], load["HTTP"], on_ray["HTTP, Ray Serve"])]
     table = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
