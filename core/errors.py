@@ -32,6 +32,10 @@ class EngineError(ImagineFlashError):
     """The engine could not draw: a backend failed, gave NaN, or the engine is closed."""
 
 
+class LoadingError(EngineError):
+    """The model is not there yet."""
+
+
 class ExpiredError(EngineError):
     """A request that was not drawn within its time."""
 

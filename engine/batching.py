@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.artifact import ModelDescription
-from ..core.errors import BusyError, EngineError, ExpiredError
+from ..core.errors import BusyError, EngineError, ExpiredError, RequestError
 from .backends import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .prompt_cache import PromptCache
@@ -55,12 +55,15 @@ class Batcher:
         return sum(chunk.rows for chunks in self._arrived for chunk in chunks) + sum(c.rows for c in self._active)
 
     def submit(self, chunks: list[Chunk]) -> None:
-        """Takes up a job's chunks. Raises EngineError after `close`, BusyError where too much waits already."""
+        """Takes up a job's chunks. Raises EngineError after `close`, BusyError where too much waits already, RequestError
+        for more than may ever wait."""
         with self._wake:
             if self._closed:
                 raise EngineError(CLOSED)
-            waiting = self.waiting
-            if waiting and waiting + sum(chunk.rows for chunk in chunks) > self.max_waiting:
+            waiting, rows = self.waiting, sum(chunk.rows for chunk in chunks)
+            if rows > self.max_waiting:
+                raise RequestError(f"{rows} pictures at once, at most {self.max_waiting} may wait here; ask for fewer")
+            if waiting + rows > self.max_waiting:
                 raise BusyError(f"{waiting} pictures wait already, at most {self.max_waiting} may; try again later")
             self._arrived.append(chunks)
             self._wake.notify()

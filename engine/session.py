@@ -17,9 +17,11 @@ from .work import GenerateResult
 
 @dataclass(frozen=True, kw_only=True)
 class SessionResult:
-    """What came of request number `seq`: pictures, or an error. preview: in one step, and more steps follow."""
+    """What came of request number `seq`: pictures, or an error. preview: in one step, and more steps follow. label: what
+    `submit` was given."""
 
     seq: int
+    label: object = None
     result: GenerateResult | None = None
     error: ImagineFlashError | None = None
     preview: bool = False
@@ -50,8 +52,11 @@ class Session:
         self._unanswered: float | None = None  # since when, perf_counter
         self._closed = False
 
-    def submit(self, request: GenerateRequest, seq: int | None = None) -> int:
-        """The newest request; returns its number, which is one more than the last unless given.
+    def submit(
+        self, request: GenerateRequest, seq: int | None = None, *, preview: bool | None = None, label: object = None
+    ) -> int:  # fmt: skip
+        """The newest request; returns its number, which is one more than the last unless given. preview: by default the
+        session's. label: comes back with the results.
 
         Raises RequestError and the like for what the engine does not draw and for a number that is not newer, EngineError
         after `close`; the request before stays.
@@ -62,11 +67,12 @@ class Session:
             seq = self.newest + 1 if seq is None else seq
             if seq <= self.newest:
                 raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}")
-            first = (self.engine.preview(request) if self.preview else None) or request
+            wants_preview = self.preview if preview is None else preview
+            first = (self.engine.preview(request) if wants_preview else None) or request
             future = self.engine.submit(first)
             self._make_way()
             self.newest, self._future = seq, future
-        future.add_done_callback(lambda done: self._arrived(seq, request, first, done))
+        future.add_done_callback(lambda done: self._arrived(seq, label, request, first, done))
         return seq
 
     def close(self) -> None:
@@ -92,7 +98,7 @@ class Session:
             self.replaced += 1
 
     def _arrived(
-        self, seq: int, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]
+        self, seq: int, label: object, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]
     ) -> None:
         with self._lock:
             spared = future is self._spared
@@ -102,18 +108,18 @@ class Session:
                 return  # obsolete, or cancelled
             preview = drawn is not request
             try:
-                found = SessionResult(seq=seq, result=future.result(), preview=preview)
+                found = SessionResult(seq=seq, label=label, result=future.result(), preview=preview)
                 if preview and not spared:
                     self._future = self.engine.submit(request)
             except CancelledError:
                 return
             except ImagineFlashError as error:
-                found, preview = SessionResult(seq=seq, error=error), False
+                found, preview = SessionResult(seq=seq, label=label, error=error), False
             following = self._future if preview and not spared else None
             self._delivered, self._unanswered = seq, None
             self._deliver(found)
         if following is not None:
-            following.add_done_callback(lambda done: self._arrived(seq, request, request, done))
+            following.add_done_callback(lambda done: self._arrived(seq, label, request, request, done))
 
 
 class Mailbox:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from ...core.errors import EngineError, ImagineFlashError, missing_extra
+from ...core.errors import EngineError, ImagineFlashError, LoadingError, missing_extra
 from ..engine import Engine
 from .settings import ServerSettings
 
@@ -22,7 +22,7 @@ try:
 except ImportError as missing:
     raise missing_extra(missing.name or "fastapi", "serve") from None
 
-from .errors import error_body, status_of
+from .errors import error_body, one_line, status_of
 from .guard import Guard
 from .images import images_router
 from .metrics import Metrics
@@ -41,7 +41,11 @@ class Holder:
     def get(self) -> Engine:
         """Raises EngineError while there is none."""
         if self.engine is None:
-            raise EngineError(self.failure or "the model is still being loaded; try again in a moment")
+            raise (
+                EngineError(self.failure)
+                if self.failure
+                else LoadingError("the model is still being loaded; try again in a moment")
+            )
         return self.engine
 
 
@@ -68,19 +72,19 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
             if holder.engine is not None:
                 await asyncio.to_thread(holder.engine.close)
 
-    app = FastAPI(title="Imagine Flash", version=_version(), lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="Imagine Flash", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.holder, app.state.settings, app.state.metrics = holder, settings, metrics
     app.include_router(images_router(holder, settings, metrics))
     app.include_router(stream_router(holder, settings, metrics))
     _operations(app, holder, metrics)
     _errors(app)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    if settings.allowed_origins:
+    app.add_middleware(Guard, settings=settings, count=metrics.answered)
+    if settings.allowed_origins:  # before the guard: a browser asks for leave without a key, and reads refusals too
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
-    app.add_middleware(Guard, settings=settings)
     return app
 
 
@@ -96,14 +100,21 @@ async def _load(holder: Holder, load: Callable[[], Engine]) -> None:
     except ImagineFlashError as error:
         holder.failure = f"the model could not be loaded: {error}"
         LOG.error(holder.failure)
+    except Exception as error:
+        holder.failure = f"the model could not be loaded: {error!r}"
+        LOG.error(holder.failure, exc_info=error)
 
 
 def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
-    @app.get("/", include_in_schema=False)
+    policy = {"content-security-policy": "default-src 'self'; img-src 'self' blob: data:"}
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(
-            PAGE / "index.html", headers={"content-security-policy": "default-src 'self'; img-src 'self' blob: data:"}
-        )
+        return FileResponse(PAGE / "index.html", headers=policy)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(PAGE / "docs.html", headers=policy)
 
     @app.get("/healthz", tags=["operations"], response_class=PlainTextResponse)
     async def healthz() -> PlainTextResponse:
@@ -120,6 +131,9 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
         except EngineError as error:
             return PlainTextResponse(str(error), status_code=503, headers={"retry-after": "1"})
         return PlainTextResponse("ready")
+
+    for path, probe in (("/healthz", healthz), ("/readyz", readyz)):  # load balancers ask so
+        app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False, response_class=PlainTextResponse)
 
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def prometheus() -> Response:
@@ -142,10 +156,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
-        return JSONResponse(error_body(message, code=first["type"], status=400, param=param), 400)
+        message, param = one_line(error.errors()[0])
+        return JSONResponse(error_body(message, code=error.errors()[0]["type"], status=400, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:

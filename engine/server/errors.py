@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
-from ...core.errors import BusyError, EngineError, ExpiredError, ImagineFlashError
+from ...core.errors import BusyError, EngineError, ExpiredError, ImagineFlashError, LoadingError
 
 
 class Error(BaseModel):
@@ -38,5 +39,19 @@ def status_of(error: ImagineFlashError) -> tuple[int, str]:
     if isinstance(error, ExpiredError):
         return 504, "timeout"
     if isinstance(error, EngineError):
-        return 503, "engine_failed"
+        return 503, "loading" if isinstance(error, LoadingError) else "engine_failed"
     return 400, "invalid_value"
+
+
+def one_line(problem: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The message and the parameter of one of pydantic's errors about a request."""
+    kind, given = str(problem["type"]), problem.get("input")
+    if kind == "json_invalid":
+        return f"the body is no JSON: {problem['ctx']['error']}", None
+    param = ".".join(str(part) for part in problem["loc"][1:]) or None
+    if param is None:
+        return "send a JSON object, with the content-type application/json", None
+    if "UploadFile" in str(problem["msg"]):
+        return f"{param}: send a file", param
+    got = "" if kind in ("missing", "extra_forbidden") else f", got {str(given)[:100]!r}"
+    return f"{param}: {problem['msg']}{got}", param

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import re
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
@@ -17,6 +21,7 @@ from .errors import error_body
 from .settings import ServerSettings
 
 OPEN = ("/", "/healthz", "/readyz", "/page/", "/docs", "/openapi.json", "/metrics")  # without a key
+MOST_SILENCE = 10.0  # seconds, while a body is on its way
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")  # of a proxy in front, so that its log and ours agree
 LOG = logging.getLogger("imagine_flash.server")
@@ -25,8 +30,9 @@ LOG = logging.getLogger("imagine_flash.server")
 class Guard:
     """ASGI middleware. Refuses with 401, 403 or 413 before anything is read; logs one line of JSON per request."""
 
-    def __init__(self, app: Any, settings: ServerSettings) -> None:
-        self.app, self.settings = app, settings
+    def __init__(self, app: Any, settings: ServerSettings, count: Callable[[str, int], None] | None = None) -> None:
+        """count: called with the path and the status of every answer."""
+        self.app, self.settings, self.count = app, settings, count or (lambda path, status: None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -53,20 +59,28 @@ class Guard:
             else:
                 await self._limited(scope, headers, receive, answer)
         finally:
+            self.count(scope["path"], status[0] or 499)
             _log(scope, request_id, status[0] or 499, time.perf_counter() - started)
 
     async def _limited(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: Send) -> None:
         """Counts the body as it arrives: content-length may be absent, or a lie."""
-        limit, seen = self._limit(scope, headers), 0
+        limit, seen, whole = body_limit(scope["path"], headers, self.settings), 0, scope["type"] != "http"
+        patience = min(MOST_SILENCE, self.settings.timeout)
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            if scope["type"] == "http":
-                seen += len(message.get("body", b""))
-                if seen > limit:
-                    status, _, text = _too_large(limit)
-                    raise HTTPException(status, text)
+            nonlocal seen, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(patience):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"{patience:g} seconds without the rest of the request") from None
+            whole = not message.get("more_body", False)
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                status, _, text = _too_large(limit)
+                raise HTTPException(status, text)
             return message
 
         await self.app(scope, counted, answer)
@@ -74,18 +88,18 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
         origin, host = headers.get("origin"), headers.get("host", "")
         changes = scope["type"] == "websocket" or scope.get("method") not in ("GET", "HEAD", "OPTIONS")
-        if origin and changes and origin not in self.settings.allowed_origins and origin.partition("://")[2] != host:
-            return 403, "forbidden_origin", f"pages of {origin[:100]} may not call this server"
+        if origin and changes and origin not in self.settings.allowed_origins and _is_foreign(origin, host, scope):
+            return (
+                403,
+                "forbidden_origin",
+                f"pages of {origin[:100]} may not call this server; --allow-origin lets them",
+            )
         if self.settings.api_keys and not _is_open(scope["path"]) and not self._knows(headers):
             return 401, "invalid_api_key", "give one of the server's keys as 'Authorization: Bearer KEY'"
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > (limit := self._limit(scope, headers)):
+        if not length.isdigit() or int(length) > (limit := body_limit(scope["path"], headers, self.settings)):
             return _too_large(limit) if length.isdigit() else (400, "bad_request", "content-length is no number")
         return None
-
-    def _limit(self, scope: Scope, headers: dict[str, str]) -> int:
-        upload = scope["path"] == "/v1/images/edits" and headers.get("content-type", "").startswith("multipart/")
-        return self.settings.max_upload if upload else self.settings.max_body
 
     def _knows(self, headers: dict[str, str]) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -100,6 +114,34 @@ SAFE = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
     (b"cache-control", b"no-cache"),  # an updated page does not meet the parts of the old one
 ]  # fmt: skip
+
+
+def body_limit(path: str, headers: Mapping[str, str], settings: ServerSettings) -> int:
+    """Bytes that a request's body may have; the names of the headers in lower case."""
+    upload = path == "/v1/images/edits" and headers.get("content-type", "").lower().startswith("multipart/")
+    return settings.max_upload if upload else settings.max_body
+
+
+def _is_foreign(origin: str, host: str, scope: Scope) -> bool:
+    """Whether a page is another host's. On a loopback address only loopback names are its own: any other may be a stranger's
+    that was made to lead here (DNS rebinding), and a proxy's name is to be allowed by --allow-origin."""
+    if origin.partition("://")[2] != host:
+        return True
+    return _is_loopback((scope.get("server") or ("",))[0]) and not _is_loopback(_hostname(host))
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_open(path: str) -> bool:

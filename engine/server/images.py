@@ -6,11 +6,12 @@ import asyncio
 import base64
 import re
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFile
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from ...core.artifact import Size, size_name
 from ...core.errors import RequestError
@@ -18,7 +19,7 @@ from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .errors import ErrorBody
 from .metrics import Metrics
-from .pictures import Format, encode_all, read_image, read_mask
+from .pictures import Format, Unpacking, encode_all, read_image, read_mask
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
     """The routes of one engine."""
     errors = {code: {"description": text, "model": ErrorBody} for code, text in ERRORS.items()}
     asked = [Depends(HTTPBearer(auto_error=False, description="One of the server's keys."))]
+    reader = Unpacking()
     router = APIRouter(tags=["images"], responses=errors, dependencies=asked if settings.api_keys else [])
 
     @router.post("/v1/images/generations", response_model=ImageResponse)
@@ -101,8 +103,11 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
     @router.post("/v1/images/edits", response_model=ImageResponse)
     async def edits(
         request: Request,
-        image: Annotated[UploadFile, File(description="PNG, JPEG or WebP")],
         prompt: Annotated[str, Form(min_length=1, max_length=MAX_PROMPT)],
+        image: Annotated[UploadFile | None, File(description="PNG, JPEG or WebP")] = None,
+        images: Annotated[
+            list[UploadFile] | None, File(alias="image[]", description="the same, as a list of one")
+        ] = None,
         mask: Annotated[UploadFile | None, File(description="transparent or white is drawn anew")] = None,
         model: Annotated[str | None, Form(max_length=200)] = None,
         n: Annotated[int, Form(ge=1, le=MAX_COUNT)] = 1,
@@ -115,12 +120,14 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
     ) -> Response:
         """Draw a prompt from a picture, everywhere or where the mask says."""
         check_model(holder, model)
+        uploads = [*([] if image is None else [image]), *(images or [])]
+        if len(uploads) != 1:
+            raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}")
         values: dict[str, Any] = {"prompt": prompt, "count": n, "steps": steps, "seed": seed, **sides(size)}
         values["timeout"] = settings.timeout
         _, target = holder.get().check(GenerateRequest(**values))
-        pixels = await asyncio.to_thread(
-            _read, await image.read(), await mask.read() if mask else None, target, settings.max_pixels
-        )
+        masked = None if mask is None else mask.file
+        pixels = await reader.run(lambda: _read(uploads[0].file, masked, target, settings.max_pixels))
         return await _draw(GenerateRequest(**values, **pixels, strength=strength), output_format, request)
 
     @router.get("/v1/models", response_model=ModelList)
@@ -162,8 +169,6 @@ def sides(size: str | None) -> dict[str, int]:
 
 def check_model(holder: Holder, name: str | None) -> None:
     """Raises 404 for a model that is not the one loaded; a request may leave it out."""
-    from starlette.exceptions import HTTPException
-
     loaded = holder.get().manifest.name
     if name is not None and name != loaded:
         raise HTTPException(404, f"no model {name!r}; this server has {loaded!r}")
@@ -175,6 +180,10 @@ async def _until_gone(drawing: asyncio.Future[GenerateResult], request: Request)
     gone.add_done_callback(lambda _: drawing.cancel())
     try:
         return await drawing
+    except asyncio.CancelledError:
+        if not drawing.cancelled() or not gone.done():
+            raise  # the server's own end
+        raise HTTPException(499, "the client hung up") from None
     finally:
         gone.cancel()
 
@@ -184,9 +193,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _read(image: bytes, mask: bytes | None, size: Size, max_pixels: int) -> dict[str, Any]:
-    found = {"image": read_image(image, size, max_pixels=max_pixels)}
-    return found if mask is None else {**found, "mask": read_mask(mask, size, max_pixels=max_pixels)}
+def _read(image: BinaryIO, mask: BinaryIO | None, size: Size, max_pixels: int) -> dict[str, Any]:
+    found = {"image": read_image(image.read(), size, max_pixels=max_pixels)}
+    return found if mask is None else {**found, "mask": read_mask(mask.read(), size, max_pixels=max_pixels)}
 
 
 def _response(result: GenerateResult, files: list[bytes], kind: Format) -> ImageResponse:

@@ -18,6 +18,10 @@ except ImportError:
 if TYPE_CHECKING:
     from .app import Holder
 
+ROUTES = {
+    "/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/images/generations",
+    "/v1/images/edits", "/v1/stream",
+}  # fmt: skip
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -35,6 +39,10 @@ class Metrics(Collector):
         self.requests = Counter(
             "imagine_flash_requests", "Requests that were drawn.", ["steps"], registry=self.registry
         )
+        self.answers = Counter(
+            "imagine_flash_answers", "Requests by what they were answered; 101 are WebSockets, 499 hung up before.",
+            ["route", "status"], registry=self.registry,
+        )  # fmt: skip
         self.stale = Counter(
             "imagine_flash_stale", "Requests of sessions that a newer one replaced.", registry=self.registry
         )
@@ -46,6 +54,10 @@ class Metrics(Collector):
         self.requests.labels(str(result.steps)).inc()
         for stage, seconds in result.timings.stages().items():
             self.stages.labels(stage).observe(seconds)
+
+    def answered(self, path: str, status: int) -> None:
+        """A request was answered; unknown paths are one, so that strangers cannot add series."""
+        self.answers.labels(path if path in ROUTES else "other", str(status)).inc()
 
     def render(self) -> bytes:
         """Prometheus' text format."""

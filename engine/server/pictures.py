@@ -6,19 +6,22 @@ import asyncio
 import io
 import struct
 import zlib
-from typing import Literal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core.artifact import Size
-from ...core.errors import RequestError, missing_extra
+from ...core.errors import BusyError, RequestError, missing_extra
 
 try:
     from PIL import Image, ImageOps
 except ImportError:
     raise missing_extra("pillow", "serve") from None
 
+T = TypeVar("T")
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: dict[str, dict[str, object]] = {  # of small pictures that are looked at once: quick to write
     "png": {},  # `encode_png`
@@ -26,6 +29,7 @@ FORMATS: dict[str, dict[str, object]] = {  # of small pictures that are looked a
     "webp": {"quality": 92, "method": 0},
 }
 SMALL = 100_000  # bytes of pixels: less work than changing threads
+AT_ONCE, UPLOADS_WAITING = 2, 8
 READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers
 
 
@@ -54,6 +58,24 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()
     )
+
+
+class Unpacking:
+    """Reads uploads in two threads of its own: each may take a second and 100 MB."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(AT_ONCE, "imagine-flash-uploads")
+        self._there = 0
+
+    async def run(self, read: Callable[[], T]) -> T:
+        """What `read` returns. Raises what it raises, BusyError where too many wait already."""
+        if self._there >= AT_ONCE + UPLOADS_WAITING:
+            raise BusyError(f"{self._there} uploads are read or wait already; try again later")
+        self._there += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, read)
+        finally:
+            self._there -= 1
 
 
 async def encode_all(images: NDArray[np.uint8], kind: str) -> list[bytes]:

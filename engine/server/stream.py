@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 PROTOCOL = "imagine-flash"
 PATIENCE = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
-TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG = 1013, 1003, 1009
+TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG, INTERNAL = 1013, 1003, 1009, 1011
+LOG = logging.getLogger("imagine_flash.server")
 
 
 class StreamRequest(BaseModel):
@@ -38,7 +40,7 @@ class StreamRequest(BaseModel):
 
     seq: int = Field(ge=1, le=MAX_SEQ)
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=1000)
     size: str | None = Field(default=None, max_length=20)
     format: Format = "webp"
@@ -72,32 +74,37 @@ class _Connection:
         self.socket, self.engine, self.settings, self.metrics = socket, engine, settings, metrics
         self.mailbox = Mailbox()
         self.session = Session(engine, self.mailbox.put, patience=PATIENCE)
-        self.formats: dict[int, Format] = {}  # of the requests that may still be answered
+        self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
         writer = asyncio.create_task(self._write())
         try:
             await self._tell(self._hello())
-            while True:
-                message = await self.socket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
-                if message.get("text") is None:
-                    await self.socket.close(UNSUPPORTED, "messages are JSON text")
-                    return
-                if len(message["text"]) > self.settings.max_body:  # uvicorn counts bytes before; Ray's proxies do not
-                    await self.socket.close(TOO_BIG, f"messages have at most {self.settings.max_body} bytes")
-                    return
-                await self._take(message["text"])
-        except (WebSocketDisconnect, RuntimeError):  # gone while something was sent
+            await self._read()
+        except (WebSocketDisconnect, _Gone):
             pass
         finally:
             self.session.close()
             self.mailbox.close()
-            self.metrics.stale.inc(self.session.replaced)
-            self.metrics.skipped.inc(self.mailbox.skipped)
+            self._count()
             writer.cancel()
+
+    async def _read(self) -> None:
+        while (message := await self.socket.receive())["type"] != "websocket.disconnect":
+            if (text := message.get("text")) is None:
+                return await self.socket.close(UNSUPPORTED, "messages are JSON text")
+            if len(text.encode()) > self.settings.max_body:  # uvicorn counts before; Ray's proxies do not
+                return await self.socket.close(TOO_BIG, f"messages have at most {self.settings.max_body} bytes")
+            await self._take(text)
+            self._count()
+
+    def _count(self) -> None:
+        """What became stale or was skipped since the last time."""
+        now = self.session.replaced, self.mailbox.skipped
+        self.metrics.stale.inc(now[0] - self._counted[0])
+        self.metrics.skipped.inc(now[1] - self._counted[1])
+        self._counted = now
 
     async def _take(self, text: str) -> None:
         """One message of the client; what is wrong with it is answered, and the socket stays open."""
@@ -106,17 +113,9 @@ class _Connection:
             raw = json.loads(text)
             seq = raw.get("seq") if isinstance(raw, dict) else None
             asked = StreamRequest.model_validate(raw)
-            wanted = GenerateRequest(
-                prompt=asked.prompt,
-                seed=asked.seed,
-                steps=asked.steps,
-                timeout=self.settings.timeout,
-                **sides(asked.size),
-            )
-            self.session.preview = asked.preview
-            self.formats = {n: kind for n, kind in list(self.formats.items())[-8:]}
-            self.formats[asked.seq] = asked.format
-            await asyncio.to_thread(self.session.submit, wanted, asked.seq)
+            drawing = {"prompt": asked.prompt, "seed": asked.seed or 0, "steps": asked.steps, **sides(asked.size)}
+            wanted = GenerateRequest(**drawing, timeout=self.settings.timeout)
+            self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked.format)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -128,19 +127,30 @@ class _Connection:
             await self._tell(_failure(seq, ours))
 
     async def _write(self) -> None:
-        async for found in self.mailbox:
-            if found.result is None:
-                await self._tell(_failure(found.seq, found.error or EngineError("no result")))
-                continue
-            kind = self.formats.get(found.seq, "webp")
-            (data,) = await encode_all(found.result.images[:1], kind)
-            self.metrics.observe(found.result)
-            async with self._sending:
-                await self.socket.send_bytes(_frame(found, found.result, kind, data))
+        try:
+            async for found in self.mailbox:
+                if found.result is None:
+                    await self._tell(_failure(found.seq, found.error or EngineError("no result")))
+                    continue
+                (data,) = await encode_all(found.result.images[:1], str(found.label))
+                self.metrics.observe(found.result)
+                await self._send(_frame(found, found.result, data))
+        except _Gone:
+            pass
+        except Exception:
+            LOG.exception("a stream failed")
+            await self.socket.close(INTERNAL)
 
     async def _tell(self, message: dict[str, Any]) -> None:
+        await self._send(json.dumps(message))
+
+    async def _send(self, message: str | bytes) -> None:
+        """One message at a time. Raises _Gone where nobody is there any more."""
         async with self._sending:
-            await self.socket.send_text(json.dumps(message))
+            try:
+                await (self.socket.send_text(message) if isinstance(message, str) else self.socket.send_bytes(message))
+            except (WebSocketDisconnect, RuntimeError):  # starlette raises either
+                raise _Gone from None
 
     def _hello(self) -> dict[str, Any]:
         engine = self.engine
@@ -150,12 +160,16 @@ class _Connection:
         }  # fmt: skip
 
 
-def _frame(found: SessionResult, result: GenerateResult, kind: Format, data: bytes) -> bytes:
+class _Gone(Exception):
+    """The client has closed the socket."""
+
+
+def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
     """4 bytes, big-endian: the length of a JSON header; the header; the picture's file."""
     height, width = result.images.shape[1:3]
     header = {
         "type": "image", "seq": found.seq, "preview": found.preview, "seed": result.seed, "steps": result.steps,
-        "size": size_name((height, width)), "format": kind, "bytes": len(data), "cached": result.cached,
+        "size": size_name((height, width)), "format": found.label, "bytes": len(data), "cached": result.cached,
         "unknown_words": result.unknown_words, "timings": result.timings.stages(),
     }  # fmt: skip
     encoded = json.dumps(header).encode()

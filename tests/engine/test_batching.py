@@ -113,7 +113,9 @@ def test_what_waits_may_expire_and_may_be_too_much(tiny_artifact: Path) -> None:
         with pytest.raises(EngineError, match=r"not drawn within its 0\.05 s"):
             late.result(20)
         assert first.result(20).images.shape[0] == 2
-        assert engine.generate(ask(count=20)).images.shape[0] == 20, "one that nothing is before is always taken"
+        assert engine.generate(ask(count=4)).images.shape[0] == 4
+        with pytest.raises(RequestError, match="20 pictures at once, at most 4 may wait here"):
+            engine.submit(ask(count=20))
 
 
 def test_a_prompt_that_crashes_the_encoder_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,12 @@ def test_openais_client_edits(client: openai.OpenAI) -> None:
     assert np.array_equal(drawn[:, :32], start[:, :32]) and not np.array_equal(drawn[:, 32:], start[:, 32:])
 
 
+def test_openais_client_edits_a_list_of_one(client: openai.OpenAI) -> None:
+    picture = png(np.full((64, 64, 3), 90, np.uint8))
+    got = client.images.edit(image=[("a.png", picture)], prompt="a cat", extra_body={"seed": 7})
+    assert got.data and got.data[0].b64_json
+
+
 def test_openais_client_lists_the_model(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id
@@ -105,7 +111,14 @@ BAD_UPLOADS = {
     "no picture": ({"image": b"not a picture"}, {"prompt": "a cat"}, 400, "no PNG, JPEG or WebP"),
     "half a picture": ({"image": GOOD[: len(GOOD) // 2]}, {"prompt": "a cat"}, 400, "no PNG, JPEG or WebP"),
     "a mask that is none": ({"image": GOOD, "mask": b"x"}, {"prompt": "a cat"}, 400, "mask is no PNG"),
-    "no image": ({}, {"prompt": "a cat"}, 400, "image"),
+    "no image": ({}, {"prompt": "a cat"}, 400, "image: exactly one picture is drawn from, got 0"),
+    "text as an image": ({"other": b""}, {"prompt": "a cat", "image": "fox.png"}, 400, "image: send a file"),
+    "two images": (
+        [("image[]", GOOD), ("image[]", GOOD)],
+        {"prompt": "a cat"},
+        400,
+        "exactly one picture is drawn from, got 2",
+    ),
     "no prompt": ({"image": GOOD}, {}, 400, "prompt"),
     "strength": ({"image": GOOD}, {"prompt": "a cat", "strength": "2"}, 400, "strength"),
     "too much": ({"image": bytes(21_000_000)}, {"prompt": "a cat"}, 413, "more than 20,000,000 bytes"),
@@ -120,13 +133,13 @@ def test_uploads_that_are_refused(http: httpx.Client, case) -> None:
 
 
 BODIES = {
-    "no JSON": (b"{", "JSON"),
-    "a list": (b"[]", "dictionary"),
-    "nothing": (b"", "required"),
+    "no JSON": (b"{", "the body is no JSON"),
+    "a list": (b"[]", "send a JSON object, with the content-type application/json"),
+    "nothing": (b"", "send a JSON object"),
     "broken UTF-8": (b'{"prompt": "\xff\xfe"}', ""),
     "a number": (b'{"prompt": 3}', "prompt"),
     "an unknown field": (b'{"prompt": "a", "promt": "b"}', "promt"),
-    "too many": (b'{"prompt": "a", "n": 65}', "n:"),
+    "too many": (b'{"prompt": "a", "n": 65}', "n: Input should be less than or equal to 64, got '65'"),
     "a huge number": (b'{"prompt": "a", "seed": 1' + b"0" * 400 + b"}", "seed"),
     "deeply nested": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", ""),
     "a bad size": (b'{"prompt": "a", "size": "big"}', "size must be WIDTHxHEIGHT"),
@@ -161,6 +174,7 @@ def test_sizes_lies_and_strangers(http: httpx.Client, server) -> None:
         assert b" 400 " in raw.recv(1000)
     assert http.get("/page/../app.py").status_code == 404 and http.get("/page/%2e%2e/app.py").status_code == 404
     assert http.get("/healthz").text == "ok" and http.get("/readyz").text == "ready"
+    assert [http.head(path).status_code for path in ("/", "/healthz", "/readyz")] == [200, 200, 200]
 
 
 def test_what_prometheus_reads(http: httpx.Client) -> None:

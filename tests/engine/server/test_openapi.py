@@ -1,5 +1,6 @@
 """The OpenAPI document keeps its word, by schemathesis: what it generates from the document, the server answers as documented."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from imagine_flash.engine.server import ServerSettings, create_app
 SKIPPED = "positive_data_acceptance"
 
 
-def test_schemathesis_finds_nothing(server) -> None:
+def test_schemathesis_finds_nothing(server, tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("schemathesis")
     options = [
         "--max-examples",
@@ -27,11 +28,19 @@ def test_schemathesis_finds_nothing(server) -> None:
         "--continue-on-failure",
     ]
     ran = subprocess.run(
-        [command, "run", f"{server.url}/openapi.json", *options], capture_output=True, text=True, timeout=240
+        [command, "run", f"{server.url}/openapi.json", *options], capture_output=True, text=True, timeout=240, cwd=tmp_path
     )  # fmt: skip
     assert ran.returncode == 0, f"schemathesis {__version__}: {ran.stdout}{ran.stderr}"
     assert "7 passed" in ran.stdout, ran.stdout
     assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_the_page_about_the_api_asks_nobody_else(server) -> None:
+    with httpx.Client(base_url=server.url) as http:
+        page = http.get("/docs").text
+        parts = re.findall(r'(?:src|href)="(.*?)"', page)
+        assert len(parts) >= 5 and all(part.startswith("/") and http.get(part).status_code == 200 for part in parts)
+        assert "default-src 'self'" in http.get("/docs").headers["content-security-policy"]
 
 
 def test_errors_and_keys_are_documented(tiny_artifact: Path) -> None:

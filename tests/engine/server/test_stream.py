@@ -127,6 +127,46 @@ def test_text_that_is_no_utf8_closes_it_in_one_line_of_the_log(server) -> None:
     assert "Invalid UTF-8" in log and "Traceback" not in log
 
 
+def test_bytes_count_not_characters(server) -> None:
+    with open_stream(server) as socket:
+        read(socket)
+        socket.send("é" * 40_000)
+        with pytest.raises(ConnectionClosed) as closed:
+            read(socket)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+
+
+def test_what_was_refused_changes_nothing_for_what_was_taken(stream: ClientConnection) -> None:
+    for seq in range(1, 6):
+        ask(stream, seq, format="jpeg", seed=None)
+        ask(stream, seq, format="webp", preview=True)
+        found = [read(stream)[0], read(stream)[0]]
+        assert sorted(one["type"] for one in found) == ["error", "image"]
+        (image,) = (one for one in found if one["type"] == "image")
+        assert image["format"] == "jpeg" and image["seed"] == 0 and not image["preview"]
+
+
+def test_every_picture_of_a_flood_has_the_format_that_was_asked_for(server) -> None:
+    with httpx.Client(base_url=server.url) as http, open_stream(server) as socket:
+        read(socket)
+        before = stale(http)
+        for seq in range(1, 301):
+            ask(socket, seq, f"a cat {seq % 7}")
+            time.sleep(0.002)
+        formats, seq = set(), 0
+        while seq < 300:
+            header, _ = read(socket)
+            seq = header["seq"]
+            formats.add(header["format"])
+        assert formats == {"png"}
+        assert stale(http) > before, "counted while the socket is open"
+
+
+def stale(http: httpx.Client) -> float:
+    (line,) = (line for line in http.get("/metrics").text.splitlines() if line.startswith("imagine_flash_stale_total"))
+    return float(line.split()[1])
+
+
 def test_pages_of_other_hosts_are_refused(server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         open_stream(server, origin="https://evil.example")

@@ -1,0 +1,117 @@
+"""Clients that hang up, stall, upload too much or come from elsewhere; and pages that may come from elsewhere."""
+
+import concurrent.futures
+import io
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from imagine_flash.engine import Engine
+from imagine_flash.engine.server import create_app
+
+
+@pytest.fixture
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+def test_a_strangers_name_for_this_machine_is_a_stranger(http: httpx.Client, server) -> None:
+    """DNS rebinding: the page and the request agree on a name, and the name leads here."""
+    for name, status in (("evil.example", 403), ("localhost", 200), ("127.0.0.1", 200)):
+        there = f"{name}:{server.port}"
+        headers = {"host": there, "origin": f"http://{there}"}
+        answer = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}, headers=headers)
+        assert answer.status_code == status, name
+
+
+def raw_request(server, body: bytes, length: int) -> socket.socket:
+    """A client that has sent this much of its body."""
+    connection = socket.create_connection(("127.0.0.1", server.port), 30)
+    head = "POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {length}\r\n\r\n".encode() + body)
+    return connection
+
+
+def test_a_client_that_hangs_up_stops_its_work_in_one_line_of_the_log(http: httpx.Client, server) -> None:
+    body = json.dumps({"prompt": "a cat", "n": 16}).encode()
+    connection = raw_request(server, body, len(body))
+    time.sleep(0.05)
+    connection.close()
+    limit = time.monotonic() + 20
+    while '"status": 499' not in server.log.read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    assert "Traceback" not in server.log.read_text()
+    while "imagine_flash_waiting_pictures 0.0" not in http.get("/metrics").text:
+        assert time.monotonic() < limit
+
+
+def test_half_a_body_is_not_waited_for(start_server, tiny_artifact) -> None:
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--timeout", "1")
+    with raw_request(server, b"{", 100) as connection:
+        answer = b""
+        while b"rest of the request" not in answer and (more := connection.recv(2000)):
+            answer += more
+    assert b" 408 " in answer and b"1 seconds without the rest of the request" in answer
+    with raw_request(server, b"{", 100):
+        started = time.monotonic()
+        assert server.stop() in (0, -15) and time.monotonic() - started < 10
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_uploads_are_unpacked_beside_everything_else_and_only_so_many(server) -> None:
+    big = Image.new("RGBA", (3000, 3000), (1, 2, 3, 128))
+    buffer = io.BytesIO()
+    big.save(buffer, "PNG", compress_level=1)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool, httpx.Client(base_url=server.url, timeout=120) as http:
+
+        def edit(_: int) -> int:
+            files = {"image": buffer.getvalue(), "mask": buffer.getvalue()}
+            answer = http.post("/v1/images/edits", files=files, data={"prompt": "a cat", "steps": "1"})
+            assert answer.status_code != 429 or answer.headers["retry-after"] == "1"
+            return answer.status_code
+
+        edits = pool.map(edit, range(24))
+        time.sleep(0.3)
+        slowest = 0.0
+        for seed in range(5):
+            started = time.monotonic()
+            assert http.post("/v1/images/generations", json={"prompt": "a cat", "seed": seed}).status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+        assert set(edits) == {200, 429} and slowest < 10
+
+
+def test_allowed_pages_read_answers_and_refusals(start_server, tiny_artifact, tmp_path) -> None:
+    (tmp_path / "keys").write_text("0123456789abcdef\n")
+    options = ("--allow-origin", "https://example.org", "--api-key-file", tmp_path / "keys", "--backend", "onnxruntime")
+    server = start_server("--model", tiny_artifact, *options)
+    origin, key = {"origin": "https://example.org"}, {"authorization": "Bearer 0123456789abcdef"}
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        wish = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        leave = http.options("/v1/images/generations", headers=origin | wish)
+        drawn = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}, headers=origin | key)
+        refused = http.post("/v1/images/generations", json={"prompt": "a cat"}, headers=origin)
+        assert (leave.status_code, drawn.status_code, refused.status_code) == (200, 200, 401)
+        for answer in (leave, drawn, refused):
+            assert answer.headers["access-control-allow-origin"] == "https://example.org"
+        assert "retry-after" in drawn.headers["access-control-expose-headers"]
+        other = http.options("/v1/images/generations", headers=wish | {"origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_model_that_fails_to_load_is_said_by_readyz() -> None:
+    def load() -> Engine:
+        raise RuntimeError("out of luck")
+
+    with TestClient(create_app(load)) as http:
+        limit = time.monotonic() + 10
+        while "out of luck" not in (answer := http.get("/readyz")).text:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        assert answer.status_code == 503
