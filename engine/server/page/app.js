@@ -29,12 +29,14 @@ const figures = new Figures(
 
 let hello = { sizes: [], steps: [], formats: ["webp"], model: "" }; // what the model draws
 let steps; // undefined: the model's most
+let good = whole(seed.defaultValue); // the last seed that was one
 let asked = { seq: 0 }; // the newest request: what was sent, and when
 const waiting = new Map(); // by number, the requests whose pictures may still come
 let seconds = 0; // of drawing, lately
 let refusals = 0; // of a busy server, in a row
 let settling = 0; // the timer; 0 once it has run
 let retrying = 0;
+let keyed = false; // a key was given, and nothing has come of it yet
 
 // Asking
 
@@ -44,9 +46,13 @@ function draw(at = null, typed = false) {
   clearTimeout(settling);
   const text = prompt.value.trim();
   const number = whole(seed.value);
-  seed.setAttribute("aria-invalid", String(number === null));
-  if (number === null) return;
-  asked = { seq: asked.seq + 1, prompt: text, seed: number, steps, size: size.value || undefined, at, typed };
+  const invalid = String(number === null);
+  good = number ?? good;
+  if (seed.ariaInvalid !== invalid) {
+    seed.ariaInvalid = invalid;
+    unknown([]);
+  }
+  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps, size: size.value || undefined, at, typed };
   settling = setTimeout(() => {
     settling = 0;
     settle();
@@ -55,6 +61,8 @@ function draw(at = null, typed = false) {
   if (!text) {
     picture.clear(asked.seq);
     refresh();
+    unknown([]);
+    say(stream.state); // what was wrong was wrong with another text
     return;
   }
   const { seq } = asked;
@@ -62,7 +70,7 @@ function draw(at = null, typed = false) {
   const format = small(asked.size) && hello.formats.includes("png") ? "png" : "webp"; // 64 x 64: 6 kB without a loss
   asked.sent = performance.now();
   waiting.set(seq, asked);
-  stream.send({ seq, prompt: text, seed: number, steps, size: asked.size, format, preview });
+  stream.send({ seq, prompt: text, seed: good, steps, size: asked.size, format, preview });
 }
 
 function small(name) {
@@ -75,7 +83,7 @@ function bringBack(wanted, event = null) {
   keep();
   if (wanted.prompt !== undefined) prompt.value = wanted.prompt;
   if (wanted.seed !== undefined) seed.value = wanted.seed;
-  if (wanted.steps !== undefined) choose(wanted.steps);
+  if (!hello.steps.length || hello.steps.includes(wanted.steps)) choose(wanted.steps ?? steps);
   if (wanted.size !== undefined && hello.sizes.includes(wanted.size)) size.value = wanted.size;
   fit();
   draw(event?.timeStamp ?? null);
@@ -106,6 +114,7 @@ stream.addEventListener("failure", ({ detail: { seq, error } }) => {
     say("busy");
     retrying = setTimeout(draw, BUSY[Math.min(refusals++, BUSY.length - 1)]);
   } else {
+    unknown([]);
     say("failed", `${error.message[0].toUpperCase()}${error.message.slice(1)}.`, error.type === "server_error");
   }
 });
@@ -114,6 +123,8 @@ stream.addEventListener("ready", ({ detail }) => {
   hello = detail;
   fillSteps();
   fillSizes();
+  if (keyed) prompt.focus();
+  keyed = false;
   find("model").textContent = `${hello.model} · ${hello.backend}`;
   if (picture.shown?.header.seq !== asked.seq || picture.shown.header.preview) draw();
 });
@@ -147,12 +158,13 @@ function say(state, text = STATES[state][1] ?? "", again = ["lost", "blocked"].i
   find("key-form").hidden = !needsKey;
 }
 
-/** Words that the model never saw; not the one that is being typed. */
+/** Below the text: that the seed is none, or words that the model never saw, but for the one that is being typed. */
 function unknown(words) {
   const typing = asked.typed && performance.now() - asked.sent < SETTLED ? prompt.value.split(/[\s,]/).at(-1) : "";
   const seen = words.filter((word) => word !== typing.toLowerCase());
-  const text = seen.length ? `The model never saw: ${seen.join(", ")}` : "";
-  if (note.textContent !== text) note.textContent = text;
+  let text = seen.length ? `The model never saw: ${seen.join(", ")}` : "";
+  if (seed.ariaInvalid === "true") text = `A seed is a whole number, 0 to ${seed.max}`;
+  if (note.textContent !== text) note.textContent = note.title = text; // the line may be too short for it
 }
 
 /** Nobody changed anything for a while, and the picture may be there. */
@@ -174,7 +186,6 @@ function share() {
 function keep() {
   if (!picture.shown || picture.shown.header.preview || picture.shown.header.seq !== asked.seq) return;
   strip.add(picture.shown);
-  find("last").hidden = false;
 }
 
 /** Download and command of the picture that is shown. */
@@ -187,7 +198,6 @@ function refresh() {
   find("command").replaceChildren(...spans.flatMap((span, i) => (i ? [" ", span] : [span])));
   if (!shown) {
     link.removeAttribute("href");
-    note.textContent = "";
     return;
   }
   link.href = shown.url;
@@ -232,7 +242,7 @@ function fillSizes() {
 /** As high as its text. */
 function fit() {
   prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight}px`;
+  prompt.style.height = `${prompt.scrollHeight + 2}px`; // 2: the line below it
 }
 
 prompt.addEventListener("input", ({ timeStamp }) => {
@@ -268,6 +278,7 @@ find("again").addEventListener("click", () => (stream.ready ? draw() : stream.co
 find("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const sent = stream.use(find("key").value.trim());
+  keyed = sent;
   if (sent) find("key").value = "";
   else find("trouble-text").textContent = "A browser cannot send that key: it may hold letters, digits and - . _ ~ ! # $ % & ' * + ^ ` | only.";
 });

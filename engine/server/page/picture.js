@@ -2,6 +2,7 @@
 
 const SMALL = 256; // pixels: below, a picture is shown in squares instead of a blur
 const KEPT = 16;
+const STORED = "imagine-flash.strip";
 
 /** Shows the newest picture: never one of an older request, and a preview only until the full one is there. */
 export class Picture {
@@ -51,7 +52,7 @@ export class Picture {
   /** The box of a size such as 64x64, before there is a picture. */
   shape(size) {
     const [width, height] = size.split("x").map(Number);
-    this.#figure.style.aspectRatio = `${width} / ${height}`;
+    this.#figure.style.setProperty("--ratio", width / height);
   }
 
   #wants({ seq, preview }) {
@@ -70,7 +71,7 @@ export class Picture {
   }
 }
 
-/** The pictures somebody stayed at, newest first; a click brings one back. */
+/** The pictures somebody stayed at, newest first; a click brings one back. They live as long as the tab. */
 export class Strip {
   #list;
   #items = new Map(); // what was drawn -> its element
@@ -81,36 +82,63 @@ export class Strip {
       const button = event.target.closest("button");
       if (button) pick(JSON.parse(button.dataset.drawn), event);
     });
+    this.#restore();
   }
 
   add({ header, blob, prompt }) {
     const { seed, steps, size } = header;
     const drawn = JSON.stringify({ prompt, seed, steps, size });
-    const item = this.#items.get(drawn) ?? this.#made(drawn, blob, `${prompt}, seed ${seed}, ${steps} steps`);
+    const item = this.#items.get(drawn) ?? this.#made(drawn);
     this.#items.delete(drawn);
     this.#items.set(drawn, item); // the newest is the map's last
     if (this.#list.firstElementChild !== item && !item.contains(document.activeElement)) this.#list.prepend(item);
     for (const old of [...this.#items.keys()].slice(0, -KEPT)) {
-      URL.revokeObjectURL(this.#items.get(old).querySelector("img").src);
       this.#items.get(old).remove();
       this.#items.delete(old);
     }
+    const reader = new FileReader();
+    reader.onload = () => {
+      item.querySelector("img").src = reader.result;
+      this.#save();
+    };
+    reader.readAsDataURL(blob);
   }
 
-  #made(drawn, blob, label) {
+  #save() {
+    const all = [...this.#items].map(([drawn, item]) => [drawn, item.querySelector("img").src]);
+    try {
+      sessionStorage.setItem(STORED, JSON.stringify(all.filter(([, src]) => src)));
+    } catch {
+      // too large, or the browser stores nothing: they live as long as the page
+    }
+  }
+
+  #restore() {
+    try {
+      for (const [drawn, src] of JSON.parse(sessionStorage.getItem(STORED) ?? "[]")) {
+        this.#items.set(drawn, this.#made(drawn, src));
+      }
+    } catch {
+      // as above
+    }
+  }
+
+  #made(drawn, src = "") {
+    const { prompt, seed, steps, size } = JSON.parse(drawn);
     const image = new Image();
-    image.src = URL.createObjectURL(blob);
+    if (src) image.src = src;
     image.alt = "";
-    image.classList.toggle("squares", Number(JSON.parse(drawn).size.split("x")[0]) < SMALL);
+    image.classList.toggle("squares", Number(size.split("x")[0]) < SMALL);
     const button = document.createElement("button");
     button.type = "button";
-    button.title = label;
-    button.setAttribute("aria-label", label);
+    button.title = `${prompt}, seed ${seed}, ${steps} steps`;
+    button.setAttribute("aria-label", button.title);
     button.dataset.drawn = drawn;
     button.append(image);
     const item = document.createElement("li");
     item.append(button);
     this.#list.prepend(item);
+    this.#list.parentElement.hidden = false;
     return item;
   }
 }

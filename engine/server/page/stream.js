@@ -37,7 +37,7 @@ export class Stream extends EventTarget {
 
   constructor() {
     super();
-    this.state = "";
+    this.state = "connecting";
     addEventListener("online", () => this.state !== "ready" && this.connect());
     document.addEventListener("visibilitychange", () => !document.hidden && this.state === "lost" && this.connect());
     addEventListener("pageshow", (event) => event.persisted && this.connect()); // back from the browser's cache

@@ -7,11 +7,12 @@ export function quoted(text) {
   return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", String.raw`'\''`)}'`;
 }
 
-/** The command that draws the same picture. `model` and `size` are said only where they are not the defaults. */
+/** The command that draws the same picture, but for the rounding of another backend or precision. `model` and `size` are
+ * said only where they are not the defaults; where a model lies only its owner knows. */
 export function command({ prompt, seed, steps, size, model }) {
   const words = ["imagine-flash", "generate"];
   if (!prompt.startsWith("-")) words.push(quoted(prompt));
-  if (model && model !== EMBEDDED) words.push("--model", quoted(model));
+  if (model && model !== EMBEDDED) words.push("--model", quoted(`PATH/OF/${model}`));
   words.push("--seed", String(seed));
   if (steps) words.push("--steps", String(steps));
   if (size) {

@@ -197,6 +197,7 @@ def test_the_strip_the_address_and_the_command_bring_a_picture_back(server, open
     page.wait_for_selector("#strip li:nth-child(2)")
     words = shlex.split(page.locator("#command").inner_text())
     assert words == ["imagine-flash", "generate", said, "--seed", "8", "--steps", "2", "-o", "picture.png"]
+    assert "the same picture, but for rounding" in page.locator("#shell").get_attribute("title").lower()
     opened.says("#note", "The model never saw: ")
     assert "zebra" in page.locator("#note").inner_text()
     shared = page.evaluate("location.hash")
@@ -237,6 +238,19 @@ def test_it_fits_and_follows_the_scheme(server, open_page, scheme: str, width: i
     opened.says("#trouble", "shorten it")
     assert opened.page.evaluate(fits)
     assert opened.console == [] and opened.others == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1366, 650), (1920, 950), (1000, 800), (844, 390)])
+def test_what_one_looks_at_is_in_sight(server, open_page, width: int, height: int) -> None:
+    """At 1280 x 720 the figures were below the fold and Download in a row of its own; sideways, a phone showed no picture."""
+    opened = open_page(server.url, viewport={"width": width, "height": height}).go()
+    opened.page.wait_for_selector("#strip li")
+    parts = ["prompt", "picture", "steps", "seed", "download", *(["figures"] if height > 400 else [])]
+    boxes = {name: opened.page.locator(f"#{name}").bounding_box() for name in parts}
+    for name, box in boxes.items():
+        assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height, name
+    assert boxes["steps"]["y"] == boxes["seed"]["y"] == boxes["download"]["y"]
+    assert boxes["picture"]["height"] >= 0.5 * height and boxes["picture"]["height"] % 64 == 0
 
 
 def test_a_server_that_dies_is_missed_and_found_again(server, open_page) -> None:
@@ -301,6 +315,115 @@ def test_a_busy_server_is_asked_again_and_other_errors_are_said(server, open_pag
     assert not opened.page.locator("#trouble").is_visible()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_trouble_does_not_move_the_picture(server, open_page, width: int) -> None:
+    """It stood above the picture: at each 429 the page jumped by 90 pixels."""
+    opened = open_page(server.url, viewport={"width": width, "height": 844})
+    refused = []
+
+    def between(socket: Any) -> None:
+        upstream = socket.connect_to_server()
+
+        def up(text: str) -> None:
+            if '"a dog"' in text and not refused:
+                refused.append(text)
+                seq = re.search(r'"seq":(\d+)', text)
+                assert seq is not None
+                socket.send(f'{{"type": "error", "seq": {seq[1]}, "error": {{"message": "many", "code": "busy"}}}}')
+            else:
+                upstream.send(text)
+
+        socket.on_message(up)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go("#prompt=a+cat").shows("a cat")
+    picture, trouble = opened.page.locator("#picture"), opened.page.locator("#trouble")
+    before = picture.bounding_box()
+    opened.page.evaluate(
+        """() => new MutationObserver(() => (window.during ??= document.getElementById("picture").getBoundingClientRect().y))
+          .observe(document.getElementById("trouble"), { attributes: true, attributeFilter: ["hidden"] })"""
+    )
+    opened.page.fill("#prompt", "a dog")
+    opened.shows("a dog")
+    assert refused and before is not None and opened.page.evaluate("during") == before["y"]
+    opened.page.fill("#prompt", "dog " * 40)
+    opened.says("#trouble", "tokens")
+    over, under = trouble.bounding_box(), picture.bounding_box()
+    assert over is not None and under is not None
+    assert under["y"] < over["y"] and over["y"] + over["height"] < under["y"] + under["height"]
+
+
+def test_what_was_said_of_another_text_goes(server, open_page) -> None:
+    """Of a text that is gone there stayed its unknown words, beside an error, and its error, above no text at all."""
+    opened = open_page(server.url).go("#prompt=a+zebra")
+    opened.says("#note", "The model never saw: zebra")
+    opened.page.fill("#prompt", "zebra " * 80)
+    opened.says("#trouble", "tokens")
+    assert opened.page.locator("#note").inner_text() == ""
+    opened.page.fill("#prompt", "")
+    opened.says("#state", "ready")
+    assert not opened.page.locator("#trouble").is_visible()
+
+
+def test_a_seed_that_is_none_is_said_and_the_last_one_stays(server, open_page) -> None:
+    """With the field empty nothing was drawn any more, and the page said "ready"."""
+    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened.shows("a cat", 8)
+    seed = opened.page.locator("#seed")
+    for wrong in ("", "9007199254740992", "1.5", "-1"):
+        seed.fill(wrong)
+        opened.says("#note", "A seed is a whole number, 0 to 9007199254740991")
+        assert seed.get_attribute("aria-invalid") == "true"
+        opened.page.fill("#prompt", f"a pizza {len(wrong)}")
+        opened.shows(f"a pizza {len(wrong)}", 8)
+        opened.says("#note", "A seed is")
+    assert "seed=8" in opened.page.locator("#copy").evaluate("() => location.hash")
+    seed.fill("9")
+    opened.shows("a pizza 2", 9)
+    assert seed.get_attribute("aria-invalid") == "false"
+    playwright.expect(opened.page.locator("#note")).not_to_contain_text("seed")
+
+
+def test_steps_that_the_model_cannot_are_not_taken_from_the_address(server, open_page) -> None:
+    """The page asked for 7 and showed the number that was chosen before."""
+    opened = open_page(server.url).go("#prompt=a+cat&steps=2")
+    opened.says("#command", "--steps 2")
+    opened.page.evaluate("location.hash = '#prompt=a+dog&steps=7'")
+    opened.shows("a dog")
+    opened.says("#command", "--steps 2")
+    assert opened.page.locator("#steps input:checked").input_value() == "2"
+    assert not opened.page.locator("#trouble").is_visible()
+    opened.page.evaluate("location.hash = '#prompt=a+dog&steps=1'")
+    opened.says("#command", "--steps 1")
+    assert opened.page.locator("#steps input:checked").input_value() == "1"
+
+
+def test_the_last_pictures_are_there_after_a_reload(server, open_page) -> None:
+    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened.page.wait_for_selector("#strip li")
+    opened.page.click("#examples button:nth-child(4)")
+    opened.page.wait_for_selector("#strip li:nth-child(2) img[src^='data:']")
+    opened.page.reload()
+    opened.shows("a penguin on an orange background", 8)
+    playwright.expect(opened.page.locator("#strip li")).to_have_count(2)
+    old = opened.page.locator("#strip li:nth-child(2)")
+    assert old.locator("img").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 64
+    old.locator("button").click()
+    opened.shows("a cat", 8)
+    assert opened.console == []
+
+
+def test_the_command_of_another_model_asks_for_its_path(start_server, tiny_artifact: Path, open_page) -> None:
+    """It said `--model NAME`, where `imagine-flash generate` wants a path, which a server does not tell."""
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
+    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened.shows("a cat", 8)
+    words = shlex.split(opened.page.locator("#command").inner_text())
+    assert words[words.index("--model") + 1].startswith("PATH/OF/")
+    assert str(tiny_artifact.parent) not in opened.page.content()
+    server.stop()
+
+
 def test_a_model_of_several_sizes(server, open_page) -> None:
     opened = open_page(server.url)
 
@@ -341,6 +464,7 @@ def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
     page.keyboard.press("Enter")
     opened.shows("a fox on a pink background")
     assert not page.locator("#trouble").is_visible() and not page.locator("#key").is_visible()
+    playwright.expect(page.locator("#prompt")).to_be_focused()
     page.reload()
     opened.shows("a fox on a pink background")
     assert KEY not in page.url and KEY not in page.content()
