@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,12 @@ from .common import needs, say
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings
+
+
+OPTIONS = {  # what errors call a setting -> what the user typed
+    "host": "--host", "device": "--device", "max_queue": "--max-queue", "max_batch": "--max-batch",
+    "timeout": "--timeout", "threads": "--threads", "allowed_origins": "--allow-origin",
+}  # fmt: skip
 
 
 def serve_command(
@@ -63,16 +71,17 @@ def serve_command(
         "max_batch": max_batch, "threads": threads,
     }  # fmt: skip
     origins = tuple(allow_origin or ())
-    if not _is_loopback(host) and api_key_file is None:
-        say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
-    if ray:
-        needs("ray", "ray")
-        asked = RaySettings(**engine, api_key_file=api_key_file, timeout=timeout, allowed_origins=origins)
-        _serve_on_ray(asked, host, port, replicas)
-    else:
-        keys = () if api_key_file is None else read_keys(api_key_file)
-        settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=origins)
-        _serve_here(EngineSettings(**engine), settings, host, port)
+    with _options_as_typed():
+        if not _is_loopback(host) and api_key_file is None:
+            say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
+        if ray:
+            needs("ray", "ray")
+            asked = RaySettings(**engine, api_key_file=api_key_file, timeout=timeout, allowed_origins=origins)
+            _serve_on_ray(asked, host, port, replicas)
+        else:
+            keys = () if api_key_file is None else read_keys(api_key_file)
+            settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=origins)
+            _serve_here(EngineSettings(**engine), settings, host, port)
 
 
 def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, port: int) -> None:
@@ -81,6 +90,7 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
 
     from ..engine.server import create_app
 
+    engine.check()
     failed: list[ImagineFlashError] = []
 
     def load() -> Engine:
@@ -94,13 +104,14 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
     config = uvicorn.Config(
         create_app(load, settings), host=host, port=port, log_level="warning", access_log=False, ws="websockets-sansio",
         ws_max_size=settings.max_body, ws_ping_interval=20, timeout_keep_alive=75, timeout_graceful_shutdown=30,
-        server_header=False,
+        server_header=False, proxy_headers=False,
     )  # fmt: skip
     server = uvicorn.Server(config)
     listening = _listen(host, port)
     say(_url(host, listening))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn.error").addFilter(_one_line)
+    logging.getLogger("imagine_flash.server").addFilter(lambda record: not failed)  # the command says it itself
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
@@ -113,6 +124,18 @@ def _serve_on_ray(settings: RaySettings, host: str, port: int, replicas: int | N
     with _listen(host, port) as free:  # what listens in the end is a process of Ray's
         url, port = _url(host, free), free.getsockname()[1]
     run(settings, host=host, port=port, replicas=replicas, ready=lambda: say(url))
+
+
+@contextmanager
+def _options_as_typed() -> Iterator[None]:
+    """A setting that cannot be is called by its option: --max-queue, not max_queue."""
+    try:
+        yield
+    except ImagineFlashError as error:
+        name = str(error).partition(" ")[0].rstrip(":")
+        if name not in OPTIONS:
+            raise
+        raise type(error)(OPTIONS[name] + str(error).removeprefix(name)) from None
 
 
 def _one_line(record: logging.LogRecord) -> bool:
@@ -134,7 +157,7 @@ def _listen(host: str, port: int) -> socket.socket:
         )
     except OSError as error:
         raise RequestError(
-            f"cannot listen at {host}:{port} ({error.strerror}); choose another --port or --host"
+            f"cannot listen at {host}:{port} ({str(error.strerror).partition(' (')[0]}); choose another --port or --host"
         ) from None
 
 

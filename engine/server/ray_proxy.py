@@ -11,19 +11,20 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_body
-from .guard import SAFE
+from .guard import SAFE, body_limit
 from .settings import ServerSettings
 
 TRIES = 3
+TRIES_OF_UPLOADS = 2  # a picture that kills whoever unpacks it is not to end every replica
 OF_A_REPLICA = SAFE[0]  # the header of whatever `Guard` has let through
-MOST = ServerSettings.model_fields["max_upload"].default
+LIMITS = ServerSettings()  # those of every replica
 SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
 LOG = logging.getLogger("imagine_flash.server")
 
 
 class SecondTry:
-    """ASGI middleware. A request whose replica ends before its answer is whole goes to another one, up to TRIES times, then
-    it is a 503; a WebSocket is closed with 1012, and its client connects again.
+    """ASGI middleware. A request whose replica ends before its answer is whole goes to another one, up to TRIES times, where
+    it brings pictures TRIES_OF_UPLOADS times; then it is a 503. A WebSocket is closed with 1012, and its client connects again.
 
     Drawing changes nothing, so a request may be made twice. Answers are held until they are whole.
     """
@@ -40,23 +41,25 @@ class SecondTry:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        most, announced = body_limit(scope["path"], headers, LIMITS), headers.get("content-length", "")
         client = _Client(receive)
-        body = await client.body()
+        body = None if announced.isdigit() and int(announced) > most else await client.body(most)
         if client.gone:
             return
         if body is None:
-            await _error(send, 413, "too_large", f"the request has more than {MOST:,} bytes")
+            await _error(send, 413, "too_large", f"the request has more than {most:,} bytes")
             return
-        for _ in range(TRIES):
+        for _ in range(TRIES if most == LIMITS.max_body else TRIES_OF_UPLOADS):
             answer: list[Message] = []
             await self._ask(scope, client.again(body), answer)
             if client.gone:
                 return
             if answer and not answer[-1].get("more_body", answer[-1]["type"] == "http.response.start"):
-                headers = dict.fromkeys(map(tuple, answer[0].get("headers", ())))  # each once: Ray adds the id again
-                if OF_A_REPLICA not in headers and not scope["path"].startswith("/-/"):
+                marked = dict.fromkeys(map(tuple, answer[0].get("headers", ())))  # each once: Ray adds the id again
+                if OF_A_REPLICA not in marked and not scope["path"].startswith("/-/"):
                     break  # Ray's own: no replica was asked
-                answer[0]["headers"] = list(headers)
+                answer[0]["headers"] = list(marked)
                 for message in answer:
                     await send(message)
                 return
@@ -97,8 +100,8 @@ class _Client:
     def __init__(self, receive: Receive) -> None:
         self._receive, self.gone = receive, False
 
-    async def body(self) -> bytes | None:
-        """The whole body; None if it is too large."""
+    async def body(self, most: int) -> bytes | None:
+        """The whole body; None if it has more bytes than that."""
         parts, size = [], 0
         while True:
             message = await self._heard()
@@ -106,7 +109,7 @@ class _Client:
                 return b""
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > MOST:
+            if size > most:
                 return None
             if not message.get("more_body", False):
                 return b"".join(parts)

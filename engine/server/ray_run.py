@@ -6,10 +6,12 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...core.errors import EngineError, RequestError, missing_extra
 from .settings import RaySettings
@@ -19,7 +21,20 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",  # one line per request, as without Ray
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody, unless the user wants it
 }
-for name, value in ENVIRONMENT.items():
+OWN_RAY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's only way to have it listen at 127.0.0.1: to be of one machine
+    "RAY_AUTH_MODE": "token",
+    "FORWARDED_ALLOW_IPS": "",  # no client says itself where it is
+}
+
+
+def cluster() -> str | None:
+    """What RAY_ADDRESS names; None where a Ray of our own is to be started."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
+for name, value in (ENVIRONMENT if cluster() else ENVIRONMENT | OWN_RAY).items():
     os.environ.setdefault(name, value)  # read when ray is imported
 
 try:
@@ -41,7 +56,7 @@ def run(
     ready: called once requests are answered. Raises RequestError for what the machines cannot hold, EngineError where no
     replica starts.
     """
-    settings.check()
+    settings.check(here=cluster() is None)
     with _ray(host, port):
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,6 +82,8 @@ def placement(
     most = gpus if on_gpu else machines
     if on_gpu and (replicas or 0) > gpus:
         raise RequestError(f"--replicas {replicas} need a GPU each; Ray has {gpus}")
+    if not on_gpu and (replicas or 0) > cpus:
+        raise RequestError(f"--replicas {replicas} need a processor each; Ray has {cpus:g}")
     share = cpus / (replicas or most)
     wanted = min(settings.threads or share, share)
     options = {"num_cpus": wanted if wanted < 1 else int(wanted), "num_gpus": int(on_gpu)}
@@ -82,18 +99,39 @@ def _reason() -> str:
     return re.sub(r"^[\w.]+(Error|Exception): ", "", said[-1].strip())
 
 
+def check_address(address: str) -> None:
+    """That something answers there; Ray itself would try for 40 seconds. Raises RequestError."""
+    if address == "auto":  # Ray looks for it on this machine, and says at once where there is none
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        where = (parts.hostname, parts.port)
+    except ValueError:
+        where = (None, None)
+    if not all(where) or parts.scheme not in ("", "ray"):
+        raise RequestError(f"RAY_ADDRESS must be HOST:PORT, ray://HOST:PORT, auto or local, got {address!r}")
+    try:
+        socket.create_connection(where, timeout=3).close()
+    except OSError as error:
+        raise RequestError(
+            f"no Ray answers at RAY_ADDRESS={address} ({error.strerror or error}); unset it to start one here"
+        ) from None
+
+
 @contextmanager
 def _ray(host: str, port: int) -> Iterator[None]:
     """Ray with Serve's proxies listening."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if address := cluster():
+        check_address(address)
     try:
-        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(address or "local", logging_level=logging.WARNING, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(f"Ray does not start: {str(error).splitlines()[0]}") from None
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
         yield
     finally:
-        if "RAY_ADDRESS" in os.environ:
+        if address:
             serve.shutdown()  # the cluster stays
         ray.shutdown()

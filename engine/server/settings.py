@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ...core.artifact import read_artifact_manifest
 from ...core.checked import Checked
 from ...core.errors import RequestError
-from ...core.hub import local_folder
-from ..backends import choose, runs_student
+from ...core.hub import HUB_ID, local_folder
+from ..backends import Wanted, choose, runs_student
 from ..engine import EMBEDDED, Engine
 
 SHORTEST_KEY = 16  # characters
 KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
+ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+DEFAULT_PORT = {"http": 80, "https": 443}  # which browsers leave out
+
+
+def _origin(given: str) -> str:
+    """As a browser writes it: lower case, without a default port."""
+    origin = given.lower()
+    try:
+        parts = urlsplit(origin)
+        if not ORIGIN.fullmatch(origin) or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError("must be http://HOST or https://HOST, :PORT after it where it has one, and no path") from None
+    default = parts.port == DEFAULT_PORT[parts.scheme]
+    return origin.rpartition(":")[0] if default else origin
+
+
+Origins = tuple[Annotated[str, AfterValidator(_origin)], ...]
 
 
 class EngineSettings(Checked):
@@ -36,6 +57,21 @@ class EngineSettings(Checked):
             max_waiting=self.max_queue, threads=self.threads,
         )  # fmt: skip
 
+    def check(self, *, here: bool = True) -> None:
+        """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted. here: it is
+        this machine that draws. Raises ImagineFlashError."""
+        processors = os.cpu_count() or 1
+        if here and self.threads is not None and self.threads > processors:
+            raise RequestError(
+                f"threads: must be 1 to {processors}, the processors of this machine, got {self.threads}"
+            )
+        Wanted(precision=self.precision)
+        folder = EMBEDDED if self.model is None else Path(self.model)
+        if not folder.exists() and (self.model is None or HUB_ID.fullmatch(str(self.model))):
+            return
+        if not runs_student(self.backend, folder):
+            choose(self.backend, read_artifact_manifest(folder), self.device, folder)
+
 
 class ServerSettings(Checked):
     """Keyword-only, frozen; RequestError in one line for what cannot be.
@@ -50,7 +86,7 @@ class ServerSettings(Checked):
     max_body: int = Field(default=65_536, ge=1024)
     max_upload: int = Field(default=20_000_000, ge=1024)
     max_pixels: int = Field(default=16_777_216, ge=4096)
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: Origins = ()
 
 
 class RaySettings(EngineSettings):
@@ -58,25 +94,25 @@ class RaySettings(EngineSettings):
 
     api_key_file: Path | None = None
     timeout: float = Field(default=60.0, gt=0, le=3600)
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: Origins = ()
 
     def server(self) -> ServerSettings:
         """Raises RequestError."""
         keys = () if self.api_key_file is None else read_keys(self.api_key_file)
         return ServerSettings(api_keys=keys, timeout=self.timeout, allowed_origins=self.allowed_origins)
 
-    def check(self) -> None:
-        """What a replica would find wrong in its first second, before any is started. Raises ImagineFlashError."""
+    def check(self, *, here: bool = True) -> None:
+        """As of EngineSettings, and the keys; a hub id is fetched once, not by every replica. Raises ImagineFlashError."""
         self.server()
-        folder = EMBEDDED if self.model is None else local_folder(self.model)
-        if not runs_student(self.backend, folder):
-            choose(self.backend, read_artifact_manifest(folder), self.device, folder)
+        super().check(here=here)
+        if self.model is not None:
+            local_folder(self.model)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
     """The keys in a file, one a line; lines that begin with # are skipped. Raises RequestError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise RequestError(f"cannot read the keys in {path}: {reason}") from None
@@ -84,8 +120,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
     if not keys:
         raise RequestError(f"{path} holds no key; write one a line, such as the output of: openssl rand -hex 32")
     for number, key in enumerate(keys, 1):
-        if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        if not KEY.fullmatch(key):
             raise RequestError(
-                f"key {number} of {path} must have {SHORTEST_KEY} or more plain characters without spaces"
+                f"key {number} of {path} must have {SHORTEST_KEY} or more letters, digits or !#$%&'*+.^_`|~-, which is all "
+                "that a browser can send with a WebSocket; make one with: openssl rand -hex 32"
             )
     return keys

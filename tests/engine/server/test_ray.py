@@ -1,6 +1,7 @@
 """Two replicas on Ray Serve, in processes of their own: what a replica that dies, and an end under load, do to those who asked."""
 
 import concurrent.futures
+import ipaddress
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from threading import Event
 
@@ -122,6 +123,31 @@ def test_limits_errors_and_the_page_are_as_without_ray(cluster) -> None:
         with pytest.raises(ConnectionClosed) as closed:
             socket.recv(60)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+
+
+def test_nothing_listens_to_other_machines(cluster) -> None:
+    """gcs_server, raylet and the rest listened at every address. Left is Ray's port between replicas, which wants the token."""
+    found = []
+    for process in [psutil.Process(cluster.process.pid), *processes(cluster, "")]:
+        with suppress(psutil.NoSuchProcess):
+            name = " ".join(process.cmdline())
+            listening = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+            found += [(name, one.laddr) for one in listening]
+    assert len(found) > 10 and any(at.port == cluster.port for _, at in found)
+    elsewhere = [(n, at) for n, at in found if not ipaddress.ip_address(at.ip.removeprefix("::ffff:")).is_loopback]
+    assert len(elsewhere) == 2 and all(name.startswith("ray::ServeReplica") for name, _ in elsewhere), elsewhere
+    grpc = pytest.importorskip("grpc")
+    for _, at in elsewhere:
+        with grpc.insecure_channel(f"127.0.0.1:{at.port}") as stranger, pytest.raises(grpc.RpcError) as refused:
+            stranger.unary_unary("/ray.serve.ASGIService/HandleRequestWithRejection")(b"", timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED, refused.value
+
+
+def test_clients_do_not_say_where_they_are(cluster) -> None:
+    headers = {"x-forwarded-for": "192.0.2.66", "x-request-id": "whose-address"}
+    assert httpx.get(f"{cluster.url}/v1/models", headers=headers).status_code == 200
+    wait_for(lambda: "whose-address" in cluster.log.read_text())
+    assert "192.0.2.66" not in cluster.log.read_text()
 
 
 def test_metrics_of_all_replicas_reach_prometheus_through_ray(cluster) -> None:

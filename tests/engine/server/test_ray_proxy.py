@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+from functools import partial
 
 import pytest
 
 from imagine_flash.core.errors import RequestError
+from imagine_flash.engine.server.guard import Guard
 from imagine_flash.engine.server.ray_proxy import SecondTry
 from imagine_flash.engine.server.ray_run import placement
-from imagine_flash.engine.server.settings import RaySettings
+from imagine_flash.engine.server.settings import RaySettings, ServerSettings
+
+UPLOAD = {"path": "/v1/images/edits", "headers": {"content-type": "multipart/form-data; boundary=x"}}
 
 
-def ask(app, path: str = "/v1/images/generations", body: bytes = b"{}") -> list[dict]:
+def ask(app, path: str = "/v1/images/generations", body: bytes = b"{}", headers=None, over=SecondTry) -> list[dict]:
     """What `SecondTry` over an application sends to somebody who waits."""
     sent: list[dict] = []
 
@@ -26,7 +30,8 @@ def ask(app, path: str = "/v1/images/generations", body: bytes = b"{}") -> list[
         async def send(message) -> None:
             sent.append(message)
 
-        await SecondTry(app)({"type": "http", "path": path, "headers": []}, receive, send)
+        raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        await over(app)({"type": "http", "method": "POST", "path": path, "headers": raw}, receive, send)
 
     asyncio.run(asked())
     return sent
@@ -65,6 +70,11 @@ def test_in_the_end_it_is_a_503() -> None:
     assert json.loads(body["body"])["error"]["code"] == "no_replica"
 
 
+def test_an_upload_ends_two_replicas_at_most() -> None:
+    app, seen = dying(times=9)
+    assert ask(app, **UPLOAD)[0]["status"] == 503 and len(seen) == 2
+
+
 def test_what_ray_says_itself_is_a_503_but_under_its_own_paths() -> None:
     async def ray(scope, receive, send) -> None:
         await send({"type": "http.response.start", "status": 404, "headers": []})
@@ -73,16 +83,27 @@ def test_what_ray_says_itself_is_a_503_but_under_its_own_paths() -> None:
     assert ask(ray)[0]["status"] == 503 and ask(ray, "/-/routes")[0]["status"] == 404
 
 
-def test_too_large_a_body_is_refused_before_a_replica_is_asked() -> None:
+@pytest.mark.parametrize(
+    ("asked", "most"),
+    [({}, 65_536), ({"path": "/v1/images/edits"}, 65_536), ({"path": "/"}, 65_536), (UPLOAD, 20_000_000)],
+)
+def test_too_large_a_body_is_refused_before_a_replica_is_asked(asked: dict, most: int) -> None:
     app, seen = dying(times=0)
-    assert ask(app, body=bytes(20_000_001))[0]["status"] == 413 and not seen
+    assert ask(app, body=bytes(most), **asked)[0]["status"] == 200 and len(seen) == 1
+    assert ask(app, body=bytes(most + 1), **asked)[0]["status"] == 413 and len(seen) == 1
+    for announced, status in ((most, 200), (most + 1, 413)):  # of which nothing is read
+        headers = {**asked.get("headers", {}), "content-length": str(announced)}
+        for over in (SecondTry, partial(Guard, settings=ServerSettings())):
+            assert (
+                ask(app, asked.get("path", "/v1/images/generations"), headers=headers, over=over)[0]["status"] == status
+            )
 
 
 def test_placement() -> None:
     plain = RaySettings()
     two = placement({"CPU": 8.0}, 1, plain, 2)
     assert two == {"num_replicas": 2, "ray_actor_options": {"num_cpus": 4, "num_gpus": 0}}
-    assert placement({"CPU": 2.0}, 1, plain, 4)["ray_actor_options"]["num_cpus"] == 0.5
+    assert placement({"CPU": 2.0, "GPU": 4.0}, 1, plain, 4)["ray_actor_options"]["num_cpus"] == 0.5
     assert placement({"CPU": 8.0}, 1, RaySettings(threads=1), 2)["ray_actor_options"]["num_cpus"] == 1
     scaled = placement({"CPU": 32.0, "GPU": 4.0}, 2, plain, None)
     assert scaled["autoscaling_config"]["max_replicas"] == 4
@@ -91,3 +112,5 @@ def test_placement() -> None:
     assert on_cpu["autoscaling_config"]["max_replicas"] == 2
     with pytest.raises(RequestError, match="--replicas 5 need a GPU each; Ray has 4"):
         placement({"CPU": 32.0, "GPU": 4.0}, 2, plain, 5)
+    with pytest.raises(RequestError, match="--replicas 64 need a processor each; Ray has 2"):
+        placement({"CPU": 2.0}, 1, plain, 64)
