@@ -55,8 +55,8 @@ def load_on_ray(bench: Bench, ray: Server, requests: int) -> Case:
         }
         for name in found:
             post_all(clients[name], wanted[:CLIENTS], Load(sample=set()))
-        for first in range(0, len(wanted), requests):
-            for name, answers in found.items():
+        for number, first in enumerate(range(0, len(wanted), requests)):
+            for name, answers in list(found.items())[:: 1 if number % 2 else -1]:  # neither is always first
                 started = time.perf_counter()
                 post_all(clients[name], wanted[first : first + requests], answers)
                 seconds[name].append((time.perf_counter() - started) / requests)
@@ -68,4 +68,7 @@ def load_on_ray(bench: Bench, ray: Server, requests: int) -> Case:
         seconds, baseline=HTTP, checks=checks, repeats=requests,
         case=bench.about("load on Ray", steps=steps, clients=CLIENTS, requests=len(wanted), replicas=REPLICAS),
     )  # fmt: skip
-    return case.with_extra({name: answers.numbers(wanted) for name, answers in found.items()})
+    share = {ON_RAY: {"% of the throughput": round(100 * sum(seconds[HTTP]) / sum(seconds[ON_RAY]), 1)}}
+    return case.with_extra(
+        {name: {**share.get(name, {}), **answers.numbers(wanted)} for name, answers in found.items()}
+    )
