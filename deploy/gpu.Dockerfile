@@ -1,6 +1,7 @@
 # The server on NVIDIA GPUs, with plans built from an artifact that was exported with --format tensorrt. From the checkout's root:
 #   docker build -f deploy/gpu.Dockerfile -t imagine-flash-gpu .
-#   docker run --gpus all -v ./artifact:/artifact imagine-flash-gpu build-tensorrt /artifact
+#   docker run --gpus all --user $(id -u) -e HOME=/tmp -v ./artifact:/artifact imagine-flash-gpu build-tensorrt /artifact
+# (--user: the plans are written into your folder, which the image's own user may only read)
 #   docker run --gpus all -v ./artifact:/artifact -p 127.0.0.1:8000:8000 imagine-flash-gpu serve --host 0.0.0.0 --model /artifact
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /source

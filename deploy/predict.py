@@ -1,7 +1,7 @@
 """The embedded model, or the artifact in ./artifact, as a Cog predictor."""
 
 from pathlib import Path as LocalPath
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from cog import BasePredictor, Input, Path
 from PIL import Image
@@ -18,18 +18,23 @@ class Predictor(BasePredictor):
         """Load and warm the model."""
         self.engine = Engine.load(ARTIFACT if ARTIFACT.is_dir() else None)
         self.engine.warm_up()
+        self.folder = TemporaryDirectory()
 
     def predict(
         self,
         prompt: str = Input(description="What to draw."),
-        steps: int = Input(description="Network evaluations.", default=3, ge=1, le=3),
-        seed: int = Input(description="The same seed draws the same picture; -1 takes a random one.", default=-1),
+        steps: int | None = Input(description="Network evaluations; by default the model's most.", default=None, ge=1),
+        seed: int = Input(
+            description="The same seed draws the same picture; -1 takes a random one.", default=-1, ge=-1
+        ),
         count: int = Input(description="Pictures.", default=1, ge=1, le=16),
     ) -> list[Path]:
-        """Draw a prompt."""
-        request = GenerateRequest(prompt=prompt, steps=steps, seed=None if seed < 0 else seed, count=count)
-        folder, files = LocalPath(mkdtemp()), []
-        for i, pixels in enumerate(self.engine.generate(request).images):
-            files.append(Path(folder / f"{i}.png"))
+        """Draw a prompt. The files are there until the next prediction, which Cog asks for once it has read them."""
+        request = GenerateRequest(prompt=prompt, steps=steps, seed=None if seed == -1 else seed, count=count)
+        images, files = self.engine.generate(request).images, []
+        for old in LocalPath(self.folder.name).iterdir():
+            old.unlink()
+        for i, pixels in enumerate(images):
+            files.append(Path(self.folder.name, f"{i}.png"))
             Image.fromarray(pixels).save(files[-1])
         return files

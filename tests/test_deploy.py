@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from imagine_flash.core.errors import PlanError, RequestError
+
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = sorted(DEPLOY.glob("*.Dockerfile"))
@@ -72,3 +74,30 @@ def test_the_cog_predictor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor.setup()
     files = predictor.predict(prompt="a cat", steps=1, seed=7, count=2)
     assert [Image.open(file).size for file in files] == [(64, 64), (64, 64)]
+    (last,) = predictor.predict(prompt="a dog", steps=None, seed=-1, count=1)
+    assert list(last.parent.iterdir()) == [last]  # nothing piles up on the disk
+    with pytest.raises(PlanError, match="must be 1, 2 or 3, got 4"):  # the engine's own error knows what there is
+        predictor.predict(prompt="a cat", steps=4, seed=7, count=1)
+    with pytest.raises(RequestError, match="seed"):
+        predictor.predict(prompt="a cat", steps=1, seed=-2, count=1)
+    assert last.exists()
+
+
+def test_cog_is_told_what_the_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cog", reason="cog is not installed")
+    from cog._inspector import create_predictor  # what `cog build` reads the inputs with
+
+    monkeypatch.syspath_prepend(DEPLOY)
+    inputs = create_predictor("predict", "Predictor").inputs
+    assert (inputs["seed"].ge, inputs["steps"].ge, inputs["steps"].le) == (-1, 1, None)
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("*.*")), ids=lambda file: file.name)
+def test_nobody_is_sent_to_a_package_index_for_it(file: Path) -> None:
+    """No index has it: it is installed from a wheel."""
+    assert not re.search(r"""["' ]imagine-flash\[\w+\]["']""", file.read_text(encoding="utf-8"))
+
+
+def test_plans_can_be_written_into_the_folder_of_the_host() -> None:
+    (line,) = re.findall(r"# +docker run (.*build-tensorrt.*)", (DEPLOY / "gpu.Dockerfile").read_text(encoding="utf-8"))
+    assert "--user $(id -u)" in line
