@@ -340,8 +340,9 @@ def test_trouble_does_not_move_the_picture(server, open_page, width: int) -> Non
     picture, trouble = opened.page.locator("#picture"), opened.page.locator("#trouble")
     before = picture.bounding_box()
     opened.page.evaluate(
-        """() => new MutationObserver(() => (window.during ??= document.getElementById("picture").getBoundingClientRect().y))
-          .observe(document.getElementById("trouble"), { attributes: true, attributeFilter: ["hidden"] })"""
+        """() => new MutationObserver(([{ target }]) => {
+          if (!target.hidden) window.during = document.getElementById("picture").getBoundingClientRect().y;
+        }).observe(document.getElementById("trouble"), { attributes: true, attributeFilter: ["hidden"] })"""
     )
     opened.page.fill("#prompt", "a dog")
     opened.shows("a dog")
