@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from ...core.errors import EngineError, RequestError, missing_extra
 from .settings import RaySettings
@@ -38,6 +37,7 @@ for name, value in (ENVIRONMENT if cluster() else ENVIRONMENT | OWN_RAY).items()
     os.environ.setdefault(name, value)  # read when ray is imported
 
 try:
+    import grpc
     import ray
     from ray import serve
 except ImportError:
@@ -45,6 +45,7 @@ except ImportError:
 
 from .ray_app import NAME, QUIET, deployment  # noqa: E402
 
+PATIENCE = 3  # seconds, until somebody answers at RAY_ADDRESS
 PER_REPLICA = 16  # requests and open WebSockets of a replica, above which another is started
 
 
@@ -100,22 +101,35 @@ def _reason() -> str:
 
 
 def check_address(address: str) -> None:
-    """That something answers there; Ray itself would try for 40 seconds. Raises RequestError."""
+    """That a Ray answers there and lets us in; Ray itself would try for 40 seconds. Raises RequestError."""
     if address == "auto":  # Ray looks for it on this machine, and says at once where there is none
         return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise RequestError(f"RAY_ADDRESS must be HOST:PORT as `ray start` says it, auto or local, got {address!r}")
     try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        where = (parts.hostname, parts.port)
-    except ValueError:
-        where = (None, None)
-    if not all(where) or parts.scheme not in ("", "ray"):
-        raise RequestError(f"RAY_ADDRESS must be HOST:PORT, ray://HOST:PORT, auto or local, got {address!r}")
-    try:
-        socket.create_connection(where, timeout=3).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        reason = _refusal(address)
     except OSError as error:
-        raise RequestError(
-            f"no Ray answers at RAY_ADDRESS={address} ({error.strerror or error}); unset it to start one here"
-        ) from None
+        reason = error.strerror or error
+    if reason:
+        raise RequestError(f"no Ray answers at RAY_ADDRESS={address} ({reason}); unset it to start one here")
+
+
+def _refusal(address: str) -> str:
+    """Why Ray's first call there would fail; "" if it would not, or only its own library can tell."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return ""
+    try:
+        with grpc.insecure_channel(address) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=PATIENCE)
+    except grpc.RpcError as error:
+        code = error.code() if isinstance(error, grpc.Call) else None
+        if code == grpc.StatusCode.UNAUTHENTICATED and os.environ.get("RAY_AUTH_MODE") != "token":
+            return "it wants a token: set RAY_AUTH_MODE=token"
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return "something else does"
+    return ""
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def test_what_ray_cannot_serve(tiny_artifact: Path) -> None:
     """Before a Ray is started: nobody waits for its warnings."""
     for options, address, says in (
         ([], "127.0.0.1:1", "no Ray answers at RAY_ADDRESS=127.0.0.1:1 ("),
-        ([], "ray://127.0.0.1:1", "no Ray answers at RAY_ADDRESS=ray://127.0.0.1:1 ("),
+        ([], "ray://127.0.0.1:1", "RAY_ADDRESS must be HOST:PORT"),
         ([], "nonsense", "RAY_ADDRESS must be HOST:PORT"),
         (["--backend", "cuda"], "", "no backend 'cuda'"),
         (["--allow-origin", "*"], "", f"{ORIGIN} '*'"),
@@ -163,6 +163,11 @@ def test_what_ray_cannot_serve(tiny_artifact: Path) -> None:
     ):
         line = run("--ray", "--model", tiny_artifact, "--port", "0", *options, RAY_ADDRESS=address)
         assert says in line, line
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert "(something else does)" in run("--ray", "--model", tiny_artifact, RAY_ADDRESS=address)
 
 
 def test_origins_are_as_browsers_write_them() -> None:
