@@ -88,7 +88,7 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
     """Until a signal ends it. Raises what loading the model raises."""
     import uvicorn
 
-    from ..engine.server import create_app
+    from ..engine.server import create_app, logs
 
     engine.check()
     failed: list[ImagineFlashError] = []
@@ -102,16 +102,15 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
             raise
 
     config = uvicorn.Config(
-        create_app(load, settings), host=host, port=port, log_level="warning", access_log=False, ws="websockets-sansio",
+        create_app(load, settings), host=host, port=port, log_config=None, access_log=False, ws="websockets-sansio",
         ws_max_size=settings.max_body, ws_ping_interval=20, timeout_keep_alive=75, timeout_graceful_shutdown=30,
         server_header=False, proxy_headers=False,
     )  # fmt: skip
     server = uvicorn.Server(config)
     listening = _listen(host, port)
     say(_url(host, listening))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("uvicorn.error").addFilter(_one_line)
-    logging.getLogger("imagine_flash.server").addFilter(lambda record: not failed)  # the command says it itself
+    logs.configure()
+    logging.getLogger(logs.SERVER).addFilter(lambda record: not failed)  # the command says it itself
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
@@ -136,13 +135,6 @@ def _options_as_typed() -> Iterator[None]:
         if name not in OPTIONS:
             raise
         raise type(error)(OPTIONS[name] + str(error).removeprefix(name)) from None
-
-
-def _one_line(record: logging.LogRecord) -> bool:
-    """A client's broken UTF-8 is no error of the server, and uvicorn would log its own traceback for it."""
-    if "Invalid UTF-8" in record.msg:
-        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
-    return True
 
 
 def _url(host: str, listening: socket.socket) -> str:

@@ -25,11 +25,12 @@ except ImportError as missing:
 from .errors import error_body, one_line, status_of
 from .guard import Guard
 from .images import images_router
+from .logs import SERVER
 from .metrics import Metrics
 from .stream import stream_router
 
 PAGE = Path(__file__).parent / "page"
-LOG = logging.getLogger("imagine_flash.server")
+LOG = logging.getLogger(SERVER)
 
 
 class Holder:

@@ -18,13 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from .errors import error_body
+from .logs import SERVER, now
 from .settings import ServerSettings
 
 OPEN = ("/", "/healthz", "/readyz", "/page/", "/docs", "/openapi.json", "/metrics")  # without a key
 MOST_SILENCE = 10.0  # seconds, while a body is on its way
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")  # of a proxy in front, so that its log and ours agree
-LOG = logging.getLogger("imagine_flash.server")
+LOG = logging.getLogger(SERVER)
 
 
 class Guard:
@@ -172,7 +173,7 @@ async def _refuse(scope: Scope, send: Send, status: int, code: str, message: str
 
 def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
     line = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request_id": request_id, "kind": scope["type"],
+        "time": now(), "request_id": request_id, "kind": scope["type"],
         "method": scope.get("method", "GET"), "path": scope["path"][:200], "status": status,
         "ms": round(1000 * seconds, 2), "client": (scope.get("client") or ("",))[0],
     }  # fmt: skip

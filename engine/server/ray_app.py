@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.middleware import Middleware
 
 from ...core.errors import missing_extra
 from .app import Holder, check_ready, create_app
+from .logs import configure
 from .metrics import Metrics
 from .ray_proxy import SecondTry
 from .settings import RaySettings
@@ -53,7 +53,7 @@ def deployment(settings: RaySettings, **options: Any) -> Application:
     accepted; WebSockets, which do not end by themselves, are closed with it after 10 seconds."""
 
     def build() -> FastAPI:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        configure()
         share = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
         engine = settings.model_copy(update={"threads": settings.threads or share or None}).load()
         engine.warm_up()

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_body
 from .guard import SAFE, body_limit
+from .logs import SERVER
 from .settings import ServerSettings
 
 TRIES = 3
@@ -19,7 +20,7 @@ TRIES_OF_UPLOADS = 2  # a picture that kills whoever unpacks it is not to end ev
 OF_A_REPLICA = SAFE[0]  # the header of whatever `Guard` has let through
 LIMITS = ServerSettings()  # those of every replica
 SERVICE_RESTART, TRY_AGAIN_LATER = 1012, 1013
-LOG = logging.getLogger("imagine_flash.server")
+LOG = logging.getLogger(SERVER)
 
 
 class SecondTry:

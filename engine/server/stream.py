@@ -19,6 +19,7 @@ from ..work import GenerateResult
 from .errors import error_body, status_of
 from .guard import KEY_PROTOCOL
 from .images import MAX_PROMPT, sides
+from .logs import SERVER
 from .metrics import Metrics
 from .pictures import FORMATS, Format, encode_all
 from .settings import ServerSettings
@@ -30,7 +31,7 @@ PROTOCOL = "imagine-flash"
 PATIENCE = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
 TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG, INTERNAL = 1013, 1003, 1009, 1011
-LOG = logging.getLogger("imagine_flash.server")
+LOG = logging.getLogger(SERVER)
 
 
 class StreamRequest(BaseModel):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,7 +16,9 @@ from imagine_flash.engine.server.settings import RaySettings, ServerSettings
 UPLOAD = {"path": "/v1/images/edits", "headers": {"content-type": "multipart/form-data; boundary=x"}}
 
 
-def ask(app, path: str = "/v1/images/generations", body: bytes = b"{}", headers=None, over=SecondTry) -> list[dict]:
+def ask(
+    app, path: str = "/v1/images/generations", body: bytes = b"{}", headers=None, over: Callable = SecondTry
+) -> list[dict]:  # fmt: skip
     """What `SecondTry` over an application sends to somebody who waits."""
     sent: list[dict] = []
 
