@@ -186,7 +186,8 @@ def test_a_serve_config_runs_it(tmp_path: Path) -> None:
     ((variable, function),) = re.findall(r"export (\w+)=(\S+)", text)
     command = [Path(sys.executable).with_name("serve"), "run", tmp_path / "serve.yaml"]
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, variable: function}, stdout=log, stderr=log)
+        environment = {**os.environ, variable: function, "RAY_ADDRESS": "local"}  # not in a Ray that happens to run
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
 
