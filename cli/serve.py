@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import ImagineFlashError, RequestError
+from ..core.errors import EngineError, ImagineFlashError, RequestError
 from .common import needs, say
 
 if TYPE_CHECKING:
@@ -95,9 +95,12 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
 
     def load() -> Engine:
         try:
-            return engine.load()
-        except ImagineFlashError as error:
-            failed.append(error)
+            loaded = engine.load()
+            loaded.warm_up()
+            return loaded
+        except Exception as error:
+            ours = isinstance(error, ImagineFlashError)
+            failed.append(error if ours else EngineError(f"the model could not be loaded: {error!r}"))
             server.should_exit = True
             raise
 
