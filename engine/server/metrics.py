@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ...core.errors import EngineError, missing_extra
@@ -48,12 +49,13 @@ class Metrics(Collector):
         )
         self.skipped = Counter("imagine_flash_skipped", "Results that a slow reader never saw.", registry=self.registry)
         self.registry.register(self)
+        self._stage = cache(self.stages.labels)  # a few microseconds each
 
     def observe(self, result: GenerateResult) -> None:
         """One request was drawn."""
         self.requests.labels(str(result.steps)).inc()
         for stage, seconds in result.timings.stages().items():
-            self.stages.labels(stage).observe(seconds)
+            self._stage(stage).observe(seconds)
 
     def answered(self, path: str, status: int) -> None:
         """A request was answered; unknown paths are one, so that strangers cannot add series."""

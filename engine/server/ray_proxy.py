@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_body
-from .guard import SAFE, body_limit
+from .guard import MOST_SILENCE, SAFE, body_limit
 from .logs import SERVER
 from .settings import ServerSettings
 
@@ -45,7 +45,11 @@ class SecondTry:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         most, announced = body_limit(scope["path"], headers, LIMITS), headers.get("content-length", "")
         client = _Client(receive)
-        body = None if announced.isdigit() and int(announced) > most else await client.body(most)
+        try:
+            body = None if announced.isdigit() and int(announced) > most else await client.body(most)
+        except TimeoutError:
+            await _error(send, 408, "timeout", f"{MOST_SILENCE:g} seconds without the rest of the request")
+            return
         if client.gone:
             return
         if body is None:
@@ -102,10 +106,11 @@ class _Client:
         self._receive, self.gone = receive, False
 
     async def body(self, most: int) -> bytes | None:
-        """The whole body; None if it has more bytes than that."""
+        """The whole body; None if it has more bytes than that. Raises TimeoutError where no more of it comes."""
         parts, size = [], 0
         while True:
-            message = await self._heard()
+            async with asyncio.timeout(MOST_SILENCE):
+                message = await self._heard()
             if self.gone:
                 return b""
             parts.append(message.get("body", b""))

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from imagine_flash.core.errors import RequestError
+from imagine_flash.engine.server import ray_proxy
 from imagine_flash.engine.server.guard import Guard
 from imagine_flash.engine.server.ray_proxy import SecondTry
 from imagine_flash.engine.server.ray_run import placement
@@ -17,13 +18,13 @@ UPLOAD = {"path": "/v1/images/edits", "headers": {"content-type": "multipart/for
 
 
 def ask(
-    app, path: str = "/v1/images/generations", body: bytes = b"{}", headers=None, over: Callable = SecondTry
+    app, path: str = "/v1/images/generations", body: bytes = b"{}", headers=None, stalls=False, over: Callable = SecondTry
 ) -> list[dict]:  # fmt: skip
-    """What `SecondTry` over an application sends to somebody who waits."""
+    """What `SecondTry` over an application sends to somebody who waits; stalls: who sends half a body and no more."""
     sent: list[dict] = []
 
     async def asked() -> None:
-        parts = [{"type": "http.request", "body": body, "more_body": False}]
+        parts = [{"type": "http.request", "body": body, "more_body": stalls}]
 
         async def receive() -> dict:
             if not parts:
@@ -117,3 +118,9 @@ def test_placement() -> None:
         placement({"CPU": 32.0, "GPU": 4.0}, 2, plain, 5)
     with pytest.raises(RequestError, match="--replicas 64 need a processor each; Ray has 2"):
         placement({"CPU": 2.0}, 1, plain, 64)
+
+
+def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_proxy, "MOST_SILENCE", 0.05)
+    app, seen = dying(times=0)
+    assert ask(app, stalls=True)[0]["status"] == 408 and not seen
