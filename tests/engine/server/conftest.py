@@ -1,6 +1,7 @@
 """A real server process on loopback."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -91,3 +93,78 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield start
     for one in started:
         one.stop()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOG_OF_PICTURES = """
+window.seen = [];
+addEventListener("DOMContentLoaded", () => {
+  const picture = document.getElementById("picture");
+  new MutationObserver(() => {
+    const { seq, prompt, preview, seed } = picture.dataset;
+    seen.push({ seq: Number(seq), prompt, preview: preview === "true", seed, images: picture.querySelectorAll("img").length });
+  }).observe(picture, { attributes: true, attributeFilter: ["data-seq"] });
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as started:
+        one = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield one
+        one.close()
+
+
+class Opened:
+    """A page, and what it did that no page should: messages on the console, requests to others."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.console: list[str] = []
+        self.others: list[str] = []
+        self.page.on("console", lambda message: self.console.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.console.append(f"uncaught: {error}"))
+        self.page.on("request", lambda request: self._asked(request.url, url))
+        self.page.on("websocket", lambda socket: self._asked(socket.url.replace("ws://", "http://"), url))
+        self.page.add_init_script(LOG_OF_PICTURES)
+        self.url = url
+
+    def _asked(self, target: str, own: str) -> None:
+        if not target.startswith((f"{own}/", "blob:", "data:")):
+            self.others.append(target)
+
+    def go(self, fragment: str = "") -> "Opened":
+        self.page.goto(f"{self.url}/{fragment}")
+        return self
+
+    def shows(self, prompt: str, seed: int | None = None) -> None:
+        """Waits for the full picture of that text."""
+        wanted = f'#picture[data-prompt="{prompt}"][data-preview="false"]'
+        self.page.wait_for_selector(wanted + (f'[data-seed="{seed}"]' if seed is not None else "") + " img")
+
+    def seen(self) -> list[dict[str, Any]]:
+        return self.page.evaluate("seen")
+
+    def says(self, selector: str, text: str) -> None:
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(selector)).to_contain_text(text, timeout=20_000)
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
+    opened: list[Opened] = []
+
+    def start(url: str, **options: Any) -> Opened:
+        opened.append(Opened(browser, url, **options))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.context.close()

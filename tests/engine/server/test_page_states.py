@@ -1,0 +1,248 @@
+"""What the page says of a server that loads, is busy, fails, dies, wants a key or draws something else than usual."""
+
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+KEY = "0123456789abcdef-key"
+
+
+@pytest.fixture(scope="module")
+def server(start_server) -> Any:
+    return start_server()
+
+
+def test_a_server_that_dies_is_missed_and_found_again(server, open_page) -> None:
+    opened = open_page(server.url).go()
+    opened.shows("a fox on a pink background")
+    server.kill()
+    opened.says("#trouble", "The server does not answer")
+    opened.says("#state", "no connection")
+    opened.page.fill("#prompt", "a dog")
+    server.start(0)
+    opened.shows("a dog")
+    opened.says("#state", "ready")
+    assert not opened.page.locator("#trouble").is_visible()
+    assert not [line for line in opened.console if "uncaught" in line]
+
+
+def test_while_the_model_is_loaded_the_page_says_so(server, open_page) -> None:
+    opened, closed = open_page(server.url), []
+
+    def between(socket: Any) -> None:
+        if len(closed) < 2:
+            closed.append(time.monotonic())
+            socket.close(code=1013, reason="the model is still being loaded")
+        else:
+            socket.connect_to_server()
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().says("#trouble", "The model is being loaded")
+    opened.shows("a fox on a pink background")
+    opened.says("#state", "ready")
+    assert closed[1] - closed[0] > 0.2, "it waits before it tries again"
+
+
+def test_a_busy_server_is_asked_again_and_other_errors_are_said(server, open_page) -> None:
+    opened = open_page(server.url)
+    asked: list[str] = []
+
+    def between(socket: Any) -> None:
+        upstream = socket.connect_to_server()
+
+        def up(text: str) -> None:
+            asked.append(text)
+            if len(asked) < 3:
+                seq = re.search(r'"seq":(\d+)', text)
+                assert seq is not None
+                socket.send(
+                    f'{{"type": "error", "seq": {seq[1]}, "error": {{"message": "many wait", "code": "busy"}}}}'
+                )
+            else:
+                upstream.send(text)
+
+        socket.on_message(up)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().says("#trouble", "Too many pictures are waiting")
+    opened.shows("a fox on a pink background")
+    assert len(asked) == 3 and not opened.page.locator("#trouble").is_visible()
+    opened.page.fill("#prompt", "a cat " * 300)
+    opened.says("#trouble", "tokens")
+    opened.page.fill("#prompt", "a cat")
+    opened.shows("a cat")
+    assert not opened.page.locator("#trouble").is_visible()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_trouble_does_not_move_the_picture(server, open_page, width: int) -> None:
+    """It stood above the picture: at each 429 the page jumped by 90 pixels."""
+    opened = open_page(server.url, viewport={"width": width, "height": 844})
+    refused = []
+
+    def between(socket: Any) -> None:
+        upstream = socket.connect_to_server()
+
+        def up(text: str) -> None:
+            if '"a dog"' in text and not refused:
+                refused.append(text)
+                seq = re.search(r'"seq":(\d+)', text)
+                assert seq is not None
+                socket.send(f'{{"type": "error", "seq": {seq[1]}, "error": {{"message": "many", "code": "busy"}}}}')
+            else:
+                upstream.send(text)
+
+        socket.on_message(up)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go("#prompt=a+cat").shows("a cat")
+    picture, trouble = opened.page.locator("#picture"), opened.page.locator("#trouble")
+    before = picture.bounding_box()
+    opened.page.evaluate(
+        """() => new MutationObserver(([{ target }]) => {
+          if (!target.hidden) window.during = document.getElementById("picture").getBoundingClientRect().y;
+        }).observe(document.getElementById("trouble"), { attributes: true, attributeFilter: ["hidden"] })"""
+    )
+    opened.page.fill("#prompt", "a dog")
+    opened.shows("a dog")
+    assert refused and before is not None and opened.page.evaluate("during") == before["y"]
+    opened.page.fill("#prompt", "dog " * 40)
+    opened.says("#trouble", "tokens")
+    over, under = trouble.bounding_box(), picture.bounding_box()
+    assert over is not None and under is not None
+    assert under["y"] < over["y"] and over["y"] + over["height"] < under["y"] + under["height"]
+
+
+def test_what_was_said_of_another_text_goes(server, open_page) -> None:
+    """Of a text that is gone there stayed its unknown words, beside an error, and its error, above no text at all."""
+    opened = open_page(server.url).go("#prompt=a+zebra")
+    opened.says("#note", "The model never saw: zebra")
+    opened.page.fill("#prompt", "zebra " * 80)
+    opened.says("#trouble", "tokens")
+    assert opened.page.locator("#note").inner_text() == ""
+    opened.page.fill("#prompt", "")
+    opened.says("#state", "ready")
+    assert not opened.page.locator("#trouble").is_visible()
+
+
+def test_a_seed_that_is_none_is_said_and_the_last_one_stays(server, open_page) -> None:
+    """With the field empty nothing was drawn any more, and the page said "ready"."""
+    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened.shows("a cat", 8)
+    seed = opened.page.locator("#seed")
+    for wrong in ("", "9007199254740992", "1.5", "-1"):
+        seed.fill(wrong)
+        opened.says("#note", "A seed is a whole number, 0 to 9007199254740991")
+        assert seed.get_attribute("aria-invalid") == "true"
+        opened.page.fill("#prompt", f"a pizza {len(wrong)}")
+        opened.shows(f"a pizza {len(wrong)}", 8)
+        opened.says("#note", "A seed is")
+    assert "seed=8" in opened.page.locator("#copy").evaluate("() => location.hash")
+    seed.fill("9")
+    opened.shows("a pizza 2", 9)
+    assert seed.get_attribute("aria-invalid") == "false"
+    playwright.expect(opened.page.locator("#note")).not_to_contain_text("seed")
+
+
+def test_steps_that_the_model_cannot_are_not_taken_from_the_address(server, open_page) -> None:
+    """The page asked for 7 and showed the number that was chosen before."""
+    opened = open_page(server.url).go("#prompt=a+cat&steps=2")
+    opened.says("#command", "--steps 2")
+    opened.page.evaluate("location.hash = '#prompt=a+dog&steps=7'")
+    opened.shows("a dog")
+    opened.says("#command", "--steps 2")
+    assert opened.page.locator("#steps input:checked").input_value() == "2"
+    assert not opened.page.locator("#trouble").is_visible()
+    opened.page.evaluate("location.hash = '#prompt=a+dog&steps=1'")
+    opened.says("#command", "--steps 1")
+    assert opened.page.locator("#steps input:checked").input_value() == "1"
+
+
+def test_the_last_pictures_are_there_after_a_reload(server, open_page) -> None:
+    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened.page.wait_for_selector("#strip li")
+    opened.page.click("#examples button:nth-child(4)")
+    opened.page.wait_for_selector("#strip li:nth-child(2) img[src^='data:']")
+    opened.page.reload()
+    opened.shows("a penguin on an orange background", 8)
+    playwright.expect(opened.page.locator("#strip li")).to_have_count(2)
+    old = opened.page.locator("#strip li:nth-child(2)")
+    assert old.locator("img").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 64
+    old.locator("button").click()
+    opened.shows("a cat", 8)
+    assert opened.console == []
+
+
+def test_the_command_of_another_model_asks_for_its_path(start_server, tiny_artifact: Path, open_page) -> None:
+    """It said `--model NAME`, where `imagine-flash generate` wants a path, which a server does not tell."""
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
+    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened.shows("a cat", 8)
+    words = shlex.split(opened.page.locator("#command").inner_text())
+    assert words[words.index("--model") + 1].startswith("PATH/OF/")
+    assert str(tiny_artifact.parent) not in opened.page.content()
+    server.stop()
+
+
+def test_a_model_of_several_sizes(server, open_page) -> None:
+    opened = open_page(server.url)
+
+    def between(socket: Any) -> None:
+        upstream = socket.connect_to_server()
+
+        def down(message: Any) -> None:
+            known = not isinstance(message, str)
+            socket.send(message if known else message.replace('"sizes": ["64x64"]', '"sizes": ["64x64", "128x64"]'))
+
+        upstream.on_message(down)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().shows("a fox on a pink background")
+    assert "size" not in opened.page.evaluate("location.hash")
+    opened.page.select_option("#size", "128x64")
+    opened.says("#trouble", "draws 64x64")
+    box = opened.page.locator("#picture").bounding_box()
+    assert box is not None and abs(box["width"] - 2 * box["height"]) < 1
+    assert "size=128x64" in opened.page.evaluate("location.hash")
+
+
+def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
+    (tmp_path / "keys").write_text(KEY)
+    server = start_server("--api-key-file", tmp_path / "keys")
+    opened = open_page(server.url, viewport={"width": 390, "height": 844}).go()
+    page = opened.page
+    opened.says("#trouble", "those who have a key")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    playwright.expect(page.locator("#key")).to_be_focused()
+    page.keyboard.type("no/slash=")
+    page.keyboard.press("Enter")
+    opened.says("#trouble", "cannot send that key")
+    page.fill("#key", "a-wrong-key-of-some-length")
+    page.keyboard.press("Enter")
+    opened.says("#trouble", "does not know that key")
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    opened.shows("a fox on a pink background")
+    assert not page.locator("#trouble").is_visible() and not page.locator("#key").is_visible()
+    playwright.expect(page.locator("#prompt")).to_be_focused()
+    page.reload()
+    opened.shows("a fox on a pink background")
+    assert KEY not in page.url and KEY not in page.content()
+    assert opened.others == [] and not [line for line in opened.console if "uncaught" in line]
+
+
+def test_the_page_and_its_parts_are_served_whole(server) -> None:
+    with httpx.Client(base_url=server.url) as http:
+        page = http.get("/")
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert not re.findall(r"<[^>]+\s(?:style|on\w+)=|<script>|https?://", page.text)
+        for part in re.findall(r'(?:href|src)="(page/[^"]+)"', page.text):
+            answer = http.get(f"/{part}")
+            assert answer.status_code == 200 and answer.headers["cache-control"] == "no-cache", part
