@@ -100,6 +100,7 @@ LOG_OF_PICTURES = """
 window.seen = [];
 addEventListener("DOMContentLoaded", () => {
   const picture = document.getElementById("picture");
+  if (!picture) return;
   new MutationObserver(() => {
     const { seq, prompt, preview, seed } = picture.dataset;
     seen.push({ seq: Number(seq), prompt, preview: preview === "true", seed, images: picture.querySelectorAll("img").length });
