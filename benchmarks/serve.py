@@ -66,9 +66,9 @@ def _parts(bench: Bench, rounds: int, quick: bool) -> list[Callable[[], Iterable
     return [
         *(lambda n=n: [overhead(bench, n, rounds)] for n in steps),
         *(lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)] for n in ((1, 4) if quick else (1, 4, 16))),
-        lambda: [load(bench, CLIENTS if quick else 500)],
+        lambda: [load(bench, CLIENTS if quick else 1500)],
         lambda: [fuzz(bench, 200 if quick else 10_000)],
-        lambda: on_ray(bench, rounds, CLIENTS if quick else 100),
+        lambda: on_ray(bench, rounds, CLIENTS if quick else 300),
     ]
 
 

@@ -22,7 +22,7 @@ from .bench import HTTP, Bench
 from .clients import Answer, HttpClient, Server
 
 SUBMIT = "engine.submit"
-CLIENTS, LOAD_ROUNDS, SAMPLED = 64, 20, 16
+CLIENTS, LOAD_ROUNDS, SAMPLED = 64, 7, 16
 
 
 @dataclass
