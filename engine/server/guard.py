@@ -39,7 +39,7 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        started, headers = time.perf_counter(), _headers(scope)
+        started, headers = time.perf_counter(), headers_of(scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -153,7 +153,8 @@ def _too_large(limit: int) -> tuple[int, str, str]:
     return 413, "too_large", f"the request has more than {limit:,} bytes"
 
 
-def _headers(scope: Scope) -> dict[str, str]:
+def headers_of(scope: Scope) -> dict[str, str]:
+    """By their names in lower case."""
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
 
 

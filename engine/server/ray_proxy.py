@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_body
-from .guard import MOST_SILENCE, SAFE, body_limit
+from .guard import MOST_SILENCE, SAFE, body_limit, headers_of
 from .logs import SERVER
 from .settings import ServerSettings
 
@@ -42,7 +42,7 @@ class SecondTry:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = headers_of(scope)
         most, announced = body_limit(scope["path"], headers, LIMITS), headers.get("content-length", "")
         client = _Client(receive)
         try:

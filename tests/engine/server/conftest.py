@@ -110,6 +110,12 @@ addEventListener("DOMContentLoaded", () => {
 
 
 @pytest.fixture(scope="module")
+def embedded(start_server: Callable[..., ServerProcess]) -> ServerProcess:
+    """One that draws with the embedded model."""
+    return start_server()
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:

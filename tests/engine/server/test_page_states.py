@@ -14,27 +14,22 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 KEY = "0123456789abcdef-key"
 
 
-@pytest.fixture(scope="module")
-def server(start_server) -> Any:
-    return start_server()
-
-
-def test_a_server_that_dies_is_missed_and_found_again(server, open_page) -> None:
-    opened = open_page(server.url).go()
+def test_a_server_that_dies_is_missed_and_found_again(embedded, open_page) -> None:
+    opened = open_page(embedded.url).go()
     opened.shows("a fox on a pink background")
-    server.kill()
+    embedded.kill()
     opened.says("#trouble", "The server does not answer")
     opened.says("#state", "no connection")
     opened.page.fill("#prompt", "a dog")
-    server.start(0)
+    embedded.start(0)
     opened.shows("a dog")
     opened.says("#state", "ready")
     assert not opened.page.locator("#trouble").is_visible()
     assert not [line for line in opened.console if "uncaught" in line]
 
 
-def test_while_the_model_is_loaded_the_page_says_so(server, open_page) -> None:
-    opened, closed = open_page(server.url), []
+def test_while_the_model_is_loaded_the_page_says_so(embedded, open_page) -> None:
+    opened, closed = open_page(embedded.url), []
 
     def between(socket: Any) -> None:
         if len(closed) < 2:
@@ -50,8 +45,8 @@ def test_while_the_model_is_loaded_the_page_says_so(server, open_page) -> None:
     assert closed[1] - closed[0] > 0.2, "it waits before it tries again"
 
 
-def test_a_busy_server_is_asked_again_and_other_errors_are_said(server, open_page) -> None:
-    opened = open_page(server.url)
+def test_a_busy_server_is_asked_again_and_other_errors_are_said(embedded, open_page) -> None:
+    opened = open_page(embedded.url)
     asked: list[str] = []
 
     def between(socket: Any) -> None:
@@ -82,9 +77,9 @@ def test_a_busy_server_is_asked_again_and_other_errors_are_said(server, open_pag
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_trouble_does_not_move_the_picture(server, open_page, width: int) -> None:
+def test_trouble_does_not_move_the_picture(embedded, open_page, width: int) -> None:
     """It stood above the picture: at each 429 the page jumped by 90 pixels."""
-    opened = open_page(server.url, viewport={"width": width, "height": 844})
+    opened = open_page(embedded.url, viewport={"width": width, "height": 844})
     refused = []
 
     def between(socket: Any) -> None:
@@ -120,9 +115,9 @@ def test_trouble_does_not_move_the_picture(server, open_page, width: int) -> Non
     assert under["y"] < over["y"] and over["y"] + over["height"] < under["y"] + under["height"]
 
 
-def test_what_was_said_of_another_text_goes(server, open_page) -> None:
+def test_what_was_said_of_another_text_goes(embedded, open_page) -> None:
     """Of a text that is gone there stayed its unknown words, beside an error, and its error, above no text at all."""
-    opened = open_page(server.url).go("#prompt=a+zebra")
+    opened = open_page(embedded.url).go("#prompt=a+zebra")
     opened.says("#note", "The model never saw: zebra")
     opened.page.fill("#prompt", "zebra " * 80)
     opened.says("#trouble", "tokens")
@@ -132,9 +127,9 @@ def test_what_was_said_of_another_text_goes(server, open_page) -> None:
     assert not opened.page.locator("#trouble").is_visible()
 
 
-def test_a_seed_that_is_none_is_said_and_the_last_one_stays(server, open_page) -> None:
+def test_a_seed_that_is_none_is_said_and_the_last_one_stays(embedded, open_page) -> None:
     """With the field empty nothing was drawn any more, and the page said "ready"."""
-    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+    opened = open_page(embedded.url).go("#prompt=a+cat&seed=8")
     opened.shows("a cat", 8)
     seed = opened.page.locator("#seed")
     for wrong in ("", "9007199254740992", "1.5", "-1"):
@@ -151,9 +146,9 @@ def test_a_seed_that_is_none_is_said_and_the_last_one_stays(server, open_page) -
     playwright.expect(opened.page.locator("#note")).not_to_contain_text("seed")
 
 
-def test_steps_that_the_model_cannot_are_not_taken_from_the_address(server, open_page) -> None:
+def test_steps_that_the_model_cannot_are_not_taken_from_the_address(embedded, open_page) -> None:
     """The page asked for 7 and showed the number that was chosen before."""
-    opened = open_page(server.url).go("#prompt=a+cat&steps=2")
+    opened = open_page(embedded.url).go("#prompt=a+cat&steps=2")
     opened.says("#command", "--steps 2")
     opened.page.evaluate("location.hash = '#prompt=a+dog&steps=7'")
     opened.shows("a dog")
@@ -165,8 +160,8 @@ def test_steps_that_the_model_cannot_are_not_taken_from_the_address(server, open
     assert opened.page.locator("#steps input:checked").input_value() == "1"
 
 
-def test_the_last_pictures_are_there_after_a_reload(server, open_page) -> None:
-    opened = open_page(server.url).go("#prompt=a+cat&seed=8")
+def test_the_last_pictures_are_there_after_a_reload(embedded, open_page) -> None:
+    opened = open_page(embedded.url).go("#prompt=a+cat&seed=8")
     opened.page.wait_for_selector("#strip li")
     opened.page.click("#examples button:nth-child(4)")
     opened.page.wait_for_selector("#strip li:nth-child(2) img[src^='data:']")
@@ -191,8 +186,8 @@ def test_the_command_of_another_model_asks_for_its_path(start_server, tiny_artif
     server.stop()
 
 
-def test_a_model_of_several_sizes(server, open_page) -> None:
-    opened = open_page(server.url)
+def test_a_model_of_several_sizes(embedded, open_page) -> None:
+    opened = open_page(embedded.url)
 
     def between(socket: Any) -> None:
         upstream = socket.connect_to_server()
@@ -238,8 +233,8 @@ def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
     assert opened.others == [] and not [line for line in opened.console if "uncaught" in line]
 
 
-def test_the_page_and_its_parts_are_served_whole(server) -> None:
-    with httpx.Client(base_url=server.url) as http:
+def test_the_page_and_its_parts_are_served_whole(embedded) -> None:
+    with httpx.Client(base_url=embedded.url) as http:
         page = http.get("/")
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert not re.findall(r"<[^>]+\s(?:style|on\w+)=|<script>|https?://", page.text)
