@@ -18,6 +18,7 @@ from .settings import RaySettings
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__package__}.ray_app:middlewares",
     "RAY_DEDUP_LOGS": "0",  # one line per request, as without Ray
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 are too few where the replicas load at the same time
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody, unless the user wants it
 }
 OWN_RAY = {
@@ -143,7 +144,10 @@ def _ray(host: str, port: int) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(f"Ray does not start: {str(error).splitlines()[0]}") from None
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
+        try:
+            serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise EngineError(f"Ray's proxies do not start: {str(error).splitlines()[0]}") from None
         yield
     finally:
         if address:

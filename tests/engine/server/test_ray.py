@@ -31,15 +31,19 @@ CLIENTS = 8
 
 @pytest.fixture(scope="module")
 def cluster(start_server, tiny_artifact: Path):
-    server = start_server("--model", tiny_artifact, "--ray", "--replicas", "2", seconds=150)
+    server = start_server("--model", tiny_artifact, "--ray", "--replicas", "2", seconds=240)
     wait_for(lambda: f"{server.url}\n" in server.log.read_text())  # both draw, not only the first
     return server
 
 
 def processes(server, name: str) -> list[psutil.Process]:
-    """Of Ray, under this server."""
-    found = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in found if name in " ".join(process.cmdline())]
+    """Of Ray, under this server; those that just ended are left out."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
@@ -127,19 +131,30 @@ def test_limits_errors_and_the_page_are_as_without_ray(cluster) -> None:
 
 def test_nothing_listens_to_other_machines(cluster) -> None:
     """gcs_server, raylet and the rest listened at every address. Left is Ray's port between replicas, which wants the token."""
-    found = []
-    for process in [psutil.Process(cluster.process.pid), *processes(cluster, "")]:
-        with suppress(psutil.NoSuchProcess):
-            name = " ".join(process.cmdline())
-            listening = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
-            found += [(name, one.laddr) for one in listening]
-    assert len(found) > 10 and any(at.port == cluster.port for _, at in found)
-    elsewhere = [(n, at) for n, at in found if not ipaddress.ip_address(at.ip.removeprefix("::ffff:")).is_loopback]
+
+    def listening() -> list[tuple[str, int, bool]]:
+        """The name, port and whether others reach it, of every listening process."""
+        found = []
+        for process in [psutil.Process(cluster.process.pid), *processes(cluster, "")]:
+            with suppress(psutil.NoSuchProcess):
+                at = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+                name = " ".join(process.cmdline())
+                found += [
+                    (name, a.port, not ipaddress.ip_address(a.ip.removeprefix("::ffff:")).is_loopback) for a in at
+                ]
+        return found
+
+    def open_to_others() -> list[tuple[str, int]]:
+        return [(name, port) for name, port, others in listening() if others]
+
+    wait_for(lambda: len(open_to_others()) >= 2)  # a replica that was killed before may still be starting
+    assert len(listening()) > 10 and any(port == cluster.port for _, port, _ in listening())
+    elsewhere = open_to_others()
     assert len(elsewhere) == 2 and all(name.startswith("ray::ServeReplica") for name, _ in elsewhere), elsewhere
     grpc = pytest.importorskip("grpc")
-    for _, at in elsewhere:
-        with grpc.insecure_channel(f"127.0.0.1:{at.port}") as stranger, pytest.raises(grpc.RpcError) as refused:
-            stranger.unary_unary("/ray.serve.ASGIService/HandleRequestWithRejection")(b"", timeout=10)
+    for _, port in elsewhere:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as stranger, pytest.raises(grpc.RpcError) as refused:
+            stranger.unary_unary("/ray.serve.ASGIService/HandleRequestWithRejection")(b"", timeout=60)
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED, refused.value
 
 
@@ -183,10 +198,11 @@ def test_a_serve_config_runs_it(tmp_path: Path) -> None:
     config = Path(__file__).parents[3] / "deploy" / "ray-serve.yaml"
     text = config.read_text()
     (tmp_path / "serve.yaml").write_text(text.replace("port: 8000", f"port: {port}"))
-    ((variable, function),) = re.findall(r"export (\w+)=(\S+)", text)
+    said = dict(re.findall(r"export (\w+)=(\S+)", text))
+    assert len(said) == 2
     command = [Path(sys.executable).with_name("serve"), "run", tmp_path / "serve.yaml"]
     with (tmp_path / "log").open("wb") as log:
-        environment = {**os.environ, variable: function, "RAY_ADDRESS": "local"}  # not in a Ray that happens to run
+        environment = {**os.environ, **said, "RAY_ADDRESS": "local"}  # not in a Ray that happens to run
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -198,7 +214,7 @@ def test_a_serve_config_runs_it(tmp_path: Path) -> None:
             except httpx.TransportError:
                 return False
 
-        wait_for(ready, 120)
+        wait_for(ready, 200)
         answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "seed": 1}, timeout=60)
         assert answer.status_code == 200 and answer.json()["data"][0]["seed"] == 1
     finally:
