@@ -41,6 +41,7 @@ try:
     import grpc
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 except ImportError:
     raise missing_extra("ray", "ray") from None
 
@@ -146,7 +147,7 @@ def _ray(host: str, port: int) -> Iterator[None]:
     try:
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+        except RayError as error:
             raise EngineError(f"Ray's proxies do not start: {str(error).splitlines()[0]}") from None
         yield
     finally:
