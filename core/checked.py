@@ -19,9 +19,8 @@ class Checked(BaseModel):
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             name = str(problem["loc"][0]) if problem["loc"] else ""
-            raise self.refusal(
-                self.one_line(name, str(problem["type"]), str(problem["msg"]), problem["input"])
-            ) from None
+            message = self.one_line(name, str(problem["type"]), str(problem["msg"]), problem["input"])
+            raise self.refusal(message, param=name or None) from None
 
     @classmethod
     def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:

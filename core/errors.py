@@ -5,7 +5,14 @@ from collections.abc import Iterable
 
 
 class ImagineFlashError(ValueError):
-    """Base of everything a user can get wrong; the command line prints it as one line and exits with 2."""
+    """Base of everything a user can get wrong; the command line prints it as one line and exits with 2.
+
+    param: the parameter to blame, by its name in requests.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ScheduleError(ImagineFlashError):

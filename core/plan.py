@@ -74,4 +74,5 @@ def select(plans: Mapping[int, StepPlan], steps: object) -> StepPlan:
         return plans[steps]
     known = [str(n) for n in sorted(plans)]
     spoken = " or ".join([", ".join(known[:-1]), known[-1]] if len(known) > 1 else known)
-    raise PlanError(f"steps must be {spoken}, got {steps}; this model was distilled for {', '.join(known)}")
+    known_for = f"this model was distilled for {', '.join(known)}"
+    raise PlanError(f"steps must be {spoken}, got {steps}; {known_for}", param="steps")

@@ -62,7 +62,8 @@ class Batcher:
                 raise EngineError(CLOSED)
             waiting, rows = self.waiting, sum(chunk.rows for chunk in chunks)
             if rows > self.max_waiting:
-                raise RequestError(f"{rows} pictures at once, at most {self.max_waiting} may wait here; ask for fewer")
+                most = f"at most {self.max_waiting} may wait here; ask for fewer"
+                raise RequestError(f"{rows} pictures at once, {most}", param="n")
             if waiting + rows > self.max_waiting:
                 raise BusyError(f"{waiting} pictures wait already, at most {self.max_waiting} may; try again later")
             self._arrived.append(chunks)

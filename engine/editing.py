@@ -60,7 +60,9 @@ def check_picture(image: NDArray[np.uint8], mask: NDArray[np.float32] | None, si
     """Raises RequestError for a picture or mask of another size."""
     if image.shape[:2] != size:
         raise RequestError(
-            f"image must have the request's size {size_text}, got {image.shape[1]}x{image.shape[0]}; resize it first"
+            f"image must have the request's size {size_text}, got {image.shape[1]}x{image.shape[0]}; resize it first",
+            param="image",
         )
     if mask is not None and mask.shape != size:
-        raise RequestError(f"mask must have the request's size {size_text}, got {mask.shape[1]}x{mask.shape[0]}")
+        given = f"{mask.shape[1]}x{mask.shape[0]}"
+        raise RequestError(f"mask must have the request's size {size_text}, got {given}", param="mask")

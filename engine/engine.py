@@ -224,11 +224,12 @@ class Engine:
         size = (request.height or height, request.width or width)
         if size not in self.sizes:
             known = ", ".join(size_name(size) for size in self.sizes)
-            raise RequestError(f"this engine draws {known} (width x height), got {size_name(size)}")
+            raise RequestError(f"this engine draws {known} (width x height), got {size_name(size)}", param="size")
         if (needed := 3 * size[0] * size[1] * request.count) > RESULT_BYTES:
             most = RESULT_BYTES // (3 * size[0] * size[1])
             raise RequestError(
-                f"{request.count} pictures of {size_name(size)} take {needed:,} bytes; at most {most} at once"
+                f"{request.count} pictures of {size_name(size)} take {needed:,} bytes; at most {most} at once",
+                param="n",
             )
         return size
 

@@ -66,7 +66,7 @@ class Session:
                 raise EngineError("the session is closed; open another")
             seq = self.newest + 1 if seq is None else seq
             if seq <= self.newest:
-                raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}")
+                raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}", param="seq")
             wants_preview = self.preview if preview is None else preview
             first = (self.engine.preview(request) if wants_preview else None) or request
             future = self.engine.submit(first)

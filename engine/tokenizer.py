@@ -53,7 +53,9 @@ class PromptTokenizer:
             if len(found.ids) > spec.context_length:
                 added = tokenizer.num_special_tokens_to_add(False)
                 room, needed = spec.context_length - added, len(found.ids) - added
-                raise RequestError(f"the prompt has {needed} tokens, this model reads {room}; shorten it")
+                raise RequestError(
+                    f"the prompt has {needed} tokens, this model reads {room}; shorten it", param="prompt"
+                )
             tokens[spec.input] = np.asarray([found.ids], dtype=np.int64)
             if spec.mask is not None:
                 tokens[spec.mask] = np.asarray([found.attention_mask], dtype=np.int64)

@@ -153,7 +153,7 @@ def _errors(app: FastAPI) -> None:
     async def ours(request: Request, error: ImagineFlashError) -> JSONResponse:
         status, code = status_of(error)
         headers = {"retry-after": "1"} if status in (429, 503) else {}
-        return JSONResponse(error_body(str(error), code=code, status=status), status, headers)
+        return JSONResponse(error_body(str(error), code=code, status=status, param=error.param), status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -8,7 +8,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Form, Request, Response, UploadFile
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -47,6 +47,16 @@ class ImageRequest(BaseModel):
     moderation: str | None = Field(default=None, max_length=20)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=1000)
+
+
+class EditRequest(ImageRequest):
+    """The form of /v1/images/edits; likewise."""
+
+    image: UploadFile | None = Field(default=None, description="PNG, JPEG or WebP")
+    images: list[UploadFile] | None = Field(default=None, alias="image[]", description="the same, as a list of one")
+    mask: UploadFile | None = Field(default=None, description="transparent or white is drawn anew")
+    strength: float | None = Field(default=None, gt=0, le=1)
+    input_fidelity: str | None = Field(default=None, max_length=20)
 
 
 class ImageData(BaseModel):
@@ -96,39 +106,23 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
     async def generations(asked: ImageRequest, request: Request) -> Response:
         """Draw a prompt."""
         check_model(holder, asked.model)
-        values = {"prompt": asked.prompt, "count": asked.n, "steps": asked.steps, "seed": asked.seed}
-        wanted = GenerateRequest(**values, **sides(asked.size), timeout=settings.timeout)
-        return await _draw(wanted, asked.output_format, request)
+        return await _draw(GenerateRequest(**_values(asked, settings)), asked.output_format, request)
 
     @router.post("/v1/images/edits", response_model=ImageResponse)
     async def edits(
-        request: Request,
-        prompt: Annotated[str, Form(min_length=1, max_length=MAX_PROMPT)],
-        image: Annotated[UploadFile | None, File(description="PNG, JPEG or WebP")] = None,
-        images: Annotated[
-            list[UploadFile] | None, File(alias="image[]", description="the same, as a list of one")
-        ] = None,
-        mask: Annotated[UploadFile | None, File(description="transparent or white is drawn anew")] = None,
-        model: Annotated[str | None, Form(max_length=200)] = None,
-        n: Annotated[int, Form(ge=1, le=MAX_COUNT)] = 1,
-        size: Annotated[str | None, Form(max_length=20)] = None,
-        response_format: Annotated[Literal["b64_json"] | None, Form()] = None,
-        output_format: Annotated[Format, Form()] = "png",
-        seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
-        steps: Annotated[int | None, Form(ge=1, le=1000)] = None,
-        strength: Annotated[float | None, Form(gt=0, le=1)] = None,
+        asked: Annotated[EditRequest, Form(media_type="multipart/form-data")], request: Request
     ) -> Response:
         """Draw a prompt from a picture, everywhere or where the mask says."""
-        check_model(holder, model)
-        uploads = [*([] if image is None else [image]), *(images or [])]
+        check_model(holder, asked.model)
+        uploads = [*([] if asked.image is None else [asked.image]), *(asked.images or [])]
         if len(uploads) != 1:
-            raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}")
-        values: dict[str, Any] = {"prompt": prompt, "count": n, "steps": steps, "seed": seed, **sides(size)}
-        values["timeout"] = settings.timeout
+            raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}", param="image")
+        values = _values(asked, settings)
         _, target = holder.get().check(GenerateRequest(**values))
-        masked = None if mask is None else mask.file
+        masked = None if asked.mask is None else asked.mask.file
         pixels = await reader.run(lambda: _read(uploads[0].file, masked, target, settings.max_pixels))
-        return await _draw(GenerateRequest(**values, **pixels, strength=strength), output_format, request)
+        wanted = GenerateRequest(**values, **pixels, strength=asked.strength)
+        return await _draw(wanted, asked.output_format, request)
 
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
@@ -157,13 +151,19 @@ ERRORS: dict[int | str, str] = {
 }  # fmt: skip
 
 
+def _values(asked: ImageRequest, settings: ServerSettings) -> dict[str, Any]:
+    """Of a GenerateRequest."""
+    values = {"prompt": asked.prompt, "count": asked.n, "steps": asked.steps, "seed": asked.seed}
+    return {**values, **sides(asked.size), "timeout": settings.timeout}
+
+
 def sides(size: str | None) -> dict[str, int]:
     """{"width": ..., "height": ...} of a size such as 512x768. Raises RequestError."""
     if size is None or size == "auto":
         return {}
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
     if not found:
-        raise RequestError(f"size must be WIDTHxHEIGHT such as 512x512, or auto, got {size!r}")
+        raise RequestError(f"size must be WIDTHxHEIGHT such as 512x512, or auto, got {size!r}", param="size")
     return {"width": int(found[1]), "height": int(found[2])}
 
 

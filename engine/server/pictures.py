@@ -109,15 +109,21 @@ def _open(data: bytes, max_pixels: int, name: str) -> Image.Image:
     try:
         found = Image.open(io.BytesIO(data), formats=READ)  # reads the header alone
         if found.width * found.height > max_pixels:
-            raise RequestError(f"{name} has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked")
+            raise RequestError(
+                f"{name} has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked", param=name
+            )
         found.load()
         return ImageOps.exif_transpose(found)
     except RequestError:
         raise
     except Image.DecompressionBombError:
-        raise RequestError(f"{name} has far more than the {max_pixels:,} pixels that are unpacked") from None
+        raise RequestError(
+            f"{name} has far more than the {max_pixels:,} pixels that are unpacked", param=name
+        ) from None
     except Exception as error:  # whatever damaged bytes make a reader raise
-        raise RequestError(f"{name} is no PNG, JPEG or WebP that can be read ({type(error).__name__})") from None
+        raise RequestError(
+            f"{name} is no PNG, JPEG or WebP that can be read ({type(error).__name__})", param=name
+        ) from None
 
 
 def _fit(picture: Image.Image, size: Size) -> Image.Image:

@@ -120,9 +120,8 @@ class _Connection:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
-            await self._tell(
-                _failure(seq, RequestError(f"{name}: {first['msg']}" if name else str(first["msg"])), name)
-            )
+            message = f"{name}: {first['msg']}" if name else str(first["msg"])
+            await self._tell(_failure(seq, RequestError(message, param=name or None)))
         except (ValueError, RecursionError) as error:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
             await self._tell(_failure(seq, ours))
@@ -177,7 +176,7 @@ def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
     return struct.pack(">I", len(encoded)) + encoded + data
 
 
-def _failure(seq: object, error: ImagineFlashError, param: str | None = None) -> dict[str, Any]:
+def _failure(seq: object, error: ImagineFlashError) -> dict[str, Any]:
     status, code = status_of(error)
     known = seq if isinstance(seq, int) and not isinstance(seq, bool) else None
-    return {"type": "error", "seq": known, **error_body(str(error), code=code, status=status, param=param or None)}
+    return {"type": "error", "seq": known, **error_body(str(error), code=code, status=status, param=error.param)}

@@ -73,12 +73,15 @@ def test_openais_client_lists_the_model(client: openai.OpenAI) -> None:
 
 
 def test_openais_client_raises_what_people_know(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="steps must be 1, 2 or 3, got 9"):
+    with pytest.raises(openai.BadRequestError, match="steps must be 1, 2 or 3, got 9") as steps:
         client.images.generate(prompt="a cat", extra_body={"steps": 9})
-    with pytest.raises(openai.BadRequestError, match="draws 64x64"):
+    with pytest.raises(openai.BadRequestError, match="draws 64x64") as size:
         client.images.generate(prompt="a cat", size="1024x1024")
-    with pytest.raises(openai.BadRequestError, match="response_format"):
+    with pytest.raises(openai.BadRequestError, match="response_format") as form:
         client.images.generate(prompt="a cat", response_format="url")
+    with pytest.raises(openai.BadRequestError, match="tokens") as prompt:
+        client.images.generate(prompt="a cat " * 500)
+    assert [one.value.param for one in (steps, size, form, prompt)] == ["steps", "size", "response_format", "prompt"]
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -112,7 +115,8 @@ BAD_UPLOADS = {
     "half a picture": ({"image": GOOD[: len(GOOD) // 2]}, {"prompt": "a cat"}, 400, "no PNG, JPEG or WebP"),
     "a mask that is none": ({"image": GOOD, "mask": b"x"}, {"prompt": "a cat"}, 400, "mask is no PNG"),
     "no image": ({}, {"prompt": "a cat"}, 400, "image: exactly one picture is drawn from, got 0"),
-    "text as an image": ({"other": b""}, {"prompt": "a cat", "image": "fox.png"}, 400, "image: send a file"),
+    "an unknown field": ({"image": GOOD}, {"prompt": "a cat", "sead": "1"}, 400, "sead"),
+    "text as an image": ({}, {"prompt": "a cat", "image": "fox.png"}, 400, "image: send a file"),
     "two images": (
         [("image[]", GOOD), ("image[]", GOOD)],
         {"prompt": "a cat"},
@@ -128,7 +132,9 @@ BAD_UPLOADS = {
 @pytest.mark.parametrize("case", BAD_UPLOADS.values(), ids=BAD_UPLOADS)
 def test_uploads_that_are_refused(http: httpx.Client, case) -> None:
     files, data, status, says = case
-    answer = http.post("/v1/images/edits", files=files or {"other": b""}, data=data)
+    uploads = list(files.items()) if isinstance(files, dict) else files
+    form = [*uploads, *((name, (None, value)) for name, value in data.items())]
+    answer = http.post("/v1/images/edits", files=form)
     assert answer.status_code == status and says in answer.json()["error"]["message"], answer.text
 
 
