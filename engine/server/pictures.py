@@ -88,17 +88,28 @@ async def encode_all(images: NDArray[np.uint8], kind: str) -> list[bytes]:
 
 
 def read_image(data: bytes, size: Size, *, max_pixels: int, name: str = "image") -> NDArray[np.uint8]:
-    """An uploaded picture as uint8 (H, W, 3) of `size`, scaled to cover it and cropped. Raises RequestError."""
-    return np.array(_fit(_open(data, max_pixels, name).convert("RGB"), size))
+    """An uploaded picture as uint8 (H, W, 3) of `size`, scaled to cover it and cropped; transparency is
+    on white. Raises RequestError."""
+    picture = _open(data, max_pixels, name)
+    if _has_alpha(picture):
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(_fit(picture.convert("RGB"), size))
 
 
 def read_mask(data: bytes, size: Size, *, max_pixels: int) -> NDArray[np.float32]:
     """An uploaded mask as float32 (H, W): 1 is drawn anew. Where it has transparency, that is what is drawn anew (as
     OpenAI's API defines it), else what is white. Raises RequestError."""
     mask = _open(data, max_pixels, "mask")
-    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
-        return 1 - _shares(mask.convert("RGBA").getchannel("A"), size)
+    if _has_alpha(mask):
+        alpha = mask.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):  # else a channel that says nothing, as most programs write it
+            return 1 - _shares(alpha, size)
     return _shares(mask.convert("L"), size)
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
 
 
 def _shares(channel: Image.Image, size: Size) -> NDArray[np.float32]:
@@ -113,7 +124,9 @@ def _open(data: bytes, max_pixels: int, name: str) -> Image.Image:
                 f"{name} has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked", param=name
             )
         found.load()
-        return ImageOps.exif_transpose(found)
+        found = ImageOps.exif_transpose(found)
+        deep = found.mode.startswith("I")  # 16 bits of grey, which Pillow's `convert` would cut off
+        return Image.fromarray((np.asarray(found) // 257).astype(np.uint8)) if deep else found
     except RequestError:
         raise
     except Image.DecompressionBombError:
