@@ -44,6 +44,7 @@ class Batcher:
         self._whole, self._graphs = whole, manifest.graph_names
         self._arrived: list[list[Chunk]] = []
         self._active: list[Chunk] = []  # of the thread alone
+        self._forgotten = 0  # requests, since the last turn
         self._closed = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="imagine-flash", daemon=True)
@@ -60,14 +61,22 @@ class Batcher:
         with self._wake:
             if self._closed:
                 raise EngineError(CLOSED)
-            waiting, rows = self.waiting, sum(chunk.rows for chunk in chunks)
+            rows = sum(chunk.rows for chunk in chunks)
             if rows > self.max_waiting:
                 most = f"at most {self.max_waiting} may wait here; ask for fewer"
                 raise RequestError(f"{rows} pictures at once, {most}", param="n")
-            if waiting + rows > self.max_waiting:
+            if self.waiting + rows > self.max_waiting and (waiting := self._alive()) + rows > self.max_waiting:
                 raise BusyError(f"{waiting} pictures wait already, at most {self.max_waiting} may; try again later")
             self._arrived.append(chunks)
             self._wake.notify()
+
+    def _alive(self) -> int:
+        """Pictures that somebody still waits for. What was cancelled before its turn is forgotten: whoever types fast must
+        not be kept out by their own older requests."""
+        gone = [chunks for chunks in self._arrived if chunks[0].job.future.cancelled()]
+        self._arrived = [chunks for chunks in self._arrived if chunks not in gone]
+        self._forgotten += len(gone)
+        return self.waiting - sum(chunk.rows for chunk in self._active if chunk.job.future.cancelled())
 
     def close(self) -> None:
         """Ends the thread after the call in progress, fails what waits, frees the backend. Waits for the thread."""
@@ -82,6 +91,8 @@ class Batcher:
             with self._wake:
                 self._wake.wait_for(lambda: self._arrived or self._active or self._closed)
                 arrived, self._arrived = self._arrived, []
+                self.counts["cancelled"] += self._forgotten
+                self._forgotten = 0
                 closed = self._closed
             if closed:
                 self._active += [chunk for chunks in arrived for chunk in chunks]
@@ -106,13 +117,10 @@ class Batcher:
 
     def _begin(self, arrived: Sequence[list[Chunk]]) -> None:
         """Takes up new jobs; their prompts are encoded together, those in the cache not at all."""
-        now = time.perf_counter()
         self._active += [chunk for chunks in arrived for chunk in chunks]
         self._active.sort(key=lambda chunk: chunk.job.deadline)
         self._drop_the_ended()
         new = [chunks for chunks in arrived if not chunks[0].job.future.done()]
-        for chunks in new:
-            chunks[0].job.spent("queue", now - chunks[0].job.submitted)
         if self._whole and not self._has_embedding_samplers(new):
             return
         for chunks in new:
@@ -236,7 +244,6 @@ class Batcher:
     ) -> None:
         """Hands the pictures out. An image that is black all over is what NaN becomes as uint8: never delivered."""
         self._active = [chunk for chunk in self._active if chunk not in group]
-        self.failed_in_a_row = 0
         start = 0
         for chunk in group:
             own = slice(start, start + chunk.rows)
@@ -247,8 +254,10 @@ class Batcher:
                 reason = (
                     f"{where} gave NaN, Inf or an empty picture; load the engine with precision fp32, or export again"
                 )
+                self.failed_in_a_row += 1
                 self._end(chunk, EngineError(reason))
                 continue
+            self.failed_in_a_row = 0
             self.counts["pictures"] += chunk.rows
             chunk.job.finish(chunk.row, images[own])
 

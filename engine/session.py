@@ -80,7 +80,8 @@ class Session:
         with self._lock:
             self._closed = True
             for future in (self._future, self._spared):
-                self._cancel(future)
+                if future is not None:
+                    future.cancel()
             self._future = self._spared = None
 
     def _make_way(self) -> None:
@@ -90,12 +91,8 @@ class Session:
         late = self.patience is not None and now - self._unanswered > self.patience
         if late and self._spared is None and self._future is not None and not self._future.done():
             self._spared = self._future
-        else:
-            self._cancel(self._future)
-
-    def _cancel(self, future: Future[GenerateResult] | None) -> None:
-        if future is not None and future.cancel():
-            self.replaced += 1
+        elif self._future is not None:
+            self.replaced += self._future.cancel()
 
     def _arrived(
         self, seq: int, label: object, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]

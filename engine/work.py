@@ -23,8 +23,9 @@ from .tokenizer import Tokens
 class Timings:
     """Seconds of one request, by the wall clock; a call that it shared with others counts whole.
 
-    queue: until the engine took it up. denoise: one entry per network call. copy: to and from the device, joining and
-    splitting batches. sampler: of whole-sampler graphs, which have no other stages. total: from the call to the pictures.
+    queue: the rest of the total, waiting before and between its calls. denoise: one entry per network call. copy: to and
+    from the device, joining and splitting batches. sampler: of whole-sampler graphs, which have no other stages. total:
+    from the call to the pictures.
     """
 
     tokenize: float = 0.0
@@ -107,11 +108,12 @@ class Job:
         def summed(stage: str) -> float:
             return sum(self.seconds.get(stage, ()))
 
+        total = time.perf_counter() - self.started
+        at_work = self.tokenize + self.noise_seconds + sum(map(sum, self.seconds.values()))
         return Timings(
-            tokenize=self.tokenize, noise=self.noise_seconds, queue=summed("queue"), encode=summed("encode"),
+            tokenize=self.tokenize, noise=self.noise_seconds, queue=max(0.0, total - at_work), encode=summed("encode"),
             denoise=tuple(self.seconds.get("denoise", ())), update=summed("update"), decode=summed("decode"),
-            copy=summed("copy"), sampler=tuple(self.seconds.get("sampler", ())),
-            total=time.perf_counter() - self.started,
+            copy=summed("copy"), sampler=tuple(self.seconds.get("sampler", ())), total=total,
         )  # fmt: skip
 
 

@@ -183,6 +183,34 @@ def test_nan_fails_the_request_that_has_it(engine: Engine, monkeypatch: pytest.M
     monkeypatch.setattr(engine.backend, "decode", lambda x: np.zeros((len(x), 64, 64, 3), np.uint8))
     with pytest.raises(EngineError, match="decode gave NaN"):
         engine.generate(ask())
+    assert engine.batcher.failed_in_a_row >= 1
+
+
+def test_the_cancelled_keep_nobody_out(tiny_artifact: Path) -> None:
+    with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=4) as engine:
+        gate = Gate(engine)
+        futures = [engine.submit(ask(seed=0))]
+        assert gate.entered.wait(20)
+        for seed in range(1, 20):
+            futures.append(engine.submit(ask(seed=seed)))
+            futures[seed - 1].cancel()
+        others = [engine.submit(ask(seed=seed)) for seed in range(3)]
+        with pytest.raises(BusyError, match="4 pictures wait already"):
+            engine.submit(ask())
+        gate.open.set()
+        assert all(future.result(20) for future in (futures[-1], *others))
+        assert engine.batcher.counts["cancelled"] == 19 and engine.batcher.waiting == 0
+
+
+def test_waiting_is_called_queue(engine: Engine) -> None:
+    """Before the first call and between the others, so that the stages make up the total."""
+    engine.warm_up()
+    futures = [engine.submit(ask(seed=seed)) for seed in range(12)]
+    timings = [future.result(30).timings for future in futures]
+    for found in timings:
+        stages = found.stages()
+        assert sum(stages.values()) == pytest.approx(2 * found.total)  # total is one of them
+    assert max(one.queue for one in timings) > max(sum(one.denoise) for one in timings) / 2
 
 
 def test_after_close_nothing_hangs(tiny_artifact: Path) -> None:
