@@ -73,7 +73,7 @@ def bench_serve_command(
 ) -> None:
     """Time the server: overhead, typing, 64 clients at once, malformed requests, two replicas on Ray Serve."""
     needs("cpu", "onnxruntime", "tokenizers", "PIL")
-    needs("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart")
+    needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib")
     from rich.console import Console
 

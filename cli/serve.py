@@ -59,7 +59,7 @@ def serve_command(
     ] = None,
 ) -> None:
     """Serve the model: a page that draws while you type, and an OpenAI-style image API."""
-    needs("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart", "PIL")
+    needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart", "PIL")
     from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings, read_keys
 
     if not 0 <= port <= 65535:
@@ -89,6 +89,7 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
     import uvicorn
 
     from ..engine.server import create_app, logs
+    from ..engine.server.heads import LimitedHeads
 
     engine.check()
     failed: list[ImagineFlashError] = []
@@ -105,9 +106,9 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
             raise
 
     config = uvicorn.Config(
-        create_app(load, settings), host=host, port=port, log_config=None, access_log=False, ws="websockets-sansio",
-        ws_max_size=settings.max_body, ws_ping_interval=20, timeout_keep_alive=75, timeout_graceful_shutdown=30,
-        server_header=False, proxy_headers=False,
+        create_app(load, settings), host=host, port=port, log_config=None, access_log=False, http=LimitedHeads,
+        ws="websockets-sansio", ws_max_size=settings.max_body, ws_ping_interval=20, ws_per_message_deflate=False,
+        timeout_keep_alive=75, timeout_graceful_shutdown=30, server_header=False, proxy_headers=False,
     )  # fmt: skip
     server = uvicorn.Server(config)
     listening = _listen(host, port)
@@ -141,7 +142,7 @@ def _options_as_typed() -> Iterator[None]:
 
 
 def _url(host: str, listening: socket.socket) -> str:
-    shown = f"[{host}]" if ":" in host else host
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{listening.getsockname()[1]}"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from ...core.errors import EngineError, ImagineFlashError, LoadingError, missing_extra
 from ..engine import Engine
+from ..request import GenerateRequest
 from .settings import ServerSettings
 
 try:
@@ -18,18 +20,20 @@ try:
     from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
     from fastapi.staticfiles import StaticFiles
+    from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
 except ImportError as missing:
     raise missing_extra(missing.name or "fastapi", "serve") from None
 
 from .errors import error_body, one_line, status_of
-from .guard import Guard
+from .guard import SAFE, Guard
 from .images import images_router
 from .logs import SERVER
 from .metrics import Metrics
 from .stream import stream_router
 
 PAGE = Path(__file__).parent / "page"
+PROBE_EVERY = 5.0  # seconds
 LOG = logging.getLogger(SERVER)
 
 
@@ -38,6 +42,7 @@ class Holder:
 
     def __init__(self, engine: Engine | None = None) -> None:
         self.engine, self.failure = engine, ""
+        self._probed = -PROBE_EVERY
 
     def get(self) -> Engine:
         """Raises EngineError while there is none."""
@@ -48,6 +53,14 @@ class Holder:
                 else LoadingError("the model is still being loaded; try again in a moment")
             )
         return self.engine
+
+    def probe(self) -> None:
+        """Has a failing engine draw something, every few seconds, since nobody else may ask it any more."""
+        if time.monotonic() < self._probed + PROBE_EVERY:
+            return
+        self._probed, engine = time.monotonic(), self.get()
+        with suppress(ImagineFlashError):
+            engine.submit(GenerateRequest(prompt="a", steps=engine.steps[0], timeout=PROBE_EVERY))
 
 
 def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings | None = None) -> FastAPI:
@@ -62,7 +75,7 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if holder.engine is not None or isinstance(engine, Engine):
+        if isinstance(engine, Engine):
             yield
             return
         loading = asyncio.create_task(_load(holder, engine))
@@ -72,6 +85,7 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
             await loading
             if holder.engine is not None:
                 await asyncio.to_thread(holder.engine.close)
+                holder.engine = None
 
     app = FastAPI(title="Imagine Flash", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.holder, app.state.settings, app.state.metrics = holder, settings, metrics
@@ -83,10 +97,19 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
     app.add_middleware(Guard, settings=settings, count=metrics.answered)
     if settings.allowed_origins:  # before the guard: a browser asks for leave without a key, and reads refusals too
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
+            _Cors, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
     return app
+
+
+class _Cors(CORSMiddleware):
+    """Preflights, which never reach the guard, carry its headers too: by them Ray's proxies know our answers."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        response.raw_headers.extend(SAFE)
+        return response
 
 
 async def _load(holder: Holder, load: Callable[[], Engine]) -> None:
@@ -126,7 +149,7 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
         "/readyz", tags=["operations"], response_class=PlainTextResponse, responses={503: {"description": "loading, or failing"}}
     )  # fmt: skip
     async def readyz() -> PlainTextResponse:
-        """The model is loaded and warm, and did not fail three times in a row."""
+        """The model is loaded and warm, and did not fail three times in a row; then it is tried every few seconds."""
         try:
             check_ready(holder)
         except EngineError as error:
@@ -143,8 +166,9 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
 
 
 def check_ready(holder: Holder) -> None:
-    """Raises EngineError while there is no model, and after three failures of the backend in a row."""
+    """Raises EngineError while there is no model, and after three failures of the backend in a row until it draws again."""
     if (failing := holder.get().batcher.failed_in_a_row) >= 3:
+        holder.probe()
         raise EngineError(f"the last {failing} requests failed in the backend")
 
 
@@ -165,11 +189,6 @@ def _errors(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status_code)
         body = error_body(str(error.detail), code=code, status=error.status_code)
         return JSONResponse(body, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        LOG.error("unexpected error at %s", request.url.path, exc_info=error)
-        return JSONResponse(error_body("the server failed; its log says why", code="internal", status=500), 500)
 
 
 def _version() -> str:

@@ -21,7 +21,7 @@ from .errors import error_body
 from .logs import SERVER, now
 from .settings import ServerSettings
 
-OPEN = ("/", "/healthz", "/readyz", "/page/", "/docs", "/openapi.json", "/metrics")  # without a key
+OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/metrics")  # without a key
 MOST_SILENCE = 10.0  # seconds, while a body is on its way
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")  # of a proxy in front, so that its log and ours agree
@@ -29,7 +29,8 @@ LOG = logging.getLogger(SERVER)
 
 
 class Guard:
-    """ASGI middleware. Refuses with 401, 403 or 413 before anything is read; logs one line of JSON per request."""
+    """ASGI middleware. Refuses with 401, 403 or 413 before anything is read; logs one line of JSON per request, and what
+    the application raises, which is answered with 500."""
 
     def __init__(self, app: Any, settings: ServerSettings, count: Callable[[str, int], None] | None = None) -> None:
         """count: called with the path and the status of every answer."""
@@ -51,6 +52,7 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SAFE]
             elif message["type"] == "websocket.accept":
                 status[0] = 101
+                self.count(scope["path"], 101)
             await send(message)
 
         refused = self._refusal(scope, headers)
@@ -59,8 +61,14 @@ class Guard:
                 await _refuse(scope, answer, *refused)
             else:
                 await self._limited(scope, headers, receive, answer)
+        except Exception as error:
+            if status[0]:  # too late for an answer: the server breaks the connection
+                raise
+            LOG.error("unexpected error at %s", scope["path"][:200], exc_info=error)
+            await _refuse(scope, answer, 500, "internal", "the server failed; its log says why")
         finally:
-            self.count(scope["path"], status[0] or 499)
+            if status[0] != 101:
+                self.count(scope["path"], status[0] or 499)
             _log(scope, request_id, status[0] or 499, time.perf_counter() - started)
 
     async def _limited(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: Send) -> None:
@@ -139,10 +147,14 @@ def _hostname(host: str) -> str:
 
 
 def _is_loopback(name: str) -> bool:
+    """0.0.0.0 among them: it leads here, and nobody else can have it."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
     try:
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
         return False
+    return address.is_loopback or address.is_unspecified
 
 
 def _is_open(path: str) -> bool:

@@ -10,7 +10,7 @@ from ...core.errors import EngineError, missing_extra
 from ..work import GenerateResult
 
 try:
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.registry import Collector
 except ImportError:
@@ -47,6 +47,7 @@ class Metrics(Collector):
         self.stale = Counter(
             "imagine_flash_stale", "Requests of sessions that a newer one replaced.", registry=self.registry
         )
+        self.sessions = Gauge("imagine_flash_sessions", "WebSockets that are open.", registry=self.registry)
         self.skipped = Counter("imagine_flash_skipped", "Results that a slow reader never saw.", registry=self.registry)
         self.registry.register(self)
         self._stage = cache(self.stages.labels)  # a few microseconds each

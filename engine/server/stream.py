@@ -63,7 +63,8 @@ def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
         except EngineError as error:
             await socket.close(TRY_AGAIN_LATER, str(error)[:120])
             return
-        await _Connection(socket, engine, settings, metrics).run()
+        with metrics.sessions.track_inprogress():
+            await _Connection(socket, engine, settings, metrics).run()
 
     return router
 

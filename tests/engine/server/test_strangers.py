@@ -5,14 +5,17 @@ import io
 import json
 import socket
 import time
+from contextlib import suppress
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import create_app
+from imagine_flash.engine.server.settings import ServerSettings
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def http(server):
 
 def test_a_strangers_name_for_this_machine_is_a_stranger(http: httpx.Client, server) -> None:
     """DNS rebinding: the page and the request agree on a name, and the name leads here."""
-    for name, status in (("evil.example", 403), ("localhost", 200), ("127.0.0.1", 200)):
+    for name, status in (("evil.example", 403), ("localhost", 200), ("0.0.0.0", 200), ("127.0.0.1", 200)):
         there = f"{name}:{server.port}"
         headers = {"host": there, "origin": f"http://{there}"}
         answer = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}, headers=headers)
@@ -93,16 +96,77 @@ def test_allowed_pages_read_answers_and_refusals(start_server, tiny_artifact, tm
     server = start_server("--model", tiny_artifact, *options)
     origin, key = {"origin": "https://example.org"}, {"authorization": "Bearer 0123456789abcdef"}
     with httpx.Client(base_url=server.url, timeout=30) as http:
-        wish = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        wish = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,x-stainless-os",
+        }
         leave = http.options("/v1/images/generations", headers=origin | wish)
         drawn = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}, headers=origin | key)
         refused = http.post("/v1/images/generations", json={"prompt": "a cat"}, headers=origin)
         assert (leave.status_code, drawn.status_code, refused.status_code) == (200, 200, 401)
         for answer in (leave, drawn, refused):
+            assert answer.headers["x-content-type-options"] == "nosniff"
             assert answer.headers["access-control-allow-origin"] == "https://example.org"
         assert "retry-after" in drawn.headers["access-control-expose-headers"]
         other = http.options("/v1/images/generations", headers=wish | {"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_an_unexpected_error_is_a_500_with_everything_an_answer_has(tiny_artifact, caplog) -> None:
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        app = create_app(engine, ServerSettings(allowed_origins=("https://example.org",)))
+
+        @app.get("/fails")
+        async def fails() -> None:
+            raise RuntimeError("nobody thought of it")
+
+        with TestClient(app) as http:
+            answer = http.get("/fails", headers={"origin": "https://example.org", "x-request-id": "0123-abcd"})
+            counts = http.get("/metrics").text
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal"
+    assert "nobody" not in answer.text and "nobody thought of it" in caplog.text
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    assert answer.headers["x-request-id"] == "0123-abcd" and answer.headers["x-content-type-options"] == "nosniff"
+    assert 'imagine_flash_answers_total{route="other",status="500"} 1.0' in counts
+
+
+def test_a_backend_that_recovers_is_ready_again(tiny_artifact, monkeypatch) -> None:
+    """A load balancer sends nothing to a server that is not ready, so nothing but a try of its own can tell."""
+    monkeypatch.setattr("imagine_flash.engine.server.app.PROBE_EVERY", 0.05)
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine, TestClient(create_app(engine)) as http:
+        inner = engine.backend.denoise
+        monkeypatch.setattr(engine.backend, "denoise", lambda *given: inner(*given) * np.nan)
+        for seed in range(3):
+            assert http.get("/readyz").status_code == 200
+            assert http.post("/v1/images/generations", json={"prompt": "a cat", "seed": seed}).status_code == 503
+        for _ in range(5):
+            assert http.get("/readyz").status_code == 503
+            time.sleep(0.1)
+        monkeypatch.setattr(engine.backend, "denoise", inner)
+        limit = time.monotonic() + 20
+        while http.get("/readyz").status_code != 200:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_headers_end_soon_and_are_not_large(server) -> None:
+    def ends(sent: bytes) -> bytes:
+        """What is answered until the server closes the connection."""
+        with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+            answer = b""
+            with suppress(ConnectionError):
+                connection.sendall(sent)
+                while more := connection.recv(2000):
+                    answer += more
+            return answer
+
+    started = time.monotonic()
+    assert ends(b"GET /healthz HTTP/1.1\r\nx: 1\r\n") == b""
+    assert 5 < time.monotonic() - started < 25
+    assert ends(b"GET /healthz HTTP/1.1\r\n" + 4000 * (b"x: " + 60 * b"y" + b"\r\n")).startswith(b"HTTP/1.1 431 ")
+    large = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: " + 30_000 * b"y" + b"\r\n\r\n"
+    assert ends(large).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_model_that_fails_to_load_is_said_by_readyz() -> None:

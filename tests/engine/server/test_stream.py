@@ -3,8 +3,10 @@
 import io
 import json
 import random
+import re
 import struct
 import time
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
@@ -165,6 +167,27 @@ def test_every_picture_of_a_flood_has_the_format_that_was_asked_for(server) -> N
 def stale(http: httpx.Client) -> float:
     (line,) = (line for line in http.get("/metrics").text.splitlines() if line.startswith("imagine_flash_stale_total"))
     return float(line.split()[1])
+
+
+def test_open_sockets_are_counted_and_closing_makes_nothing_stale(server) -> None:
+    def read_metrics() -> dict[str, float]:
+        text = http.get("/metrics").text
+        return {name: float(value) for name, value in re.findall(r"^(\S+) ([\d.e+-]+)$", text, re.MULTILINE)}
+
+    answered = 'imagine_flash_answers_total{route="/v1/stream",status="101"}'
+    with httpx.Client(base_url=server.url) as http:
+        before = read_metrics()
+        with ExitStack() as opened:
+            for _ in range(5):
+                socket = opened.enter_context(open_stream(server))
+                read(socket)
+                ask(socket, 1, "a cat")
+            during = read_metrics()
+        assert during["imagine_flash_sessions"] == 5 and during[answered] - before.get(answered, 0) == 5
+        limit = time.monotonic() + 20
+        while (after := read_metrics())["imagine_flash_sessions"]:
+            assert time.monotonic() < limit
+        assert after["imagine_flash_stale_total"] == before["imagine_flash_stale_total"]
 
 
 def test_pages_of_other_hosts_are_refused(server) -> None:
