@@ -80,6 +80,12 @@ def test_sigterm_draws_what_was_accepted(start_server, tiny_artifact: Path) -> N
     assert max(answered) > ended  # under load: some were being drawn
 
 
+def test_the_url_of_a_server_for_everybody_leads_to_it(start_server, tiny_artifact: Path) -> None:
+    server = start_server("--model", tiny_artifact, "--host", "0.0.0.0")
+    log = server.log.read_text()
+    assert f"{server.url}\n" in log and "everybody who reaches 0.0.0.0 may draw" in log
+
+
 def test_sigkill_and_restart(start_server, tiny_artifact: Path) -> None:
     server = start_server("--model", tiny_artifact)
     server.kill()

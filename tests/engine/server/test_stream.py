@@ -190,6 +190,12 @@ def test_open_sockets_are_counted_and_closing_makes_nothing_stale(server) -> Non
         assert after["imagine_flash_stale_total"] == before["imagine_flash_stale_total"]
 
 
+def test_pictures_are_not_compressed_twice(server) -> None:
+    """WebP, JPEG and PNG only grow by permessage-deflate, which every browser offers, and it takes the event loop's time."""
+    with connect(server.url.replace("http", "ws") + "/v1/stream", compression="deflate") as socket:
+        assert not socket.protocol.extensions
+
+
 def test_pages_of_other_hosts_are_refused(server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         open_stream(server, origin="https://evil.example")
