@@ -2,8 +2,9 @@
 
 import { Figures } from "./figures.js";
 import { Picture, Strip } from "./picture.js";
+import { say } from "./say.js";
 import { Stream } from "./stream.js";
-import { command, fileName, fromHash, toClipboard, toHash, whole } from "./text.js";
+import { command, fileName, fromHash, sentence, toClipboard, toHash, whole } from "./text.js";
 
 const EXAMPLES = {
   "a fox": "a fox on a pink background",
@@ -17,9 +18,7 @@ const SLOW = 0.1; // s of drawing from which a picture in one step is asked for 
 const BUSY = [400, 800, 1600, 3000]; // ms to wait before asking a busy server again
 
 const find = (id) => document.getElementById(id);
-const [main, prompt, seed, size, note] = ["main", "prompt", "seed", "size", "note"].map(
-  (name) => find(name) ?? document.querySelector(name),
-);
+const [prompt, seed, size, note] = ["prompt", "seed", "size", "note"].map(find);
 const stream = new Stream();
 const picture = new Picture(find("picture"));
 const strip = new Strip(find("strip"), (drawn, event) => bringBack(drawn, event));
@@ -59,10 +58,10 @@ function draw(at = null, typed = false) {
   }, SETTLED);
   if (!typed) share();
   if (!text) {
-    picture.clear(asked.seq);
+    picture.clear(asked.seq, asked.size);
     refresh();
     unknown([]);
-    say(stream.state); // what was wrong was wrong with another text
+    say(stream.state, stream.why); // what was wrong was wrong with another text
     return;
   }
   const { seq } = asked;
@@ -115,7 +114,7 @@ stream.addEventListener("failure", ({ detail: { seq, error } }) => {
     retrying = setTimeout(draw, BUSY[Math.min(refusals++, BUSY.length - 1)]);
   } else {
     unknown([]);
-    say("failed", `${error.message[0].toUpperCase()}${error.message.slice(1)}.`, error.type === "server_error");
+    say("failed", sentence(error.message), error.type === "server_error");
   }
 });
 
@@ -129,34 +128,9 @@ stream.addEventListener("ready", ({ detail }) => {
   if (picture.shown?.header.seq !== asked.seq || picture.shown.header.preview) draw();
 });
 
-stream.addEventListener("state", ({ detail }) => say(detail));
+stream.addEventListener("state", () => say(stream.state, stream.why));
 
 // Saying
-
-const STATES = {
-  connecting: ["connecting"],
-  ready: ["ready"],
-  busy: ["busy", "Too many pictures are waiting. This one is asked for again in a moment."],
-  failed: ["not drawn"],
-  loading: ["loading the model", "The model is being loaded. It draws in a moment."],
-  restarting: ["restarting", "The server is restarting. The page comes back by itself."],
-  lost: ["no connection", "The server does not answer. The page keeps trying."],
-  blocked: ["no connection", "The server answers, but the connection for drawing does not open. Something between may not pass on WebSockets."],
-  key: ["needs a key", "This server draws for those who have a key. It is kept until this tab is closed."],
-  "wrong-key": ["needs a key", "The server does not know that key."],
-};
-
-/** The state of the page; `text` and `again` of one error. */
-function say(state, text = STATES[state][1] ?? "", again = ["lost", "blocked"].includes(state)) {
-  const needsKey = state === "key" || state === "wrong-key";
-  if (main.dataset.state !== state) main.dataset.state = state;
-  if (find("state-text").textContent !== STATES[state][0]) find("state-text").textContent = STATES[state][0];
-  if (find("trouble-text").textContent !== text) find("trouble-text").textContent = text;
-  find("trouble").hidden = !text;
-  find("again").hidden = !again;
-  if (needsKey && find("key-form").hidden) requestAnimationFrame(() => find("key").focus());
-  find("key-form").hidden = !needsKey;
-}
 
 /** Below the text: that the seed is none, or words that the model never saw, but for the one that is being typed. */
 function unknown(words) {
@@ -236,7 +210,7 @@ function fillSizes() {
   size.replaceChildren(...hello.sizes.map((name) => new Option(name.replace("x", " × "), name)));
   if (hello.sizes.includes(before)) size.value = before;
   find("size-field").hidden = hello.sizes.length < 2;
-  picture.shape(size.value);
+  if (!picture.shown) picture.shape(size.value);
 }
 
 /** As high as its text. */
@@ -265,7 +239,6 @@ find("steps").addEventListener("change", (event) => {
 });
 size.addEventListener("change", ({ timeStamp }) => {
   keep();
-  picture.shape(size.value);
   draw(timeStamp);
 });
 find("copy").addEventListener("click", async () => {

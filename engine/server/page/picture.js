@@ -37,19 +37,21 @@ export class Picture {
     }
     image.classList.toggle("squares", image.naturalWidth < SMALL);
     this.#replace(image, url);
+    this.shape(header.size);
     [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, url }];
     this.#mark(header, prompt);
     return true;
   }
 
-  /** Nothing, and nothing that was asked for before `seq`. */
-  clear(seq) {
+  /** Nothing, and nothing that was asked for before `seq`; the box is of the size that would be asked for, where it is known. */
+  clear(seq, size) {
     this.#replace(this.#empty, "");
+    if (size) this.shape(size);
     [this.#newest, this.#full, this.shown] = [seq, true, null];
     this.#mark({ seq, preview: false }, "");
   }
 
-  /** The box of a size such as 64x64, before there is a picture. */
+  /** The box of a size such as 64x64. A picture sets its own: one that is still shown is not stretched. */
   shape(size) {
     const [width, height] = size.split("x").map(Number);
     this.#figure.style.setProperty("--ratio", width / height);

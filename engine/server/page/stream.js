@@ -1,5 +1,7 @@
 // The connection to /v1/stream (docs/protocol.md): it finds out why it failed, and comes back by itself.
 
+import { sentence } from "./text.js";
+
 const KEY = "imagine-flash.key";
 const LOADING = 1013;
 const RESTARTING = 1012;
@@ -25,10 +27,19 @@ const remembered = {
   },
 };
 
-/** Events: "state" {name}, "ready" {hello}, "picture" {header, blob, at}, "failure" {seq, error}.
+/** The message of an error of the server; of something before it, none. */
+async function said(answer) {
+  try {
+    return sentence((await answer.json()).error.message);
+  } catch {
+    return undefined;
+  }
+}
+
+/** Events: "state", "ready" {hello}, "picture" {header, blob, at}, "failure" {seq, error}.
  *
- * States: connecting, ready, loading, restarting, lost, blocked (the server answers, the socket does not), key (one is
- * needed), wrong-key.
+ * States: connecting, ready, loading, restarting, lost, blocked (the server answers, the socket does not), forbidden (to pages
+ * of this address), key (one is needed), wrong-key. `why`: what the server said of the state, where it said something.
  */
 export class Stream extends EventTarget {
   #socket = null;
@@ -38,6 +49,7 @@ export class Stream extends EventTarget {
   constructor() {
     super();
     this.state = "connecting";
+    this.why = undefined;
     addEventListener("online", () => this.state !== "ready" && this.connect());
     document.addEventListener("visibilitychange", () => !document.hidden && this.state === "lost" && this.connect());
     addEventListener("pageshow", (event) => event.persisted && this.connect()); // back from the browser's cache
@@ -50,7 +62,7 @@ export class Stream extends EventTarget {
   connect() {
     clearTimeout(this.#timer);
     this.#drop();
-    if (!["lost", "loading", "restarting", "blocked"].includes(this.state)) this.#become("connecting");
+    if (!["lost", "loading", "restarting", "blocked", "forbidden"].includes(this.state)) this.#become("connecting");
     const { key } = remembered;
     const url = new URL("v1/stream", document.baseURI.replace(/^http/, "ws"));
     url.hash = url.search = "";
@@ -100,28 +112,31 @@ export class Stream extends EventTarget {
 
   async #closed(code, opened) {
     this.#socket = null;
-    const found = code === LOADING ? "loading" : code === RESTARTING ? "restarting" : opened ? "lost" : await this.#reason();
+    const known = { [LOADING]: "loading", [RESTARTING]: "restarting" }[code] ?? (opened ? "lost" : undefined);
+    const [found, why] = known ? [known] : await this.#reason();
     if (this.#socket) return; // connected again meanwhile
-    this.#become(found);
+    this.#become(found, why);
     if (found === "key" || found === "wrong-key") return; // until somebody gives one
     const longest = found === "loading" ? 2000 : 4000;
     const delay = Math.min(longest, 300 * 2 ** this.#failures++) * (0.8 + 0.4 * Math.random());
     this.#timer = setTimeout(() => this.connect(), delay);
   }
 
-  /** Why a socket did not open: a browser does not say, an ordinary request does. */
+  /** Why a socket did not open: a browser does not say, an ordinary request does. One that would draw, if it had a body: pages
+   * of any address may read, and are refused only here. */
   async #reason() {
     const { key } = remembered;
+    const headers = key ? { authorization: `Bearer ${key}` } : {};
     try {
-      const headers = key ? { authorization: `Bearer ${key}` } : {};
-      const { status } = await fetch("v1/models", { headers, cache: "no-store", signal: AbortSignal.timeout(5000) });
-      if (status === 401) {
+      const answer = await fetch("v1/images/generations", { method: "POST", headers, signal: AbortSignal.timeout(5000) });
+      if (answer.status === 401) {
         remembered.key = "";
-        return key ? "wrong-key" : "key";
+        return [key ? "wrong-key" : "key"];
       }
-      return status === 503 ? "loading" : status < 500 ? "blocked" : "lost";
+      if (answer.status === 403) return ["forbidden", await said(answer)];
+      return [answer.status === 503 ? "loading" : answer.status < 500 ? "blocked" : "lost"];
     } catch {
-      return "lost";
+      return ["lost"];
     }
   }
 
@@ -132,9 +147,9 @@ export class Stream extends EventTarget {
     this.#socket = null;
   }
 
-  #become(state) {
-    this.state = state;
-    this.#tell("state", state);
+  #become(state, why) {
+    Object.assign(this, { state, why });
+    this.#tell("state");
   }
 
   #tell(type, detail) {

@@ -24,6 +24,11 @@ export function command({ prompt, seed, steps, size, model }) {
   return words.join(" ");
 }
 
+/** A server's message, with a capital letter and a full stop. */
+export function sentence(text) {
+  return `${text[0].toUpperCase()}${text.slice(1)}.`;
+}
+
 /** A file name: a-fox-on-pink-7.png. */
 export function fileName({ prompt, seed, format }) {
   const slug = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60);

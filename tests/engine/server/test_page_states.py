@@ -1,4 +1,4 @@
-"""What the page says of a server that loads, is busy, fails, dies, wants a key or draws something else than usual."""
+"""What the page says and shows of a server that is busy, fails or draws something else than usual, and of odd input."""
 
 import re
 import shlex
@@ -9,40 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from imagine_flash.export import ExportOptions, export_student
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-KEY = "0123456789abcdef-key"
-
-
-def test_a_server_that_dies_is_missed_and_found_again(embedded, open_page) -> None:
-    opened = open_page(embedded.url).go()
-    opened.shows("a fox on a pink background")
-    embedded.kill()
-    opened.says("#trouble", "The server does not answer")
-    opened.says("#state", "no connection")
-    opened.page.fill("#prompt", "a dog")
-    embedded.start(0)
-    opened.shows("a dog")
-    opened.says("#state", "ready")
-    assert not opened.page.locator("#trouble").is_visible()
-    assert not [line for line in opened.console if "uncaught" in line]
-
-
-def test_while_the_model_is_loaded_the_page_says_so(embedded, open_page) -> None:
-    opened, closed = open_page(embedded.url), []
-
-    def between(socket: Any) -> None:
-        if len(closed) < 2:
-            closed.append(time.monotonic())
-            socket.close(code=1013, reason="the model is still being loaded")
-        else:
-            socket.connect_to_server()
-
-    opened.page.route_web_socket(re.compile("/v1/stream"), between)
-    opened.go().says("#trouble", "The model is being loaded")
-    opened.shows("a fox on a pink background")
-    opened.says("#state", "ready")
-    assert closed[1] - closed[0] > 0.2, "it waits before it tries again"
 
 
 def test_a_busy_server_is_asked_again_and_other_errors_are_said(embedded, open_page) -> None:
@@ -204,33 +173,50 @@ def test_a_model_of_several_sizes(embedded, open_page) -> None:
     opened.page.select_option("#size", "128x64")
     opened.says("#trouble", "draws 64x64")
     box = opened.page.locator("#picture").bounding_box()
-    assert box is not None and abs(box["width"] - 2 * box["height"]) < 1
+    assert box is not None and abs(box["width"] - box["height"]) < 1, "the last picture is shown as it was"
     assert "size=128x64" in opened.page.evaluate("location.hash")
 
 
-def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
-    (tmp_path / "keys").write_text(KEY)
-    server = start_server("--api-key-file", tmp_path / "keys")
-    opened = open_page(server.url, viewport={"width": 390, "height": 844}).go()
-    page = opened.page
-    opened.says("#trouble", "those who have a key")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    playwright.expect(page.locator("#key")).to_be_focused()
-    page.keyboard.type("no/slash=")
-    page.keyboard.press("Enter")
-    opened.says("#trouble", "cannot send that key")
-    page.fill("#key", "a-wrong-key-of-some-length")
-    page.keyboard.press("Enter")
-    opened.says("#trouble", "does not know that key")
-    page.fill("#key", KEY)
-    page.keyboard.press("Enter")
-    opened.shows("a fox on a pink background")
-    assert not page.locator("#trouble").is_visible() and not page.locator("#key").is_visible()
-    playwright.expect(page.locator("#prompt")).to_be_focused()
-    page.reload()
-    opened.shows("a fox on a pink background")
-    assert KEY not in page.url and KEY not in page.content()
-    assert opened.others == [] and not [line for line in opened.console if "uncaught" in line]
+def test_no_picture_is_stretched(start_server, tiny_student: Path, tmp_path: Path, open_page) -> None:
+    """One of the strip, or of an address, of another size than the one chosen was shown in the chosen one's box."""
+    export_student(tiny_student, tmp_path / "two", options=ExportOptions(sizes=((64, 64), (64, 128)), steps=(1,)))
+    server = start_server("--model", tmp_path / "two", "--backend", "onnxruntime")
+    opened = open_page(server.url).go("#prompt=a+fox&seed=8")
+    page, ratio = (
+        opened.page,
+        "(() => { const box = picture.getBoundingClientRect(); return box.width / box.height })()",
+    )
+    opened.shows("a fox", 8)
+    page.evaluate(
+        f"""() => {{
+          window.stretched = [];
+          (function watch() {{
+            const image = document.querySelector("#picture img"), box = {ratio};
+            const own = image ? image.naturalWidth / image.naturalHeight : box;
+            if (Math.abs(box - own) > 0.02) stretched.push([box, own]);
+            requestAnimationFrame(watch);
+          }})();
+        }}"""
+    )
+
+    def becomes(wanted: int) -> None:
+        deadline = time.monotonic() + 20
+        while abs(page.evaluate(ratio) - wanted) > 0.02:
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(50)
+
+    page.wait_for_selector("#strip li")
+    page.select_option("#size", "128x64")
+    becomes(2)
+    page.click("#strip li:last-child button")
+    becomes(1)
+    page.evaluate("location.hash = '#prompt=a+fox&seed=8&size=128x64'")
+    becomes(2)
+    assert page.evaluate("stretched") == [] and page.locator("#size").input_value() == "128x64"
+    page.fill("#prompt", "")
+    page.select_option("#size", "64x64")
+    becomes(1)
+    server.stop()
 
 
 def test_the_page_and_its_parts_are_served_whole(embedded) -> None:

@@ -1,0 +1,142 @@
+"""What the page says where there is no connection, and how it comes back: a server that loads, dies, refuses or wants a key."""
+
+import contextlib
+import re
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+KEY = "0123456789abcdef-key"
+
+
+def test_a_server_that_dies_is_missed_and_found_again(embedded, open_page) -> None:
+    opened = open_page(embedded.url).go()
+    opened.shows("a fox on a pink background")
+    embedded.kill()
+    opened.says("#trouble", "The server does not answer")
+    opened.says("#state", "no connection")
+    opened.page.fill("#prompt", "a dog")
+    embedded.start(0)
+    opened.shows("a dog")
+    opened.says("#state", "ready")
+    assert not opened.page.locator("#trouble").is_visible()
+    assert not [line for line in opened.console if "uncaught" in line]
+
+
+def test_while_the_model_is_loaded_the_page_says_so(embedded, open_page) -> None:
+    opened, closed = open_page(embedded.url), []
+
+    def between(socket: Any) -> None:
+        if len(closed) < 2:
+            closed.append(time.monotonic())
+            socket.close(code=1013, reason="the model is still being loaded")
+        else:
+            socket.connect_to_server()
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().says("#trouble", "The model is being loaded")
+    opened.shows("a fox on a pink background")
+    opened.says("#state", "ready")
+    assert closed[1] - closed[0] > 0.2, "it waits before it tries again"
+
+
+@contextmanager
+def renaming_proxy(port: int) -> Iterator[str]:
+    """The address of one that passes everything on, with another Host, as nginx does unless told otherwise."""
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data.replace(f"Host: {address}".encode(), b"Host: drawing:80"))
+            target.shutdown(socket.SHUT_WR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)) as inner:
+                back = threading.Thread(target=copy, args=(inner, self.request), daemon=True)
+                back.start()
+                copy(self.request, inner)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
+        proxy.daemon_threads = True
+        address = f"127.0.0.1:{proxy.server_address[1]}"
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://{address}"
+        proxy.shutdown()
+
+
+def test_behind_a_proxy_under_another_name(start_server, tiny_artifact: Path, open_page) -> None:
+    """It said that WebSockets may not pass, where the server had refused the page's origin: it answers GET to anybody."""
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
+    with renaming_proxy(server.port) as url:
+        opened = open_page(url).go()
+        opened.says("#trouble", f"Pages of {url} may not call this server; --allow-origin lets them.")
+        opened.says("#state", "not allowed")
+        server.stop()
+        opened.says("#state", "no connection")
+        server.options += ("--allow-origin", url)
+        server.start()
+        opened.shows("a fox on a pink background")
+        opened.says("#state", "ready")
+        assert not opened.page.locator("#trouble").is_visible()
+        opened.context.close()
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "said"),
+    [
+        (None, "no connection", "Something between may not pass on WebSockets"),
+        (403, "not allowed", "The server does not let this page draw."),
+        (502, "no connection", "The server does not answer"),
+        (503, "loading the model", "The model is being loaded"),
+    ],
+)
+def test_why_there_is_no_connection(embedded, open_page, status: int | None, state: str, said: str) -> None:
+    """status: of something before the server; None: the server's own answer."""
+    opened = open_page(embedded.url)
+    opened.page.add_init_script(
+        """const Real = WebSocket;
+        window.WebSocket = class extends Real { constructor(url, offered) { super(`${url}/not`, offered); } };"""
+    )
+    if status:
+        probe = re.compile("/v1/images/generations")
+        opened.page.route(probe, lambda route: route.fulfill(status=status, body="<h1>No</h1>"))
+    opened.go().says("#trouble", said)
+    opened.says("#state", state)
+    assert opened.page.locator("#again").is_visible() == (status != 503)
+
+
+def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
+    (tmp_path / "keys").write_text(KEY)
+    server = start_server("--api-key-file", tmp_path / "keys")
+    opened = open_page(server.url, viewport={"width": 390, "height": 844}).go()
+    page = opened.page
+    opened.says("#trouble", "those who have a key")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    playwright.expect(page.locator("#key")).to_be_focused()
+    page.keyboard.type("no/slash=")
+    page.keyboard.press("Enter")
+    opened.says("#trouble", "cannot send that key")
+    page.fill("#key", "a-wrong-key-of-some-length")
+    page.keyboard.press("Enter")
+    opened.says("#trouble", "does not know that key")
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    opened.shows("a fox on a pink background")
+    assert not page.locator("#trouble").is_visible() and not page.locator("#key").is_visible()
+    playwright.expect(page.locator("#prompt")).to_be_focused()
+    page.reload()
+    opened.shows("a fox on a pink background")
+    assert KEY not in page.url and KEY not in page.content()
+    assert opened.others == [] and not [line for line in opened.console if "uncaught" in line]
