@@ -1,7 +1,13 @@
-// The page at /docs: what /openapi.json says, as tables.
+// The page at /docs: what openapi.json says, as tables.
 
 const place = document.querySelector("#operations");
-document.querySelector("#base").textContent = `${location.origin}/v1`;
+
+/** Of a path of the API, whatever prefix the page is behind. */
+function address(path) {
+  return `${new URL(".", document.baseURI)}${path.slice(1)}`;
+}
+
+document.querySelector("#base").textContent = address("/v1");
 
 function element(name, text = "", children = []) {
   const made = document.createElement(name);
@@ -23,13 +29,19 @@ function resolved(api, schema) {
   return { ...schema, ...(name ? api.components.schemas[name] : found) };
 }
 
+/** A bound that JavaScript does not count exactly was rounded up to a power of two. */
+function bound(number) {
+  return number <= Number.MAX_SAFE_INTEGER ? String(number) : `2^${Math.log2(number)} - 1`;
+}
+
 function described(api, schema) {
   const found = resolved(api, schema);
-  const type = found.const ?? found.enum?.join(", ") ?? (found.items ? `list of ${described(api, found.items)}` : found.type);
+  const many = found.items && `list of ${described(api, found.items)}`;
+  const type = found.const ?? found.enum?.join(", ") ?? many ?? (found.contentMediaType ? "file" : found.type);
   const low = found.minimum ?? found.exclusiveMinimum ?? found.minLength;
   const high = found.maximum ?? found.maxLength;
-  const limits = high === undefined ? "" : `${low ?? 0} to ${high}${found.maxLength ? " characters" : ""}`;
-  return [found.format === "binary" ? "file" : type, limits, schema.description].filter(Boolean).join("; ");
+  const limits = high === undefined ? "" : `${low === undefined ? "up" : bound(low)} to ${bound(high)}${found.maxLength ? " characters" : ""}`;
+  return [type, limits, schema.description].filter(Boolean).join("; ");
 }
 
 function fields(api, content) {
@@ -39,13 +51,14 @@ function fields(api, content) {
     const needed = body.required?.includes(name);
     return [name, described(api, one), needed ? "needed" : String(one.default ?? "")];
   });
-  return [element("p", kind), table(["field", "", "default"], rows)];
+  return [Object.assign(element("p", kind), { className: "kind" }), table(["field", "value", "default"], rows)];
 }
 
-function example(path, content) {
+function example(path, content, locked) {
   const kind = Object.keys(content ?? {})[0];
+  const key = locked ? ' -H "Authorization: Bearer KEY"' : "";
   const sent = { "application/json": ` --json '{"prompt": "a fox"}'`, "multipart/form-data": ` -F prompt="a fox" -F image=@fox.png` };
-  return element("pre", `curl ${location.origin}${path}${sent[kind] ?? ""}`);
+  return element("pre", `curl ${address(path.replace(/{(\w+)}/g, (_, name) => name.toUpperCase()))}${key}${sent[kind] ?? ""}`);
 }
 
 function operation(api, path, method, one) {
@@ -54,14 +67,14 @@ function operation(api, path, method, one) {
   return element("section", "", [
     element("h2", `${method.toUpperCase()} ${path}`),
     element("p", one.description ?? one.summary),
+    example(path, content, one.security?.length),
     ...(content ? fields(api, content) : []),
-    table(["answer", ""], answers),
-    example(path, content),
+    element("details", "", [element("summary", "Answers"), table(["status", "meaning"], answers)]),
   ]);
 }
 
 try {
-  const answer = await fetch("/openapi.json");
+  const answer = await fetch("openapi.json");
   if (!answer.ok) throw new Error(`it was answered with ${answer.status}`);
   const api = await answer.json();
   const found = Object.entries(api.paths).flatMap(([path, methods]) =>
@@ -69,5 +82,5 @@ try {
   );
   place.replaceChildren(...found);
 } catch (error) {
-  document.querySelector("#state").textContent = `/openapi.json could not be read: ${error.message}`;
+  document.querySelector("#state").textContent = `openapi.json could not be read: ${error.message}`;
 }
