@@ -25,6 +25,7 @@ from .settings import ServerSettings
 if TYPE_CHECKING:
     from .app import Holder
 
+Ignored = Annotated[str | None, Field(max_length=200, description="taken and ignored")]  # what OpenAI has beside
 MAX_PROMPT = 4000  # characters; the model's own limit, in tokens, is lower
 
 
@@ -40,11 +41,11 @@ class ImageRequest(BaseModel):
     size: str | None = Field(default=None, max_length=20, description="WIDTHxHEIGHT or auto")
     response_format: Literal["b64_json"] | None = None
     output_format: Format = "png"
-    user: str | None = Field(default=None, max_length=200)
-    quality: str | None = Field(default=None, max_length=20)
-    style: str | None = Field(default=None, max_length=20)
-    background: str | None = Field(default=None, max_length=20)
-    moderation: str | None = Field(default=None, max_length=20)
+    user: Ignored = None
+    quality: Ignored = None
+    style: Ignored = None
+    background: Ignored = None
+    moderation: Ignored = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=1000)
 
@@ -56,7 +57,7 @@ class EditRequest(ImageRequest):
     images: list[UploadFile] | None = Field(default=None, alias="image[]", description="the same, as a list of one")
     mask: UploadFile | None = Field(default=None, description="transparent or white is drawn anew")
     strength: float | None = Field(default=None, gt=0, le=1)
-    input_fidelity: str | None = Field(default=None, max_length=20)
+    input_fidelity: Ignored = None
 
 
 class ImageData(BaseModel):
