@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from imagine_flash.core.errors import RequestError
-from imagine_flash.engine.server import ray_proxy
+from imagine_flash.engine import Engine
+from imagine_flash.engine.server import create_app, ray_proxy
 from imagine_flash.engine.server.guard import Guard
 from imagine_flash.engine.server.ray_proxy import SecondTry
 from imagine_flash.engine.server.ray_run import placement
@@ -17,28 +20,25 @@ from imagine_flash.engine.server.settings import RaySettings, ServerSettings
 UPLOAD = {"path": "/v1/images/edits", "headers": {"content-type": "multipart/form-data; boundary=x"}}
 
 
-def ask(
-    app, path: str = "/v1/images/generations", body: bytes = b"{}", headers=None, stalls=False, over: Callable = SecondTry
-) -> list[dict]:  # fmt: skip
-    """What `SecondTry` over an application sends to somebody who waits; stalls: who sends half a body and no more."""
+async def asked(app, parts: list[bytes], path="/v1/images/generations", headers=None, stalls=False) -> list[dict]:
+    """What an application sends to somebody who waits; `parts` keeps what it did not read; stalls: who never ends the body."""
     sent: list[dict] = []
 
-    async def asked() -> None:
-        parts = [{"type": "http.request", "body": body, "more_body": stalls}]
+    async def receive() -> dict:
+        if not parts:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": parts.pop(0), "more_body": stalls or bool(parts)}
 
-        async def receive() -> dict:
-            if not parts:
-                await asyncio.sleep(60)
-            return parts.pop()
+    async def send(message) -> None:
+        sent.append(message)
 
-        async def send(message) -> None:
-            sent.append(message)
-
-        raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-        await over(app)({"type": "http", "method": "POST", "path": path, "headers": raw}, receive, send)
-
-    asyncio.run(asked())
+    raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    await app({"type": "http", "method": "POST", "path": path, "headers": raw}, receive, send)
     return sent
+
+
+def ask(app, body: bytes = b"{}", **options) -> list[dict]:
+    return asyncio.run(asked(SecondTry(app), [body], **options))
 
 
 def dying(times: int, after: int = 0):
@@ -46,7 +46,14 @@ def dying(times: int, after: int = 0):
     seen: list[bytes] = []
 
     async def app(scope, receive, send) -> None:
-        seen.append((await receive())["body"])
+        seen.append(b"")
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            seen[-1] += message["body"]
+            more = message["more_body"]
         marked = [(b"x-content-type-options", b"nosniff")]
         answer = [
             {"type": "http.response.start", "status": 200, "headers": marked},
@@ -84,23 +91,66 @@ def test_what_ray_says_itself_is_a_503_but_under_its_own_paths() -> None:
         await send({"type": "http.response.start", "status": 404, "headers": []})
         await send({"type": "http.response.body", "body": b"Path not found"})
 
-    assert ask(ray)[0]["status"] == 503 and ask(ray, "/-/routes")[0]["status"] == 404
+    assert ask(ray)[0]["status"] == 503 and ask(ray, path="/-/routes")[0]["status"] == 404
 
 
 @pytest.mark.parametrize(
-    ("asked", "most"),
+    ("options", "most"),
     [({}, 65_536), ({"path": "/v1/images/edits"}, 65_536), ({"path": "/"}, 65_536), (UPLOAD, 20_000_000)],
 )
-def test_too_large_a_body_is_refused_before_a_replica_is_asked(asked: dict, most: int) -> None:
+def test_too_large_a_body_is_refused(options: dict, most: int) -> None:
+    app, _ = dying(times=0)
+    assert ask(app, body=bytes(most), **options)[0]["status"] == 200
+    assert ask(app, body=bytes(most + 1), **options)[0]["status"] == 413
+    for announced, status in ((most, 200), (most + 1, 413)):
+        headers = {**options.get("headers", {}), "content-length": str(announced)}
+        unread = [b"a cat"]
+        sent = asyncio.run(asked(SecondTry(Guard(app, ServerSettings())), unread, **{**options, "headers": headers}))
+        assert sent[0]["status"] == status and len(unread) == (status == 413)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_replica_that_dies_while_the_body_arrives_costs_none_of_it(reads: int) -> None:
+    whole, seen = dying(times=0)
+    tries = []
+
+    async def app(scope, receive, send) -> None:
+        tries.append(1)
+        if len(tries) > 1:
+            return await whole(scope, receive, send)
+        for _ in range(reads):
+            await receive()
+
+    assert asyncio.run(asked(SecondTry(app), [b"a", b" c", b"at"]))[0]["status"] == 200
+    assert seen == [b"a cat"] and len(tries) == 2
+
+
+def test_the_key_is_checked_before_the_body_is_read() -> None:
+    """The proxy read 20 MB of everybody before a replica saw the key."""
+    unread = [bytes(65_536)] * 300
     app, seen = dying(times=0)
-    assert ask(app, body=bytes(most), **asked)[0]["status"] == 200 and len(seen) == 1
-    assert ask(app, body=bytes(most + 1), **asked)[0]["status"] == 413 and len(seen) == 1
-    for announced, status in ((most, 200), (most + 1, 413)):  # of which nothing is read
-        headers = {**asked.get("headers", {}), "content-length": str(announced)}
-        for over in (SecondTry, partial(Guard, settings=ServerSettings())):
-            assert (
-                ask(app, asked.get("path", "/v1/images/generations"), headers=headers, over=over)[0]["status"] == status
-            )
+    guarded = Guard(app, ServerSettings(api_keys=("0123456789abcdef",)))
+    sent = asyncio.run(asked(SecondTry(guarded), unread, **UPLOAD))
+    assert sent[0]["status"] == 401 and len(unread) == 300 and not seen
+
+
+def test_a_proxy_keeps_only_so_many_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_proxy, "MOST_KEPT", 1000)
+    app, _ = dying(times=0)
+    proxy = SecondTry(app)
+
+    async def at_once() -> None:
+        slow = asyncio.create_task(asked(proxy, [bytes(600)], stalls=True))
+        await asyncio.sleep(0)
+        assert (await asked(proxy, [bytes(400)]))[0]["status"] == 200
+        refused = await asked(proxy, [bytes(401)])
+        assert refused[0]["status"] == 503 and dict(refused[0]["headers"])[b"retry-after"] == b"1"
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        for _ in range(2):
+            assert (await asked(proxy, [bytes(1000)]))[0]["status"] == 200
+
+    asyncio.run(at_once())
 
 
 def test_placement() -> None:
@@ -120,7 +170,73 @@ def test_placement() -> None:
         placement({"CPU": 2.0}, 1, plain, 64)
 
 
-def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_proxy, "MOST_SILENCE", 0.05)
+def test_a_body_that_drips_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_proxy, "LONGEST_BODY", 0.05)
     app, seen = dying(times=0)
-    assert ask(app, stalls=True)[0]["status"] == 408 and not seen
+    assert ask(app, stalls=True)[0]["status"] == 408 and len(seen) == 1
+
+
+@pytest.mark.parametrize(("given", "kept"), [("0123-abcd", True), ("short", False), ("", False)])
+@pytest.mark.parametrize("status", [413, 503])
+def test_errors_of_the_proxy_are_as_those_of_the_server(status: int, given: str, kept: bool) -> None:
+    seen = []
+
+    async def app(scope, receive, send) -> None:
+        seen.append([value for name, value in scope["headers"] if name == b"x-request-id"])
+        await receive()
+
+    body = bytes(70_000 if status == 413 else 0)
+    start, _ = ask(app, body, headers={"x-request-id": given} if given else {})
+    headers = dict(start["headers"])
+    assert start["status"] == status and headers[b"x-content-type-options"] == b"nosniff"
+    assert (headers.get(b"retry-after") == b"1") == (status == 503)
+    assert all(ids == [headers[b"x-request-id"]] for ids in seen)
+    assert (headers[b"x-request-id"] == given.encode()) == kept and len(headers[b"x-request-id"]) >= 8
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_artifact: Path) -> Iterator[Engine]:
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        yield engine
+
+
+def test_half_a_body_is_not_waited_for(engine: Engine) -> None:
+    app = create_app(engine, ServerSettings(timeout=0.05))
+    start, body = ask(app, headers={"content-type": "application/json"}, stalls=True)
+    assert start["status"] == 408 and b"0.05 seconds without the rest" in body["body"]
+
+
+def test_the_real_applications_answers_pass(engine: Engine) -> None:
+    """Preflights and 500 did not pass the guard, so that they were taken for Ray's own, and made a 503."""
+    app = create_app(engine, ServerSettings(allowed_origins=("https://example.org",)))
+
+    @app.get("/raises")
+    async def raises() -> None:
+        raise ZeroDivisionError
+
+    origin = {"origin": "https://example.org"}
+    leave = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    draw = {"prompt": "a cat", "steps": 1, "seed": 1}
+    cases: list[tuple[str, str, int, dict[str, str], dict[str, Any] | None]] = [
+        ("OPTIONS", "/v1/images/generations", 200, leave, None),
+        ("OPTIONS", "/v1/images/generations", 400, leave | {"origin": "https://evil.example"}, None),
+        ("GET", "/raises", 500, {}, None),
+        ("GET", "/nowhere", 404, {}, None),
+        ("GET", "/v1/images/generations", 405, {}, None),
+        ("POST", "/v1/images/generations", 200, origin, draw),
+        ("POST", "/v1/images/generations", 400, {}, draw | {"steps": 99}),
+        ("POST", "/v1/images/generations", 403, {"origin": "https://evil.example"}, draw),
+        ("GET", "/", 200, {}, None),
+        ("GET", "/page/app.js", 200, {}, None),
+    ]
+    for method, path, status, headers, body in cases:
+        plain, passed = (
+            TestClient(one).request(method, path, headers=headers, json=body) for one in (app, SecondTry(app))
+        )
+        assert (plain.status_code, passed.status_code) == (status, status), (method, path, passed.text)
+        varies = {"x-request-id": "", "content-length": ""}
+        assert {**passed.headers, **varies} == {**plain.headers, **varies}
+        if status != 200:
+            assert passed.text == plain.text
+        elif method == "OPTIONS":
+            assert passed.headers["access-control-allow-origin"] == "https://example.org"
