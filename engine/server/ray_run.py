@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ...core.errors import EngineError, RequestError, missing_extra
@@ -57,22 +57,45 @@ def run(
     """Serve until SIGTERM or SIGINT, in a Ray of its own, or in the cluster that RAY_ADDRESS names; what was accepted is
     drawn before it ends. replicas: None scales with the load, up to one per GPU, or per machine where there is none.
     ready: called once requests are answered. Raises RequestError for what the machines cannot hold, EngineError where no
-    replica starts.
+    replica starts, KeyboardInterrupt for a signal before `ready`.
     """
     settings.check(here=cluster() is None)
     with _ray(host, port):
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
         machines = sum(bool(node["Alive"]) for node in ray.nodes())
         options = placement(ray.cluster_resources(), machines, settings, replicas)
         try:
             serve.run(deployment(settings, **options), name=NAME)
         except RuntimeError:
             raise EngineError(f"no replica starts: {_reason()}") from None
+        stop = threading.Event()
+        _on_signals(stop.set)
         ready()
         stop.wait()
         serve.delete(NAME)
+
+
+def _on_signals(call: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: call())
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A signal waits until this is over; Ray's own handler is kept out. `ray.init` cut short leaves processes for a minute."""
+    came, real = threading.Event(), signal.signal
+    _on_signals(came.set)
+    signal.signal = lambda number, _: signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal = real
+        _on_signals(_interrupt)
+    if came.is_set():
+        _interrupt()
 
 
 def placement(
@@ -140,17 +163,17 @@ def _ray(host: str, port: int) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address := cluster():
         check_address(address)
-    try:
-        ray.init(address or "local", logging_level=logging.WARNING, include_dashboard=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EngineError(f"Ray does not start: {str(error).splitlines()[0]}") from None
-    try:
+    with ExitStack() as ends:
+        ends.callback(ray.shutdown)
+        try:
+            with _undisturbed():
+                ray.init(address or "local", logging_level=logging.WARNING, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise EngineError(f"Ray does not start: {str(error).splitlines()[0]}") from None
+        if address:
+            ends.callback(serve.shutdown)  # the cluster stays
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
         except RayError as error:
             raise EngineError(f"Ray's proxies do not start: {str(error).splitlines()[0]}") from None
         yield
-    finally:
-        if address:
-            serve.shutdown()  # the cluster stays
-        ray.shutdown()

@@ -1,6 +1,7 @@
 """Two replicas on Ray Serve, in processes of their own: what a replica that dies, and an end under load, do to those who asked."""
 
 import concurrent.futures
+import io
 import ipaddress
 import json
 import os
@@ -19,6 +20,7 @@ from threading import Event
 import httpx
 import psutil
 import pytest
+from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -118,6 +120,11 @@ def test_limits_errors_and_the_page_are_as_without_ray(cluster) -> None:
         assert large.status_code == 413 and large.json()["error"]["code"] == "too_large"
         other = http.post("/v1/images/generations", json={"prompt": "a cat"}, headers={"origin": "https://example.org"})
         assert other.status_code == 403 and http.get("/nowhere").json()["error"]["code"] == "not_found"
+        picture = io.BytesIO()
+        Image.effect_noise((1500, 1500), 100).save(picture, "PNG")  # 2 MB
+        files, wish = {"image": picture.getvalue()}, {"prompt": "a cat", "steps": "1", "seed": "3"}
+        edited = http.post("/v1/images/edits", files=files, data=wish)
+        assert edited.status_code == 200 and edited.json()["data"][0]["seed"] == 3
         page = http.get("/", headers={"x-request-id": "0123-abcd"})
         assert "Imagine Flash" in page.text and page.headers.get_list("x-request-id") == ["0123-abcd"]
         assert http.get("/-/routes").status_code == 200
@@ -188,6 +195,18 @@ def test_sigterm_under_load_draws_what_was_accepted(cluster) -> None:
         assert cluster.process.wait(60) == 0
         found = sum((client.result() for client in clients), Counter())
     assert set(found) <= {200, 503} and found[200] > 5, found
+
+
+@pytest.mark.parametrize(("number", "during"), [(signal.SIGTERM, "gcs_server"), (signal.SIGINT, "ray::ServeReplica")])
+def test_a_signal_ends_the_start(start_server, number: int, during: str) -> None:
+    """It was only noted until the application ran, which may be never in a cluster whose processors are taken."""
+    server = start_server("--ray", "--replicas", "1", seconds=0)
+    wait_for(lambda: processes(server, during), 120)
+    started = processes(server, "")
+    server.process.send_signal(number)
+    assert server.process.wait(20) == 130
+    assert "Traceback" not in server.log.read_text() and server.url not in server.log.read_text()
+    wait_for(lambda: not any(process.is_running() for process in started), 10)
 
 
 def test_a_serve_config_runs_it(tmp_path: Path) -> None:
