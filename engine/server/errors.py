@@ -53,5 +53,7 @@ def one_line(problem: Mapping[str, Any]) -> tuple[str, str | None]:
         return "send a JSON object, with the content-type application/json", None
     if "UploadFile" in str(problem["msg"]):
         return f"{param}: send a file", param
-    got = "" if kind in ("missing", "extra_forbidden") else f", got {str(given)[:100]!r}"
+    if kind == "extra_forbidden":
+        return f"{param}: there is no such field", param
+    got = "" if kind == "missing" else f", got {str(given)[:100]!r}"
     return f"{param}: {problem['msg']}{got}", param

@@ -115,7 +115,7 @@ BAD_UPLOADS = {
     "half a picture": ({"image": GOOD[: len(GOOD) // 2]}, {"prompt": "a cat"}, 400, "no PNG, JPEG or WebP"),
     "a mask that is none": ({"image": GOOD, "mask": b"x"}, {"prompt": "a cat"}, 400, "mask is no PNG"),
     "no image": ({}, {"prompt": "a cat"}, 400, "image: exactly one picture is drawn from, got 0"),
-    "an unknown field": ({"image": GOOD}, {"prompt": "a cat", "sead": "1"}, 400, "sead"),
+    "an unknown field": ({"image": GOOD}, {"prompt": "a cat", "sead": "1"}, 400, "sead: there is no such field"),
     "text as an image": ({}, {"prompt": "a cat", "image": "fox.png"}, 400, "image: send a file"),
     "two images": (
         [("image[]", GOOD), ("image[]", GOOD)],
