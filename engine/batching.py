@@ -73,9 +73,9 @@ class Batcher:
     def _alive(self) -> int:
         """Pictures that somebody still waits for. What was cancelled before its turn is forgotten: whoever types fast must
         not be kept out by their own older requests."""
-        gone = [chunks for chunks in self._arrived if chunks[0].job.future.cancelled()]
-        self._arrived = [chunks for chunks in self._arrived if chunks not in gone]
-        self._forgotten += len(gone)
+        kept = [chunks for chunks in self._arrived if not chunks[0].job.future.cancelled()]
+        self._forgotten += len(self._arrived) - len(kept)
+        self._arrived = kept
         return self.waiting - sum(chunk.rows for chunk in self._active if chunk.job.future.cancelled())
 
     def close(self) -> None:
