@@ -41,31 +41,29 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, headers = time.perf_counter(), headers_of(scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         status = [0]
 
         async def answer(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status[0] = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SAFE]
             elif message["type"] == "websocket.accept":
                 status[0] = 101
                 self.count(scope["path"], 101)
-            await send(message)
+            await send(signed(message, request_id))
 
         refused = self._refusal(scope, headers)
         try:
             if refused is not None:
-                await _refuse(scope, answer, *refused)
+                await refuse(scope, answer, *refused)
             else:
                 await self._limited(scope, headers, receive, answer)
         except Exception as error:
             if status[0]:  # too late for an answer: the server breaks the connection
                 raise
             LOG.error("unexpected error at %s", scope["path"][:200], exc_info=error)
-            await _refuse(scope, answer, 500, "internal", "the server failed; its log says why")
+            await refuse(scope, answer, 500, "internal", "the server failed; its log says why")
         finally:
             if status[0] != 101:
                 self.count(scope["path"], status[0] or 499)
@@ -170,7 +168,20 @@ def headers_of(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
 
 
-async def _refuse(scope: Scope, send: Send, status: int, code: str, message: str) -> None:
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """What a proxy in front calls the request, else one of our own."""
+    given = headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def signed(message: Message, request_id: str) -> Message:
+    """An answer's first message with the headers that all of ours have; others as they are."""
+    if message["type"] in ("http.response.start", "websocket.http.response.start"):
+        message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *SAFE]
+    return message
+
+
+async def refuse(scope: Scope, send: Send, status: int, code: str, message: str) -> None:
     """A JSON error; of a WebSocket, in place of its handshake where the server can, else by closing it."""
     kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
     if kind.startswith("websocket") and "websocket.http.response" not in scope.get("extensions", {}):
@@ -180,6 +191,8 @@ async def _refuse(scope: Scope, send: Send, status: int, code: str, message: str
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": f"{kind}.start", "status": status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import error_body
-from .guard import REQUEST_ID, SAFE, body_limit, headers_of
+from .guard import SAFE, body_limit, headers_of, refuse, request_id_of, signed
 from .logs import SERVER
 from .settings import ServerSettings
 
@@ -46,8 +43,7 @@ class SecondTry:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        request_id = request_id_of(headers)
         named = [(name, value) for name, value in scope["headers"] if name.lower() != b"x-request-id"]
         asked = {**scope, "headers": [*named, (b"x-request-id", request_id.encode())]}
         client = _Client(receive, body_limit(scope["path"], headers, LIMITS), self._bodies)
@@ -56,7 +52,7 @@ class SecondTry:
         finally:
             self._bodies.kept -= client.kept
         if client.refused:
-            await _refuse(send, request_id, *client.refused)
+            await refuse(scope, lambda message: send(signed(message, request_id)), *client.refused)
         elif not client.gone:
             for message in answer:
                 await send(message)
@@ -160,15 +156,3 @@ class _Client:
             self.refused = 413, "too_large", f"the request has more than {self.most:,} bytes"
         elif self._all.kept > MOST_KEPT:
             self.refused = 503, "busy", "too many uploads are on their way; try again in a moment"
-
-
-async def _refuse(send: Send, request_id: str, status: int, code: str, text: str) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"connection", b"close"),
-        (b"x-request-id", request_id.encode()),
-    ]
-    if status == 503:
-        headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *SAFE]})
-    await send({"type": "http.response.body", "body": json.dumps(error_body(text, code=code, status=status)).encode()})
