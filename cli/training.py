@@ -18,6 +18,9 @@ def train_teacher_command(
         Path, typer.Argument(metavar="OUT", help="The pipeline folder to write; its state is kept in OUT.run.")
     ],
     recipe: Annotated[str, typer.Option(help="A built-in recipe's name or a YAML file.")] = "teacher",
+    start: Annotated[
+        Path | None, typer.Option(metavar="TEACHER", help="Keep this teacher's autoencoder and begin with its weights.")
+    ] = None,
     font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
 ) -> None:
     """Train a text-to-image teacher on emoji scenes, into a diffusers folder."""
@@ -27,7 +30,7 @@ def train_teacher_command(
 
     settings = load_recipe(recipe, TeacherRecipe)
     writable(out)
-    train_teacher(settings, out, font=font)
+    train_teacher(settings, out, start=start, font=font)
     say(f"wrote {out}")
 
 
@@ -57,7 +60,7 @@ def train_judge_command(
 ) -> None:
     """Train the classifier that measures prompt fidelity and FD (judge)."""
     training()
-    from ..benchmarks.judge import train_judge
+    from ..benchmarks.quality.judge import train_judge
 
     writable(out)
     if out.is_dir():
@@ -74,14 +77,26 @@ def evaluate_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
         "evaluation"
     ),
-    count: Annotated[int, typer.Option(help="Seen prompts.")] = 2048,
-    held_out: Annotated[int, typer.Option(help="Prompts of held-out combinations.")] = 256,
+    split: Annotated[
+        str, typer.Option(help="Prompts for making choices (validation) or for the last word (test).")
+    ] = "test",
+    count: Annotated[int, typer.Option(help="Seen prompts, at least 258.")] = 10_000,
+    held_out: Annotated[int, typer.Option(help="Prompts of held-out combinations.")] = 1024,
     guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; else the student's recipe's.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row, as the table names it (repeatable).")] = None,
+    teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Measure the teacher alone.")] = False,
+    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
 ) -> None:
-    """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout."""
+    """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout.
+
+    Pictures are kept in OUTPUT.run: the same command goes on where a stopped one was.
+    """
     training()
-    from ..benchmarks.evaluate import evaluate
+    from ..benchmarks.quality.evaluate import evaluate
 
     writable(output)
-    evaluate(teacher, student, judge, output, count=count, held_out=held_out, guidance=guidance)
+    evaluate(
+        teacher, None if teacher_only else student, judge, output, split=split, count=count, held_out=held_out,
+        guidance=guidance, only=row, font=font,
+    )  # fmt: skip
     say(f"wrote {output}.json and {output}.png")

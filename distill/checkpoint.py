@@ -1,7 +1,8 @@
-"""Checkpoints of a training: one safetensors file with weights, EMA, Adam moments and the step. Nothing is pickled."""
+"""Checkpoints of a training: one safetensors file with weights, EMA, moments and the step. Nothing is pickled."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from ..core.artifact import atomic_file
 from ..core.errors import ArtifactError
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class TrainingState:
 
     module: torch.nn.Module
     ema: EMAModel
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     task: str
     identity: str
 
@@ -31,8 +32,9 @@ def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: flo
     """Write the state after `step` updates; a kill while writing leaves the previous file whole."""
     tensors = {f"weight.{name}": value for name, value in state.module.state_dict().items()}
     tensors |= {f"ema.{i}": value for i, value in enumerate(state.ema.shadow_params)}
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+    for place, optimizer in enumerate(state.optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"moments{place}.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
     tensors = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
     numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
     metadata = {"version": _VERSION, "task": state.task, "identity": state.identity}
@@ -60,14 +62,15 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
     for i, shadow in enumerate(state.ema.shadow_params):
         shadow.copy_(tensors[f"ema.{i}"])
     state.ema.optimization_step = int(metadata["ema_updates"])
-    _load_adam(state.optimizer, tensors)
+    for place, optimizer in enumerate(state.optimizers):
+        _load_moments(optimizer, f"moments{place}", tensors)
     return int(metadata["step"]), float(metadata["seconds"])
 
 
-def _load_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def _load_moments(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+        place, *rest = name.split(".")
+        if place == prefix:
+            state.setdefault(int(rest[0]), {})[rest[1]] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +26,11 @@ from torch import nn
 from ..core.artifact import atomic_file
 from ..core.errors import ImagineFlashError
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from .muon import Muon
 from .recipe import Fit
 
 _PATIENCE = 50
+_EDGES = re.compile(r"(^|\.)conv_(in|out)\.")  # the first and last layer, whose rows are no features
 _COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
 )  # fmt: skip
@@ -47,18 +50,48 @@ class Task(Protocol):
         ...
 
 
-def learning_rate(step: int, fit: Fit) -> float:
-    """Linear warm-up, then half a cosine down to 2 % of the recipe's rate (constant where the recipe says so)."""
+def rate_factor(step: int, fit: Fit) -> float:
+    """The share of the recipe's rates at a step: linear warm-up, then constant, linear to 0, or half a cosine down to 2 %."""
     warm = min(1.0, (step + 1) / max(1, fit.warmup))
     if fit.schedule == "constant":
-        return fit.learning_rate * warm
-    return fit.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / fit.steps)))
+        return warm
+    if fit.schedule == "linear":
+        return warm * (1 - step / fit.steps)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / fit.steps)))
+
+
+def build_optimizers(module: nn.Module, fit: Fit) -> list[torch.optim.Optimizer]:
+    """AdamW for every trainable weight; or Muon for the matrices inside the network and AdamW for the rest."""
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    inner: set[str] = set()
+    if fit.optimizer == "muon":
+        tables = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
+        inner = {
+            name for name, p in trainable.items() if p.ndim >= 2 and name not in tables and not _EDGES.search(name)
+        }
+    rest = [p for name, p in trainable.items() if name not in inner]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            rest, lr=fit.learning_rate, betas=fit.betas, weight_decay=fit.weight_decay, eps=1e-8, fused=True
+        )
+    ]
+    if inner:
+        optimizers.append(Muon([trainable[name] for name in sorted(inner)], lr=fit.muon_rate))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _passing(recipe: BaseModel) -> set[str]:
+    """What a run may change and go on: intervals, and the length where no rate depends on it."""
+    open_ended = getattr(getattr(recipe, "fit", recipe), "schedule", "") == "constant"
+    return {"checkpoint_minutes", "preview_every"} | ({"steps"} if open_ended else set())
 
 
 def identify(*parts: Any) -> str:
     """A SHA-256 of recipes (without what only says how long and how often) and other values."""
-    passing = {"fit": {"checkpoint_minutes", "preview_every"}}
-    plain = [p.model_dump(mode="json", exclude=passing) if isinstance(p, BaseModel) else p for p in parts]
+    plain = [p.model_dump(mode="json", exclude={"fit": _passing(p)}) if isinstance(p, BaseModel) else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,33 +119,28 @@ class _Run:
         self.task, self.fit = task, fit
         self.accelerator = Accelerator(mixed_precision=fit.mixed_precision)
         self.parameters = [p for p in task.module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=fit.learning_rate,
-            betas=fit.betas,
-            weight_decay=fit.weight_decay,
-            eps=1e-8,
-            fused=True,
-        )
+        optimizers = build_optimizers(task.module, fit)
         task.module.to(self.accelerator.device)
         self.ema = EMAModel(self.parameters, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4)
         self.ema.to(self.accelerator.device)
-        self.wrapped, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+        self.wrapped, *self.optimizers = self.accelerator.prepare(task.module, *optimizers)
 
         self.state = TrainingState(
-            module=task.module, ema=self.ema, optimizer=self.optimizer, task=task.name, identity=task.identity
+            module=task.module, ema=self.ema, optimizers=self.optimizers, task=task.name, identity=task.identity
         )  # fmt: skip
         self.skipped = 0
 
     def update(self, batch: dict[str, Any], step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.fit)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate_factor(step, self.fit)
         moved = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         loss = self.wrapped(**moved)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.fit.clip)
         if norm is None or torch.isfinite(norm):
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.skipped = 0
         else:  # one bad batch is passed over; a run that has diverged is not
             self.skipped += 1
@@ -120,7 +148,8 @@ class _Run:
                 raise ImagineFlashError(
                     f"{self.task.name}: the gradient was not finite for {_PATIENCE} steps up to {step}; lower the learning rate"
                 )
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters)
         return float(loss.detach())
 

@@ -22,12 +22,14 @@ class Frozen(BaseModel):
 
 
 class Fit(Frozen):
-    """How one network is fitted: updates, batch, AdamW, EMA, intervals."""
+    """How one network is fitted: updates, batch, optimiser, EMA, intervals."""
 
     steps: Positive
     batch: Positive = 64
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the network, AdamW for the rest
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    schedule: Literal["cosine", "constant"] = "cosine"
+    muon_rate: Annotated[float, Field(gt=0)] = 5e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 200
     betas: tuple[Share, Share] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -17,8 +17,8 @@ from ..core.artifact import STUDENT_FILE, StudentManifest, hash_folder, refuse_f
 from ..core.errors import ArtifactError, RecipeError
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable, update_table
-from .data.emoji import all_words
 from .data.prompts import emoji_prompts
+from .data.vocabulary import all_words
 from .fit import fit, identify, seeded
 from .grids import grid, to_pixels
 from .losses import ImagineFlashLoss

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -20,16 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..core.artifact import atomic_file, atomic_folder, refuse_foreign
+from ..core.artifact import atomic_file, atomic_folder, hash_folder, refuse_foreign
 from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
 from .autoencoder import AutoencoderTask, to_signed
-from .data.emoji import EmojiScenes, caption_at
+from .data.captions import describe
+from .data.emoji import EmojiScenes, caption_at, scene_at
+from .data.rendering import rendered
+from .data.vocabulary import all_words
 from .fit import fit, identify, seeded
 from .grids import grid, to_pixels
-from .networks import Networks, noise_of
+from .networks import Networks, load_networks, noise_of
 from .recipe import TeacherRecipe
 from .tokenizer import train_tokenizer
 
@@ -76,7 +80,8 @@ def build_scheduler(recipe: TeacherRecipe) -> DDIMScheduler:
 
 def build_networks(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Networks:
     """Everything untrained around `autoencoder`. RecipeError for sizes or a schedule that cannot work."""
-    captions = [caption_at(recipe.seed, i)[1].text for i in range(5000)]
+    captions = [caption_at(recipe.seed, i, strange_words=0.0)[1].text for i in range(20_000)]
+    captions += all_words() * 3  # the rarest plural has a token of its own, too
     tokenizer = train_tokenizer(captions, context=recipe.network.context)
     torch.manual_seed(recipe.seed + 1)
     try:
@@ -110,21 +115,29 @@ class DenoisingLoss(nn.Module):
 
 
 class TeacherTask:
-    """Fits the UNet and the text encoder together on a pool of encoded scenes."""
+    """Fits the UNet and the text encoder together on a pool of encoded scenes, with captions of its own at every step."""
 
     name = "teacher"
 
-    def __init__(self, recipe: TeacherRecipe, networks: Networks, pool: dict[str, torch.Tensor]) -> None:
-        self.recipe, self.networks, self.pool = recipe, networks, pool
-        self.identity = identify(recipe)
+    def __init__(
+        self, recipe: TeacherRecipe, networks: Networks, latents: torch.Tensor, started_from: str = ""
+    ) -> None:
+        self.recipe, self.networks, self.latents = recipe, networks, latents
+        self.identity = identify(recipe, started_from, networks.tokenizer.get_vocab())
         networks.unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+        if recipe.fit.mixed_precision == "bf16":
+            # the fused attention's backward takes half of a step on a CPU at bf16
+            networks.unet.set_attn_processor(AttnProcessor())
+            networks.text_encoder.set_attn_implementation("eager")
         self.module: nn.Module = DenoisingLoss(networks)
         self.empty = networks.tokens([""])[0]
 
     def batch(self, step: int, rank: int) -> dict[str, Any]:
         size, draw = self.recipe.fit.batch, seeded(self.recipe.seed, 2, step, rank)
-        rows = torch.randint(len(self.pool["ids"]), (size,), generator=draw)
-        x0, ids = self.pool["latents"][rows].float(), self.pool["ids"][rows].long()
+        rows = torch.randint(len(self.latents), (size,), generator=draw)
+        words = np.random.default_rng([self.recipe.seed, 5, step, rank])
+        captions = [describe(scene_at(self.recipe.seed, int(row)), words).text for row in rows]  # new ones every time
+        x0, ids = self.latents[rows].float(), self.networks.tokens(captions)
         ids[torch.rand(size, generator=draw) < self.recipe.caption_dropout] = self.empty
         spread = (torch.rand(1, generator=draw) + torch.arange(size) / size) % 1  # evenly over all times
         t = (spread * self.networks.schedule.num_train_timesteps).long()
@@ -153,36 +166,42 @@ def draw(networks: Networks, prompts: Sequence[str], seeds: list[int], *, steps:
 
 
 @torch.no_grad()
-def encode_scenes(
-    recipe: TeacherRecipe, scenes: EmojiScenes, networks: Networks, path: Path
-) -> dict[str, torch.Tensor]:
-    """Latents (N, C, h, w) float16 and token ids (N, L) int32 of the first N scenes, kept in `path`."""
+def encode_scenes(recipe: TeacherRecipe, networks: Networks, path: Path, font: Path | None) -> torch.Tensor:
+    """Latents (N, C, h, w) float16 of the first N scenes of the recipe's seed, kept in `path`."""
     weights = hashlib.sha256(
         b"".join(v.cpu().numpy().tobytes() for v in networks.vae.encoder.state_dict().values())
     ).hexdigest()
-    identity = identify(weights, recipe.seed, recipe.scenes, recipe.image_size, recipe.network.context)
+    some = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
+    probe = hashlib.sha256(
+        b"".join(some[i].image.tobytes() for i in range(8))
+    ).hexdigest()  # another font, other pictures
+    identity = identify(weights, probe, recipe.scenes)
     if path.exists():
         with safe_open(str(path), "pt") as file:
             if (file.metadata() or {}).get("identity") == identity:
-                return load_file(str(path))
-    latents, ids, size = [], [], 100
-    device = networks.vae.device
-    for first in track(range(0, recipe.scenes, size), description="encoding scenes"):
-        examples = [scenes[i] for i in range(first, min(first + size, recipe.scenes))]
-        images = to_signed(np.stack([e.image for e in examples])).to(device, memory_format=torch.channels_last)
-        latents.append((networks.vae.encoder(images) * networks.vae.config.scaling_factor).half().cpu().contiguous())
-        ids.append(networks.tokens([e.caption.text for e in examples]).int())
-    pool = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
+                return load_file(str(path))["latents"]
+    latents, device = [], networks.vae.device
+    pictures = rendered(some, recipe.scenes, batch=100)
+    for images in track(pictures, description="encoding scenes", total=-(-recipe.scenes // 100)):
+        signed = to_signed(images).to(device, memory_format=torch.channels_last)
+        latents.append((networks.vae.encoder(signed) * networks.vae.config.scaling_factor).half().cpu().contiguous())
+    pool = {"latents": torch.cat(latents)}
     with atomic_file(path) as temporary:
         save_file(pool, str(temporary), metadata={"identity": identity})
-    return pool
+    return pool["latents"]
 
 
 def train_teacher(
-    recipe: TeacherRecipe, out: Path, *, font: Path | None = None, console: Console | None = None
+    recipe: TeacherRecipe,
+    out: Path,
+    *,
+    start: Path | None = None,
+    font: Path | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train everything and write the pipeline folder `out`; the run's state is kept beside it in `{out}.run`.
 
+    start: another teacher's folder; its autoencoder is kept, and the other networks begin with its weights where the shapes allow.
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
     """
     console = console or Console()
@@ -190,18 +209,54 @@ def train_teacher(
     refuse_foreign(out, ())
     run = out.with_name(out.name + ".run")
     scenes = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
-    run.mkdir(parents=True, exist_ok=True)
-    first = AutoencoderTask(recipe, scenes)
-    networks = build_networks(recipe, first.autoencoder)  # before the hours of training: it may not fit together
-    figures = {"autoencoder": fit(first, recipe.autoencoder.fit, run)}
-    first.autoencoder.requires_grad_(False)
-    console.print(f"autoencoder: {figures['autoencoder']}")
+    figures: dict[str, Any] = {}
+    if start is None:
+        first = AutoencoderTask(recipe, scenes)
+        networks = build_networks(recipe, first.autoencoder)  # before the hours of training: it may not fit together
+        run.mkdir(parents=True, exist_ok=True)
+        figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run)
+        console.print(f"autoencoder: {figures['autoencoder']}")
+    else:
+        earlier = load_networks(start)
+        networks = build_networks(recipe, earlier.vae)
+        figures["start"] = begin_with(networks, earlier)
+        console.print(f"weights from {start}: {figures['start']}")
+        run.mkdir(parents=True, exist_ok=True)
+    networks.vae.requires_grad_(False)
     with PartialState().main_process_first():
-        pool = encode_scenes(recipe, scenes, networks, run / "latents.safetensors")
-    figures["teacher"] = fit(TeacherTask(recipe, networks, pool), recipe.fit, run)
+        latents = encode_scenes(recipe, networks, run / "latents.safetensors", font)
+    task = TeacherTask(recipe, networks, latents, hash_folder(start) if start else "")
+    figures["teacher"] = fit(task, recipe.fit, run)
     console.print(f"teacher: {figures['teacher']}")
     save_pipeline(networks, out)
     return figures
+
+
+@torch.no_grad()
+def begin_with(networks: Networks, earlier: Networks) -> dict[str, int]:
+    """Copy the weights of `earlier` that fit: by name and shape, token embeddings by token, positions as far as both go.
+
+    Returns how many tensors were copied and how many were left as they are.
+    """
+    found = {"copied": 0, "new": 0}
+    for ours, theirs in ((networks.unet, earlier.unet), (networks.text_encoder, earlier.text_encoder)):
+        old = theirs.state_dict()
+        for name, value in ours.state_dict().items():
+            if name.endswith("token_embedding.weight") and name in old and old[name].shape[1] == value.shape[1]:
+                before = earlier.tokenizer.get_vocab()
+                for token, row in networks.tokenizer.get_vocab().items():
+                    if token in before:
+                        value[row] = old[name][before[token]]
+            elif name.endswith("position_embedding.weight") and name in old and old[name].shape[1] == value.shape[1]:
+                both = min(len(value), len(old[name]))
+                value[:both] = old[name][:both]
+            elif name in old and old[name].shape == value.shape:
+                value.copy_(old[name])
+            else:
+                found["new"] += 1
+                continue
+            found["copied"] += 1
+    return found
 
 
 def save_pipeline(

@@ -77,8 +77,8 @@ def test_and_its_distance_is_near_without_the_bias_that_all_samples_share() -> N
 
 def test_it_draws_what_it_is_asked_for() -> None:
     """Through the runtime, read by the judge: most pictures show the right object on the right colour."""
-    from imagine_flash.benchmarks.judge import load_judge
-    from imagine_flash.distill.data.emoji import BACKGROUND_NAMES, OBJECT_NAMES
+    from imagine_flash.benchmarks.quality.judge import load_judge
+    from imagine_flash.distill.data.vocabulary import BACKGROUND_NAMES, OBJECT_NAMES
     from imagine_flash.engine import Engine, GenerateRequest
 
     judge, _ = load_judge(EMOJI / "judge.safetensors")

@@ -18,67 +18,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...core.errors import ImagineFlashError
+from .captions import Caption, Scene, describe
+from .vocabulary import AXES, BACKGROUND_NAMES, BACKGROUNDS, KINDS, OBJECT_NAMES, PATTERN_NAMES
 
-OBJECTS: dict[str, str] = {
-    "cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "lion": "🦁", "pig": "🐷", "penguin": "🐧",
-    "octopus": "🐙", "fish": "🐠", "butterfly": "🦋", "tree": "🌳", "sunflower": "🌻", "mushroom": "🍄", "apple": "🍎",
-    "banana": "🍌", "pizza": "🍕", "house": "🏠", "car": "🚗", "rocket": "🚀", "sailboat": "⛵", "star": "⭐", "robot": "🤖",
-    "ghost": "👻",
-}  # fmt: skip
-OBJECT_NAMES = tuple(OBJECTS)
-
-# hue in degrees, then the ranges of saturation and value from which the shade is drawn
-BACKGROUNDS: dict[str, tuple[float, tuple[float, float], tuple[float, float]]] = {
-    "red": (0, (0.75, 0.90), (0.66, 0.85)),
-    "orange": (27, (0.75, 0.95), (0.90, 1.00)),
-    "yellow": (52, (0.55, 0.85), (0.92, 1.00)),
-    "green": (125, (0.45, 0.75), (0.50, 0.85)),
-    "blue": (215, (0.50, 0.80), (0.65, 1.00)),
-    "purple": (275, (0.50, 0.75), (0.50, 0.80)),
-    "pink": (335, (0.25, 0.42), (0.95, 1.00)),
-    "gray": (0, (0.00, 0.04), (0.45, 0.80)),
-}
-BACKGROUND_NAMES = tuple(BACKGROUNDS)
-PATTERNS = ("plain", "gradient", "stripes", "checks", "dots")
-
-# A relation says where the first-named object is; two of them describe the same scene from either side.
-RELATIONS: dict[str, tuple[str, bool]] = {  # relation -> (axis, the first-named object comes first on the axis)
-    "left": ("horizontal", True),
-    "right": ("horizontal", False),
-    "above": ("vertical", True),
-    "below": ("vertical", False),
-}
-_PHRASES = {
-    "left": ("to the left of", "left of"),
-    "right": ("to the right of", "right of"),
-    "above": ("above",),
-    "below": ("below", "under"),
-}
-AXES = ("horizontal", "vertical")
 FONT_PLACES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
 )
+TWINS = 0.12  # share of the scenes of two that show two of one kind
 _SPRITE = 109  # the only size at which the bitmap font holds its glyphs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What is in a picture: one object, or two in the order of their axis (left before right, top before bottom)."""
-
-    objects: tuple[str, ...]
-    axis: str | None
-    background: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caption:
-    """A caption and which attributes of its scene it states."""
-
-    text: str
-    states_axis: bool
-    states_background: bool
 
 
 @functools.cache
@@ -90,44 +39,23 @@ def held_out_combinations() -> frozenset[tuple[str, str, str]]:
 
 
 def draw_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
-    """Draw a scene: of one or of two objects, half and half; held-out scenes always have two."""
+    """Draw a scene: one object in half of them, else two, now and then of one kind; held-out scenes have two kinds."""
     background = BACKGROUND_NAMES[rng.integers(len(BACKGROUND_NAMES))]
+    pattern = PATTERN_NAMES[rng.integers(len(PATTERN_NAMES))]
     if held_out:
         combinations = sorted(held_out_combinations())
         first, axis, second = combinations[rng.integers(len(combinations))]
-        return Scene(objects=(first, second), axis=axis, background=background)
+        return Scene(objects=(first, second), axis=axis, background=background, pattern=pattern)
     if rng.random() >= 0.5:
-        return Scene(objects=(OBJECT_NAMES[rng.integers(len(OBJECT_NAMES))],), axis=None, background=background)
+        name = OBJECT_NAMES[rng.integers(len(OBJECT_NAMES))]
+        return Scene(objects=(name,), axis=None, background=background, pattern=pattern)
+    twins = rng.random() < TWINS
     while True:
         first, second = (OBJECT_NAMES[i] for i in rng.choice(len(OBJECT_NAMES), 2, replace=False))
         axis = AXES[rng.integers(2)]
-        if (first, axis, second) not in held_out_combinations():
-            return Scene(objects=(first, second), axis=axis, background=background)
-
-
-def _a(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def describe(scene: Scene, rng: np.random.Generator) -> Caption:
-    """Say what is in a scene, in one of several ways; the colour or the side may be left out."""
-    states_background = rng.random() < 0.7
-    states_axis = scene.axis is not None and rng.random() < 0.85
-    bare = rng.random() < 0.25
-    names = [n if bare else _a(n) for n in scene.objects]
-    if scene.axis is None:
-        text = names[0]
-    elif states_axis:
-        relation = [r for r, (axis, _) in RELATIONS.items() if axis == scene.axis][rng.integers(2)]
-        ordered = names if RELATIONS[relation][1] else names[::-1]
-        text = f"{ordered[0]} {_PHRASES[relation][rng.integers(len(_PHRASES[relation]))]} {ordered[1]}"
-    else:
-        text = " and ".join(names if rng.random() < 0.5 else names[::-1])
-    if states_background:
-        forms = ("{t} on {a} background", "{t} on {c}", "{t}, {c} background")
-        form = forms[rng.choice(3, p=(0.6, 0.2, 0.2))]
-        text = form.format(t=text, c=scene.background, a=_a(scene.background))
-    return Caption(text=text, states_axis=states_axis, states_background=states_background)
+        objects = (first, first) if twins else (first, second)
+        if twins or (first, axis, second) not in held_out_combinations():
+            return Scene(objects=objects, axis=axis, background=background, pattern=pattern)
 
 
 def find_font(path: str | Path | None = None) -> Path:
@@ -151,11 +79,11 @@ class SceneRenderer:
         except OSError as error:
             raise ImagineFlashError(f"{place} is not a colour emoji font that Pillow can read ({error})") from None
         self.size = size
-        self.sprites = {name: _glyph(face, text) for name, text in OBJECTS.items()}
+        self.sprites = {name: _glyph(face, kind.emoji) for name, kind in KINDS.items()}
 
     def render(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         """Draw a scene; what the scene leaves open is drawn from `rng`. Returns (size, size, 3) uint8."""
-        picture = self._background(scene.background, rng)
+        picture = self._background(scene, rng)
         for name, (x, y, side) in zip(scene.objects, self._places(scene, rng), strict=True):
             sprite = self.sprites[name]
             sprite = sprite.resize((side * 2, side * 2), Image.Resampling.BILINEAR)
@@ -168,7 +96,7 @@ class SceneRenderer:
         """Centre x, centre y and side of each object, in pixels."""
         unit = self.size / 64
         if scene.axis is None:
-            side = rng.uniform(28, 46)
+            side = rng.uniform(32, 52)
             x, y = rng.uniform(side / 2, 64 - side / 2, 2)
             return [(x * unit, y * unit, round(side * unit))]
         sides = rng.uniform(26, 32, 2)
@@ -180,13 +108,13 @@ class SceneRenderer:
         places = [(a, c) if scene.axis == "horizontal" else (c, a) for a, c in zip(along, across, strict=True)]
         return [(x * unit, y * unit, round(s * unit)) for (x, y), s in zip(places, sides, strict=True)]
 
-    def _background(self, name: str, rng: np.random.Generator) -> Image.Image:
-        hue, saturations, values = BACKGROUNDS[name]
+    def _background(self, scene: Scene, rng: np.random.Generator) -> Image.Image:
+        hue, saturations, values = BACKGROUNDS[scene.background]
         hue = (hue + rng.uniform(-6, 6)) % 360 / 360
         saturation, value = rng.uniform(*saturations), rng.uniform(*values)
         shade = _rgb(hue, saturation, value)
-        other = _rgb(hue, saturation, value - rng.uniform(0.08, 0.16))
-        pattern = PATTERNS[rng.integers(len(PATTERNS))]
+        other = _rgb(hue, saturation, value - rng.uniform(0.10, 0.18))
+        pattern = scene.pattern
         size, period = self.size, round(rng.uniform(14, 26) * self.size / 64)
         if pattern == "gradient":
             ramp = np.linspace(0, 1, size)[:, None, None] * np.ones((1, size, 1))
@@ -232,11 +160,18 @@ class Example:
     scene: Scene
 
 
-def caption_at(seed: int, index: int, *, held_out: bool = False) -> tuple[Scene, Caption, np.random.Generator]:
+def scene_at(seed: int, index: int, *, held_out: bool = False) -> Scene:
+    """Scene `index` of a seed, without its caption or picture."""
+    return draw_scene(np.random.default_rng([seed, index, int(held_out)]), held_out=held_out)
+
+
+def caption_at(
+    seed: int, index: int, *, held_out: bool = False, strange_words: float = 0.1
+) -> tuple[Scene, Caption, np.random.Generator]:
     """Scene and caption `index` of a seed, and the random state that draws the picture. Needs no font."""
     rng = np.random.default_rng([seed, index, int(held_out)])
     scene = draw_scene(rng, held_out=held_out)
-    return scene, describe(scene, rng), rng
+    return scene, describe(scene, rng, strange_words=strange_words), rng
 
 
 class EmojiScenes:
@@ -255,9 +190,3 @@ class EmojiScenes:
         while True:
             yield self[index]
             index += 1
-
-
-def all_words() -> list[str]:
-    """Every word that a caption can hold, sorted."""
-    phrases = [word for forms in _PHRASES.values() for phrase in forms for word in phrase.split()]
-    return sorted({*OBJECTS, *BACKGROUNDS, *phrases, "a", "an", "and", "on", "background", ","})

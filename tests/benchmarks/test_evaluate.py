@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagine_flash.benchmarks.evaluate import (
+from imagine_flash.benchmarks.quality.evaluate import (
     as_markdown,
     draw_prompts,
     evaluate,
@@ -15,9 +15,10 @@ from imagine_flash.benchmarks.evaluate import (
     frechet_distance,
     unbiased_frechet_distance,
 )
-from imagine_flash.benchmarks.judge import load_judge
+from imagine_flash.benchmarks.quality.judge import load_judge
 from imagine_flash.core.errors import ImagineFlashError
-from imagine_flash.distill.data.emoji import Caption, Scene, held_out_combinations
+from imagine_flash.distill.data.captions import Caption, Scene
+from imagine_flash.distill.data.emoji import held_out_combinations
 
 
 def test_frechet_distance_of_gaussians() -> None:
@@ -92,7 +93,7 @@ def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, tmp_path: Pa
     from PIL import Image
     from safetensors.torch import save_file
 
-    from imagine_flash.benchmarks.judge import Judge
+    from imagine_flash.benchmarks.quality.judge import Judge
 
     torch.manual_seed(0)
     save_file(
@@ -114,7 +115,7 @@ def test_the_judge_learns_to_read_what_it_is_shown() -> None:
     """A few updates on the real stream: the loss of a fresh judge falls, and reading gives scenes of the set."""
     import torch
 
-    from imagine_flash.benchmarks.judge import JudgeTask, accuracy
+    from imagine_flash.benchmarks.quality.judge import JudgeTask, accuracy
     from imagine_flash.distill.data.emoji import EmojiScenes
     from imagine_flash.distill.recipe import Fit
 

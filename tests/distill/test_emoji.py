@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from imagine_flash.core.errors import ImagineFlashError
-from imagine_flash.distill.data import emoji
-from imagine_flash.distill.data.prompts import emoji_prompts, read_prompts
+from imagine_flash.distill.data import captions, emoji, vocabulary
+from imagine_flash.distill.data.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,12 @@ def scenes() -> emoji.EmojiScenes:
 
 
 def test_enough_to_say() -> None:
-    assert len(emoji.OBJECTS) >= 24 and len(emoji.BACKGROUNDS) >= 8 and len(emoji.RELATIONS) >= 4
+    assert len(vocabulary.KINDS) >= 32 and len(vocabulary.BACKGROUNDS) >= 8 and len(vocabulary.PATTERNS) >= 4
+    assert len({kind.emoji for kind in vocabulary.KINDS.values()}) == len(vocabulary.KINDS)
+    assert {"kitty", "puppy", "spaceship"} <= set(vocabulary.synonyms())
+    assert [vocabulary.plural(n) for n in ("cat", "fox", "butterfly", "fish", "boat", "puppy", "snowman")] == [
+        "cats", "foxes", "butterflies", "fish", "boats", "puppies", "snowmen",
+    ]  # fmt: skip
 
 
 def test_a_scene_depends_on_seed_and_index_alone(scenes: emoji.EmojiScenes) -> None:
@@ -39,7 +44,7 @@ def test_the_stream_is_the_index(scenes: emoji.EmojiScenes) -> None:
 
 def test_training_never_shows_a_held_out_combination() -> None:
     held_out = emoji.held_out_combinations()
-    assert 50 < len(held_out) < 200
+    assert 100 < len(held_out) < 300
     for index in range(3000):
         scene = emoji.caption_at(1, index)[0]
         if scene.axis:
@@ -48,30 +53,91 @@ def test_training_never_shows_a_held_out_combination() -> None:
         assert (first, emoji.caption_at(1, index, held_out=True)[0].axis, second) in held_out
 
 
+def _meant(text: str) -> list[set[str]]:
+    """The kinds that each noun of a caption can mean, in the caption's order: written anew, not by the code under test."""
+    nouns: dict[str, set[str]] = {}
+    for name, kind in vocabulary.KINDS.items():
+        for noun in (*kind.nouns, *map(vocabulary.plural, kind.nouns), kind.emoji):
+            nouns.setdefault(noun, set()).add(name)
+    text = text.replace("polka dot", "polka-dot").replace(",", " ,")
+    for emoji_of in (kind.emoji for kind in vocabulary.KINDS.values()):
+        text = text.replace(emoji_of, f" {emoji_of} ")
+    words = text.split()
+    found = []
+    for i, word in enumerate(words):
+        if word in nouns and "background" not in words[i + 1 : i + 2]:
+            before = set(words[i - 1 : i])
+            coloured = {n for n in nouns[word] if " " in n and n.split()[0] in before}
+            found.append(coloured or nouns[word])
+    return found
+
+
 def test_a_caption_says_what_is_true_and_only_that() -> None:
-    for index in range(2000):
-        scene, caption, _ = emoji.caption_at(5, index)
+    for index in range(4000):
+        scene, caption, _ = emoji.caption_at(5, index, strange_words=0)
         words = caption.text.replace(",", " ").split()
-        assert all(name in words for name in scene.objects)
-        assert caption.states_background == (scene.background in words)
-        found = [r for r in emoji.RELATIONS if r in words or (r == "below" and "under" in words)]
-        assert caption.states_axis == bool(found)
-        if found:
-            axis, forward = emoji.RELATIONS[found[0]]
-            named_first = min(scene.objects, key=words.index)
-            assert axis == scene.axis and (named_first == scene.objects[0]) == forward
+        assert all(name in allowed for name, allowed in zip(scene.objects, caption.objects, strict=True))
+        colours = {scene.background, *vocabulary.BACKGROUND_SYNONYMS.get(scene.background, ())}
+        if caption.states_background:
+            assert colours & set(words)
+        stated = [
+            w
+            for forms in vocabulary.PATTERNS.values()
+            for group in forms
+            for w in group
+            if f" {w} " in f" {caption.text} ".replace(",", " ")
+        ]
+        adjectives, nouns = vocabulary.PATTERNS[scene.pattern]
+        assert caption.states_pattern == bool(stated) and set(stated) <= {*adjectives, *nouns}
+        nouns_said = _meant(caption.text)
+        assert len(nouns_said) in (1, 2), caption.text
+        if scene.axis and len(nouns_said) == 2:
+            assert all(any(name in said for said in nouns_said) for name in scene.objects), caption.text
+        phrases = [p for p in vocabulary.RELATIONS if f" {p} " in caption.text]
+        if caption.states_axis and scene.objects[0] != scene.objects[1] and phrases:
+            axis, forward = vocabulary.RELATIONS[max(phrases, key=len)]
+            assert axis == scene.axis and caption.states_order == (forward is not None)
+            if forward is not None:
+                first = scene.objects[0] if forward else scene.objects[1]
+                assert first in nouns_said[0], caption.text
+
+
+def test_one_noun_may_mean_two_kinds() -> None:
+    scene = captions.Scene(objects=("red heart",), axis=None, background="blue", pattern="plain")
+    said = [captions.describe(scene, np.random.default_rng(i), strange_words=0) for i in range(200)]
+    assert {("red heart",), ("red heart", "blue heart")} == {c.objects[0] for c in said}
+    for caption in said:
+        bound = "red heart" in caption.text or "red " in caption.text or "❤" in caption.text
+        assert bound == (caption.objects[0] == ("red heart",)), caption.text
+
+
+def test_strange_words_leave_the_known_ones() -> None:
+    known = set(vocabulary.all_words())
+    strange = 0
+    for index in range(500):
+        scene = emoji.scene_at(3, index)
+        plain = captions.describe(scene, np.random.default_rng(index), strange_words=0)
+        noisy = captions.describe(scene, np.random.default_rng(index), strange_words=1)
+        left = [w for w in noisy.text.split() if w.strip(",") in known or not w.strip(",").isalpha()]
+        assert [w for w in left if w in plain.text.split()] == [w for w in plain.text.split() if w in left]
+        strange += noisy.text != plain.text
+    assert strange == 500
 
 
 def test_every_word_is_listed() -> None:
-    known = set(emoji.all_words())
-    for text in emoji_prompts(2000, 7):
-        assert set(text.replace(",", " ,").split()) <= known, text
+    known = set(vocabulary.all_words())
+    emoji_signs = {kind.emoji for kind in vocabulary.KINDS.values()}
+    for index in range(3000):
+        text = emoji.caption_at(7, index, strange_words=0)[1].text
+        for sign in emoji_signs:
+            text = text.replace(sign, f" {sign} ")
+        assert set(text.replace(",", " , ").split()) <= known, text
 
 
 def test_objects_are_where_the_relation_says(scenes: emoji.EmojiScenes) -> None:
     rng = np.random.default_rng(0)
     for axis, coordinate in (("horizontal", 0), ("vertical", 1)):
-        scene = emoji.Scene(objects=("cat", "dog"), axis=axis, background="red")
+        scene = captions.Scene(objects=("cat", "dog"), axis=axis, background="red", pattern="plain")
         for _ in range(50):
             first, second = scenes.renderer._places(scene, rng)
             assert second[coordinate] - first[coordinate] >= 20

@@ -1,14 +1,14 @@
 """The tokenizer gives each word of the captions one token and survives saving."""
 
-from imagine_flash.distill.data.emoji import all_words
 from imagine_flash.distill.data.prompts import emoji_prompts
+from imagine_flash.distill.data.vocabulary import all_words
 from imagine_flash.distill.tokenizer import END, START, train_tokenizer
 
 
 def test_one_token_a_word_and_letters_for_the_rest(tmp_path) -> None:
     from transformers import CLIPTokenizer
 
-    tokenizer = train_tokenizer(emoji_prompts(3000, 0), context=32)
+    tokenizer = train_tokenizer(emoji_prompts(3000, 0) + all_words() * 3, context=32)
     for word in all_words():
         assert tokenizer.tokenize(word) == [f"{word}</w>"]
     assert len(tokenizer.tokenize("zebra")) > 1

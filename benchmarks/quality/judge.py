@@ -6,9 +6,8 @@ distance that this project calls FD (judge): never FID, whose features are Incep
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,27 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from ..core.artifact import atomic_file
-from ..core.errors import ArtifactError
-from ..distill.autoencoder import to_signed
-from ..distill.data.emoji import AXES, BACKGROUND_NAMES, OBJECT_NAMES, EmojiScenes, Scene
-from ..distill.fit import fit, identify, seeded
-from ..distill.recipe import Fit
+from ...core.artifact import atomic_file
+from ...core.errors import ArtifactError
+from ...distill.autoencoder import to_signed
+from ...distill.data.captions import Scene
+from ...distill.data.emoji import EmojiScenes
+from ...distill.data.rendering import rendered
+from ...distill.data.vocabulary import AXES, BACKGROUND_NAMES, OBJECT_NAMES, PATTERN_NAMES
+from ...distill.fit import fit, identify, seeded
+from ...distill.recipe import Fit
 
 FEATURES = 128
+TOTAL_VARIANCE = (
+    16_000.0  # about that of the first judge, which had no scale: its distances and later ones are of one size
+)
 LAYOUTS = ("single", *AXES)
 _HEADS = {
     "layout": len(LAYOUTS),
     "first": len(OBJECT_NAMES),
     "second": len(OBJECT_NAMES) + 1,  # the last class: there is none
     "background": len(BACKGROUND_NAMES),
+    "pattern": len(PATTERN_NAMES),
 }
 
 
@@ -65,14 +71,22 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, classes) for name, classes in _HEADS.items()})
         self.reference_mean: torch.Tensor
         self.reference_covariance: torch.Tensor
+        self.feature_scale: torch.Tensor
+        self.register_buffer("feature_scale", torch.ones(()))
         self.register_buffer("reference_mean", torch.zeros(FEATURES))
         self.register_buffer("reference_covariance", torch.eye(FEATURES))
 
-    def refer_to(self, images: Iterable[np.ndarray]) -> None:
-        """Keep mean and covariance of the features of real pictures: what FD (judge) is measured against."""
-        features = np.concatenate([self.read(np.stack(part))[0] for part in batched(images, 1000)])
-        self.reference_mean.copy_(torch.from_numpy(features.mean(0)))
-        self.reference_covariance.copy_(torch.from_numpy(np.cov(features, rowvar=False)))
+    def refer_to(self, batches: Iterable[np.ndarray]) -> None:
+        """Keep mean and covariance of the features of real pictures: what FD (judge) is measured against.
+
+        Features are scaled so that their variances add up to TOTAL_VARIANCE: a distance means the same to every judge.
+        """
+        self.feature_scale.fill_(1.0)
+        features = np.concatenate([self.read(images)[0] for images in batches])
+        scale = (TOTAL_VARIANCE / np.trace(np.cov(features, rowvar=False))) ** 0.5
+        self.feature_scale.fill_(float(scale))
+        self.reference_mean.copy_(torch.from_numpy(scale * features.mean(0)))
+        self.reference_covariance.copy_(torch.from_numpy(scale**2 * np.cov(features, rowvar=False)))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         features = self.trunk(images)
@@ -84,27 +98,21 @@ class Judge(nn.Module):
         features, scenes = [], []
         for first in range(0, len(images), batch):
             found, logits = self(to_signed(images[first : first + batch]))
-            features.append(found.double().numpy())
+            features.append(found.double().numpy() * float(self.feature_scale))
             scenes += _scenes({name: values.argmax(1).tolist() for name, values in logits.items()})
         return np.concatenate(features), scenes
 
 
-def batched(images: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """Lists of `size`, the last one shorter (itertools.batched comes with Python 3.12)."""
-    rest = iter(images)
-    while part := list(islice(rest, size)):
-        yield part
-
-
 def _scenes(classes: dict[str, list[int]]) -> list[Scene]:
     scenes = []
-    for layout, first, second, background in zip(*(classes[name] for name in _HEADS), strict=True):
+    for layout, first, second, background, pattern in zip(*(classes[name] for name in _HEADS), strict=True):
         pair = layout > 0 and second < len(OBJECT_NAMES)
         scenes.append(
             Scene(
                 objects=(OBJECT_NAMES[first], OBJECT_NAMES[second]) if pair else (OBJECT_NAMES[first],),
                 axis=LAYOUTS[layout] if pair else None,
                 background=BACKGROUND_NAMES[background],
+                pattern=PATTERN_NAMES[pattern],
             )
         )
     return scenes
@@ -118,6 +126,7 @@ def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
         "first": torch.tensor([OBJECT_NAMES.index(s.objects[0]) for s in scenes]),
         "second": torch.tensor([OBJECT_NAMES.index(s.objects[1]) if len(s.objects) > 1 else none for s in scenes]),
         "background": torch.tensor([BACKGROUND_NAMES.index(s.background) for s in scenes]),
+        "pattern": torch.tensor([PATTERN_NAMES.index(s.pattern) for s in scenes]),
     }
 
 
@@ -170,6 +179,7 @@ def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> d
         "object": float(np.mean([a.objects == b.objects for a, b in pairs])),
         "relation": float(np.mean([a.axis == b.axis for a, b in pairs])),
         "background": float(np.mean([a.background == b.background for a, b in pairs])),
+        "pattern": float(np.mean([a.pattern == b.pattern for a, b in pairs])),
         "all": float(np.mean([a == b for a, b in pairs])),
     }
 
@@ -195,9 +205,12 @@ def train_judge(
     }
     judge = task.judge
     reference = EmojiScenes(seed=13, font=font)
-    judge.refer_to(reference[i].image for i in range(reference_scenes))
+    judge.refer_to(rendered(reference, reference_scenes, batch=500))
     state = judge.state_dict()
-    weights = {name: (v if name.startswith("reference") else v.half()).contiguous() for name, v in state.items()}
+    weights = {
+        name: (v if name.startswith(("reference", "feature_scale")) else v.half()).contiguous()
+        for name, v in state.items()
+    }
     metadata = {f"{split}_{name}": f"{value:.5f}" for split, row in measured.items() for name, value in row.items()}
     with atomic_file(out) as temporary:
         save_file(weights, str(temporary), metadata=metadata)

@@ -1,0 +1,67 @@
+"""The picture that goes with the table: one row a method, one column a prompt, the same noise down each column."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ...distill.data.captions import Caption, Scene
+from ...distill.grids import grid
+from .methods import Method
+from .prompts import Prompts
+
+SCENES: dict[str, Scene] = {
+    "a fox on a pink background": Scene(objects=("fox",), axis=None, background="pink", pattern="plain"),
+    "kitty": Scene(objects=("cat",), axis=None, background="blue", pattern="plain"),
+    "a red apple on a green background": Scene(objects=("red apple",), axis=None, background="green", pattern="dots"),
+    "🐼 on a striped orange background": Scene(objects=("panda",), axis=None, background="orange", pattern="stripes"),
+    "a cat to the left of a dog": Scene(
+        objects=("cat", "dog"), axis="horizontal", background="purple", pattern="plain"
+    ),
+    "a rocket above a house on purple": Scene(
+        objects=("rocket", "house"), axis="vertical", background="purple", pattern="plain"
+    ),
+    "two owls on a blue background": Scene(
+        objects=("owl", "owl"), axis="horizontal", background="blue", pattern="checks"
+    ),
+    "an octopus below a star on a gray background": Scene(
+        objects=("star", "octopus"), axis="vertical", background="gray", pattern="gradient"
+    ),
+}
+PROMPTS = tuple(SCENES)
+_SCALE, _LABEL, _GAP = 2, 170, 2
+
+
+def comparison_grid(shown: list[Method]) -> Image.Image:
+    """Draw PROMPTS with every method; rendered scenes are examples of the same captions."""
+    rows = [method.draw(_prompts())[0] for method in shown]
+    pictures = grid(np.concatenate(rows), columns=len(PROMPTS), scale=_SCALE, gap=_GAP)
+    height = rows[0].shape[1] * _SCALE
+    sheet = Image.new("RGB", (pictures.width + _LABEL, pictures.height + 44), "white")
+    sheet.paste(pictures, (_LABEL, 44))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, method in enumerate(shown):
+        pen.text((8, 44 + i * (height + _GAP * _SCALE) + height // 2 - 8), method.name, fill="black", font=font)
+    small = ImageFont.load_default(11)
+    for i, prompt in enumerate(PROMPTS):
+        words, lines = prompt.split(), [""]
+        for word in words:
+            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1] + word) < 20 else [*lines, word]
+        pen.multiline_text(
+            (_LABEL + i * (height + _GAP * _SCALE), 2), "\n".join(lines), fill="black", font=small, spacing=1
+        )
+    return sheet
+
+
+def _prompts() -> Prompts:
+    captions = [
+        Caption(
+            text=text, objects=(), states_axis=False, states_order=False, states_background=False, states_pattern=False
+        )
+        for text in PROMPTS
+    ]
+    count = len(PROMPTS)
+    return Prompts(
+        captions=captions, scenes=list(SCENES.values()), seeds=list(range(7, 7 + count)), index=list(range(count)),
+        split="", held_out=False,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""`evaluate`: prompt fidelity and distances of a teacher and its student, on the same prompts and noises, with intervals."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ...core.artifact import atomic_file, hash_folder, read_student_manifest, sha256_file
+from ...core.errors import ImagineFlashError
+from ...distill.fit import identify
+from ...distill.networks import load_networks
+from .comparison import comparison_grid
+from .judge import FEATURES, Judge, load_judge
+from .measure import Measured, PictureStore
+from .methods import Method, table_of_methods
+from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread, unbiased_frechet_distance
+from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
+from .tables import as_rich
+
+FEWEST = 2 * (FEATURES + 1)
+RESAMPLES = 200
+NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 64, 8
+REFERENCE = "teacher, 25 steps"
+_COLUMNS = (
+    TextColumn("{task.description:46}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+)  # fmt: skip
+
+
+def evaluate(
+    teacher_folder: Path, student_folder: Path | None, judge_file: Path, out: Path, *, split: str = "validation",
+    count: int = 10_000, held_out: int = 1024, guidance: float | None = None, only: list[str] | None = None,
+    font: Path | None = None, console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure every row, print the table, write `out`.json and `out`.png; returns the record.
+
+    split: "validation", on which choices are made, or "test", read once per committed model. only: names of rows, the
+    teacher's at 25 steps among them always. Pictures are kept in `{out}.run`: the same call goes on where a killed one was.
+    """
+    if count < FEWEST or held_out < 1:
+        raise ImagineFlashError(
+            f"FD (judge) needs at least {FEWEST} seen and 1 held-out prompts, got {count} and {held_out}"
+        )
+    if split not in SPLITS:
+        raise ImagineFlashError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    judge, judged = load_judge(judge_file)
+    teacher = load_networks(teacher_folder)
+    student, plans, default = None, {}, 2.0
+    if student_folder is not None:
+        manifest = read_student_manifest(student_folder)
+        student, plans = load_networks(student_folder), manifest.step_plans
+        default = float(np.mean(manifest.recipe.get("guidance", [2.0])))
+    weight = guidance if guidance is not None else default
+    methods = table_of_methods(teacher, student, plans, weight, font)
+    methods = choose(methods, only)
+    hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
+    hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
+    store = PictureStore(out.with_name(f"{out.name}.run"), identify(hashes, split, weight))
+    seen, unseen = (draw_prompts(n, split=split, held_out=h) for n, h in ((count, False), (held_out, True)))
+    with Progress(*_COLUMNS, console=console, transient=True) as bar:
+        found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
+    rows = compare(methods, found, judge)
+    record = {
+        "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?", "schema": 2,
+        "split": split, "n": {"seen": count, "held_out": held_out}, "guidance": weight,
+        "seeds": {"prompts": SPLITS[split], "noise": NOISE_SEEDS[split]},
+        "sha256": hashes, "judge_accuracy": judged, "rows": rows,
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+    }  # fmt: skip
+    _write(record, methods, out)
+    (console or Console()).print(as_rich(record))
+    return record
+
+
+def choose(methods: list[Method], only: list[str] | None) -> list[Method]:
+    """The rows named, and those that all comparisons need."""
+    if not only:
+        return methods
+    known = {m.name for m in methods}
+    for name in only:
+        if name not in known:
+            raise ImagineFlashError(f"no row {name!r}; there are: {'; '.join(m.name for m in methods)}")
+    return [m for m in methods if m.name in {*only, REFERENCE, "rendered scenes", "autoencoder"}]
+
+
+Kinds = dict[str, Measured]
+
+
+def measured(method: Method, seen: Prompts, unseen: Prompts, judge: Judge, store: PictureStore, bar: Progress) -> Kinds:
+    """Pictures of the seen prompts, of the held-out ones, and of a few prompts with several noises each."""
+    chosen = [row for row in range(min(DIVERSITY_PROMPTS, len(seen))) for _ in range(DIVERSITY_SEEDS)]
+    many = replace(
+        seen, captions=[seen.captions[r] for r in chosen], scenes=[seen.scenes[r] for r in chosen],
+        index=[seen.index[r] for r in chosen], seeds=[seen.seeds[0] + 900_000 + i for i in range(len(chosen))],
+    )  # fmt: skip
+    kinds = {"seen": seen, "held_out": unseen} | ({"diversity": many} if method.network_calls else {})
+    return {kind: store.measure(method, prompts, kind, judge, bar) for kind, prompts in kinds.items()}
+
+
+def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> list[dict[str, Any]]:
+    """The rows of the record; every difference is to the teacher at 25 steps, over the same prompts and noises."""
+    reference = judge.reference_mean.double().numpy(), judge.reference_covariance.double().numpy()
+    real = found["rendered scenes"]["seen"].features[:NEIGHBOURS_OF] if "rendered scenes" in found else None
+    teacher, clean = found[REFERENCE]["seen"], found["autoencoder"]["seen"].latents
+    draws = resampled_distances(teacher.features, reference)
+    best = unbiased_frechet_distance(teacher.features, *reference)
+    rows = []
+    for method in methods:
+        kinds = found[method.name]
+        ours = kinds["seen"]
+        distance, own = (
+            unbiased_frechet_distance(ours.features, *reference),
+            resampled_distances(ours.features, reference),
+        )
+        row: dict[str, Any] = {
+            "method": method.name, "network_calls": method.network_calls,
+            "seen": shares(ours.marks), "held_out": shares(kinds["held_out"].marks),
+            "fd_judge": round(frechet_distance(ours.features, *reference), 3), "fd_judge_unbiased": round(distance, 3),
+            "fd_interval": _around(distance, own - own.mean()),
+            "sharpness": round(float(ours.sharpness.mean()), 1),
+            "milliseconds_per_image": round(1000 * ours.seconds / len(ours.marks), 2),
+        }  # fmt: skip
+        if method.name != "rendered scenes" and real is not None:
+            few = ours.features[:NEIGHBOURS_OF]
+            precision, recall = precision_and_recall(few, real)
+            row |= {
+                "kd_judge": round(kernel_distance(few, real), 4),
+                "precision": round(precision, 4),
+                "recall": round(recall, 4),
+            }
+        if "diversity" in kinds:
+            grouped = kinds["diversity"].features.reshape(-1, DIVERSITY_SEEDS, FEATURES)
+            row["diversity"] = round(spread(grouped), 3)
+        if ours.latents.shape[1:] == clean.shape[1:]:
+            row["detail_deviation"] = round(detail_deviation(ours.latents, clean), 4)
+        if method.network_calls and method.name != REFERENCE:
+            row |= against(ours, teacher, distance, best, own, draws)
+        rows.append(row)
+    return rows
+
+
+def against(
+    ours: Measured, teacher: Measured, distance: float, best: float, own: np.ndarray, draws: np.ndarray
+) -> dict[str, Any]:
+    """Differences to the teacher with paired 95 % intervals: FD by ratio, fidelity in points, latents by squared error."""
+    ratios = (distance + own - own.mean()) / (best + draws - draws.mean())
+    rows = np.random.default_rng(1).integers(len(ours.marks), size=(1000, len(ours.marks)))
+    gains = (ours.marks[:, -1].astype(np.float64) - teacher.marks[:, -1])[rows].mean(1)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    worse, better = np.percentile(gains, (2.5, 97.5))
+    result: dict[str, Any] = {
+        "fd_ratio": [round(float(v), 4) for v in (distance / best, low, high)],
+        "fidelity_difference": [
+            round(float(v), 4)
+            for v in ((ours.marks[:, -1] - teacher.marks[:, -1].astype(np.float64)).mean(), worse, better)
+        ],
+    }
+    if ours.latents.shape == teacher.latents.shape:
+        error = np.square(ours.latents.astype(np.float32) - teacher.latents.astype(np.float32)).mean()
+        result["error_to_teacher"] = round(float(error / teacher.latents.astype(np.float32).var()), 4)
+    return result
+
+
+def resampled_distances(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Frechet distances of bootstrap samples; draw k takes the same rows whatever the method."""
+    draw = np.random.default_rng(0)
+    rows = (draw.integers(len(features), size=len(features)) for _ in range(RESAMPLES))
+    return np.array([frechet_distance(features[r], *reference) for r in rows])
+
+
+def detail_deviation(latents: np.ndarray, clean: np.ndarray) -> float:
+    """Deviation of the finer latent channels (all but the first sixth) over that of real pictures' latents, on average."""
+    first = -(-latents.shape[1] // 6)
+    ours, real = (x[:, first:].astype(np.float32).std(axis=(0, 2, 3)) for x in (latents, clean))
+    return float((ours / real).mean())
+
+
+def _around(value: float, deviations: np.ndarray) -> list[float]:
+    return [round(value + float(d), 3) for d in np.percentile(deviations, (2.5, 97.5))]
+
+
+def _write(record: dict[str, Any], methods: list[Method], out: Path) -> None:
+    picture = comparison_grid([m for m in methods if m.shown])
+    with atomic_file(out.with_name(f"{out.name}.png")) as temporary:
+        picture.save(temporary, format="PNG")
+    with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
+        Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

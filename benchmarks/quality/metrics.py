@@ -1,0 +1,75 @@
+"""Distances between sets of pictures, given as features (N, D) in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+SUBSET_SIZES, SUBSETS = 10, 8  # of the extrapolation to infinitely many pictures
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D)."""
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of Gaussians (Heusel et al. 2017, eq. 6); features (N, D) against a reference."""
+    own_mean, own = moments(features)
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ own @ root), 0, None)).sum()
+    return float(((own_mean - mean) ** 2).sum() + np.trace(own) + np.trace(covariance) - 2 * cross)
+
+
+def unbiased_frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
+    """The distance that infinitely many samples would have (Chong & Forsyth 2020, section 4): subsets of several sizes are
+    measured, and the line through distance against 1 / size is read at 0. features (N, D), N at least 2 (D + 1)."""
+    count, dimensions = features.shape
+    draw = np.random.default_rng(0)
+    sizes = np.linspace(max(count // 4, dimensions + 1), count, SUBSET_SIZES).astype(int)
+    distances = [
+        np.mean([frechet_distance(features[draw.permutation(count)[:size]], mean, covariance) for _ in range(SUBSETS)])
+        for size in sizes
+    ]
+    return float(np.polyfit(1.0 / sizes, distances, 1)[1])
+
+
+def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; "KID" where the features are Inception's)."""
+
+    def off_diagonal(x: np.ndarray) -> float:
+        kernel = (x @ x.T / x.shape[1] + 1) ** 3
+        return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)))
+
+    cross = float(((features @ reference.T / features.shape[1] + 1) ** 3).mean())
+    return off_diagonal(features) + off_diagonal(reference) - 2 * cross
+
+
+def precision_and_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+    """Share of `features` inside the reference's manifold, and the reverse (Kynkaanniemi et al. 2019, eq. 1-3): a point is
+    inside where some point of the set is nearer to it than that point's own k-th neighbour."""
+    ours, real = torch.from_numpy(features).float(), torch.from_numpy(reference).float()
+    cross = torch.cdist(ours, real)
+
+    def radii(points: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
+
+    inside = (cross <= radii(real)[None]).any(1).float().mean()
+    covered = (cross <= radii(ours)[:, None]).any(0).float().mean()
+    return float(inside), float(covered)
+
+
+def spread(features: np.ndarray) -> float:
+    """Diversity: the mean distance between two pictures of one prompt. features (prompts, seeds, D)."""
+    seeds = features.shape[1]
+    distances = np.linalg.norm(features[:, :, None] - features[:, None, :], axis=-1)
+    return float(distances.sum() / (len(features) * seeds * (seeds - 1)))
+
+
+def sharpness(images: np.ndarray) -> np.ndarray:
+    """Variance of the Laplacian of each picture's grey values (N,), images (N, H, W, 3) uint8."""
+    grey = images.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    inner = grey[:, 1:-1, 1:-1]
+    laplacian = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:] - 4 * inner
+    return laplacian.var(axis=(1, 2))

@@ -1,0 +1,71 @@
+"""The record of an evaluation as a table, for the docs and for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+HEADINGS = (
+    "method",
+    "calls",
+    "all",
+    "object",
+    "relation",
+    "background",
+    "pattern",
+    "held out",
+    "FD (judge)",
+    "x teacher",
+)
+
+
+def table_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The record as rows of text, shares in per cent, FD with the half-width of its 95 % interval."""
+    columns = ("all", "object", "relation", "background", "pattern")
+    rows = []
+    for row in record["rows"]:
+        low, high = row["fd_interval"]
+        seen = (f"{100 * row['seen'][name]:.1f}" if name in row["seen"] else "–" for name in columns)
+        ratio = f"{row['fd_ratio'][0]:.2f}" if "fd_ratio" in row else "–"
+        rows.append((
+            row["method"], str(row["network_calls"]), *seen, f"{100 * row['held_out']['all']:.1f}",
+            f"{row['fd_judge_unbiased']:.1f} ± {(high - low) / 2:.1f}", ratio,
+        ))  # fmt: skip
+    return rows
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """The table that the README shows; a test holds the two equal."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table_rows(record)])
+
+
+MORE = (
+    ("kd_judge", "KD (judge)"), ("precision", "precision"), ("recall", "recall"), ("diversity", "diversity"),
+    ("sharpness", "sharpness"), ("detail_deviation", "detail"), ("error_to_teacher", "error to teacher"),
+)  # fmt: skip
+
+
+def more_as_markdown(record: dict[str, Any]) -> str:
+    """The further measures of each row, with the paired intervals of what is compared with the teacher at 25 steps."""
+    headings = ["method", *(heading for _, heading in MORE), "FD ratio, 95 %", "fidelity, points, 95 %"]
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    for row in record["rows"]:
+        cells = [f"{row[name]:.4g}" if name in row else "–" for name, _ in MORE]
+        ratio, gain = row.get("fd_ratio"), row.get("fidelity_difference")
+        cells.append(f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "–")
+        cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gain)) if gain else "–")
+        lines.append("| " + " | ".join([row["method"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def as_rich(record: dict[str, Any]) -> Table:
+    """The same table for a terminal."""
+    counts = f"{record['n']['seen']} seen, {record['n']['held_out']} held out, {record['split']} prompts"
+    table = Table(title=f"prompt fidelity in %, {counts}")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in table_rows(record):
+        table.add_row(*row)
+    return table
