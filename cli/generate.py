@@ -76,15 +76,21 @@ def generate_command(
             request = GenerateRequest(**values, **pictures, strength=_number(strength, float))
         result, what = engine.generate(request), engine.describe()
     paths = _save(result, request, output)
-    if result.unknown_words:
-        words = ", ".join(result.unknown_words)
-        say(
-            f"note: the model never saw the word{'s' if len(result.unknown_words) > 1 else ''} {words}; it draws something anyway"
-        )
+    for note in notes(result):
+        say(f"note: {note}")
     say(what)
     say("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
     shown = paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
     say(f"wrote {shown} ({result.steps} steps, seed {result.seed})")
+
+
+def notes(result: GenerateResult) -> list[str]:
+    """What the model made of words that it does not know, a line each."""
+    found = [f"read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
+    if result.unknown_words:
+        words = ", ".join(result.unknown_words)
+        found.append(f"this model has no word for {words}; drawn without; what it knows: imagine-flash inspect")
+    return found
 
 
 def _soonest(model: Path | None) -> str:

@@ -41,6 +41,10 @@ def distill_command(
     ],
     recipe: Annotated[str, typer.Option(help="A built-in recipe's name or a YAML file.")] = "imagine_flash",
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; else captions of emoji scenes.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights, not the teacher's.")
+    ] = None,
+    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
 ) -> None:
     """Distil a teacher into a student of 1, 2 and 3 steps."""
     training()
@@ -50,7 +54,7 @@ def distill_command(
 
     settings = load_recipe(recipe, DistillRecipe)
     writable(out)
-    distill(teacher, out, settings, prompts=read_prompts(prompts) if prompts else None)
+    distill(teacher, out, settings, prompts=read_prompts(prompts) if prompts else None, start=start, font=font)
     say(f"wrote {out}; next: imagine-flash export {out} ARTIFACT")
 
 

@@ -99,6 +99,7 @@ class StudentManifest(_Frozen):
     teacher_sha256: str
     base: str | None = None  # of a LoRA student: the pipeline (folder or hub id) that its weights are fused into
     known_words: list[str] = []  # of the prompts it was distilled with; empty where they are too many to tell
+    vocabulary: dict[str, list[str]] = {}  # what it can draw, in groups of words for a person to choose from
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
 
@@ -135,6 +136,7 @@ class ModelDescription(_Frozen):
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
     batch: tuple[int, int]  # the smallest and the largest that may be asked for; of an artifact, that was checked
     scaling_factor: float = Field(gt=0)
+    vocabulary: dict[str, list[str]] = {}  # what it can draw, in groups; empty for models that know every word
     tokenizers: list[TokenizerSpec] = Field(min_length=1)
 
     @field_validator("sizes")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from .data.emoji import EmojiScenes
+from .data.rendering import to_signed
 from .fit import identify, seeded
 from .grids import grid, to_pixels
 from .recipe import TeacherRecipe
@@ -139,8 +140,3 @@ class AutoencoderTask:
         images = images.to(next(self.module.parameters()).device)
         decoded = self.autoencoder.decoder(self.autoencoder.encoder(images))
         return grid(np.concatenate([to_pixels(images), to_pixels(decoded)]), columns=8)
-
-
-def to_signed(images: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from pydantic import BaseModel
@@ -61,22 +62,25 @@ def rate_factor(step: int, fit: Fit) -> float:
 
 
 def build_optimizers(module: nn.Module, fit: Fit) -> list[torch.optim.Optimizer]:
-    """AdamW for every trainable weight; or Muon for the matrices inside the network and AdamW for the rest."""
+    """AdamW for every trainable weight; or Muon for the matrices inside the network and AdamW for the rest.
+
+    A module's `parameter_groups` name parts that AdamW trains at a rate and with betas of their own.
+    """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    special = module.parameter_groups() if hasattr(module, "parameter_groups") else {}  # type: ignore[operator]
+    groups = [{"params": list(part.parameters()), "lr": lr, "betas": betas} for part, lr, betas in special.values()]
+    common = {name: p for name, p in trainable.items() if not name.startswith(tuple(f"{part}." for part in special))}
     inner: set[str] = set()
     if fit.optimizer == "muon":
         tables = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
-        inner = {
-            name for name, p in trainable.items() if p.ndim >= 2 and name not in tables and not _EDGES.search(name)
-        }
-    rest = [p for name, p in trainable.items() if name not in inner]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest, lr=fit.learning_rate, betas=fit.betas, weight_decay=fit.weight_decay, eps=1e-8, fused=True
-        )
-    ]
+        inner = {name for name, p in common.items() if p.ndim >= 2 and name not in tables and not _EDGES.search(name)}
+    groups.insert(0, {"params": [p for name, p in common.items() if name not in inner]})
+    adamw = torch.optim.AdamW(
+        groups, lr=fit.learning_rate, betas=fit.betas, weight_decay=fit.weight_decay, eps=1e-8, fused=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if inner:
-        optimizers.append(Muon([trainable[name] for name in sorted(inner)], lr=fit.muon_rate))
+        optimizers.append(Muon([common[name] for name in sorted(inner)], lr=fit.muon_rate))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -134,7 +138,7 @@ class _Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate_factor(step, self.fit)
-        moved = {k: v.to(self.accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        moved = send_to_device(batch, self.accelerator.device)
         loss = self.wrapped(**moved)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.fit.clip)

@@ -98,6 +98,16 @@ class TeacherRecipe(Frozen):
         return self
 
 
+class Adversarial(Frozen):
+    """The discriminator: heads on the frozen teacher's features of noised latents (its form is open in the paper)."""
+
+    share: Share = 0.3  # the length of its gradient by x0 over the regression's
+    ramp: Annotated[int, Field(ge=0)] = 500  # updates in which the share grows from 0, so that the heads learn first
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    r1: Annotated[float, Field(ge=0)] = 1e-2
+    noise: tuple[Share, Share] = (0.0, 0.75)  # noise levels t / T at which it looks
+
+
 class DistillRecipe(Frozen):
     """`distill`: Imagine Flash (METHOD of the paper) with what it leaves open as fields."""
 
@@ -108,7 +118,13 @@ class DistillRecipe(Frozen):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
     renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
     teacher_steps: Positive = 4  # k
+    plain_share: Share = (
+        0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
+    )
+    loss_weight: Literal["x0", "v", "eps", "truncated_snr"] = "x0"  # an epsilon teacher needs another than x0
     guidance: tuple[float, float] = (2.0, 2.0)  # drawn uniformly; in the teacher's target only
+    guidance_at_0: float | None = None  # what the guidance falls to, linearly in t; None: it stays
+    adversarial: Adversarial | None = None
     noise_correction: bool = True  # at inference
     rollout_noise_correction: bool = True  # in the training rollout
     prompts: Positive = 60_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,24 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..core.artifact import atomic_file, atomic_folder, hash_folder, refuse_foreign
+from ..core.artifact import atomic_folder, hash_folder, refuse_foreign
 from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
-from .autoencoder import AutoencoderTask, to_signed
+from .autoencoder import AutoencoderTask
 from .data.captions import describe
 from .data.emoji import EmojiScenes, caption_at, scene_at
-from .data.rendering import rendered
+from .data.latents import encoded_scenes
 from .data.vocabulary import all_words
 from .fit import fit, identify, seeded
 from .grids import grid, to_pixels
-from .networks import Networks, load_networks, noise_of
+from .networks import Networks, load_networks, noise_of, plain_attention
 from .recipe import TeacherRecipe
 from .tokenizer import train_tokenizer
 
@@ -126,9 +121,7 @@ class TeacherTask:
         self.identity = identify(recipe, started_from, networks.tokenizer.get_vocab())
         networks.unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
         if recipe.fit.mixed_precision == "bf16":
-            # the fused attention's backward takes half of a step on a CPU at bf16
-            networks.unet.set_attn_processor(AttnProcessor())
-            networks.text_encoder.set_attn_implementation("eager")
+            plain_attention(networks)
         self.module: nn.Module = DenoisingLoss(networks)
         self.empty = networks.tokens([""])[0]
 
@@ -165,32 +158,6 @@ def draw(networks: Networks, prompts: Sequence[str], seeds: list[int], *, steps:
     )
 
 
-@torch.no_grad()
-def encode_scenes(recipe: TeacherRecipe, networks: Networks, path: Path, font: Path | None) -> torch.Tensor:
-    """Latents (N, C, h, w) float16 of the first N scenes of the recipe's seed, kept in `path`."""
-    weights = hashlib.sha256(
-        b"".join(v.cpu().numpy().tobytes() for v in networks.vae.encoder.state_dict().values())
-    ).hexdigest()
-    some = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
-    probe = hashlib.sha256(
-        b"".join(some[i].image.tobytes() for i in range(8))
-    ).hexdigest()  # another font, other pictures
-    identity = identify(weights, probe, recipe.scenes)
-    if path.exists():
-        with safe_open(str(path), "pt") as file:
-            if (file.metadata() or {}).get("identity") == identity:
-                return load_file(str(path))["latents"]
-    latents, device = [], networks.vae.device
-    pictures = rendered(some, recipe.scenes, batch=100)
-    for images in track(pictures, description="encoding scenes", total=-(-recipe.scenes // 100)):
-        signed = to_signed(images).to(device, memory_format=torch.channels_last)
-        latents.append((networks.vae.encoder(signed) * networks.vae.config.scaling_factor).half().cpu().contiguous())
-    pool = {"latents": torch.cat(latents)}
-    with atomic_file(path) as temporary:
-        save_file(pool, str(temporary), metadata={"identity": identity})
-    return pool["latents"]
-
-
 def train_teacher(
     recipe: TeacherRecipe,
     out: Path,
@@ -224,7 +191,14 @@ def train_teacher(
         run.mkdir(parents=True, exist_ok=True)
     networks.vae.requires_grad_(False)
     with PartialState().main_process_first():
-        latents = encode_scenes(recipe, networks, run / "latents.safetensors", font)
+        latents = encoded_scenes(
+            networks,
+            run / "latents.safetensors",
+            seed=recipe.seed,
+            size=recipe.image_size,
+            count=recipe.scenes,
+            font=font,
+        )
     task = TeacherTask(recipe, networks, latents, hash_folder(start) if start else "")
     figures["teacher"] = fit(task, recipe.fit, run)
     console.print(f"teacher: {figures['teacher']}")

@@ -158,14 +158,15 @@ class Engine:
         """
         started = time.perf_counter()
         steps, size = self.check(request)
-        tokens = self.tokenizer.encode(request.prompt)
+        reading = self.tokenizer.read(request.prompt)
+        tokens = self.tokenizer.encode(reading.text)
         tokenized = time.perf_counter()
         noise = initial_noise(request.seed, request.count, self.manifest.latent_shape_of(size))
         finished = time.perf_counter()
         job = Job(
             request=request, tokens=tokens, size=size, steps=steps, started=started, tokenize=tokenized - started,
             noise_seconds=finished - tokenized, deadline=started + (request.timeout or PATIENCE),
-            expires=request.timeout is not None, unknown_words=self.tokenizer.unknown_words(request.prompt),
+            expires=request.timeout is not None, reading=reading,
         )  # fmt: skip
         rows = range(0, request.count, self.max_batch)
         self.batcher.submit([Chunk(job, row, noise[row : row + self.max_batch]) for row in rows])

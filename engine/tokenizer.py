@@ -1,9 +1,11 @@
-"""From a prompt to token ids, and which of its words the model has never seen."""
+"""From a prompt to token ids, and what a model with a known vocabulary makes of words that it never saw."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,19 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Tokens = dict[str, NDArray[np.int64]]  # (B, L) by input of the text encoder
-_WORD = re.compile(r"[^\W_]+")
+_PIECE = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")  # a word, a number, or one sign
+_POSSESSIVE = re.compile(r"(?<=\w)['\u2019]s\b")
+_SELECTORS = re.compile("[\ufe00-\ufe0f\u200d\U0001f3fb-\U0001f3ff]")  # which say how an emoji looks
+_SHORTEST = 4  # letters of a word in which a typo is mended: below, every word is near to another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A prompt as the model is given it. unknown: words and signs left out. replaced: typos by the words they stand for."""
+
+    text: str
+    unknown: list[str] = field(default_factory=list)
+    replaced: dict[str, str] = field(default_factory=dict)
 
 
 class PromptTokenizer:
@@ -61,9 +75,40 @@ class PromptTokenizer:
                 tokens[spec.mask] = np.asarray([found.attention_mask], dtype=np.int64)
         return tokens
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt that training never showed, in order, each once; none where the model lists no words."""
+    def read(self, prompt: str) -> Reading:
+        """The prompt in known words, where the model lists its words: others are mended within one letter, or left out."""
         if not self.known_words:
-            return []
-        words = dict.fromkeys(word.lower() for word in _WORD.findall(prompt))
-        return [word for word in words if word not in self.known_words]
+            return Reading(text=prompt)
+        kept, unknown, replaced = [], dict[str, None](), dict[str, str]()
+        for piece in _PIECE.findall(_SELECTORS.sub("", _POSSESSIVE.sub("", prompt)).lower()):
+            if piece in self.known_words:
+                kept.append(piece)
+            elif near := self._near(piece):
+                kept.append(near)
+                replaced[piece] = near
+            elif piece.isalnum() or not piece.isascii():  # of the other signs nobody expects a picture
+                unknown[piece] = None
+        return Reading(text=" ".join(kept).replace(" ,", ","), unknown=list(unknown), replaced=replaced)
+
+    def _near(self, word: str) -> str | None:
+        """The known word that is one letter away, the likeliest of several."""
+        if len(word) < _SHORTEST or not word.isalpha():
+            return None
+        found = [known for known in self._words if one_letter_apart(word, known)]
+        return min(found, key=lambda known: (known[0] != word[0], len(known) != len(word), known), default=None)
+
+    @functools.cached_property
+    def _words(self) -> list[str]:
+        return [word for word in self.known_words if word.isalpha() and len(word) >= _SHORTEST - 1]
+
+
+def one_letter_apart(a: str, b: str) -> bool:
+    """Whether one letter added, left out, or changed, or two neighbours exchanged, makes one word the other."""
+    if a == b or abs(len(a) - len(b)) > 1:
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[start:], b[start:]
+    if len(a) != len(b):
+        return rest_a[1:] == rest_b or rest_a == rest_b[1:]
+    exchanged = rest_a[:2] == rest_b[1::-1] and rest_a[2:] == rest_b[2:]
+    return rest_a[1:] == rest_b[1:] or exchanged

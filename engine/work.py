@@ -16,7 +16,7 @@ from ..core.update import UpdateTable
 from .backends import Array, Conditions
 from .editing import Start, restore
 from .request import GenerateRequest
-from .tokenizer import Tokens
+from .tokenizer import Reading, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class Timings:
 class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
-    unknown_words: of the prompt, those that training never showed.
+    unknown_words: of the prompt, those that training never showed, which were left out; replaced_words: typos, and what was
+    read instead.
     """
 
     images: NDArray[np.uint8]
@@ -58,6 +59,7 @@ class GenerateResult:
     steps: int
     seed: int
     unknown_words: list[str]
+    replaced_words: dict[str, str] = field(default_factory=dict)
     cached: bool = False
 
 
@@ -74,7 +76,7 @@ class Job:
     noise_seconds: float
     deadline: float  # perf_counter; the earliest goes first
     expires: bool
-    unknown_words: list[str]
+    reading: Reading
     future: Future[GenerateResult] = field(default_factory=Future)
     submitted: float = field(default_factory=time.perf_counter)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Job:
             images = restore(images, self.request.image, self.request.mask)
         result = GenerateResult(
             images=images, timings=self._timings(), steps=self.steps, seed=self.request.seed,
-            unknown_words=self.unknown_words, cached=self.cached,
+            unknown_words=self.reading.unknown, replaced_words=self.reading.replaced, cached=self.cached,
         )  # fmt: skip
         with suppress(InvalidStateError):  # cancelled meanwhile
             self.future.set_result(result)

@@ -134,7 +134,7 @@ def _trace(
         "pipeline": stages.pipeline, "precision": options.precision, "prediction_type": stages.prediction_type,
         "scheduler": _plain(stages.scheduler), "plans": plans, "noise_correction": described.noise_correction,
         "latent_channels": stages.latent_channels, "downscale": stages.downscale, "sizes": list(sizes),
-        "batch": options.batch, "scaling_factor": stages.decoder.scaling_factor,
+        "batch": options.batch, "scaling_factor": stages.decoder.scaling_factor, "vocabulary": described.vocabulary,
         "tokenizers": write_tokenizers(target, stages, described.known_words),
         "created_with": {package: version(package) for package in VERSIONED} | {"onnxruntime": onnxruntime.__version__},
         "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},

@@ -21,10 +21,9 @@ from torch.nn import functional
 
 from ...core.artifact import atomic_file
 from ...core.errors import ArtifactError
-from ...distill.autoencoder import to_signed
 from ...distill.data.captions import Scene
 from ...distill.data.emoji import EmojiScenes
-from ...distill.data.rendering import rendered
+from ...distill.data.rendering import rendered, to_signed
 from ...distill.data.vocabulary import AXES, BACKGROUND_NAMES, OBJECT_NAMES, PATTERN_NAMES
 from ...distill.fit import fit, identify, seeded
 from ...distill.recipe import Fit

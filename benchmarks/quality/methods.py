@@ -13,8 +13,8 @@ import torch
 
 from ...core.plan import StepPlan
 from ...core.update import UpdateTable, update_table
-from ...distill.autoencoder import to_signed
 from ...distill.data.emoji import EmojiScenes
+from ...distill.data.rendering import to_signed
 from ...distill.grids import to_pixels
 from ...distill.networks import Networks, noise_of
 from .prompts import SPLITS, Prompts

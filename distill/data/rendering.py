@@ -36,3 +36,8 @@ def rendered(scenes: EmojiScenes, count: int, *, batch: int = 100, start: int = 
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
+
+
+def to_signed(images: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -233,7 +233,8 @@ def _description(
         "prediction_type": stages.prediction_type, "scheduler": stages.scheduler, "plans": student.plans,
         "noise_correction": student.noise_correction, "latent_channels": stages.latent_channels,
         "downscale": stages.downscale, "sizes": list(sizes), "batch": STUDENT_BATCHES,
-        "scaling_factor": stages.decoder.scaling_factor, "tokenizers": list(tokenizers),
+        "scaling_factor": stages.decoder.scaling_factor, "vocabulary": student.vocabulary,
+        "tokenizers": list(tokenizers),
     }  # fmt: skip
     try:
         return ModelDescription(**known)

@@ -68,7 +68,7 @@ class ImageData(BaseModel):
 
 
 class ImageResponse(BaseModel):
-    """OpenAI's response; steps, timings (seconds by stage) and unknown_words are ours."""
+    """OpenAI's response; steps, timings (seconds by stage), unknown_words and replaced_words are ours."""
 
     created: int
     data: list[ImageData]
@@ -77,6 +77,7 @@ class ImageResponse(BaseModel):
     steps: int
     timings: dict[str, float]
     unknown_words: list[str]
+    replaced_words: dict[str, str]
 
 
 class Model(BaseModel):
@@ -204,7 +205,7 @@ def _response(result: GenerateResult, files: list[bytes], kind: Format) -> Image
     data = [ImageData(b64_json=base64.b64encode(file).decode(), seed=result.seed + i) for i, file in enumerate(files)]
     return ImageResponse(
         created=int(time.time()), data=data, output_format=kind, size=size_name((height, width)), steps=result.steps,
-        timings=result.timings.stages(), unknown_words=result.unknown_words,
+        timings=result.timings.stages(), unknown_words=result.unknown_words, replaced_words=result.replaced_words,
     )  # fmt: skip
 
 

@@ -171,7 +171,8 @@ def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
     header = {
         "type": "image", "seq": found.seq, "preview": found.preview, "seed": result.seed, "steps": result.steps,
         "size": size_name((height, width)), "format": found.label, "bytes": len(data), "cached": result.cached,
-        "unknown_words": result.unknown_words, "timings": result.timings.stages(),
+        "unknown_words": result.unknown_words, "replaced_words": result.replaced_words,
+        "timings": result.timings.stages(),
     }  # fmt: skip
     encoded = json.dumps(header).encode()
     return struct.pack(">I", len(encoded)) + encoded + data

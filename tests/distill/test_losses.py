@@ -7,7 +7,7 @@ import torch
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.update import sample, update_table
 from imagine_flash.distill.backward import TeacherTarget, choose_noise, renoised, rollout, shifted_time, teacher_plan
-from imagine_flash.distill.losses import ImagineFlashLoss
+from imagine_flash.distill.losses import ImagineFlashLoss, loss_weight
 from imagine_flash.distill.recipe import DistillRecipe
 from imagine_flash.tests.distill.toy import point_networks
 
@@ -117,3 +117,60 @@ def test_times() -> None:
 def test_the_noise_of_chi_is_a_choice() -> None:
     own, fresh, initial = torch.tensor(1), torch.tensor(2), torch.tensor(3)
     assert [int(choose_noise(kind, own, fresh, initial)) for kind in ("own", "fresh", "initial")] == [1, 2, 3]
+
+
+def test_chi_at_T_goes_on_with_the_true_noise_where_the_rollout_does() -> None:
+    """With `own` noise chi is the student's next state: at t = T of a corrected rollout that holds x_T, not the predicted eps."""
+    recipe = {"renoise": "own", "gamma": 0.75, "fit": FIT}
+    seen: dict[bool, torch.Tensor] = {}
+    for corrected in (True, False):
+        teacher, student = point_networks(), point_networks(0.5).unet
+        loss = ImagineFlashLoss(
+            student, teacher, DistillRecipe.model_validate({**recipe, "rollout_noise_correction": corrected})
+        )
+        first: list[torch.Tensor] = []
+        teacher.unet.register_forward_pre_hook(lambda _, args, kept=first: kept.append(args[0][:5].clone()))
+        x_T, text = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5)), torch.zeros(5, 2, 3)
+        loss(x_T=x_T, text=text, uncond=text, guidance=torch.ones(5), fresh=x_T, plan=1, index=0)
+        seen[corrected] = first[0]
+        v = student(x_T, torch.full((5,), 999), text).sample
+        alpha, sigma = (float(f) for f in teacher.schedule.at(999))
+        low, noisy = (float(f) for f in teacher.schedule.at(749))
+        noise = x_T if corrected else sigma * x_T + alpha * v
+        torch.testing.assert_close(seen[corrected], low * (alpha * x_T - sigma * v) + noisy * noise, atol=1e-5, rtol=0)
+    assert not torch.allclose(seen[True], seen[False])
+
+
+@pytest.mark.parametrize("t", [999, 499, 20])
+def test_the_weight_makes_an_error_of_x0_one_of_the_prediction(t: int) -> None:
+    networks = point_networks()
+    alpha, sigma = (float(f) for f in networks.schedule.at(t))
+    x_t, x0, wrong = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).unbind(0)
+    eps, eps_wrong = ((x_t - alpha * x) / sigma for x in (x0, wrong))
+    v, v_wrong = alpha * eps - sigma * x0, alpha * eps_wrong - sigma * wrong
+    error = (x0 - wrong).square().mean().item()
+    assert loss_weight("eps", alpha, sigma) * error == pytest.approx((eps - eps_wrong).square().mean().item())
+    assert loss_weight("v", alpha, sigma) * error == pytest.approx((v - v_wrong).square().mean().item())
+    assert loss_weight("x0", alpha, sigma) == 1 and loss_weight("truncated_snr", alpha, sigma) >= 1
+
+
+def test_guidance_falls_with_t() -> None:
+    """Text moves the point by c: at gamma(t) the guided target is u + w(gamma t) (c - u), w linear from 1 at 0 to w at T."""
+    teacher, student = point_networks(), point_networks().unet
+    recipe = DistillRecipe.model_validate({"guidance_at_0": 1.0, "gamma": 0.5, "fit": FIT})
+    text, uncond = torch.full((5, 2, 3), 0.7), torch.full((5, 2, 3), 0.3)
+    x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    value = ImagineFlashLoss(student, teacher, recipe)(
+        x_T=x_T, text=text, uncond=uncond, guidance=torch.full((5,), 3.0), fresh=fresh, plan=2, index=1
+    )  # fmt: skip
+    assert value.item() == pytest.approx((2.0 * 250 / 999 * 0.4) ** 2, rel=1e-3)
+
+
+def test_a_plain_target_among_shifted_ones() -> None:
+    recipe = DistillRecipe.model_validate({"fit": FIT})
+    teacher, student = point_networks(), point_networks().unet
+    x_T, text = torch.randn(5, 3, 4, 4), torch.zeros(5, 2, 3)
+    ImagineFlashLoss(student, teacher, recipe)(
+        x_T=x_T, text=text, uncond=text, guidance=torch.ones(5), fresh=x_T, plan=3, index=1, shifted=False
+    )  # fmt: skip
+    assert teacher.unet.calls[0] == 666

@@ -93,12 +93,17 @@ distill(Path(sys.argv[1]), Path(sys.argv[2]), DistillRecipe.model_validate(json.
 """
 
 
-def test_killed_and_resumed_gives_the_bit_identical_next_loss(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_method", [False, True])
+def test_killed_and_resumed_gives_the_bit_identical_next_loss(
+    whole_method: bool, teacher: Path, tmp_path: Path
+) -> None:
+    """Also with the discriminator, its optimiser's group, Muon, EMA and every kind of target."""
     import json
 
-    recipe = json.dumps(
-        {"prompts": 40, "fit": {"steps": 30, "batch": 2, "preview_every": 0, "checkpoint_minutes": 1e-6}}
-    )
+    fit = {"steps": 30, "batch": 2, "preview_every": 0, "checkpoint_minutes": 1e-6}
+    more = {"adversarial": {"ramp": 10}, "plain_share": 0.5, "loss_weight": "v", "guidance_at_0": 1.0}
+    muon = {"optimizer": "muon", "mixed_precision": "bf16"}
+    recipe = json.dumps({"prompts": 40, "fit": fit | (muon if whole_method else {}), **(more if whole_method else {})})
 
     def command(out: Path) -> list[str]:
         return [sys.executable, "-c", _SCRIPT, str(teacher), str(out), recipe]
@@ -123,6 +128,43 @@ def test_killed_and_resumed_gives_the_bit_identical_next_loss(teacher: Path, tmp
     assert len(whole) == 30 and losses(log) == whole
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_a_student_begins_with_another(teacher: Path, tmp_path: Path) -> None:
+    """One update at a rate of nothing leaves the weights that it began with."""
+    first = tmp_path / "first"
+    distill(teacher, first, DistillRecipe.model_validate(STUDENT))
+    still = {**STUDENT, "fit": {"steps": 1, "batch": 2, "learning_rate": 1e-12, "weight_decay": 0, "preview_every": 0}}
+    distill(teacher, tmp_path / "second", DistillRecipe.model_validate(still), start=first)
+    ours, theirs = (load_networks(tmp_path / name).unet.state_dict() for name in ("first", "second"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not torch.equal(ours["conv_in.weight"], load_networks(teacher).unet.state_dict()["conv_in.weight"])
+
+
+def test_a_teacher_begins_with_another(teacher: Path, tmp_path: Path) -> None:
+    """Its autoencoder is kept; tokens keep their embeddings though they stand elsewhere; new positions are new."""
+    out = tmp_path / "second"
+    change = {
+        "network": {**TINY["network"], "context": 40},
+        "fit": {"steps": 1, "batch": 2, "learning_rate": 1e-12, "weight_decay": 0},
+    }
+    figures = train_teacher(TeacherRecipe.model_validate({**TINY, **change}), out, start=teacher)
+    before, after = load_networks(teacher), load_networks(out)
+    assert figures["start"]["new"] == 0 and "autoencoder" not in figures
+    for name in ("unet", "vae"):
+        theirs = getattr(before, name).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(after, name).state_dict().items())
+    assert after.tokens(["a cat"]).shape == (1, 40)
+    rows = [n.tokenizer.get_vocab()["cat</w>"] for n in (before, after)]
+    tables = [n.text_encoder.get_input_embeddings().weight for n in (before, after)]
+    assert torch.equal(tables[0][rows[0]], tables[1][rows[1]])
+
+
+def test_the_discriminator_needs_pictures(teacher: Path, tmp_path: Path) -> None:
+    recipe = DistillRecipe.model_validate({**STUDENT, "adversarial": {}})
+    with pytest.raises(RecipeError, match="needs real pictures"):
+        distill(teacher, tmp_path / "out", recipe, prompts=["a cat"])
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_bad_teachers(teacher: Path, tmp_path: Path) -> None:
