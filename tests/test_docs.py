@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_table_is_the_record() -> None:
-    from imagine_flash.benchmarks.quality.evaluate import as_markdown
+    from imagine_flash.benchmarks.quality.tables import as_markdown
 
     record = json.loads((ROOT / "docs/results/emoji_scenes.json").read_text(encoding="utf-8"))
     assert as_markdown(record) in README

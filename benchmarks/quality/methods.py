@@ -44,7 +44,8 @@ def reconstructions(networks: Networks, font: Path | None = None) -> Method:
     @torch.no_grad()
     def draw(prompts: Prompts) -> tuple[np.ndarray, Latents]:
         encoded = networks.vae.encode(to_signed(_scenes(prompts, font)))
-        latents = encoded.latents * networks.vae.config.scaling_factor
+        found = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        latents = found * networks.vae.config.scaling_factor
         return to_pixels(networks.decode(latents)), latents
 
     return Method(name="autoencoder", network_calls=0, draw=draw)

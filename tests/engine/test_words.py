@@ -1,0 +1,83 @@
+"""What a model with a known vocabulary makes of a prompt: typos are mended, strangers left out, both are said."""
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from imagine_flash.core.artifact import TokenizerSpec
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.tokenizer import PromptTokenizer, one_letter_apart
+
+WORDS = [
+    "a",
+    "an",
+    "cat",
+    "cats",
+    "dog",
+    "fox",
+    "kitty",
+    "penguin",
+    "on",
+    "pink",
+    "background",
+    "and",
+    ",",
+    "2",
+    "🐱",
+    "❤",
+    "left",
+    "of",
+]
+
+
+def reader(words: list[str] = WORDS) -> PromptTokenizer:
+    return PromptTokenizer(
+        [Tokenizer(models.BPE())], [TokenizerSpec(file="t.json", context_length=8, known_words=words)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "unknown", "replaced"),
+    [
+        ("A Cat", "a cat", [], {}),
+        ("a pengiun on pnik", "a penguin on pink", [], {"pengiun": "penguin", "pnik": "pink"}),
+        ("a penguinn, backgroud", "a penguin, background", [], {"penguinn": "penguin", "backgroud": "background"}),
+        ("a zebra and a fox", "a and a fox", ["zebra"], {}),
+        ("a cot", "a", ["cot"], {}),  # three letters are near to too much
+        ("2 cats!", "2 cats", [], {}),
+        ("the cat's fox", "cat fox", ["the"], {}),
+        ("the cat’s fox", "cat fox", ["the"], {}),
+        ("🐱❤️ on pink", "🐱 ❤ on pink", [], {}),
+        ("a 🦄 on pink", "a on pink", ["🦄"], {}),
+        ("7 cats", "cats", ["7"], {}),
+        ("kitty,fox", "kitty, fox", [], {}),
+        ("???", "", [], {}),
+        ("", "", [], {}),
+    ],
+)
+def test_reading(prompt: str, text: str, unknown: list[str], replaced: dict[str, str]) -> None:
+    found = reader().read(prompt)
+    assert (found.text, found.unknown, found.replaced) == (text, unknown, replaced)
+
+
+def test_a_model_that_knows_every_word_gets_the_prompt_as_it_is() -> None:
+    found = reader([]).read("A  Zebra's “photo” 🦄!")
+    assert (found.text, found.unknown, found.replaced) == ("A  Zebra's “photo” 🦄!", [], {})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "near"),
+    [
+        ("cat", "cat", False), ("cat", "cats", True), ("cats", "cat", True), ("cat", "cut", True), ("cat", "act", True),
+        ("cat", "cta", True), ("cat", "tac", False), ("cat", "catch", False), ("abcd", "badc", False), ("", "a", True),
+    ],
+)  # fmt: skip
+def test_one_letter_apart(a: str, b: str, near: bool) -> None:
+    assert one_letter_apart(a, b) is near and one_letter_apart(b, a) is near
+
+
+def test_a_typo_is_the_word(tiny_artifact) -> None:
+    with Engine.load(tiny_artifact) as engine:
+        right = engine.generate(GenerateRequest(prompt="a rocket", seed=3))
+        typo = engine.generate(GenerateRequest(prompt="a rockett", seed=3))
+        assert typo.replaced_words == {"rockett": "rocket"} and typo.cached and not typo.unknown_words
+        assert (typo.images == right.images).all()
