@@ -88,7 +88,8 @@ class PromptTokenizer:
                 replaced[piece] = near
             elif piece.isalnum() or not piece.isascii():  # of the other signs nobody expects a picture
                 unknown[piece] = None
-        return Reading(text=" ".join(kept).replace(" ,", ","), unknown=list(unknown), replaced=replaced)
+        text = re.sub("( ,)+", ",", " ".join(kept)).strip(" ,")  # of what stood between commas, nothing may be left
+        return Reading(text=text, unknown=list(unknown), replaced=replaced)
 
     def _near(self, word: str) -> str | None:
         """The known word that is one letter away, the likeliest of several."""

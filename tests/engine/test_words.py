@@ -50,6 +50,7 @@ def reader(words: list[str] = WORDS) -> PromptTokenizer:
         ("a 🦄 on pink", "a on pink", ["🦄"], {}),
         ("7 cats", "cats", ["7"], {}),
         ("kitty,fox", "kitty, fox", [], {}),
+        ("a fox, zebra, on pink,", "a fox, on pink", ["zebra"], {}),
         ("???", "", [], {}),
         ("", "", [], {}),
     ],
