@@ -30,7 +30,7 @@ from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .muon import Muon
 from .recipe import Fit
 
-_PATIENCE = 50
+_MOST_SKIPPED = 50
 _EDGES = re.compile(r"(^|\.)conv_(in|out)\.")  # the first and last layer, whose rows are no features
 _COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -148,9 +148,9 @@ class _Run:
             self.skipped = 0
         else:  # one bad batch is passed over; a run that has diverged is not
             self.skipped += 1
-            if self.skipped >= _PATIENCE:
+            if self.skipped >= _MOST_SKIPPED:
                 raise ImagineFlashError(
-                    f"{self.task.name}: the gradient was not finite for {_PATIENCE} steps up to {step}; lower the learning rate"
+                    f"{self.task.name}: the gradient was not finite for {_MOST_SKIPPED} steps up to {step}; lower the learning rate"
                 )
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

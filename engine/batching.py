@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -43,17 +43,18 @@ class Batcher:
         self._downscale, self._last = manifest.downscale, manifest.schedule.num_train_timesteps - 1
         self._whole, self._graphs = whole, manifest.graph_names
         self._arrived: list[list[Chunk]] = []
-        self._active: list[Chunk] = []  # of the thread alone
+        self._active: tuple[Chunk, ...] = ()  # replaced by the thread alone, and never changed: anybody may read it
+        self._rows = 0  # of both
         self._forgotten = 0  # requests, since the last turn
         self._closed = False
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # guards all of these
         self._thread = threading.Thread(target=self._loop, name="imagine-flash", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
         """Pictures that were asked for and are not drawn yet."""
-        return sum(chunk.rows for chunks in self._arrived for chunk in chunks) + sum(c.rows for c in self._active)
+        return self._rows
 
     def submit(self, chunks: list[Chunk]) -> None:
         """Takes up a job's chunks. Raises EngineError after `close`, BusyError where too much waits already, RequestError
@@ -65,9 +66,10 @@ class Batcher:
             if rows > self.max_waiting:
                 most = f"at most {self.max_waiting} may wait here; ask for fewer"
                 raise RequestError(f"{rows} pictures at once, {most}", param="n")
-            if self.waiting + rows > self.max_waiting and (waiting := self._alive()) + rows > self.max_waiting:
+            if self._rows + rows > self.max_waiting and (waiting := self._alive()) + rows > self.max_waiting:
                 raise BusyError(f"{waiting} pictures wait already, at most {self.max_waiting} may; try again later")
             self._arrived.append(chunks)
+            self._rows += rows
             self._wake.notify()
 
     def _alive(self) -> int:
@@ -75,8 +77,18 @@ class Batcher:
         not be kept out by their own older requests."""
         kept = [chunks for chunks in self._arrived if not chunks[0].job.future.cancelled()]
         self._forgotten += len(self._arrived) - len(kept)
+        self._rows -= sum(c.rows for chunks in self._arrived for c in chunks) - sum(
+            c.rows for chunks in kept for c in chunks
+        )
         self._arrived = kept
-        return self.waiting - sum(chunk.rows for chunk in self._active if chunk.job.future.cancelled())
+        return self._rows - sum(chunk.rows for chunk in self._active if chunk.job.future.cancelled())
+
+    def _keep(self, chunks: Iterable[Chunk]) -> None:
+        """What is drawn from now on; the rest of it has left."""
+        kept = tuple(chunks)
+        with self._wake:
+            self._rows -= sum(chunk.rows for chunk in self._active) - sum(chunk.rows for chunk in kept)
+            self._active = kept
 
     def close(self) -> None:
         """Ends the thread after the call in progress, fails what waits, frees the backend. Waits for the thread."""
@@ -91,14 +103,16 @@ class Batcher:
             with self._wake:
                 self._wake.wait_for(lambda: self._arrived or self._active or self._closed)
                 arrived, self._arrived = self._arrived, []
+                self._active = tuple(
+                    sorted((*self._active, *(c for chunks in arrived for c in chunks)), key=lambda c: c.job.deadline)
+                )
                 self.counts["cancelled"] += self._forgotten
                 self._forgotten = 0
                 closed = self._closed
             if closed:
-                self._active += [chunk for chunks in arrived for chunk in chunks]
                 for chunk in self._active:
                     chunk.job.fail(EngineError(CLOSED))
-                self._active.clear()
+                self._keep(())
                 self.backend.close()
                 return
             try:
@@ -117,8 +131,6 @@ class Batcher:
 
     def _begin(self, arrived: Sequence[list[Chunk]]) -> None:
         """Takes up new jobs; their prompts are encoded together, those in the cache not at all."""
-        self._active += [chunk for chunks in arrived for chunk in chunks]
-        self._active.sort(key=lambda chunk: chunk.job.deadline)
         self._drop_the_ended()
         new = [chunks for chunks in arrived if not chunks[0].job.future.done()]
         if self._whole and not self._has_embedding_samplers(new):
@@ -172,7 +184,7 @@ class Batcher:
 
     def _next_group(self) -> list[Chunk]:
         """The chunks of the next call: those that go with the first, as many as fit."""
-        ready = [chunk for chunk in self._active if self._is_drawn(chunk)] or self._active
+        ready = [chunk for chunk in self._active if self._is_drawn(chunk)] or list(self._active)
         group: list[Chunk] = []
         for chunk in ready:
             together = not group or (
@@ -196,21 +208,24 @@ class Batcher:
                 tuple(map(join, zip(*(chunk.conditions for chunk in group), strict=True))),
             ),
         )  # fmt: skip
-        times, a, b = (self._rows(group, column) for column in ("times", "a", "b"))
+        times, a, b = (self._column(group, name) for name in ("times", "a", "b"))
         m = _timed(jobs, "denoise", lambda: self.backend.denoise(x, times, conditions))
-        self.counts[f"batch {len(times)}"] += 1
         x = _timed(jobs, "update", lambda: self.backend.update(x, m, a, b))
-        start = 0
-        for chunk in group:
-            chunk.x = x if len(group) == 1 else x[start : start + chunk.rows]
-            chunk.step, start = chunk.step + 1, start + chunk.rows
+        parts, start = [], 0
+        for chunk in group:  # nothing is committed before all is computed: a failing call is tried again
+            part = x if len(group) == 1 else x[start : start + chunk.rows]
             if chunk.start is not None:
                 plan, noise = self._plans[chunk.job.steps], self.backend.upload(chunk.noise)
-                chunk.x = chunk.start.kept(chunk.x, noise, *plan.levels[chunk.step])
+                part = chunk.start.kept(part, noise, *plan.levels[chunk.step + 1])
+            parts.append(part)
+            start += chunk.rows
+        self.counts[f"batch {len(times)}"] += 1
+        for chunk, part in zip(group, parts, strict=True):
+            chunk.x, chunk.step = part, chunk.step + 1
 
-    def _rows(self, group: Sequence[Chunk], column: str) -> NDArray[np.float32]:
+    def _column(self, group: Sequence[Chunk], name: str) -> NDArray[np.float32]:
         """One value per image: that of its plan at its step."""
-        values = [getattr(self._plans[chunk.job.steps], column)[chunk.step] for chunk in group]
+        values = [getattr(self._plans[chunk.job.steps], name)[chunk.step] for chunk in group]
         return np.concatenate([np.full(c.rows, value, np.float32) for c, value in zip(group, values, strict=True)])
 
     def _latents(self, chunk: Chunk) -> Array:
@@ -243,7 +258,7 @@ class Batcher:
         self, group: Sequence[Chunk], images: NDArray[np.uint8], finite: NDArray[np.bool_], stage: str
     ) -> None:
         """Hands the pictures out. An image that is black all over is what NaN becomes as uint8: never delivered."""
-        self._active = [chunk for chunk in self._active if chunk not in group]
+        self._keep(chunk for chunk in self._active if chunk not in group)
         start = 0
         for chunk in group:
             own = slice(start, start + chunk.rows)
@@ -279,7 +294,7 @@ class Batcher:
     def _end(self, chunk: Chunk, error: EngineError) -> None:
         self.counts["failed"] += 1
         chunk.job.fail(error)
-        self._active = [other for other in self._active if other.job is not chunk.job]
+        self._keep(other for other in self._active if other.job is not chunk.job)
 
     def _drop_the_ended(self) -> None:
         """Forgets cancelled jobs, and fails those whose deadline has passed."""
@@ -290,7 +305,7 @@ class Batcher:
                 chunk.job.fail(ExpiredError(f"not drawn within its {chunk.job.request.timeout:g} s; try again later"))
         gone = {chunk.job for chunk in self._active if chunk.job.future.done()}
         self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
-        self._active = [chunk for chunk in self._active if chunk.job not in gone]
+        self._keep(chunk for chunk in self._active if chunk.job not in gone)
 
 
 def _timed(jobs: Sequence[Job], stage: str, work: Callable[[], T]) -> T:

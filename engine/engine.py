@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -32,12 +33,12 @@ from .precision import bears
 from .prompt_cache import DEFAULT_BYTES, PromptCache
 from .request import GenerateRequest
 from .tokenizer import PromptTokenizer
-from .work import Chunk, GenerateResult, Job
+from .work import Chunk, GenerateResult, Job, Prepared
 
 Route = Literal["stages", "sampler"]
 ROUTES = ("stages", "sampler")
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "artifact"
-PATIENCE = 60.0  # seconds: how a request without a timeout ranks among those that have one
+DEFAULT_DEADLINE = 60.0  # seconds: how a request without a timeout ranks among those that have one
 MAX_WAITING = 1024  # pictures
 RESULT_BYTES = 2**30  # of one request's pictures
 STUDENT_BATCH = 4  # pictures of one network call, where a student runs in torch and nothing else is said
@@ -156,20 +157,26 @@ class Engine:
         Raises PlanError for steps the model has no plan for, RequestError for what it cannot draw, BusyError where too
         much waits already, EngineError after `close`.
         """
+        return self.start(self.prepare(request))
+
+    def prepare(self, request: GenerateRequest) -> Prepared:
+        """A request made ready in the caller's thread: checked, tokenised, its noise drawn. Raises PlanError, RequestError."""
         started = time.perf_counter()
         steps, size = self.check(request)
         reading = self.tokenizer.read(request.prompt)
         tokens = self.tokenizer.encode(reading.text)
         tokenized = time.perf_counter()
         noise = initial_noise(request.seed, request.count, self.manifest.latent_shape_of(size))
-        finished = time.perf_counter()
-        job = Job(
-            request=request, tokens=tokens, size=size, steps=steps, started=started, tokenize=tokenized - started,
-            noise_seconds=finished - tokenized, deadline=started + (request.timeout or PATIENCE),
-            expires=request.timeout is not None, reading=reading,
+        return Prepared(
+            request=request, reading=reading, tokens=tokens, noise=noise, size=size, steps=steps,
+            tokenize=tokenized - started, noise_seconds=time.perf_counter() - tokenized,
         )  # fmt: skip
-        rows = range(0, request.count, self.max_batch)
-        self.batcher.submit([Chunk(job, row, noise[row : row + self.max_batch]) for row in rows])
+
+    def start(self, prepared: Prepared) -> Future[GenerateResult]:
+        """Accept what `prepare` gave; cheap enough for any thread. Raises BusyError, EngineError, RequestError as `submit`."""
+        job = Job(prepared, default_deadline=DEFAULT_DEADLINE)
+        rows = range(0, prepared.request.count, self.max_batch)
+        self.batcher.submit([Chunk(job, row, prepared.noise[row : row + self.max_batch]) for row in rows])
         return job.future
 
     def check(self, request: GenerateRequest) -> tuple[int, Size]:
@@ -187,13 +194,11 @@ class Engine:
                 )
         return steps, size
 
-    def preview(self, request: GenerateRequest) -> GenerateRequest | None:
-        """The request in one step, from the same noise; None if that is what it asks for, or there is no such plan.
-
-        Raises PlanError, RequestError for the request itself.
-        """
-        steps, _ = self.check(request)
-        return request.model_copy(update={"steps": 1}) if steps > 1 and 1 in self._plans else None
+    def preview(self, prepared: Prepared) -> Prepared | None:
+        """The same in one step, from the same noise; None if that is what it asks for, or there is no such plan."""
+        if prepared.steps == 1 or 1 not in self._plans:
+            return None
+        return replace(prepared, request=prepared.request.model_copy(update={"steps": 1}), steps=1)
 
     def generate(self, request: GenerateRequest) -> GenerateResult:
         """Draw a request and wait for it. Raises what `submit` raises, and EngineError for a failing backend."""
@@ -205,9 +210,10 @@ class Engine:
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
         """The request in one step as a preview, then in all its steps, from the same noise."""
-        if (preview := self.preview(request)) is not None:
-            yield await self.agenerate(preview)
-        yield await self.agenerate(request)
+        prepared = self.prepare(request)
+        if (preview := self.preview(prepared)) is not None:
+            yield await asyncio.wrap_future(self.start(preview))
+        yield await asyncio.wrap_future(self.start(prepared))
 
     def close(self) -> None:
         """Free the backend after the call in progress; requests that wait fail, and so do later ones."""

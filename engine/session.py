@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..core.errors import EngineError, ImagineFlashError, RequestError
 from .engine import Engine
 from .request import GenerateRequest
-from .work import GenerateResult
+from .work import GenerateResult, Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +32,16 @@ class Session:
     that runs before its next call (encode | step | decode). Sequence numbers of results never go backwards.
 
     deliver: called with each result, in the engine's thread, so it must be quick. preview: each request is drawn in one
-    step first, and in its own number of steps, from the same noise, if nothing newer came meanwhile. patience: seconds
+    step first, and in its own number of steps, from the same noise, if nothing newer came meanwhile. let_finish_after: seconds
     after which a request that runs is let finish beside the newest one, since somebody who types faster than the engine
     draws would see nothing until they stop; None cancels always.
     """
 
     def __init__(
         self, engine: Engine, deliver: Callable[[SessionResult], None], *, preview: bool = False,
-        patience: float | None = None,
+        let_finish_after: float | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self.preview, self.patience = engine, preview, patience
+        self.engine, self.preview, self.let_finish_after = engine, preview, let_finish_after
         self.replaced = 0  # requests that a newer one made obsolete
         self.newest = 0  # the highest number so far
         self._deliver = deliver
@@ -67,12 +67,14 @@ class Session:
             seq = self.newest + 1 if seq is None else seq
             if seq <= self.newest:
                 raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}", param="seq")
+            prepared = self.engine.prepare(request)  # in the caller's thread, the preview's follower too
             wants_preview = self.preview if preview is None else preview
-            first = (self.engine.preview(request) if wants_preview else None) or request
-            future = self.engine.submit(first)
+            first = self.engine.preview(prepared) if wants_preview else None
+            future = self.engine.start(first or prepared)
             self._make_way()
             self.newest, self._future = seq, future
-        future.add_done_callback(lambda done: self._arrived(seq, label, request, first, done))
+        follower = prepared if first else None
+        future.add_done_callback(lambda done: self._arrived(seq, label, follower, done))
         return seq
 
     def close(self) -> None:
@@ -88,35 +90,40 @@ class Session:
         """For a newer request: cancels the newest so far, or spares it where nothing was delivered for too long."""
         now = time.perf_counter()
         self._unanswered = now if self._unanswered is None else self._unanswered
-        late = self.patience is not None and now - self._unanswered > self.patience
+        late = self.let_finish_after is not None and now - self._unanswered > self.let_finish_after
         if late and self._spared is None and self._future is not None and not self._future.done():
             self._spared = self._future
         elif self._future is not None:
             self.replaced += self._future.cancel()
 
     def _arrived(
-        self, seq: int, label: object, request: GenerateRequest, drawn: GenerateRequest, future: Future[GenerateResult]
-    ) -> None:
+        self, seq: int, label: object, follower: Prepared | None, future: Future[GenerateResult]
+    ) -> None:  # fmt: skip
+        """Delivers what came of a request; `follower` is what comes after a preview."""
         with self._lock:
             spared = future is self._spared
             if spared:
                 self._spared = None
             if self._closed or seq < self._delivered or not (spared or future is self._future):
                 return  # obsolete, or cancelled
-            preview = drawn is not request
             try:
-                found = SessionResult(seq=seq, label=label, result=future.result(), preview=preview)
-                if preview and not spared:
-                    self._future = self.engine.submit(request)
+                found = SessionResult(seq=seq, label=label, result=future.result(), preview=follower is not None)
             except CancelledError:
                 return
             except ImagineFlashError as error:
-                found, preview = SessionResult(seq=seq, label=label, error=error), False
-            following = self._future if preview and not spared else None
+                found, follower = SessionResult(seq=seq, label=label, error=error), None
+            following = refusal = None
+            if follower is not None and not spared:
+                try:  # before the preview is delivered, since its reader may answer with something newer
+                    following = self._future = self.engine.start(follower)
+                except ImagineFlashError as error:
+                    refusal = error
             self._delivered, self._unanswered = seq, None
             self._deliver(found)
+            if refusal is not None and self.newest == seq:
+                self._deliver(SessionResult(seq=seq, label=label, error=refusal))
         if following is not None:
-            following.add_done_callback(lambda done: self._arrived(seq, label, request, request, done))
+            following.add_done_callback(lambda done: self._arrived(seq, label, None, done))
 
 
 class Mailbox:
@@ -131,13 +138,15 @@ class Mailbox:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._latest: SessionResult | None = None
+        self._lock = threading.Lock()
         self._closed = False
         self.skipped = 0  # results that a newer one replaced before they were read
 
     def put(self, found: SessionResult) -> None:
         """From any thread."""
-        self.skipped += self._latest is not None
-        self._latest = found
+        with self._lock:
+            self.skipped += self._latest is not None
+            self._latest = found
         self._call(self._arrived.set)
 
     def close(self) -> None:
@@ -149,7 +158,8 @@ class Mailbox:
         while not self._closed:
             await self._arrived.wait()
             self._arrived.clear()
-            found, self._latest = self._latest, None
+            with self._lock:
+                found, self._latest = self._latest, None
             if found is not None and not self._closed:
                 yield found
 

@@ -63,25 +63,39 @@ class GenerateResult:
     cached: bool = False
 
 
-@dataclass(eq=False)
-class Job:
-    """One request: what the caller's thread prepared, and what the worker found out."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request with what the caller's thread made of it: noise (count, C, h, w), and the seconds that it took."""
 
     request: GenerateRequest
+    reading: Reading
     tokens: Tokens
+    noise: NDArray[np.float32]
     size: Size
     steps: int
-    started: float  # perf_counter when the request was made
     tokenize: float
     noise_seconds: float
-    deadline: float  # perf_counter; the earliest goes first
-    expires: bool
-    reading: Reading
-    future: Future[GenerateResult] = field(default_factory=Future)
-    submitted: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    pictures: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by the row of a chunk's first picture
-    cached: bool = False
+
+
+class Job:
+    """One request on its way, and what the worker found out. deadline: perf_counter; the earliest goes first."""
+
+    def __init__(self, prepared: Prepared, *, default_deadline: float) -> None:
+        """default_deadline: seconds, how a request without a timeout ranks among those that have one."""
+        self.request, self.tokens, self.size, self.steps = (
+            prepared.request,
+            prepared.tokens,
+            prepared.size,
+            prepared.steps,
+        )
+        self.prepared = prepared
+        self.started = time.perf_counter() - prepared.tokenize - prepared.noise_seconds
+        self.expires = self.request.timeout is not None
+        self.deadline = self.started + (self.request.timeout or default_deadline)
+        self.future: Future[GenerateResult] = Future()
+        self.seconds: dict[str, list[float]] = {}
+        self.pictures: dict[int, NDArray[np.uint8]] = {}  # by the row of a chunk's first picture
+        self.cached = False
 
     def spent(self, stage: str, seconds: float) -> None:
         self.seconds.setdefault(stage, []).append(seconds)
@@ -101,7 +115,7 @@ class Job:
             images = restore(images, self.request.image, self.request.mask)
         result = GenerateResult(
             images=images, timings=self._timings(), steps=self.steps, seed=self.request.seed,
-            unknown_words=self.reading.unknown, replaced_words=self.reading.replaced, cached=self.cached,
+            unknown_words=self.prepared.reading.unknown, replaced_words=self.prepared.reading.replaced, cached=self.cached,
         )  # fmt: skip
         with suppress(InvalidStateError):  # cancelled meanwhile
             self.future.set_result(result)
@@ -111,9 +125,10 @@ class Job:
             return sum(self.seconds.get(stage, ()))
 
         total = time.perf_counter() - self.started
-        at_work = self.tokenize + self.noise_seconds + sum(map(sum, self.seconds.values()))
+        tokenize, noise = self.prepared.tokenize, self.prepared.noise_seconds
+        at_work = tokenize + noise + sum(map(sum, self.seconds.values()))
         return Timings(
-            tokenize=self.tokenize, noise=self.noise_seconds, queue=max(0.0, total - at_work), encode=summed("encode"),
+            tokenize=tokenize, noise=noise, queue=max(0.0, total - at_work), encode=summed("encode"),
             denoise=tuple(self.seconds.get("denoise", ())), update=summed("update"), decode=summed("decode"),
             copy=summed("copy"), sampler=tuple(self.seconds.get("sampler", ())), total=total,
         )  # fmt: skip

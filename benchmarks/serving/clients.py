@@ -32,7 +32,7 @@ from ...engine import GenerateRequest
 from ..processes import COMMAND, resident_mb
 
 GENERATIONS = "/v1/images/generations"
-PATIENCE = 60.0  # seconds until a server that does not answer is an error
+NO_ANSWER_AFTER = 60.0  # seconds until a server that does not answer is an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def serving(model: Path, backend: str, *further: str, max_queue: int) -> Iterato
         finally:
             process.terminate()
             try:
-                process.wait(PATIENCE)
+                process.wait(NO_ANSWER_AFTER)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -102,7 +102,7 @@ def serving(model: Path, backend: str, *further: str, max_queue: int) -> Iterato
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> Server:
     """Waits until it has said where it listens, and its model is warm."""
-    limit = time.monotonic() + 2 * PATIENCE
+    limit = time.monotonic() + 2 * NO_ANSWER_AFTER
     while time.monotonic() < limit and process.poll() is None:
         said = re.search(r"^http://127\.0\.0\.1:(\d+)\s*$", log.read_text(encoding="utf-8"), re.MULTILINE)
         if said is not None:
@@ -138,7 +138,7 @@ class HttpClient:
     """One connection that is kept; opened again after an error."""
 
     def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=NO_ANSWER_AFTER)
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body. Raises OSError."""
@@ -186,11 +186,11 @@ class StreamClient:
     def __init__(self, port: int) -> None:
         from websockets.sync.client import connect
 
-        plain = socket.create_connection(("127.0.0.1", port), PATIENCE)  # given, no proxy is asked for
+        plain = socket.create_connection(("127.0.0.1", port), NO_ANSWER_AFTER)  # given, no proxy is asked for
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connect(f"ws://127.0.0.1:{port}/v1/stream", sock=plain, compression=None, max_size=None)
         self.newest = 0
-        self._socket.recv(PATIENCE)  # "ready"
+        self._socket.recv(NO_ANSWER_AFTER)  # "ready"
 
     def send(self, request: GenerateRequest) -> int:
         """Asks for a picture; its number."""
@@ -199,7 +199,7 @@ class StreamClient:
         self._socket.send(json.dumps({"seq": self.newest, **asked}))
         return self.newest
 
-    def receive(self, timeout: float = PATIENCE) -> tuple[int, Answer]:
+    def receive(self, timeout: float = NO_ANSWER_AFTER) -> tuple[int, Answer]:
         """The next picture and its number; `seconds` is 0. Raises TimeoutError, ImagineFlashError."""
         message = self._socket.recv(timeout)
         if isinstance(message, str):

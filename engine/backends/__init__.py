@@ -82,7 +82,7 @@ class Backend(Protocol):
         ...
 
     def update(self, x: Array, m: Array, a: NDArray[np.float32], b: NDArray[np.float32]) -> Array:
-        """a x + b m with one coefficient per image: a, b (B,); may write into x."""
+        """a x + b m with one coefficient per image: a, b (B,). x stays as it is, since a failing turn is tried again."""
         ...
 
     def finite(self, x: Array) -> NDArray[np.bool_]:

@@ -47,7 +47,7 @@ class GraphBackend(ABC, Generic[Described]):
                 self._graph(graph, batch)
 
     def upload(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return values.copy()  # `update` writes into it
+        return values
 
     def join(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
@@ -67,9 +67,7 @@ class GraphBackend(ABC, Generic[Described]):
         self, x: NDArray[np.float32], m: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         rows = (-1, *(1,) * (x.ndim - 1))
-        x *= a.reshape(rows)
-        x += b.reshape(rows) * m
-        return x
+        return a.reshape(rows) * x + b.reshape(rows) * m
 
     def finite(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
         return np.asarray(np.isfinite(x).all(axis=tuple(range(1, x.ndim))))

@@ -107,7 +107,7 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
             self._steps = torch.arange(self.batches[-1], dtype=torch.int32, device=self._device)
             x = torch.zeros(1, *self.manifest.latent_shape, device=self._device)
             try:  # compiled now, not in the first request
-                update_in_place(x, x.clone(), x.new_zeros(1, 3), self._steps[:1])
+                fused_update(x, x, x.new_zeros(1, 3), self._steps[:1])
             except Exception as error:
                 raise ArtifactError(f"Triton, which needs a C compiler, cannot start: {str(error)[:300]}") from None
 
@@ -207,7 +207,7 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
 
     def update(self, x: Any, m: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> Any:
         rows = self.upload(np.stack([a, b, np.zeros_like(a)], axis=1))
-        return update_in_place(x, m, rows, self._steps[: len(a)])
+        return fused_update(x, m, rows, self._steps[: len(a)])
 
     def finite(self, x: Any) -> NDArray[np.bool_]:
         self._torch.cuda.set_stream(self._stream)
@@ -233,9 +233,9 @@ def plan_of(folder: Path, graph: str, machine: Machine) -> Path:
     return plan
 
 
-def update_in_place(x: Any, m: Any, rows: Any, steps: Any) -> Any:
-    """x <- a x + b m. rows: float32 (B, 3) of a, b, 0 for each image; steps: int32 0..B-1, on x's device."""
+def fused_update(x: Any, m: Any, rows: Any, steps: Any) -> Any:
+    """a x + b m. rows: float32 (B, 3) of a, b, 0 for each image; steps: int32 0..B-1, on x's device."""
     from ...kernels.update import Coefficients, noise_corrected_update
 
     table = Coefficients(rows=rows, positions=steps, renoises=(False,) * len(rows), starts=(0,))
-    return noise_corrected_update(x, m, table, steps, out=x)
+    return noise_corrected_update(x, m, table, steps)

@@ -175,12 +175,12 @@ class TorchBackend(GraphBackend[ModelDescription]):
     @torch.inference_mode()
     def update(self, x: Any, m: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> Any:
         if self._on_gpu:
-            from .tensorrt import update_in_place
+            from .tensorrt import fused_update
 
             table = self.upload(np.stack([a, b, np.zeros_like(a)], axis=1))
-            return update_in_place(x, m, table, self._rows[: len(a)])
+            return fused_update(x, m, table, self._rows[: len(a)])
         rows = (-1, *(1,) * (x.ndim - 1))
-        return x.mul_(torch.from_numpy(a).view(rows)).add_(torch.from_numpy(b).view(rows) * m)
+        return torch.from_numpy(a).view(rows) * x + torch.from_numpy(b).view(rows) * m
 
     @torch.inference_mode()
     def finite(self, x: Any) -> NDArray[np.bool_]:

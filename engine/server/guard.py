@@ -72,17 +72,17 @@ class Guard:
     async def _limited(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: Send) -> None:
         """Counts the body as it arrives: content-length may be absent, or a lie."""
         limit, seen, whole = body_limit(scope["path"], headers, self.settings), 0, scope["type"] != "http"
-        patience = min(MOST_SILENCE, self.settings.timeout)
+        silence = min(MOST_SILENCE, self.settings.timeout)
 
         async def counted() -> Message:
             nonlocal seen, whole
             if whole:
                 return await receive()
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(silence):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"{patience:g} seconds without the rest of the request") from None
+                raise HTTPException(408, f"{silence:g} seconds without the rest of the request") from None
             whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > limit:

@@ -47,7 +47,7 @@ except ImportError:
 
 from .ray_app import NAME, QUIET, deployment  # noqa: E402
 
-PATIENCE = 3  # seconds, until somebody answers at RAY_ADDRESS
+CONNECT_TIMEOUT = 3  # seconds, until somebody answers at RAY_ADDRESS
 PER_REPLICA = 16  # requests and open WebSockets of a replica, above which another is started
 
 
@@ -133,7 +133,7 @@ def check_address(address: str) -> None:
     if "/" in address or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise RequestError(f"RAY_ADDRESS must be HOST:PORT as `ray start` says it, auto or local, got {address!r}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
         reason = _refusal(address)
     except OSError as error:
         reason = error.strerror or error
@@ -147,7 +147,7 @@ def _refusal(address: str) -> str:
         return ""
     try:
         with grpc.insecure_channel(address) as channel:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=PATIENCE)
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=CONNECT_TIMEOUT)
     except grpc.RpcError as error:
         code = error.code() if isinstance(error, grpc.Call) else None
         if code == grpc.StatusCode.UNAUTHENTICATED and os.environ.get("RAY_AUTH_MODE") != "token":

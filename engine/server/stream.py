@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .app import Holder
 
 PROTOCOL = "imagine-flash"
-PATIENCE = 0.3  # seconds without a picture while somebody types
+LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
 TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG, INTERNAL = 1013, 1003, 1009, 1011
 LOG = logging.getLogger(SERVER)
@@ -75,7 +75,7 @@ class _Connection:
     def __init__(self, socket: WebSocket, engine: Any, settings: ServerSettings, metrics: Metrics) -> None:
         self.socket, self.engine, self.settings, self.metrics = socket, engine, settings, metrics
         self.mailbox = Mailbox()
-        self.session = Session(engine, self.mailbox.put, patience=PATIENCE)
+        self.session = Session(engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER)
         self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
 

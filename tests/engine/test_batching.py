@@ -297,3 +297,77 @@ def test_a_request_beyond_memory_is_refused_before_it_is_made(engine: Engine, mo
 def test_the_line_that_says_what_was_chosen(engine: Engine) -> None:
     assert engine.backend.name in engine.describe() and "cpu" in engine.describe() and "fp32" in engine.describe()
     assert isinstance(engine.backend, OnnxruntimeBackend) == (engine.backend.name == "onnxruntime")
+
+
+@pytest.mark.parametrize("stage", ["upload", "update", "denoise"])
+def test_a_turn_that_failed_in_the_middle_is_tried_again_from_where_it_began(engine: Engine, stage: str) -> None:
+    """It happened that x and step had changed before `upload` failed: the retry ran the step twice, and an edit that was 98
+    levels wrong was delivered as a success."""
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    mask = np.zeros((64, 64), np.float32)
+    mask[16:48, 16:48] = 1
+    edits = [ask(p, seed=s, image=picture, mask=mask, strength=0.9) for p, s in (("a dog", 1), ("a fox", 2))]
+    expected = [engine.generate(edit).images for edit in edits]
+    gate = Gate(engine)
+    first = engine.submit(ask("a cat on pink"))
+    assert gate.entered.wait(20)
+    futures = [engine.submit(edit) for edit in edits]  # they will share calls
+    inner, calls = getattr(engine.backend, stage), iter(range(100))
+    after = 5 if stage == "upload" else 1  # the newcomers' own noise and masks are uploaded before their first turn
+
+    def failing(*args):
+        if next(calls) == after:
+            raise RuntimeError("out of memory")
+        return inner(*args)
+
+    setattr(engine.backend, stage, failing)
+    gate.open.set()
+    got = [future.result(20).images for future in futures]
+    assert first.result(20) and next(calls) > after, "the failure was never injected"
+    assert all(likeness(a, b) <= 1 for a, b in zip(got, expected, strict=True))
+
+
+def test_requests_between_two_turns_count_as_waiting(tiny_artifact: Path) -> None:
+    """It happened that what had been taken from the queue and was not yet active counted nowhere, and too much was let in."""
+    with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=2) as engine:
+        entered, go, begin = threading.Event(), threading.Event(), engine.batcher._begin
+
+        def held(arrived):
+            entered.set()
+            assert go.wait(20)
+            return begin(arrived)
+
+        engine.batcher._begin = held  # type: ignore[method-assign]
+        first = engine.submit(ask(count=2))
+        assert entered.wait(20) and engine.batcher.waiting == 2
+        with pytest.raises(BusyError, match="2 pictures wait already"):
+            engine.submit(ask())
+        go.set()
+        assert first.result(20).images.shape[0] == 2 and engine.batcher.waiting == 0
+
+
+def test_no_more_than_may_wait_get_in_while_many_ask(tiny_artifact: Path) -> None:
+    """Sixteen threads that ask, cancel and ask again: what waits never passes the limit, and nothing is left."""
+    with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=6) as engine:
+        most: list[int] = []
+        end = time.monotonic() + 1.5
+
+        def asker(seed: int) -> None:
+            while time.monotonic() < end:
+                try:
+                    future = engine.submit(ask(seed=seed, steps=1 + seed % 3))
+                except BusyError:
+                    continue
+                most.append(engine.batcher.waiting)
+                if seed % 2:
+                    future.cancel()
+                else:
+                    future.result(20)
+
+        threads = [threading.Thread(target=asker, args=(seed,)) for seed in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        engine.generate(ask())
+        assert max(most) <= 6 and engine.batcher.waiting == 0

@@ -84,12 +84,12 @@ def test_a_newer_request_cancels_at_the_next_boundary(
     assert drawn == 1 + (stage == "decode"), "the one that ran is stopped at the next call, those that waited never run"
 
 
-def test_patience_lets_one_older_picture_through(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_while_one_older_picture_through(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Typing faster than the engine draws: without it nothing would be shown until the typing stops."""
     inbox = Inbox()
-    session = Session(engine, inbox, patience=0.05)
+    session = Session(engine, inbox, let_finish_after=0.05)
     entered, go = hold(engine, monkeypatch, "denoise")
-    for prompt in ("a cat", "a cat on", "a cat on a"):  # within the patience: each cancels the one before
+    for prompt in ("a cat", "a cat on", "a cat on a"):  # soon: each cancels the one before
         session.submit(ask(prompt))
     assert entered.wait(20)
     time.sleep(0.06)
@@ -101,7 +101,7 @@ def test_patience_lets_one_older_picture_through(engine: Engine, monkeypatch: py
     assert [found.seq for found in inbox.found] == [3, 6]
     session.submit(ask("a dog"))
     session.submit(ask("a dog on pink"))
-    assert inbox.until(8) and [found.seq for found in inbox.found][-1] == 8, "after a picture patience begins anew"
+    assert inbox.until(8) and [found.seq for found in inbox.found][-1] == 8, "after a picture the time begins anew"
 
 
 def test_the_preview_comes_first_and_only_while_it_is_the_newest(
@@ -184,16 +184,16 @@ ACTION = st.tuples(st.integers(0, 2), st.sampled_from(["submit", "submit", "subm
 
 @given(
     actions=st.lists(ACTION, max_size=25), preview=st.booleans(), seed=st.integers(0, 99),
-    patience=st.sampled_from([None, 0.0, 0.01]),
+    let_finish_after=st.sampled_from([None, 0.0, 0.01]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_interleaving(
-    engine: Engine, actions: list[tuple[int, str]], preview: bool, seed: int, patience: float | None
+    engine: Engine, actions: list[tuple[int, str]], preview: bool, seed: int, let_finish_after: float | None
 ) -> None:
     """Three sessions on one engine, typed into by threads of their own, with requests refused and calls that crash."""
     rng = random.Random(seed)
     inboxes = [Inbox() for _ in range(3)]
-    sessions = [Session(engine, inbox, preview=preview, patience=patience) for inbox in inboxes]
+    sessions = [Session(engine, inbox, preview=preview, let_finish_after=let_finish_after) for inbox in inboxes]
     newest, inner, crashes = [0, 0, 0], engine.backend.denoise, threading.Event()
 
     def denoise(*args):
@@ -264,3 +264,41 @@ def test_a_slow_reader_gets_the_newest_and_no_queue(engine: Engine) -> None:
         session.close()
 
     asyncio.run(main())
+
+
+def test_a_preview_that_was_drawn_is_delivered_though_its_follower_is_refused(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happened that the follower's BusyError took the preview's place."""
+    from imagine_flash.core.errors import BusyError
+
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        inbox, start, calls = Inbox(), engine.start, []
+
+        def second_is_refused(prepared):
+            calls.append(threading.current_thread().name)
+            if len(calls) == 2:
+                raise BusyError("too much waits; try again later")
+            return start(prepared)
+
+        monkeypatch.setattr(engine, "start", second_is_refused)
+        session = Session(engine, inbox, preview=True)
+        session.submit(ask())
+        preview, refusal = inbox.until(1, preview=True), inbox.until(1)
+        assert preview.result is not None and preview.error is None
+        assert isinstance(refusal.error, BusyError) and [f.preview for f in inbox.found] == [True, False]
+
+
+def test_nothing_is_tokenised_in_the_engines_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    inner = engine.tokenizer.encode
+
+    def encode(text: str):
+        threads.append(threading.current_thread().name)
+        return inner(text)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+    inbox = Inbox()
+    Session(engine, inbox, preview=True).submit(ask("a fox"))
+    assert inbox.until(1).result is not None and inbox.until(1, preview=True).result is not None
+    assert threads == ["MainThread"]

@@ -15,7 +15,7 @@ from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.core.images import psnr
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends import Wanted, choose, installed, load_backend
-from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, plan_of, update_in_place
+from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, fused_update, plan_of
 from imagine_flash.export.tensorrt import build_plans, write_plan, write_tensorrt
 from imagine_flash.tests.tensorrt_artifact import HERE, NEEDS_TENSORRT, WITHOUT_TENSORRT, build_artifact, flip, key_of
 
@@ -88,8 +88,8 @@ def test_the_update_is_a_x_plus_b_m_per_image() -> None:
     x, m = (rng.standard_normal((3, 4, 8, 8)).astype(np.float32) for _ in range(2))
     a, b = np.array([[0.5, 1.0, -0.25], [0.75, 0.0, 2.0]], np.float32)
     state, rows = torch.from_numpy(x.copy()), torch.from_numpy(np.stack([a, b, np.zeros_like(a)], axis=1))
-    got = update_in_place(state, torch.from_numpy(m), rows, torch.arange(3, dtype=torch.int32))
-    assert got is state
+    got = fused_update(state, torch.from_numpy(m), rows, torch.arange(3, dtype=torch.int32))
+    assert torch.equal(state, torch.from_numpy(x)), "the state stays: a failing turn is tried again"
     np.testing.assert_allclose(got, a[:, None, None, None] * x + b[:, None, None, None] * m, rtol=1e-6, atol=1e-6)
 
 
