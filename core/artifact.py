@@ -3,11 +3,12 @@
 Reading raises ArtifactError with one line that names the folder, the field or file, and the way out.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,6 +20,7 @@ from .files import (
     atomic_folder,
     hash_files,
     hash_folder,
+    known_sha256,
     refuse_foreign,
     sha256_file,
 )
@@ -70,6 +72,14 @@ __all__ = [
     "write_manifest",
 ]
 
+DIGEST = "sha256"  # the manifest's field
+GRAPH_FILES = (
+    ".onnx",
+    ".bin",
+    ".data",
+    ".xml",
+)  # that a runtime reads; TensorRT plans are made later and have names of their own
+
 Manifest = TypeVar("Manifest", StudentManifest, ArtifactManifest)
 
 
@@ -85,15 +95,21 @@ def read_student_manifest(folder: str | Path) -> StudentManifest:
 
 
 def read_artifact_manifest(folder: str | Path, verify: bool = True) -> ArtifactManifest:
-    """The manifest of an artifact folder; with `verify` every listed file is read and hashed. Raises ArtifactError."""
+    """The manifest of an artifact folder; with `verify` every listed file is hashed, once a process. Raises ArtifactError."""
     folder = Path(folder)
     manifest = _read(folder, ARTIFACT_FILE, ArtifactManifest)
+    _check_nothing_is_unlisted(folder, manifest)
     for name, digest in manifest.files.items():
-        if not (folder / name).is_file():
+        path = folder / name
+        if not path.is_file():
             raise ArtifactError(
                 f"{folder}: {name} is missing; copy the folder again or run 'imagine-flash export' again"
             )
-        if verify and sha256_file(folder / name) != digest:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(
+                f"{folder}: {name} is a link that leads out of the folder; copy the file itself, or give the hub id"
+            )
+        if verify and known_sha256(path) != digest:
             raise ArtifactError(
                 f"{folder}: {name} differs from the sha256 in {ARTIFACT_FILE}: it is damaged or was changed; "
                 "copy the folder again or run 'imagine-flash export' again"
@@ -101,11 +117,24 @@ def read_artifact_manifest(folder: str | Path, verify: bool = True) -> ArtifactM
     return manifest
 
 
+def _check_nothing_is_unlisted(folder: Path, manifest: ArtifactManifest) -> None:
+    """Graphs name further files, which a runtime would load: every file of that kind must be listed, and so hashed."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in GRAPH_FILES and path.is_file() and name not in manifest.files:
+            raise ArtifactError(
+                f"{folder}: {name} is not listed in {ARTIFACT_FILE}, so nobody vouches for it; remove it or export again"
+            )
+
+
 def write_manifest(folder: str | Path, manifest: StudentManifest | ArtifactManifest) -> Path:
     """Writes the manifest into its file in `folder` and returns the path."""
     path = Path(folder) / (STUDENT_FILE if isinstance(manifest, StudentManifest) else ARTIFACT_FILE)
+    values = json.loads(manifest.model_dump_json())
+    if isinstance(manifest, ArtifactManifest):
+        values[DIGEST] = digest_of(values)
     with atomic_file(path) as temporary:
-        temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -130,9 +159,21 @@ def _read(folder: Path, file: str, kind: type[Manifest]) -> Manifest:
             "upgrade: pip install --upgrade imagine-flash"
         )
     try:
-        return kind.model_validate(raw)
+        manifest = kind.model_validate(raw)
     except ValidationError as error:
         raise ArtifactError(f"{path}: {first_problem(error, kind.model_fields)}") from None
+    if DIGEST in kind.model_fields and raw.get(DIGEST) != digest_of(raw):
+        raise ArtifactError(
+            f"{path} was changed after the export (its sha256 is another): it no longer says how the pictures were checked; "
+            "run 'imagine-flash export' again"
+        )
+    return manifest
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest's fields, but for the digest itself: plans, prediction type and schedule are bound by it."""
+    rest = {name: value for name, value in values.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _why_no_manifest(folder: Path, file: str) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -21,6 +22,17 @@ def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file's content, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file that is hashed anew only where its size, date or place changed since this process last did."""
+    found = os.stat(path)
+    return _sha256_of(str(Path(path).resolve()), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@functools.lru_cache(4096)
+def _sha256_of(path: str, *_signature: int) -> str:
+    return sha256_file(path)
 
 
 def hash_files(folder: str | Path, *, leave_out: Sequence[str] = (ARTIFACT_FILE,)) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """Folders by the name they have on the Hugging Face hub."""
 
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from .errors import ArtifactError, missing_extra
+from .files import ARTIFACT_FILE, CACHE_VARIABLE, atomic_folder, cache_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLED = ("*pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # never read here, so never fetched
@@ -25,9 +28,43 @@ def local_folder(name: str | Path, *, ignore: Sequence[str] = ()) -> Path:
         raise missing_extra("huggingface_hub", "cpu") from None
     known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
     try:
-        return Path(hub.snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore]))
+        return _with_files_of_its_own(
+            Path(hub.snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore])), str(name)
+        )
     except known as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(
             f"{name} is no folder here and could not be fetched from the Hugging Face hub ({reason}); check the path"
         ) from None
+
+
+def _with_files_of_its_own(snapshot: Path, name: str) -> Path:
+    """An artifact of the hub's cache without links: there, files are links to `blobs/`, and runtimes refuse weights outside
+    the folder of their graph. Hard links where the file system has them, so that nothing is stored twice."""
+    if not (snapshot / ARTIFACT_FILE).is_file() or not any(path.is_symlink() for path in snapshot.rglob("*")):
+        return snapshot
+    error: ArtifactError | None = None
+    for place in (snapshot.parents[1] / "imagine-flash", cache_folder("hub")):  # beside the blobs, where one may write
+        if place is None:
+            continue
+        target = place / f"{name.replace('/', '--')}-{snapshot.name}"
+        if (target / ARTIFACT_FILE).is_file():
+            return target
+        try:
+            place.mkdir(exist_ok=True)
+            with atomic_folder(target) as temporary:
+                for path in filter(Path.is_file, snapshot.rglob("*")):
+                    copy = temporary / path.relative_to(snapshot)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    _link_or_copy(path.resolve(), copy)
+            return target
+        except (ArtifactError, OSError) as reason:
+            error = ArtifactError(f"cannot unpack {name} ({reason}); set {CACHE_VARIABLE} to a folder with room")
+    raise error or ArtifactError(f"cannot unpack {name}; set {CACHE_VARIABLE} to a folder")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(source, target)

@@ -214,6 +214,7 @@ class ArtifactManifest(ModelDescription):
     references: list[ReferencePicture] = []
     formats: dict[str, dict[str, Any]] = {}  # what lies beside the ONNX graphs, by format
     student_sha256: str
+    sha256: str = ""  # of all other fields; `write_manifest` sets it
 
     @field_validator("files")
     @classmethod

@@ -165,5 +165,9 @@ def distill(
         out,
         extra={STUDENT_FILE: manifest.model_dump_json(indent=2)},
         replaces=(STUDENT_FILE,),
+        sampler={
+            "plans": {str(n): list(times) for n, times in recipe.plans.items()},
+            "noise_correction": recipe.noise_correction,
+        },
     )
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -234,11 +235,13 @@ def begin_with(networks: Networks, earlier: Networks) -> dict[str, int]:
 
 
 def save_pipeline(
-    networks: Networks, out: Path, *, extra: dict[str, str] | None = None, replaces: Sequence[str] = ()
-) -> None:
+    networks: Networks, out: Path, *, extra: dict[str, str] | None = None, replaces: Sequence[str] = (),
+    sampler: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write a diffusers StableDiffusionPipeline folder in half precision, in one atomic rename, from the first process.
 
-    extra: further files by name. replaces: an old folder with one of these files gives way.
+    extra: further files by name. replaces: an old folder with one of these files gives way. sampler: keys of the scheduler's
+    config that ImagineFlashScheduler reads; stock classes pass over them.
     """
     if not PartialState().is_main_process:
         return
@@ -252,5 +255,8 @@ def save_pipeline(
     pipeline = StableDiffusionPipeline(**parts, **without, tokenizer=networks.tokenizer, requires_safety_checker=False)
     with atomic_folder(out, replaces=replaces) as temporary:
         pipeline.save_pretrained(str(temporary))
+        config = temporary / "scheduler" / "scheduler_config.json"
+        values = json.loads(config.read_text(encoding="utf-8")) | (sampler or {})
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")

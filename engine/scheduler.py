@@ -30,7 +30,8 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         pipe.scheduler = ImagineFlashScheduler.from_config(pipe.scheduler.config)
         pipe("a cat", num_inference_steps=3, guidance_scale=1.0)
 
-    Timesteps are trailing (3 steps: 999, 666, 333) unless the pipeline is called with `timesteps`. Noise correction applies
+    Timesteps are those that the student was distilled for (`plans`, by number of steps, which its folder's config holds), for
+    other numbers trailing (3 steps: 999, 666, 333), or what the pipeline is called with as `timesteps`. Noise correction applies
     to a step from the last timestep: in image to image, where all steps are left. `shift` makes it the rectified flow of
     Stable Diffusion 3, whose networks are told T sigma_t; the betas and prediction_type are not read then. docs/diffusers.md
     has the pipelines. Raises ScheduleError and PlanError.
@@ -52,6 +53,7 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         noise_correction: bool = True,
         shift: float | None = None,
+        plans: dict[str, list[int]] | None = None,
     ) -> None:
         flow = {} if shift is None else {"_class_name": FLOW_CLASS}
         self.schedule = NoiseSchedule.from_scheduler_config({**dict(self.config), **flow})
@@ -78,13 +80,14 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the plan: trailing with `num_inference_steps`, or the given `timesteps`, strictly decreasing indices."""
+        """The plan: the student's own of `num_inference_steps`, else trailing, or the given, strictly decreasing `timesteps`."""
         given: Any = timesteps if timesteps is not None else num_inference_steps
         given = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or torch
         if given is None:
             raise PlanError("give num_inference_steps or timesteps")
-        steps = self.schedule.num_train_timesteps
-        self._use(StepPlan.trailing(given, steps) if timesteps is None else StepPlan(given), device)
+        plans: Any = self.config.plans or {}  # type: ignore[attr-defined]
+        known = plans.get(str(given)) if timesteps is None else given
+        self._use(StepPlan(known) if known is not None else StepPlan.trailing(given, self.schedule.num_train_timesteps), device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network reads x_t as it is."""

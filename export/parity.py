@@ -130,6 +130,8 @@ def check_parity(
         for steps in manifest.plans:
             for kind in ("sampler_{}", "sampler_{}_from_embeddings"):
                 name = manifest.graph_name(kind.format(steps), size)
+                if name not in graphs:
+                    continue
                 progress(name)
                 with _session(graphs[name]) as run:
                     for i in here:

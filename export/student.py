@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -28,6 +30,7 @@ from ..core.artifact import (
     write_manifest,
 )
 from ..core.errors import ArtifactError, ParityError
+from ..core.files import cache_folder
 from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
@@ -62,18 +65,20 @@ def export_student(
     folder `out`.parity.
     """
     options, out = options or ExportOptions(), Path(out)
-    lock = FileLock(out.resolve().with_name(f".{out.resolve().name}.lock"), timeout=0)
     try:
-        with lock:
-            try:
-                return _export(student, out, options, progress)
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)
+        with FileLock(_lock_of(out), timeout=0):
+            return _export(student, out, options, progress)
     except Timeout:
         raise ArtifactError(f"another export is writing {out}; wait for it or choose another folder") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ArtifactError(f"cannot write {out}: {reason}; nothing was changed there") from error
+
+
+def _lock_of(out: Path) -> Path:
+    """A file that stays: who removes a lock may remove the one that another process has just taken."""
+    folder = cache_folder("locks") or Path(tempfile.gettempdir())
+    return folder / f"{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:32]}.lock"
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ def _export(
         traced = _trace(folder, target, described, store, options, progress)
         give_back_memory()
         stages = _lowered(traced, store, options, progress)
-        graphs = stages | _samplers(stages, traced)
+        whole = options.forms != "stages"  # what is not asked for is neither built nor checked
+        graphs = stages | (_samplers(stages, traced) if whole else {})
         specs = {name: save_graph(graph, target / f"{name}.onnx") for name, graph in graphs.items()}
         manifest = ArtifactManifest(
             name=options.name or folder.resolve().name,
@@ -219,7 +225,7 @@ def _gate(
         return check_parity(paths, manifest, traced.cases, limits, progress)
     emulated = {name: emulate(graph) for name, graph in stages.items()}
     checked = {name: target / f"{CHECKED}{name}.onnx" for name in paths}
-    for name, graph in (emulated | _samplers(emulated, traced)).items():
+    for name, graph in (emulated | (_samplers(emulated, traced) if options.forms != "stages" else {})).items():
         save_graph(graph, checked[name])
     try:
         ledger = check_parity(checked, manifest, traced.cases, limits, progress)
@@ -241,7 +247,8 @@ def _finish(
         if options.forms != "both" and whole != (options.forms == "whole-sampler"):
             (target / graphs.pop(name).file).unlink()
     references = save_references(target, cases)
-    update = {"graphs": graphs, "parity": ledger.errors, "references": references}
+    errors = {name: found for name, found in ledger.errors.items() if name in graphs or name.startswith("stages_")}
+    update = {"graphs": graphs, "parity": errors, "references": references}
     manifest = manifest.model_copy(update=update)
     formats = {}
     for kind in options.formats:
@@ -285,7 +292,7 @@ def _count(options: ExportOptions, plans: int) -> int:
     sizes = len(options.sizes or [1])
     stages = 1 + (2 + options.with_image_encoder) * sizes
     cases = sizes * len({*options.batch}) * len(SEEDS)
-    graphs = stages + 2 * plans * sizes
+    graphs = stages + (0 if options.forms == "stages" else 2 * plans * sizes)
     lowered = 0 if options.precision == "fp32" else stages
     return 1 + cases + stages + lowered + graphs + sum(kind != "onnx" for kind in options.formats)
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagine_flash.core.artifact import digest_of
+
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     code = "from imagine_flash.cli import main; main()"
@@ -185,6 +187,7 @@ def test_inspect_draws_the_reference_pictures(tiny_artifact: Path, tmp_path: Pat
     shutil.copy(model / "references/64x64_1.png", model / "references/64x64_3.png")
     manifest = json.loads((model / "manifest.json").read_text())
     manifest["files"]["references/64x64_3.png"] = manifest["files"]["references/64x64_1.png"]
+    manifest["sha256"] = digest_of(manifest)
     (model / "manifest.json").write_text(json.dumps(manifest))
     done = run("inspect", model, "--run")
     assert done.returncode == 3 and "1 of the reference pictures of" in done.stderr and "Traceback" not in done.stderr

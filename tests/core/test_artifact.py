@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from imagine_flash.core import files
 from imagine_flash.core.artifact import (
     ArtifactManifest,
     GraphSpec,
     StudentManifest,
     TensorSpec,
     TokenizerSpec,
+    digest_of,
     hash_files,
     read_artifact_manifest,
     read_student_manifest,
     write_manifest,
 )
 from imagine_flash.core.errors import ArtifactError
+from imagine_flash.core.files import sha256_file
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -73,7 +76,8 @@ def student(tmp_path):
     return folder
 
 
-def edit(folder, file="manifest.json", **changes):
+def edit(folder, file="manifest.json", signed=True, **changes):
+    """Change fields; `signed`: as a writer would, with the digest of the new ones."""
     raw = json.loads((folder / file).read_text())
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -84,6 +88,8 @@ def edit(folder, file="manifest.json", **changes):
             del node[last]
         else:
             node[last] = value
+    if signed and file == "manifest.json":
+        raw["sha256"] = digest_of(raw)
     (folder / file).write_text(json.dumps(raw))
 
 
@@ -99,8 +105,8 @@ def test_an_artifact_round_trip(artifact):
 
 def test_the_file_keeps_its_order_of_fields():
     """What any model says of itself comes first, then an artifact's own."""
-    path = EMBEDDED / "manifest.json"
-    assert read_artifact_manifest(EMBEDDED, verify=False).model_dump_json(indent=2) + "\n" == path.read_text("utf-8")
+    written = json.loads((EMBEDDED / "manifest.json").read_text("utf-8"))
+    assert list(json.loads(read_artifact_manifest(EMBEDDED, verify=False).model_dump_json())) == list(written)
 
 
 def test_a_student_round_trip(student):
@@ -111,12 +117,50 @@ def test_a_student_round_trip(student):
         manifest.noise_correction = False  # type: ignore[misc]
 
 
-def test_links_as_a_download_cache_makes_them_are_read(artifact, tmp_path):
-    """Hubs keep contents in one folder and link to it from a snapshot; the hash is what counts."""
+def test_a_link_out_of_the_folder_is_refused(artifact, tmp_path):
+    """Its hash may be right, and yet what onnxruntime and OpenVINO read beside it is another folder's."""
     blob = tmp_path / "blob"
-    shutil.move(artifact / "tokenizer.json", blob)
-    (artifact / "tokenizer.json").symlink_to(blob)
+    shutil.move(artifact / "graphs/denoiser.onnx", blob)
+    (artifact / "graphs/denoiser.onnx").symlink_to(blob)
+    with pytest.raises(ArtifactError, match=r"graphs/denoiser\.onnx is a link that leads out of the folder"):
+        read_artifact_manifest(artifact)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "graphs/other.onnx", "model.onnx.data"])
+def test_a_file_that_a_graph_could_load_must_be_listed(artifact, name):
+    """It happened that weights.bin, left out of the manifest's files, was loaded without its hash."""
+    (artifact / name).write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=f"{name} is not listed in manifest.json"):
+        read_artifact_manifest(artifact)
+    (artifact / name).unlink()
+    (artifact / "README.md").write_text("what a hub adds is no harm")
     assert read_artifact_manifest(artifact).name == "toy"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plans": {"1": [999], "2": [999, 400], "3": [999, 666, 333]}}, {"noise_correction": False}, {"scaling_factor": 0.2},
+        {"scheduler__beta_end": 0.011}, {"prediction_type": "epsilon"}, {"batch": [1, 3]}, {"sha256": ""}, {"sha256": None},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_was_changed_by_hand_is_refused(artifact, changes):
+    """It happened that `inspect` accepted other plans and betas than those that were checked."""
+    edit(artifact, signed=False, **changes)
+    with pytest.raises(ArtifactError, match="was changed after the export"):
+        read_artifact_manifest(artifact)
+
+
+def test_a_file_is_hashed_once_a_process_unless_it_changes(artifact, monkeypatch):
+    """It happened that a start hashed the artifact three times."""
+    hashed = []
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    for _ in range(3):
+        read_artifact_manifest(artifact)
+    assert len(hashed) == len(set(hashed)) == 5
+    (artifact / "tokenizer.json").write_text("{ }")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json differs"):
+        read_artifact_manifest(artifact)
 
 
 BAD_FIELDS = [
@@ -180,8 +224,7 @@ def test_a_sampler_for_a_plan_that_is_not_there(artifact):
 
 def test_graphs_of_stages_may_be_missing_where_there_are_whole_samplers(artifact):
     raw = json.loads((artifact / "manifest.json").read_text())
-    raw["graphs"] = {"sampler_3": raw["graphs"]["sampler_3"]}
-    (artifact / "manifest.json").write_text(json.dumps(raw))
+    edit(artifact, graphs={"sampler_3": raw["graphs"]["sampler_3"]})
     assert set(read_artifact_manifest(artifact).graphs) == {"sampler_3"}
 
 

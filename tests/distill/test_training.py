@@ -82,6 +82,30 @@ def test_a_student_loads_in_diffusers_with_its_manifest(teacher: Path, tmp_path:
     assert pipeline("a cat", num_inference_steps=3, guidance_scale=1.0, output_type="np").images.shape == (1, 64, 64, 3)
 
 
+def test_the_pipeline_draws_a_student_by_its_own_plan(teacher: Path, tmp_path: Path) -> None:
+    """It happened that plain diffusers and docs/diffusers.md drew by trailing times what was trained on others."""
+    from diffusers import DiffusionPipeline
+
+    from imagine_flash.core.plan import StepPlan
+    from imagine_flash.core.update import update_table
+    from imagine_flash.distill.networks import noise_of
+    from imagine_flash.engine.scheduler import ImagineFlashScheduler
+
+    plans = {"plans": {1: [999], 3: [999, 749, 499]}, "plan_weights": {1: 1.0, 3: 1.0}}
+    distill(teacher, tmp_path / "student", DistillRecipe.model_validate({**STUDENT, **plans}))
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(tmp_path / "student"), dtype=torch.float32)
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    pipeline.scheduler = ImagineFlashScheduler.from_config(pipeline.scheduler.config)
+    networks = load_networks(tmp_path / "student")
+    noise = noise_of([5], networks.latent_shape)
+    table = update_table(networks.schedule, StepPlan((999, 749, 499)), "v_prediction", noise_correction=True)
+    expected = networks.sample(noise, networks.embed(["a cat"]), table)
+    got = pipeline("a cat", num_inference_steps=3, guidance_scale=1.0, latents=noise, output_type="latent").images
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    pipeline.scheduler.set_timesteps(2)  # no plan of the student's: trailing
+    assert pipeline.scheduler.timesteps.tolist() == [999, 499]
+
+
 _SCRIPT = """
 import sys, json
 from pathlib import Path
