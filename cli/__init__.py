@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from ..core.errors import ImagineFlashError, ParityError
+from ..core.errors import ImagineFlashError, Interrupted, ParityError
 from .bench import bench
+from .common import examples
 from .exporting import build_tensorrt_command, export_command, inspect_command
 from .generate import generate_command
 from .serve import serve_command
 from .training import distill_command, evaluate_command, train_judge_command, train_teacher_command
 
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.", rich_markup_mode="markdown",
+    pretty_exceptions_enable=False, context_settings=HELP,
 )  # fmt: skip
-for command in (
-    generate_command, serve_command, export_command, inspect_command, build_tensorrt_command,
-    train_teacher_command, distill_command, train_judge_command, evaluate_command,
-):  # fmt: skip
-    app.command(command.__name__.removesuffix("_command").replace("_", "-"))(command)
+COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
+    generate_command: (
+        'generate "a fox on a pink background" -o fox.png',
+        'generate "two cats" --seed 7 -o - > cats.png',
+    ),
+    serve_command: ("serve --port 8000", "serve --host 0.0.0.0 --api-key-file keys.txt"),
+    export_command: ("export runs/student runs/artifact", "export runs/student out --precision fp16 --format tensorrt"),
+    inspect_command: ("inspect runs/artifact", "inspect runs/artifact --run"),
+    build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
+    train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),
+    distill_command: ("distill runs/teacher runs/student", "distill ./my-teacher runs/student --prompts prompts.txt"),
+    train_judge_command: (
+        "train-judge runs/judge.safetensors",
+        "train-judge judge.safetensors --font NotoColorEmoji.ttf",
+    ),
+    evaluate_command: ("evaluate -o evaluation", "evaluate runs/teacher runs/student --split validation --count 2048"),
+}
+for command, lines in COMMANDS.items():
+    name = command.__name__.removesuffix("_command").replace("_", "-")
+    app.command(name, epilog=examples(*lines))(command)
 app.add_typer(bench, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Say the version and end.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"imagine-flash {version_of('imagine-flash')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -35,8 +68,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except ImagineFlashError as error:
-        code = _fail(str(error), 3 if isinstance(error, ParityError) else 2)
-    except KeyboardInterrupt:
+        code = _fail(str(error), 3 if isinstance(error, ParityError) else 130 if isinstance(error, Interrupted) else 2)
+    except (KeyboardInterrupt, typer.Abort):  # what typer makes of it
         code = _fail("interrupted", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line

@@ -9,7 +9,11 @@ import typer
 
 from .common import needs, say, writable
 
-bench = typer.Typer(help="Measure speed, checked and against a baseline, as a record.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure speed, checked and against a baseline, as a record.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @bench.command("kernels")
@@ -32,7 +36,7 @@ def bench_kernels_command(
 
     writable(output)
     Console().print(as_rich(bench_kernels(output, device=device, rounds=rounds, quick=quick)))
-    say(f"wrote {output}.json and {output}.png")
+    say(f"{output}.json\n{output}.png")
 
 
 @bench.command("runtime")
@@ -58,7 +62,7 @@ def bench_runtime_command(
     writable(output)
     record = bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick)
     Console().print(as_rich(record))
-    say(f"wrote {output}.json and {output}.png")
+    say(f"{output}.json\n{output}.png")
 
 
 @bench.command("serve")
@@ -83,7 +87,7 @@ def bench_serve_command(
     writable(output)
     record = bench_serve(output, model=model, backend=backend, rounds=rounds, quick=quick)
     Console().print(as_rich(record))
-    say(f"wrote {output}.json and {output}.png")
+    say(f"{output}.json\n{output}.png")
 
 
 @bench.command("report")

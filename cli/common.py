@@ -1,10 +1,11 @@
-"""What the commands share: early refusals, and how they speak."""
+"""What the commands share: early refusals, and how they speak: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -13,8 +14,34 @@ from ..core.errors import ImagineFlashError, missing_extra
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
+_quiet = False
+
+
+def _set_quiet(value: bool) -> bool:
+    global _quiet
+    _quiet = value
+    return value
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.", callback=_set_quiet, is_eager=True)
+]
+
+
 def say(line: str) -> None:
+    """A result, on standard output: what a script reads."""
     typer.echo(line)
+
+
+def note(line: str) -> None:
+    """How it goes, on standard error; --quiet leaves it out."""
+    if not _quiet:
+        typer.echo(line, err=True)
+
+
+def examples(*lines: str) -> str:
+    """What stands below a command's options in its help."""
+    return "\n\n".join(["**Examples**", *(f"    $ imagine-flash {line}" for line in lines)])
 
 
 def needs(extra: str, *packages: str) -> None:
@@ -36,9 +63,16 @@ def image_format(path: Path) -> str:
     return IMAGE_FORMATS[path.suffix.lower()]
 
 
-def writable(path: Path) -> None:
-    """Refuse early, before minutes of work, what could not be written at the end."""
+def writable(path: Path, *, make: bool = False) -> None:
+    """Refuse early, before minutes of work, what could not be written at the end. make: the parent folder, where it is missing."""
     parent = path.parent
+    if make and not parent.exists():
+        try:
+            parent.mkdir(parents=True)
+        except OSError as error:
+            raise ImagineFlashError(
+                f"cannot make the folder {parent}: {(error.strerror or str(error)).lower()}"
+            ) from None
     if not parent.is_dir():
         raise ImagineFlashError(f"cannot write {path}: {parent} is not a folder; make it first")
     if not os.access(parent, os.W_OK):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError, ParityError
-from .common import needs, say, writable
+from .common import Quiet, needs, note, say, writable
 
 if TYPE_CHECKING:
     from ..core.artifact import ArtifactManifest
@@ -54,9 +54,10 @@ def export_command(
     int8: Annotated[
         bool, typer.Option("--int8", help="Weights of the OpenVINO files in 8 bits, through NNCF.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a student to ONNX and more, and check every graph against torch."""
-    writable(out)
+    writable(out, make=True)
     needs("export", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "filelock")
     from ..export import export_student
     from ..export.options import ExportOptions, parse_batch, parse_sizes, parse_steps, read_prompts
@@ -70,10 +71,18 @@ def export_command(
     )  # fmt: skip
     with _bar() as progress:
         manifest = export_student(student, out, options=options, progress=progress)
-    _print_parity(manifest)
+    if not quiet:
+        _print_parity(manifest, stderr=True)
     for kind in manifest.formats.keys() & NEXT.keys():
-        say(NEXT[kind].format(out=out))
-    say(f"wrote {out}; next: imagine-flash generate PROMPT --model {out}")
+        note(NEXT[kind].format(out=out))
+    say(str(out))
+    note(f"next: {_next_of(manifest, out)}")
+
+
+def _next_of(manifest: ArtifactManifest, out: Path) -> str:
+    if manifest.precision == "bf16":  # for want of kernels
+        return "TensorRT or a GPU: no CPU runs bf16 graphs; for a CPU export with --precision fp32, which OpenVINO lowers itself"
+    return f"imagine-flash generate PROMPT --model {out}"
 
 
 def inspect_command(
@@ -119,7 +128,7 @@ def build_tensorrt_command(
             folder, graphs=graphs, version_compatible=version_compatible, refit=refit, progress=lambda what: progress(what, 0)
         )  # fmt: skip
     for path in paths:
-        say(f"wrote {path}")
+        say(str(path))
 
 
 @contextmanager
@@ -155,7 +164,7 @@ def _print_graphs(manifest: ArtifactManifest) -> None:
             say(f"  in float32: {', '.join(graph.islands)}")
 
 
-def _print_parity(manifest: ArtifactManifest) -> None:
+def _print_parity(manifest: ArtifactManifest, *, stderr: bool = False) -> None:
     """What the gate measured, as a table."""
     from rich.console import Console
     from rich.table import Table
@@ -173,7 +182,7 @@ def _print_parity(manifest: ArtifactManifest) -> None:
             f"{errors['psnr']:.1f}" if "psnr" in errors else "",
         ]
         table.add_row(name, *row)
-    Console().print(table)
+    Console(stderr=stderr).print(table)
 
 
 def _verify(folder: Path) -> None:

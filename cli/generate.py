@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError, missing_extra
-from .common import image_format, say, writable
+from .common import Quiet, image_format, note, say, writable
 
 FEW = 8  # pictures that are drawn before another backend would have been loaded
 
@@ -29,9 +32,12 @@ def generate_command(
         typer.Option(metavar="INTEGER", help="The same seed draws the same picture; by default a random one."),
     ] = None,
     count: Annotated[str, typer.Option(metavar="INTEGER", help="Pictures; picture i has the seed SEED + i.")] = "1",
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; numbered where COUNT > 1.")] = Path(
-        "imagine-flash.png"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="PNG, JPEG or WebP, numbered where COUNT > 1; - is a PNG to standard output."
+        ),
+    ] = Path("imagine-flash.png"),
     model: Annotated[
         Path | None, typer.Option(help="An artifact folder, or a student folder; by default the embedded model.")
     ] = None,
@@ -56,12 +62,18 @@ def generate_command(
         str,
         typer.Option(help="fp32, bf16 or fp16; by default the fastest that draws the artifact's reference pictures."),
     ] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Say what was drawn as JSON, on standard output.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw a prompt in 1 to 3 network evaluations."""
     from ..engine import Engine, GenerateRequest
 
-    image_format(output)
-    writable(output)
+    piped = str(output) == "-"
+    if piped and (json_ or count != "1"):
+        raise ImagineFlashError("-o - is one picture and nothing else on standard output; leave out --json and --count")
+    if not piped:
+        image_format(output)
+        writable(output)
     values: dict[str, Any] = {
         "prompt": prompt, "steps": _number(steps), "seed": _number(seed), "count": _number(count),
         "width": _number(width), "height": _number(height),
@@ -75,21 +87,33 @@ def generate_command(
             pictures = {"image": _read(image, size, "RGB"), "mask": _read(mask, size, "L")}
             request = GenerateRequest(**values, **pictures, strength=_number(strength, float))
         result, what = engine.generate(request), engine.describe()
+    for line in [*notes(result), what]:
+        note(line)
+    note("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
+    if piped:
+        sys.stdout.buffer.write(_png(result.images[0], request, result))
+        return
     paths = _save(result, request, output)
-    for note in notes(result):
-        say(f"note: {note}")
-    say(what)
-    say("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
-    shown = paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
-    say(f"wrote {shown} ({result.steps} steps, seed {result.seed})")
+    if json_:
+        say(json.dumps(_facts(result, paths)))
+        return
+    for i, path in enumerate(paths):
+        say(f"{path} ({result.steps} steps, seed {result.seed + i})")
+
+
+def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "files": [str(path) for path in paths], "steps": result.steps, "seed": result.seed,
+        "timings": result.timings.stages(), "unknown_words": result.unknown_words, "replaced_words": result.replaced_words,
+    }  # fmt: skip
 
 
 def notes(result: GenerateResult) -> list[str]:
     """What the model made of words that it does not know, a line each."""
-    found = [f"read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
+    found = [f"note: read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
     if result.unknown_words:
         words = ", ".join(result.unknown_words)
-        found.append(f"this model has no word for {words}; drawn without; what it knows: imagine-flash inspect")
+        found.append(f"note: this model has no word for {words}; drawn without; what it knows: imagine-flash inspect")
     return found
 
 
@@ -135,19 +159,34 @@ def _read(path: Path | None, size: tuple[int, int], mode: str) -> Any:
 
 def _save(result: GenerateResult, request: GenerateRequest, output: Path) -> list[Path]:
     """Write each picture in one rename, with what drew it in a PNG's text."""
-    try:
-        from PIL import Image, PngImagePlugin
-    except ImportError:
-        raise missing_extra("pillow", "cpu") from None
     from ..core.artifact import atomic_file
 
     paths = []
     for i, pixels in enumerate(result.images):
         path = output if request.count == 1 else output.with_name(f"{output.stem}-{i + 1}{output.suffix}")
-        text = PngImagePlugin.PngInfo()
-        text.add_text("parameters", f"{request.prompt}\nSteps: {result.steps}, Seed: {result.seed + i}")
         kind = image_format(path)
         with atomic_file(path) as temporary:
-            Image.fromarray(pixels).save(temporary, format=kind, **({"pnginfo": text} if kind == "PNG" else {}))
+            if kind == "PNG":
+                temporary.write_bytes(_png(pixels, request, result, i))
+            else:
+                _pillow().fromarray(pixels).save(temporary, format=kind)
         paths.append(path)
     return paths
+
+
+def _png(pixels: Any, request: GenerateRequest, result: GenerateResult, i: int = 0) -> bytes:
+    image = _pillow().fromarray(pixels)
+    from PIL import PngImagePlugin
+
+    text, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text("parameters", f"{request.prompt}\nSteps: {result.steps}, Seed: {result.seed + i}")
+    image.save(buffer, format="PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing_extra("pillow", "cpu") from None
+    return Image

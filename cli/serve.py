@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import EngineError, ImagineFlashError, RequestError
-from .common import needs, say
+from .common import Quiet, needs, note, say
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -57,6 +57,7 @@ def serve_command(
     replicas: Annotated[
         int | None, typer.Option(help="Of --ray; by default as many as the load needs, up to one per GPU or machine.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Serve the model: a page that draws while you type, and an OpenAI-style image API."""
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart", "PIL")
@@ -73,7 +74,7 @@ def serve_command(
     origins = tuple(allow_origin or ())
     with _options_as_typed():
         if not _is_loopback(host) and api_key_file is None:
-            say(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
+            note(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
         if ray:
             needs("ray", "ray")
             asked = RaySettings(**engine, api_key_file=api_key_file, timeout=timeout, allowed_origins=origins)

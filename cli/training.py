@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import say, training, writable
+from .common import Quiet, note, say, training, writable
 
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
@@ -22,16 +22,17 @@ def train_teacher_command(
         Path | None, typer.Option(metavar="TEACHER", help="Keep this teacher's autoencoder and begin with its weights.")
     ] = None,
     font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train a text-to-image teacher on emoji scenes, into a diffusers folder."""
+    writable(out, make=True)
     training()
     from ..distill.recipe import TeacherRecipe, load_recipe
     from ..distill.teacher import train_teacher
 
     settings = load_recipe(recipe, TeacherRecipe)
-    writable(out)
     train_teacher(settings, out, start=start, font=font)
-    say(f"wrote {out}")
+    say(str(out))
 
 
 def distill_command(
@@ -45,32 +46,36 @@ def distill_command(
         Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights, not the teacher's.")
     ] = None,
     font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Distil a teacher into a student of 1, 2 and 3 steps."""
+    writable(out, make=True)
     training()
     from ..distill.data.prompts import read_prompts
     from ..distill.recipe import DistillRecipe, load_recipe
     from ..distill.student import distill
 
     settings = load_recipe(recipe, DistillRecipe)
-    writable(out)
     distill(teacher, out, settings, prompts=read_prompts(prompts) if prompts else None, start=start, font=font)
-    say(f"wrote {out}; next: imagine-flash export {out} ARTIFACT")
+    say(str(out))
+    note(f"next: imagine-flash export {out} ARTIFACT")
 
 
 def train_judge_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (safetensors).")],
     font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train the classifier that measures prompt fidelity and FD (judge)."""
+    writable(out, make=True)
+    if out.is_dir():
+        raise ImagineFlashError(f"cannot write {out}: it is a folder; name a file such as {out / 'judge.safetensors'}")
     training()
     from ..benchmarks.quality.judge import train_judge
 
-    writable(out)
-    if out.is_dir():
-        raise ImagineFlashError(f"cannot write {out}: it is a folder; name a file such as {out / 'judge.safetensors'}")
     figures = train_judge(out, font=font)
-    say(f"wrote {out}; right on {figures['accuracy']['seen']['all']:.2%} of unseen scenes")
+    note(f"right on {figures['accuracy']['seen']['all']:.2%} of unseen scenes")
+    say(str(out))
 
 
 def evaluate_command(
@@ -90,17 +95,23 @@ def evaluate_command(
     row: Annotated[list[str] | None, typer.Option(help="Only this row, as the table names it (repeatable).")] = None,
     teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Measure the teacher alone.")] = False,
     font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout.
 
     Pictures are kept in OUTPUT.run: the same command goes on where a stopped one was.
     """
+    writable(output)
+    for folder in (teacher, *([] if teacher_only else [student])):
+        if folder.is_relative_to(EMOJI) and not folder.is_dir():
+            raise ImagineFlashError(
+                "the embedded teacher and student are in a checkout alone; give TEACHER and STUDENT"
+            )
     training()
     from ..benchmarks.quality.evaluate import evaluate
 
-    writable(output)
     evaluate(
         teacher, None if teacher_only else student, judge, output, split=split, count=count, held_out=held_out,
         guidance=guidance, only=row, font=font,
     )  # fmt: skip
-    say(f"wrote {output}.json and {output}.png")
+    say(f"{output}.json\n{output}.png")

@@ -51,6 +51,10 @@ class BusyError(EngineError):
     """More requests wait than the engine takes; the same request may succeed later."""
 
 
+class Interrupted(ImagineFlashError):
+    """Somebody stopped a work that kept what it had done; the message says how to go on."""
+
+
 class MissingExtraError(ImagineFlashError):
     """An optional package is not installed."""
 

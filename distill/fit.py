@@ -10,8 +10,12 @@ import hashlib
 import json
 import math
 import re
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..core.artifact import atomic_file
-from ..core.errors import ImagineFlashError
+from ..core.errors import ImagineFlashError, Interrupted
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .muon import Muon
 from .recipe import Fit
@@ -172,6 +176,25 @@ class _Run:
                 picture.save(temporary, format="PNG")
 
 
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C, so that the update that is under way is made whole and kept; the second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def asked(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, asked)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
     """Train `task.module` in place and leave its EMA weights in it. Resumes from `folder`/checkpoints where there is one.
 
@@ -190,7 +213,10 @@ def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
     log.parent.mkdir(parents=True, exist_ok=True)
     task.module.train()
     started = saved = time.monotonic()
-    with Progress(*_COLUMNS, disable=not main) as bar, _single_threaded_worker() as ahead, log.open("a") as lines:
+    with (
+        _asked_to_stop() as stop, Progress(*_COLUMNS, disable=not main) as bar, _single_threaded_worker() as ahead,
+        log.open("a") as lines,
+    ):  # fmt: skip
         shown = bar.add_task(task.name, total=last, completed=done)
         waiting = ahead.submit(task.batch, done, rank)
         for step in range(done, last):
@@ -200,11 +226,15 @@ def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
             if not main:
                 continue
             lines.write(f"{step},{losses[-1]!r},{time.monotonic() - started:.1f}\n")
-            if time.monotonic() - saved > settings.checkpoint_minutes * 60 or step + 1 == last:
+            if stop.is_set() or time.monotonic() - saved > settings.checkpoint_minutes * 60 or step + 1 == last:
                 lines.flush()
                 spent = before + time.monotonic() - started
                 save_checkpoint(checkpoint, run.state, step=step + 1, seconds=spent)
                 saved = time.monotonic()
+                if stop.is_set():
+                    raise KeyboardInterrupt(
+                        f"interrupted after {step + 1} of {last} updates; the same command goes on from there"
+                    )
             if settings.preview_every and (step + 1) % settings.preview_every == 0:
                 run.preview(folder / "previews" / f"{task.name}-{step + 1:06d}.png")
     run.ema.copy_to(run.parameters)

@@ -118,8 +118,8 @@ class Batcher:
             try:
                 self._turn(arrived)
             except Exception as error:  # a fault of ours must not leave anybody waiting
-                for chunk in self._active:
-                    self._end(chunk, EngineError(f"the engine failed: {error!r}"))
+                for job in dict.fromkeys(chunk.job for chunk in self._active):
+                    self._end(job, EngineError(f"the engine failed: {error!r}"))
 
     def _turn(self, arrived: Sequence[list[Chunk]]) -> None:
         """One call of the network or decoder, after what newcomers need."""
@@ -259,22 +259,24 @@ class Batcher:
     ) -> None:
         """Hands the pictures out. An image that is black all over is what NaN becomes as uint8: never delivered."""
         self._keep(chunk for chunk in self._active if chunk not in group)
-        start = 0
+        start, drawn, failed = 0, [], dict[Job, str]()
         for chunk in group:
             own = slice(start, start + chunk.rows)
             start = own.stop
-            black = not images[own].reshape(chunk.rows, -1).any(axis=1).all()
-            if black or not finite[own].all():
-                where = stage if not finite[own].all() or stage == "sampler" else "decode"
-                reason = (
-                    f"{where} gave NaN, Inf or an empty picture; load the engine with precision fp32, or export again"
-                )
-                self.failed_in_a_row += 1
-                self._end(chunk, EngineError(reason))
-                continue
-            self.failed_in_a_row = 0
-            self.counts["pictures"] += chunk.rows
-            chunk.job.finish(chunk.row, images[own])
+            drawn.append((chunk, images[own]))
+            if not finite[own].all():
+                failed[chunk.job] = stage
+            elif not images[own].reshape(chunk.rows, -1).any(axis=1).all():
+                failed.setdefault(chunk.job, stage if stage == "sampler" else "decode")
+        for chunk, pictures in drawn:
+            if chunk.job not in failed:
+                self.failed_in_a_row = 0
+                self.counts["pictures"] += chunk.rows
+                chunk.job.finish(chunk.row, pictures)
+        for job, where in failed.items():  # once a request, however many of its pictures
+            reason = f"{where} gave NaN, Inf or an empty picture; load the engine with precision fp32, or export again"
+            self.failed_in_a_row += 1
+            self._end(job, EngineError(reason))
 
     def _guarded(self, work: Callable[[Sequence[Chunk]], None], group: Sequence[Chunk]) -> None:
         """A failing call is tried once more for each request alone, so that only the one to blame fails."""
@@ -288,13 +290,13 @@ class Batcher:
                 return
             self.failed_in_a_row += 1
             self._end(
-                group[0], error if isinstance(error, EngineError) else EngineError(f"{work.__name__[1:]}: {error}")
+                jobs[0], error if isinstance(error, EngineError) else EngineError(f"{work.__name__[1:]}: {error}")
             )
 
-    def _end(self, chunk: Chunk, error: EngineError) -> None:
+    def _end(self, job: Job, error: EngineError) -> None:
         self.counts["failed"] += 1
-        chunk.job.fail(error)
-        self._keep(other for other in self._active if other.job is not chunk.job)
+        job.fail(error)
+        self._keep(chunk for chunk in self._active if chunk.job is not job)
 
     def _drop_the_ended(self) -> None:
         """Forgets cancelled jobs, and fails those whose deadline has passed."""

@@ -60,7 +60,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.backend, self.tokenizer, self.manifest = backend, tokenizer, manifest
         self.route = _route(route, manifest)
-        self.max_batch = _max_batch(max_batch, manifest.batch)
+        self.max_batch = check_max_batch(max_batch, manifest.batch)
         self.sizes = _sizes(sizes, manifest)
         self.folder = Path() if folder is None else folder
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
@@ -97,12 +97,12 @@ class Engine:
         if runs_student(backend, folder):
             from .backends.torch import load_student
 
-            max_batch = _max_batch(STUDENT_BATCH if max_batch is None else max_batch, STUDENT_BATCHES)
+            max_batch = check_max_batch(STUDENT_BATCH if max_batch is None else max_batch, STUDENT_BATCHES)
             wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
             loaded, tokenizer, model = load_student(folder, backend, wanted, sizes)
         else:
             model = manifest = read_artifact_manifest(folder)
-            route, max_batch = _route(route, manifest), _max_batch(max_batch, manifest.batch)
+            route, max_batch = _route(route, manifest), check_max_batch(max_batch, manifest.batch)
             backend = choose(backend, manifest, device, folder)
             if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
                 precision = "bf16"
@@ -255,7 +255,8 @@ def _route(route: Route, manifest: ModelDescription) -> Route:
     return route if f"sampler_{max(manifest.plans)}" in manifest.graph_names else "stages"
 
 
-def _max_batch(max_batch: int | None, batch: tuple[int, int]) -> int:
+def check_max_batch(max_batch: int | None, batch: tuple[int, int]) -> int:
+    """The pictures of one network call: those asked for, or the most there may be. Raises RequestError."""
     low, high = batch
     chosen = high if max_batch is None else max_batch
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not low <= chosen <= high:

@@ -87,7 +87,10 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
             raise PlanError("give num_inference_steps or timesteps")
         plans: Any = self.config.plans or {}  # type: ignore[attr-defined]
         known = plans.get(str(given)) if timesteps is None else given
-        self._use(StepPlan(known) if known is not None else StepPlan.trailing(given, self.schedule.num_train_timesteps), device)
+        self._use(
+            StepPlan(known) if known is not None else StepPlan.trailing(given, self.schedule.num_train_timesteps),
+            device,
+        )
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network reads x_t as it is."""

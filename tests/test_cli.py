@@ -1,9 +1,12 @@
 """The commands as a user types them: what they write, and one clear line with exit code 2 for what is wrong."""
 
+import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +33,65 @@ def test_generate_writes_a_picture_and_says_how_long_it_took(tiny_artifact: Path
     out = tmp_path / "cat.png"
     done = run("generate", "a cat on zebra", "--model", tiny_artifact, "--seed", "7", "--steps", "2", "-o", out)
     assert done.returncode == 0, done.stderr
-    assert "denoise" in done.stdout and " ms" in done.stdout and "zebra" in done.stdout and str(out) in done.stdout
+    assert "denoise" in done.stderr and " ms" in done.stderr and "no word for zebra" in done.stderr
+    assert done.stdout == f"{out} (2 steps, seed 7)\n"
     picture = Image.open(out)
     assert picture.size == (64, 64) and picture.info["parameters"] == "a cat on zebra\nSteps: 2, Seed: 7"
     again = tmp_path / "again.png"
     run("generate", "a cat on zebra", "--model", tiny_artifact, "--seed", "7", "--steps", "2", "-o", again)
     assert again.read_bytes() == out.read_bytes()
+
+
+def test_results_go_to_standard_output_and_the_rest_does_not(tiny_artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    asked = ["generate", "a rockett", "--model", tiny_artifact, "--seed", "7", "-o", out]
+    done = run(*asked, "--json")
+    found = json.loads(done.stdout)
+    assert found["files"] == [str(out)] and found["seed"] == 7 and found["steps"] == 3
+    assert found["replaced_words"] == {"rockett": "rocket"} and found["unknown_words"] == []
+    assert "note: read 'rockett' as 'rocket'" in done.stderr
+    done = run(*asked, "--quiet")
+    assert done.stdout == f"{out} (3 steps, seed 7)\n" and "note:" not in done.stderr and " ms" not in done.stderr
+    code = "from imagine_flash.cli import main; main()"
+    piped = subprocess.run(
+        [sys.executable, "-c", code, *map(str, asked[:-1]), "-"], capture_output=True, check=True
+    ).stdout
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(piped))), np.asarray(Image.open(out)))
+    assert "leave out --json" in fails(*asked[:-1], "-", "--json")
+
+
+def test_help_version_and_the_module(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    module = [sys.executable, "-m", "imagine_flash"]
+    bare, short, long = (
+        subprocess.run([*module, *more], capture_output=True, text=True) for more in ([], ["-h"], ["--help"])
+    )
+    assert (
+        bare.returncode == short.returncode == 0 and bare.stdout.split() == short.stdout.split() == long.stdout.split()
+    )
+    said = subprocess.run([*module, "--version"], capture_output=True, text=True).stdout
+    assert said == f"imagine-flash {version('imagine-flash')}\n"
+    from imagine_flash.cli import COMMANDS
+
+    for command in COMMANDS:
+        name = command.__name__.removesuffix("_command").replace("_", "-")
+        said = run(name, "-h").stdout
+        assert said.count("$ imagine-flash") >= 2 and "Examples" in said, name
+
+
+def test_an_interrupt_is_one_line(tiny_artifact: Path, tmp_path: Path) -> None:
+    """At any moment, also while the libraries are imported: never a traceback."""
+    for delay in (0.05, 0.3, 0.6):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "imagine_flash", "serve", "--model", str(tiny_artifact), "--port", "0"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        if "imagine_flash/" in said or delay > 0.1:  # before, it is Python's own start that is interrupted
+            assert "Traceback" not in said, said
 
 
 def test_several_pictures_are_numbered(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -139,7 +195,7 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
     [
         (["export", "{tmp}/nowhere", "{tmp}/out"], "nowhere"),
         (["export", "{artifact}", "{tmp}/out"], "artifact"),
-        (["export", "{student}", "{tmp}/missing/out"], "is not a folder; make it first"),
+        (["export", "{student}", "/proc/missing/out"], "cannot make the folder /proc/missing"),
         (
             ["export", "{student}", "{tmp}/out", "--sizes", "60x64"],
             "a size must be a multiple of 8 for this student, got 60x64",

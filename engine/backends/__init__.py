@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from ...core.tensorrt_plans import find_plan
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders
 STUDENT_BATCHES = (1, 63)
+DEVICES = {
+    "tensorrt": "auto, cuda or cuda:0", "openvino": "auto or cpu", "torch": "auto, cpu, cuda or cuda:N",
+    "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N",
+}  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Array = (
     Any  # the backend's own kind, batch first: of NumPy, or of torch on a device; sliced by [i:j], added, multiplied
@@ -122,6 +127,13 @@ def runs_student(name: str, folder: Path) -> bool:
             f"{folder} is a student, not an artifact; run: imagine-flash export {folder} OUT, or take backend 'torch'"
         )
     return is_student or name in STUDENT_BACKENDS
+
+
+def check_device(backend: str, device: str) -> None:
+    """Raises ArtifactError for a device that no machine's backend of this name runs on."""
+    known = [name.replace("N", r"\d+") for name in re.split(", | or ", DEVICES[backend])]
+    if not any(re.fullmatch(name, device) for name in known):
+        raise ArtifactError(f"device must be {DEVICES[backend]} for the backend {backend}, got {device!r}")
 
 
 def _check_name(name: str) -> None:

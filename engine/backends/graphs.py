@@ -67,7 +67,9 @@ class GraphBackend(ABC, Generic[Described]):
         self, x: NDArray[np.float32], m: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         rows = (-1, *(1,) * (x.ndim - 1))
-        return a.reshape(rows) * x + b.reshape(rows) * m
+        updated: NDArray[np.float32] = a.reshape(rows) * x
+        updated += b.reshape(rows) * m
+        return updated
 
     def finite(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
         return np.asarray(np.isfinite(x).all(axis=tuple(range(1, x.ndim))))

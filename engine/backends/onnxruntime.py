@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from ...core.artifact import ArtifactManifest
 from ...core.errors import ArtifactError, missing_extra
-from . import Wanted
+from . import Wanted, check_device
 from .graphs import GraphBackend, Run
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -64,17 +63,15 @@ def _providers(library: Any, device: str) -> tuple[str, list[Any]]:
     there = library.get_available_providers()
     if device == "auto":
         device = "cuda" if PROVIDERS["cuda"] in there and os.path.exists("/dev/nvidiactl") else "cpu"
-    found = re.fullmatch(r"(cpu|cuda|tensorrt)(?::(\d+))?", device)
-    if not found:
-        raise ArtifactError(f"device must be auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N, got {device!r}")
-    kind, index = found[1], int(found[2] or 0)
+    check_device("onnxruntime", device)
+    kind, _, index = device.partition(":")
     if PROVIDERS[kind] not in there:
         raise ArtifactError(
             f"this onnxruntime has no {PROVIDERS[kind]} for the device {device!r}; pip uninstall onnxruntime and "
             "pip install onnxruntime-gpu, or take the device cpu"
         )
     chosen = {"tensorrt": ["tensorrt", "cuda"], "cuda": ["cuda"], "cpu": []}[kind]
-    return device, [*((PROVIDERS[name], {"device_id": index}) for name in chosen), PROVIDERS["cpu"]]
+    return device, [*((PROVIDERS[name], {"device_id": int(index or 0)}) for name in chosen), PROVIDERS["cpu"]]
 
 
 def _size(path: Path) -> int:

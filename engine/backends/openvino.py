@@ -15,7 +15,7 @@ import numpy as np
 from ...core.artifact import ArtifactManifest
 from ...core.errors import ArtifactError, missing_extra
 from ...core.files import cache_folder
-from . import Wanted
+from . import Wanted, check_device
 from .graphs import GraphBackend, Run
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -34,10 +34,7 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
             raise missing_extra("openvino", "cpu") from None
         self._library: Any = openvino
         self.batches = wanted.batches
-        if wanted.device not in ("auto", "cpu"):
-            raise ArtifactError(
-                f"the openvino backend runs on the CPU; device must be auto or cpu, got {wanted.device!r}"
-            )
+        check_device(self.name, wanted.device)
         if manifest.precision != "fp32":
             raise ArtifactError(
                 f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "

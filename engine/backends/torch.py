@@ -7,7 +7,6 @@ the steps is not captured: requests join and leave between steps.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -38,12 +37,11 @@ from ...pipelines.loading import load_stages
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..tokenizer import PromptTokenizer
-from . import STUDENT_BATCHES, Wanted
+from . import STUDENT_BATCHES, Wanted, check_device
 from .graphs import GraphBackend, Run
 from .torch_modes import Captured, InPrecision, Network, OnGpu, as_run, compiled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 def load_student(
@@ -212,8 +210,7 @@ def device_of(name: str) -> torch.device:
     there = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if there else "cpu"
-    if not DEVICE.fullmatch(name):
-        raise ArtifactError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    check_device("torch", name)
     device = torch.device(name)
     if device.type == "cuda" and not there:
         raise ArtifactError(f"torch {torch.__version__} finds no CUDA; install the build of torch for this GPU")

@@ -19,7 +19,7 @@ from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .errors import ErrorBody
 from .metrics import Metrics
-from .pictures import Format, Unpacking, encode_all, read_image, read_mask
+from .pictures import Format, Unpacking, beside, encode_all, read_image, read_mask
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -138,10 +138,16 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
         return _model(holder)
 
     async def _draw(wanted: GenerateRequest, kind: Format, request: Request) -> Response:
-        result = await _until_gone(asyncio.wrap_future(holder.get().submit(wanted)), request)
+        engine = holder.get()
+        _, (height, width) = engine.check(wanted)
+        pixels = 3 * height * width * wanted.count
+        prepared = await beside(lambda: engine.prepare(wanted), pixels)
+        result = await _until_gone(asyncio.wrap_future(engine.start(prepared)), request)
         metrics.observe(result)
-        files = await encode_all(result.images, kind)
-        return Response(_response(result, files, kind).model_dump_json(), media_type="application/json")
+        body = await beside(
+            lambda: _response(result, kind).model_dump_json(), pixels
+        )  # the largest was 2 seconds' work
+        return Response(body, media_type="application/json")
 
     return router
 
@@ -200,8 +206,9 @@ def _read(image: BinaryIO, mask: BinaryIO | None, size: Size, max_pixels: int) -
     return found if mask is None else {**found, "mask": read_mask(mask.read(), size, max_pixels=max_pixels)}
 
 
-def _response(result: GenerateResult, files: list[bytes], kind: Format) -> ImageResponse:
+def _response(result: GenerateResult, kind: Format) -> ImageResponse:
     height, width = result.images.shape[1:3]
+    files = encode_all(result.images, kind)
     data = [ImageData(b64_json=base64.b64encode(file).decode(), seed=result.seed + i) for i, file in enumerate(files)]
     return ImageResponse(
         created=int(time.time()), data=data, output_format=kind, size=size_name((height, width)), steps=result.steps,

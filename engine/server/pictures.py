@@ -78,13 +78,14 @@ class Unpacking:
             self._there -= 1
 
 
-async def encode_all(images: NDArray[np.uint8], kind: str) -> list[bytes]:
-    """Every image (N, H, W, 3) as a file's bytes; large ones are written beside the event loop."""
+async def beside(work: Callable[[], T], size: int) -> T:
+    """What `work` returns; where it handles many bytes, in a thread beside the event loop."""
+    return work() if size <= SMALL else await asyncio.to_thread(work)
 
-    def encoded() -> list[bytes]:
-        return [encode(pixels, kind) for pixels in images]
 
-    return encoded() if images.nbytes <= SMALL else await asyncio.to_thread(encoded)
+def encode_all(images: NDArray[np.uint8], kind: str) -> list[bytes]:
+    """Every image (N, H, W, 3) as a file's bytes."""
+    return [encode(pixels, kind) for pixels in images]
 
 
 def read_image(data: bytes, size: Size, *, max_pixels: int, name: str = "image") -> NDArray[np.uint8]:

@@ -14,8 +14,8 @@ from ...core.artifact import read_artifact_manifest
 from ...core.checked import Checked
 from ...core.errors import RequestError
 from ...core.hub import HUB_ID, local_folder
-from ..backends import Wanted, choose, runs_student
-from ..engine import EMBEDDED, Engine
+from ..backends import STUDENT_BATCHES, Wanted, check_device, choose, runs_student
+from ..engine import EMBEDDED, Engine, check_max_batch
 
 SHORTEST_KEY = 16  # characters
 KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
@@ -69,8 +69,13 @@ class EngineSettings(Checked):
         folder = EMBEDDED if self.model is None else Path(self.model)
         if not folder.exists() and (self.model is None or HUB_ID.fullmatch(str(self.model))):
             return
-        if not runs_student(self.backend, folder):
-            choose(self.backend, read_artifact_manifest(folder), self.device, folder)
+        if runs_student(self.backend, folder):
+            check_device("torch", self.device)
+            check_max_batch(self.max_batch, STUDENT_BATCHES)
+        else:
+            manifest = read_artifact_manifest(folder)
+            check_device(choose(self.backend, manifest, self.device, folder), self.device)
+            check_max_batch(self.max_batch, manifest.batch)
 
 
 class ServerSettings(Checked):
@@ -78,6 +83,7 @@ class ServerSettings(Checked):
 
     api_keys: who may draw; none means everybody who reaches the port. timeout: seconds that a request may take.
     max_body: bytes of a JSON request; max_upload: of an edit's pictures; max_pixels: of each of these, once unpacked.
+    max_streams: WebSockets that may be open.
     allowed_origins: web pages of other hosts that may call, such as https://example.org.
     """
 
@@ -86,6 +92,7 @@ class ServerSettings(Checked):
     max_body: int = Field(default=65_536, ge=1024)
     max_upload: int = Field(default=20_000_000, ge=1024)
     max_pixels: int = Field(default=16_777_216, ge=4096)
+    max_streams: int = Field(default=512, ge=1)
     allowed_origins: Origins = ()
 
 

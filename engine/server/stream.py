@@ -21,7 +21,7 @@ from .guard import KEY_PROTOCOL
 from .images import MAX_PROMPT, sides
 from .logs import SERVER
 from .metrics import Metrics
-from .pictures import FORMATS, Format, encode_all
+from .pictures import FORMATS, Format, beside, encode_all
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class StreamRequest(BaseModel):
 def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) -> APIRouter:
     """The route of one engine."""
     router = APIRouter()
+    open_now: set[WebSocket] = set()
+    metrics.sessions.set_function(lambda: len(open_now))
 
     @router.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:
@@ -63,8 +65,16 @@ def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
         except EngineError as error:
             await socket.close(TRY_AGAIN_LATER, str(error)[:120])
             return
-        with metrics.sessions.track_inprogress():
+        if len(open_now) >= settings.max_streams:
+            await socket.close(
+                TRY_AGAIN_LATER, f"{len(open_now)} streams are open, at most {settings.max_streams} may be"
+            )
+            return
+        open_now.add(socket)
+        try:
             await _Connection(socket, engine, settings, metrics).run()
+        finally:
+            open_now.discard(socket)
 
     return router
 
@@ -133,7 +143,8 @@ class _Connection:
                 if found.result is None:
                     await self._tell(_failure(found.seq, found.error or EngineError("no result")))
                     continue
-                (data,) = await encode_all(found.result.images[:1], str(found.label))
+                images, kind = found.result.images[:1], str(found.label)
+                (data,) = await beside(lambda images=images, kind=kind: encode_all(images, kind), images.nbytes)
                 self.metrics.observe(found.result)
                 await self._send(_frame(found, found.result, data))
         except _Gone:

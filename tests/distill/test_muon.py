@@ -53,8 +53,7 @@ def test_who_is_trained_by_what() -> None:
 
 
 def test_rates() -> None:
-    fit = {"steps": 100, "warmup": 10}
-    assert rate_factor(0, Fit(**fit)) == pytest.approx(0.1)
-    assert rate_factor(50, Fit(**fit, schedule="constant")) == 1
-    assert rate_factor(75, Fit(**fit, schedule="linear")) == pytest.approx(0.25)
-    assert rate_factor(100, Fit(**fit)) == pytest.approx(0.02)
+    assert rate_factor(0, Fit(steps=100, warmup=10)) == pytest.approx(0.1)
+    assert rate_factor(50, Fit(steps=100, warmup=10, schedule="constant")) == 1
+    assert rate_factor(75, Fit(steps=100, warmup=10, schedule="linear")) == pytest.approx(0.25)
+    assert rate_factor(100, Fit(steps=100, warmup=10)) == pytest.approx(0.02)

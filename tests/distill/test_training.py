@@ -154,6 +154,35 @@ def test_killed_and_resumed_gives_the_bit_identical_next_loss(
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+def test_an_interrupted_training_keeps_its_updates_and_says_how_to_go_on(teacher: Path, tmp_path: Path) -> None:
+    import re
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("prompts: 40\nfit: {steps: 100000, batch: 2, preview_every: 0}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "imagine_flash",
+        "distill",
+        str(teacher),
+        str(tmp_path / "new" / "out"),
+        "--recipe",
+        str(recipe),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "new" / "out.run" / "logs" / "student.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not log.exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    found = re.search(r"error: interrupted after (\d+) of 100000 updates; the same command goes on from there", said)
+    assert found and len(log.read_text().splitlines()) == int(found[1])
+    assert (tmp_path / "new" / "out.run" / "checkpoints" / "student.safetensors").exists()
+
+
 def test_a_student_begins_with_another(teacher: Path, tmp_path: Path) -> None:
     """One update at a rate of nothing leaves the weights that it began with."""
     first = tmp_path / "first"

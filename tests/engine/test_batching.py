@@ -277,7 +277,11 @@ def test_padding_changes_nothing(tiny_artifact: Path) -> None:
         ({"precision": "fp8"}, ArtifactError, "no precision 'fp8'"),
         ({"backend": "onnxruntime", "precision": "bf16"}, ArtifactError, "own precision, fp32.*--precision bf16"),
         ({"backend": "openvino", "precision": "fp16"}, ArtifactError, "computes in .*fp32.*, not fp16"),
-        ({"backend": "openvino", "device": "cuda"}, ArtifactError, "device must be auto or cpu, got 'cuda'"),
+        (
+            {"backend": "openvino", "device": "cuda"},
+            ArtifactError,
+            "device must be auto or cpu for .* openvino, got 'cuda'",
+        ),
         ({"backend": "onnxruntime", "device": "gpu"}, ArtifactError, "device must be auto, cpu, cuda.*got 'gpu'"),
         ({"device": "cuda:1"}, ArtifactError, "no CUDAExecutionProvider.*onnxruntime-gpu"),
     ],

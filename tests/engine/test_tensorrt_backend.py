@@ -46,7 +46,7 @@ def test_auto_takes_what_is_there(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        (Wanted(device="cpu"), "device must be auto, cuda or cuda:0, got 'cpu'"),
+        (Wanted(device="cpu"), "device must be auto, cuda or cuda:0"),
         (Wanted(device="cuda:1"), "got 'cuda:1'; CUDA_VISIBLE_DEVICES=N makes another one the first"),
         (Wanted(precision="bf16"), "graphs' precision, fp32; for bf16 run 'imagine-flash export STUDENT OUT"),
     ],

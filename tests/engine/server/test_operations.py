@@ -150,10 +150,15 @@ def test_what_cannot_be_served(tiny_artifact: Path, tmp_path: Path) -> None:
         assert f"cannot listen at 127.0.0.1:{port} (" in line and line.count("(") == 1, line
 
 
-def test_what_only_loading_finds_is_said_once(tiny_artifact: Path) -> None:
+def test_a_wrong_device_or_batch_is_said_before_the_url(tiny_artifact: Path) -> None:
     wrong = ("--model", tiny_artifact, "--backend", "onnxruntime", "--port", "0")
-    assert "--device must be auto" in run(*wrong, "--device", "tpu", url=True)
-    assert "--max-batch must be" in run(*wrong, "--max-batch", "9999", url=True)
+    assert "--device must be auto" in run(*wrong, "--device", "tpu")
+    assert "--max-batch must be" in run(*wrong, "--max-batch", "9999")
+
+
+def test_what_only_loading_finds_is_said_once(tiny_artifact: Path) -> None:
+    wrong = ("--model", tiny_artifact, "--backend", "onnxruntime", "--port", "0", "--device", "cuda:7")
+    assert "cuda:7" in run(*wrong, url=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

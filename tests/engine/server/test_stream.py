@@ -231,3 +231,21 @@ def test_a_slow_reader_gets_the_newest(server) -> None:
         while not seen or seen[-1] < 59:
             seen.append(read(socket)[0]["seq"])
         assert seen == sorted(seen)
+
+
+def test_no_more_streams_than_may_be_open(tiny_artifact) -> None:
+    """The next one is told so and may try again."""
+    from starlette.testclient import TestClient
+    from starlette.websockets import WebSocketDisconnect
+
+    from imagine_flash.engine.server import create_app
+    from imagine_flash.engine.server.settings import ServerSettings
+
+    engine = Engine.load(tiny_artifact, backend="onnxruntime")
+    client = TestClient(create_app(engine, ServerSettings(max_streams=1)), base_url="http://localhost")
+    with engine, client.websocket_connect("/v1/stream") as first:
+        assert first.receive_json()["type"] == "ready"
+        assert "imagine_flash_sessions 1.0" in client.get("/metrics").text
+        with client.websocket_connect("/v1/stream") as second, pytest.raises(WebSocketDisconnect) as refused:
+            second.receive_json()
+        assert refused.value.code == 1013 and "at most 1 may be" in refused.value.reason
