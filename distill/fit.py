@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..core.artifact import atomic_file
-from ..core.errors import ImagineFlashError, Interrupted
+from ..core.errors import ImagineFlashError
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .muon import Muon
 from .recipe import Fit

@@ -20,7 +20,12 @@ MAY_IMPORT = {  # room -> the rooms it may import; the top-level files are the r
     "export": {"core", "pipelines", "export"},
 }
 ALL_ROOMS = {*MAY_IMPORT, "benchmarks"}
-MAY_IMPORT |= {"benchmarks": ALL_ROOMS, "cli": ALL_ROOMS | {"cli"}, "__init__.py": {"core", "engine"}, "__main__.py": {"cli"}}
+MAY_IMPORT |= {
+    "benchmarks": ALL_ROOMS,
+    "cli": ALL_ROOMS | {"cli"},
+    "__init__.py": {"core", "engine"},
+    "__main__.py": {"cli"},
+}
 
 
 def package_files() -> list[Path]:

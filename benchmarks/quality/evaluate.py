@@ -24,13 +24,12 @@ from .measure import Measured, PictureStore
 from .methods import Method, table_of_methods
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread, unbiased_frechet_distance
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
-from .tables import as_rich
+from .tables import REFERENCE, as_rich
 
 FEWEST = 2 * (FEATURES + 1)
 RESAMPLES = 200
 NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 64, 8
-REFERENCE = "teacher, 25 steps"
 _COLUMNS = (
     TextColumn("{task.description:46}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
 )  # fmt: skip

@@ -59,15 +59,17 @@ class _Residual(nn.Module):
 class Judge(nn.Module):
     """(B, 3, 64, 64) in [-1, 1] -> features (B, 128) and one row of logits per head."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: dict[str, int] = _HEADS) -> None:
+        """classes: of each head; an older judge may know the first so many kinds only, and no patterns."""
         super().__init__()
+        self.classes = classes
         self.trunk = nn.Sequential(
             nn.Conv2d(3, 32, 4, stride=2, padding=1), nn.SiLU(), _Residual(32),
             nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.SiLU(), _Residual(64),
             nn.Conv2d(64, 96, 4, stride=2, padding=1), nn.SiLU(), _Residual(96),
             nn.Conv2d(96, 48, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(48 * 64, FEATURES), nn.SiLU(),
         )  # fmt: skip
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, classes) for name, classes in _HEADS.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, count) for name, count in classes.items()})
         self.reference_mean: torch.Tensor
         self.reference_covariance: torch.Tensor
         self.feature_scale: torch.Tensor
@@ -98,14 +100,16 @@ class Judge(nn.Module):
         for first in range(0, len(images), batch):
             found, logits = self(to_signed(images[first : first + batch]))
             features.append(found.double().numpy() * float(self.feature_scale))
-            scenes += _scenes({name: values.argmax(1).tolist() for name, values in logits.items()})
+            scenes += _scenes(
+                {name: values.argmax(1).tolist() for name, values in logits.items()}, self.classes["second"] - 1
+            )
         return np.concatenate(features), scenes
 
 
-def _scenes(classes: dict[str, list[int]]) -> list[Scene]:
-    scenes = []
-    for layout, first, second, background, pattern in zip(*(classes[name] for name in _HEADS), strict=True):
-        pair = layout > 0 and second < len(OBJECT_NAMES)
+def _scenes(classes: dict[str, list[int]], none: int) -> list[Scene]:
+    scenes, found = [], {"pattern": [0] * len(classes["first"]), **classes}
+    for layout, first, second, background, pattern in zip(*(found[name] for name in _HEADS), strict=True):
+        pair = layout > 0 and second < none
         scenes.append(
             Scene(
                 objects=(OBJECT_NAMES[first], OBJECT_NAMES[second]) if pair else (OBJECT_NAMES[first],),
@@ -222,11 +226,12 @@ def load_judge(path: Path) -> tuple[Judge, dict[str, str]]:
     """The judge of a file that train_judge wrote, and its own test accuracy as written there."""
     if not path.is_file():
         raise ArtifactError(f"no judge at {path}; make one with imagine-flash train-judge")
-    judge = Judge()
     try:
         with safe_open(str(path), "pt") as file:
-            judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
-    except (SafetensorError, RuntimeError, OSError) as error:
+        judge = Judge({n: len(weights[f"heads.{n}.weight"]) for n in _HEADS if f"heads.{n}.weight" in weights})
+        judge.load_state_dict({"feature_scale": torch.ones(()), **weights})
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
         raise ArtifactError(f"{path} is not a judge of this version ({str(error).splitlines()[0]})") from None
     return judge.eval(), metadata

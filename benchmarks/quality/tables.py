@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+REFERENCE = "teacher, 25 steps"  # what all other rows are compared with
 HEADINGS = (
     "method",
     "calls",
@@ -23,14 +24,19 @@ HEADINGS = (
 def table_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """The record as rows of text, shares in per cent, FD with the half-width of its 95 % interval."""
     columns = ("all", "object", "relation", "background", "pattern")
-    rows = []
+    rows, best = [], next((r["fd_judge_unbiased"] for r in record["rows"] if r["method"] == REFERENCE), None)
     for row in record["rows"]:
-        low, high = row["fd_interval"]
+        low, high = row.get("fd_interval", (None, None))  # which the first records have not
         seen = (f"{100 * row['seen'][name]:.1f}" if name in row["seen"] else "–" for name in columns)
-        ratio = f"{row['fd_ratio'][0]:.2f}" if "fd_ratio" in row else "–"
+        distance = f"{row['fd_judge_unbiased']:.1f}" + (f" ± {(high - low) / 2:.1f}" if low is not None else "")
+        ratio = (
+            f"{row['fd_judge_unbiased'] / best:.2f}"
+            if best and row["network_calls"] and row["method"] != REFERENCE
+            else "–"
+        )
         rows.append((
             row["method"], str(row["network_calls"]), *seen, f"{100 * row['held_out']['all']:.1f}",
-            f"{row['fd_judge_unbiased']:.1f} ± {(high - low) / 2:.1f}", ratio,
+            distance, ratio,
         ))  # fmt: skip
     return rows
 
