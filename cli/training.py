@@ -102,12 +102,12 @@ def evaluate_command(
     Pictures are kept in OUTPUT.run: the same command goes on where a stopped one was.
     """
     writable(output)
+    training()
     for folder in (teacher, *([] if teacher_only else [student])):
         if folder.is_relative_to(EMOJI) and not folder.is_dir():
             raise ImagineFlashError(
                 "the embedded teacher and student are in a checkout alone; give TEACHER and STUDENT"
             )
-    training()
     from ..benchmarks.quality.evaluate import evaluate
 
     evaluate(

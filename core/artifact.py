@@ -68,6 +68,7 @@ __all__ = [
     "read_student_manifest",
     "refuse_foreign",
     "sha256_file",
+    "signed",
     "size_name",
     "write_manifest",
 ]
@@ -130,11 +131,10 @@ def _check_nothing_is_unlisted(folder: Path, manifest: ArtifactManifest) -> None
 def write_manifest(folder: str | Path, manifest: StudentManifest | ArtifactManifest) -> Path:
     """Writes the manifest into its file in `folder` and returns the path."""
     path = Path(folder) / (STUDENT_FILE if isinstance(manifest, StudentManifest) else ARTIFACT_FILE)
-    values = json.loads(manifest.model_dump_json())
     if isinstance(manifest, ArtifactManifest):
-        values[DIGEST] = digest_of(values)
+        manifest = signed(manifest)
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -168,6 +168,11 @@ def _read(folder: Path, file: str, kind: type[Manifest]) -> Manifest:
             "run 'imagine-flash export' again"
         )
     return manifest
+
+
+def signed(manifest: ArtifactManifest) -> ArtifactManifest:
+    """The manifest with the digest of its other fields."""
+    return manifest.model_copy(update={DIGEST: digest_of(json.loads(manifest.model_dump_json()))})
 
 
 def digest_of(values: dict[str, Any]) -> str:

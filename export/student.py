@@ -27,6 +27,7 @@ from ..core.artifact import (
     hash_files,
     hash_folder,
     read_student_manifest,
+    signed,
     write_manifest,
 )
 from ..core.errors import ArtifactError, ParityError
@@ -120,7 +121,7 @@ def _export(
         ledger = _gate(target, manifest, stages, traced, options, progress)
         if ledger.failures:
             raise _failure(out, ledger)
-        manifest = _finish(target, manifest, ledger, traced.cases, options, progress)
+        manifest = signed(_finish(target, manifest, ledger, traced.cases, options, progress))
         write_manifest(target, manifest)
     return manifest
 

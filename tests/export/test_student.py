@@ -268,8 +268,12 @@ def test_a_failing_gate_leaves_a_report_and_the_old_artifact(student, artifact_c
 def test_two_exports_to_one_folder(student, tmp_path):
     from filelock import FileLock
 
-    with FileLock(tmp_path / ".out.lock"), pytest.raises(ArtifactError, match=r"another export is writing .*out"):
+    from imagine_flash.export.student import _lock_of
+
+    lock = _lock_of(tmp_path / "out")
+    with FileLock(lock), pytest.raises(ArtifactError, match=r"another export is writing .*out"):
         export_student(student, tmp_path / "out")
+    assert lock.exists(), "a lock file that is removed may be another process's"
 
 
 @pytest.mark.parametrize("forms", ["stages", "whole-sampler"])

@@ -107,9 +107,8 @@ def run(*options: str | Path, url: bool = False, **environment: str) -> str:
     code = "from imagine_flash.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
-    said = [line for line in done.stdout.splitlines() if not line.startswith("note: ")]
-    assert done.returncode == 2 and len(said) == url, done
-    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == url, done
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
     assert line.startswith("error: "), line
     return line
 

@@ -154,7 +154,7 @@ def test_it_fits_and_follows_the_scheme(embedded, open_page, scheme: str, width:
     red = int(opened.page.evaluate("getComputedStyle(document.documentElement).backgroundColor.match(/\\d+/)[0]"))
     assert red > 200 if scheme == "light" else red < 60
     assert opened.page.screenshot().startswith(b"\x89PNG")
-    opened.page.fill("#prompt", "a " + "very" * 30 + " long word")
+    opened.page.fill("#prompt", "a cat and a dog and " * 20)
     opened.says("#trouble", "shorten it")
     assert opened.page.evaluate(fits)
     assert opened.console == [] and opened.others == []
