@@ -27,7 +27,7 @@ class _Batches(Dataset[np.ndarray]):
 
 def rendered(scenes: EmojiScenes, count: int, *, batch: int = 100, start: int = 0) -> Iterator[np.ndarray]:
     """Pictures `start` to `start + count` of a stream, in order, as (batch, H, W, 3) uint8."""
-    workers = min(os.cpu_count() or 1, -(-count // (4 * batch)))  # processes are not worth their start for a few
+    workers = min(os.cpu_count() or 1, count // (10 * batch))  # processes are not worth their start for a few
     batches = _Batches(scenes, count, batch, start)
     loader: Any = DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
     for images in loader:
