@@ -67,6 +67,8 @@ def main() -> None:
     """Run the command line: what a user got wrong is one line on standard error and exit code 2, never a traceback."""
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C, without a word
+            _fail("interrupted")
     except ImagineFlashError as error:
         code = _fail(str(error), 3 if isinstance(error, ParityError) else 130 if isinstance(error, Interrupted) else 2)
     except (KeyboardInterrupt, typer.Abort):  # what typer makes of it

@@ -25,11 +25,12 @@ from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from pydantic import BaseModel
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from ..core.artifact import atomic_file
-from ..core.errors import ImagineFlashError
+from ..core.errors import ImagineFlashError, Interrupted
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .muon import Muon
 from .recipe import Fit
@@ -213,10 +214,8 @@ def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
     log.parent.mkdir(parents=True, exist_ok=True)
     task.module.train()
     started = saved = time.monotonic()
-    with (
-        _asked_to_stop() as stop, Progress(*_COLUMNS, disable=not main) as bar, _single_threaded_worker() as ahead,
-        log.open("a") as lines,
-    ):  # fmt: skip
+    progress = Progress(*_COLUMNS, console=Console(stderr=True), disable=not main)
+    with _asked_to_stop() as stop, progress as bar, _single_threaded_worker() as ahead, log.open("a") as lines:
         shown = bar.add_task(task.name, total=last, completed=done)
         waiting = ahead.submit(task.batch, done, rank)
         for step in range(done, last):
@@ -232,7 +231,7 @@ def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
                 save_checkpoint(checkpoint, run.state, step=step + 1, seconds=spent)
                 saved = time.monotonic()
                 if stop.is_set():
-                    raise KeyboardInterrupt(
+                    raise Interrupted(
                         f"interrupted after {step + 1} of {last} updates; the same command goes on from there"
                     )
             if settings.preview_every and (step + 1) % settings.preview_every == 0:

@@ -179,7 +179,8 @@ def test_an_interrupted_training_keeps_its_updates_and_says_how_to_go_on(teacher
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
     found = re.search(r"error: interrupted after (\d+) of 100000 updates; the same command goes on from there", said)
-    assert found and len(log.read_text().splitlines()) == int(found[1])
+    assert found, said
+    assert len(log.read_text().splitlines()) == int(found[1])
     assert (tmp_path / "new" / "out.run" / "checkpoints" / "student.safetensors").exists()
 
 
