@@ -16,9 +16,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PACKAGES = (
-    "imagine-flash", "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "tokenizers", "diffusers",
+    "imagine-flash",
+    "numpy",
+    "torch",
+    "triton",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tokenizers",
+    "diffusers",
     "transformers",
-)  # fmt: skip
+)
 
 _PATH = re.compile(
     r"""(^|[=,;\s'"(\[]|:(?!//))"""  # where a path may start; not the // of a URL
@@ -83,9 +91,14 @@ def hardware_of(device: str) -> Hardware:
     gpu = torch.cuda.get_device_properties(torch.device(device))
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return Hardware(
-        device="cuda", cpu=_cpu_name(), cores=cores, memory_gib=memory, gpu=gpu.name,
-        gpu_driver=driver.split()[0] if driver else None, gpu_memory_gib=_gib(gpu.total_memory),
-    )  # fmt: skip
+        device="cuda",
+        cpu=_cpu_name(),
+        cores=cores,
+        memory_gib=memory,
+        gpu=gpu.name,
+        gpu_driver=driver.split()[0] if driver else None,
+        gpu_memory_gib=_gib(gpu.total_memory),
+    )
 
 
 def installed_versions() -> dict[str, str]:

@@ -48,17 +48,25 @@ def build_sdxl() -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 10),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+    )
     return {
-        "class": "StableDiffusionXLPipeline", "unet": unet, "vae": _vae(0.13025),
+        "class": "StableDiffusionXLPipeline",
+        "unet": unet,
+        "vae": _vae(0.13025),
         "text_encoder": _clip(hidden=768, layers=12, heads=12, projection=None),
         "text_encoder_2": _clip(hidden=1280, layers=32, heads=20, projection=1280),
-    }  # fmt: skip
+    }
 
 
 SHAPES = {"sd-turbo": build_sd_turbo, "sdxl": build_sdxl}
@@ -112,14 +120,17 @@ def measure(kind: str, out: Path, *, size: str) -> dict[str, Any]:
         manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
         record = {
             "name": f"export of {kind} at {size}, batch 1, 1 step, float32 graphs",
-            "parameters": parameters, "seconds": round(seconds, 1),
+            "parameters": parameters,
+            "seconds": round(seconds, 1),
             "peak_resident_gib": round(usage.ru_maxrss / 2**20, 2),
             "bytes": {path.name: path.stat().st_size for path in sorted(artifact.iterdir()) if path.is_file()},
-            "student_sha256": hash_folder(student), "parity": manifest["parity"],
+            "student_sha256": hash_folder(student),
+            "parity": manifest["parity"],
             "nodes": {name: graph["nodes"] for name, graph in manifest["graphs"].items()},
-            "hardware": hardware_of("cpu").model_dump(), "versions": installed_versions(),
+            "hardware": hardware_of("cpu").model_dump(),
+            "versions": installed_versions(),
             "git": git.model_dump() if (git := git_of(ROOT)) else None,
-        }  # fmt: skip
+        }
     with atomic_file(out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -129,10 +140,18 @@ def _clip(*, hidden: int, layers: int, heads: int, projection: int | None) -> An
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=CLIP_VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=77, projection_dim=projection or hidden, hidden_act="gelu",
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=CLIP_VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        projection_dim=projection or hidden,
+        hidden_act="gelu",
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
@@ -140,9 +159,13 @@ def _vae(scaling_factor: float) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=scaling_factor,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=scaling_factor,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
 
 
 def _random_weights(module: torch.nn.Module) -> torch.nn.Module:

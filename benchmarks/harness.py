@@ -144,9 +144,17 @@ class Candidate:
 
 
 def measure(
-    candidates: Sequence[Candidate], *, baseline: str, check: Callable[[Candidate], Check], case: Mapping[str, Any],
-    warm_up: int = 10, n: int = 100, repeats: int | None = None, clock: Clock | None = None, rest: float = 0.0,
-) -> Case:  # fmt: skip
+    candidates: Sequence[Candidate],
+    *,
+    baseline: str,
+    check: Callable[[Candidate], Check],
+    case: Mapping[str, Any],
+    warm_up: int = 10,
+    n: int = 100,
+    repeats: int | None = None,
+    clock: Clock | None = None,
+    rest: float = 0.0,
+) -> Case:
     """Checks every candidate, warms up, then times n rounds of all in their order, the garbage collector paused.
 
     A timing is of `repeats` calls; by default as many, a power of two, as make the fastest candidate's timing last 200
@@ -165,15 +173,24 @@ def measure(
         repeats = repeats or _enough_repeats(candidates, clock)
         rounds = [[_seconds(candidate, repeats, clock, rest) for candidate in candidates] for _ in range(n)]
     return Case(
-        case=parameters, baseline=baseline, warm_up=warm_up, repeats=repeats, checks=checks,
+        case=parameters,
+        baseline=baseline,
+        warm_up=warm_up,
+        repeats=repeats,
+        checks=checks,
         timings=_timings(names, np.array(rounds) / repeats, baseline, repeats),
-    )  # fmt: skip
+    )
 
 
 def case_of(
-    samples: Mapping[str, Sequence[float]], *, baseline: str, checks: Mapping[str, Check], case: Mapping[str, Any],
-    warm_up: int = 1, repeats: int = 1,
-) -> Case:  # fmt: skip
+    samples: Mapping[str, Sequence[float]],
+    *,
+    baseline: str,
+    checks: Mapping[str, Check],
+    case: Mapping[str, Any],
+    warm_up: int = 1,
+    repeats: int = 1,
+) -> Case:
     """A row of seconds per call that were taken elsewhere: candidate -> n of them, sample i of all in the same round.
 
     repeats: the calls that each sample is the mean of. Raises ImagineFlashError for a failed check, for fewer than five
@@ -187,9 +204,13 @@ def case_of(
         _refuse_wrong(name, checks.get(name))
     seconds = np.array([samples[name] for name in names]).T
     return Case(
-        case=TypeAdapter(Parameters).validate_python(dict(case)), baseline=baseline, warm_up=warm_up, repeats=repeats,
-        checks=dict(checks), timings=_timings(names, seconds, baseline, repeats),
-    )  # fmt: skip
+        case=TypeAdapter(Parameters).validate_python(dict(case)),
+        baseline=baseline,
+        warm_up=warm_up,
+        repeats=repeats,
+        checks=dict(checks),
+        timings=_timings(names, seconds, baseline, repeats),
+    )
 
 
 def _refuse_settings(names: list[str], baseline: str, warm_up: int, n: int, repeats: int | None) -> None:
@@ -265,9 +286,15 @@ def _timing(name: str, own: np.ndarray, base: np.ndarray) -> Timing:
     p50, p95, p99 = (_short(value) for value in np.quantile(own, (0.5, 0.95, 0.99)))
     low, middle, high = (_short(value) for value in np.quantile(base / own, (0.05, 0.5, 0.95)))
     return Timing(
-        name=name, n=len(own), mean_us=_short(own.mean()), p50_us=p50, p95_us=p95, p99_us=p99, min_us=_short(own.min()),
+        name=name,
+        n=len(own),
+        mean_us=_short(own.mean()),
+        p50_us=p50,
+        p95_us=p95,
+        p99_us=p99,
+        min_us=_short(own.min()),
         ratio=Ratio(p5=low, p50=middle, p95=high),
-    )  # fmt: skip
+    )
 
 
 def _short(value: float) -> float:
@@ -279,10 +306,14 @@ def new_record(
 ) -> Record:
     """The record of `rows`, with what this machine, environment and checkout are now; argv is by default sys.argv."""
     return Record(
-        question=question, date=datetime.now(UTC).replace(microsecond=0),
-        command_line=command_line(sys.argv if argv is None else argv), hardware=hardware_of(device),
-        versions=installed_versions(), git=git_of(Path(__file__).parents[1]), rows=tuple(rows),
-    )  # fmt: skip
+        question=question,
+        date=datetime.now(UTC).replace(microsecond=0),
+        command_line=command_line(sys.argv if argv is None else argv),
+        hardware=hardware_of(device),
+        versions=installed_versions(),
+        git=git_of(Path(__file__).parents[1]),
+        rows=tuple(rows),
+    )
 
 
 def write_record(record: Record, path: str | Path) -> None:

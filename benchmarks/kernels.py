@@ -29,9 +29,14 @@ from .harness import Candidate, Case, Check, Record, compare, measure, new_recor
 from .records import plot
 
 SD_CONFIG = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
 FUSED, COMPILED, CAPTURED, COPY = "ours", "torch.compile", "ours, CUDA graph", "copy"
 DDIM, EAGER = "diffusers DDIM step", "torch eager"
 Runs = dict[str, Callable[[], Any]]
@@ -82,9 +87,7 @@ def _measure(work: Workload, device: str, rounds: int, clock: Any) -> Case:
         return compare("largest difference from float64", found, wanted, work.tolerance)
 
     candidates = [Candidate(name=name, run=run) for name, run in work.runs.items()]
-    case = measure(
-        candidates, baseline=work.baseline, check=check, case=work.case, warm_up=5, n=rounds, clock=clock
-    )  # fmt: skip
+    case = measure(candidates, baseline=work.baseline, check=check, case=work.case, warm_up=5, n=rounds, clock=clock)
     return case.with_extra(_bandwidth(case, work, device))
 
 
@@ -165,18 +168,25 @@ def _update(batch: int, side: int, device: str, network: torch.dtype) -> Workloa
         following.copy_(x_s)
 
     runs: Runs = {
-        DDIM: ddim, EAGER: eager, COMPILED: _compiled(eager),
+        DDIM: ddim,
+        EAGER: eager,
+        COMPILED: _compiled(eager),
         FUSED: lambda: update.noise_corrected_update(x, m, rows, 1, out=state, network_input=following),
-    }  # fmt: skip
+    }
     moved = x.nbytes + m.nbytes + state.nbytes + following.nbytes
     expected = update.reference(x, m, rows.rows.double(), rows.positions[1:2], dtype=torch.float64)
     if device != "cpu":
         runs[CAPTURED] = captured(runs[FUSED])
     return Workload(
-        case={"kernel": "update", "latents": (batch, 4, side, side)}, baseline=DDIM, runs=runs, expected=expected,
-        outputs=(following, state), written=lambda name: following, bytes_moved=moved,
+        case={"kernel": "update", "latents": (batch, 4, side, side)},
+        baseline=DDIM,
+        runs=runs,
+        expected=expected,
+        outputs=(following, state),
+        written=lambda name: following,
+        bytes_moved=moved,
         tolerance=1e-5 if network is torch.float32 else 0.05,
-    )  # fmt: skip
+    )
 
 
 def _to_image(batch: int, side: int, device: str, network: torch.dtype) -> Workload:
@@ -192,9 +202,15 @@ def _to_image(batch: int, side: int, device: str, network: torch.dtype) -> Workl
     if device != "cpu":
         runs[CAPTURED] = captured(runs[FUSED])
     return Workload(
-        case={"kernel": "to_image", "pictures": (batch, 3, side, side)}, baseline=EAGER, runs=runs, expected=expected,
-        outputs=(out,), written=lambda name: out, tolerance=1.0, bytes_moved=moved,
-    )  # fmt: skip
+        case={"kernel": "to_image", "pictures": (batch, 3, side, side)},
+        baseline=EAGER,
+        runs=runs,
+        expected=expected,
+        outputs=(out,),
+        written=lambda name: out,
+        tolerance=1.0,
+        bytes_moved=moved,
+    )
 
 
 def _group_norm(batch: int, side: int, channels_last: bool, device: str, network: torch.dtype) -> Workload:
@@ -215,14 +231,21 @@ def _group_norm(batch: int, side: int, channels_last: bool, device: str, network
         return norm.group_norm_silu(*arguments[:4], eps=1e-6)
 
     runs: Runs = {
-        EAGER: keep(EAGER, norm.reference), COMPILED: keep(COMPILED, _compiled(norm.reference)), FUSED: keep(FUSED, ours),
-    }  # fmt: skip
+        EAGER: keep(EAGER, norm.reference),
+        COMPILED: keep(COMPILED, _compiled(norm.reference)),
+        FUSED: keep(FUSED, ours),
+    }
     expected = norm.reference(x.double(), 32, weight.double(), bias.double(), 1e-6, True)
     moved = 2 * x.nbytes
     if device != "cpu":
         runs[CAPTURED] = captured(keep(CAPTURED, ours))
     return Workload(
         case={"kernel": "group_norm_silu", "input": (batch, channels, side, side), "channels_last": channels_last},
-        baseline=EAGER, runs=runs, expected=expected, outputs=(), written=kept.__getitem__,
-        tolerance=float(expected.abs().max()) * (2**-16 if network is torch.float32 else 2**-7), bytes_moved=moved,
-    )  # fmt: skip
+        baseline=EAGER,
+        runs=runs,
+        expected=expected,
+        outputs=(),
+        written=kept.__getitem__,
+        tolerance=float(expected.abs().max()) * (2**-16 if network is torch.float32 else 2**-7),
+        bytes_moved=moved,
+    )

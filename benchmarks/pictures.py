@@ -17,9 +17,23 @@ from .harness import Check, compare
 Limits = Mapping[str, float]  # "levels": largest difference of 255; "psnr": dB
 ONE_LEVEL: Limits = {"levels": 1.0}
 WORDS = (
-    "apple", "boat", "cat", "dog", "fish", "fox", "house", "lion", "moon", "mushroom", "owl", "pig", "robot", "rose",
-    "star", "tree",
-)  # fmt: skip
+    "apple",
+    "boat",
+    "cat",
+    "dog",
+    "fish",
+    "fox",
+    "house",
+    "lion",
+    "moon",
+    "mushroom",
+    "owl",
+    "pig",
+    "robot",
+    "rose",
+    "star",
+    "tree",
+)
 
 
 def drawn_by_torch(folder: Path, manifest: ArtifactManifest) -> dict[int, tuple[GenerateRequest, NDArray[np.uint8]]]:

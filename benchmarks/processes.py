@@ -63,9 +63,14 @@ def cold_start(
 
         candidates = [Candidate(name=name, run=run) for name, run in commands.items()]
         return measure(
-            candidates, baseline=candidates[0].name, check=check, case={"what": "cold start", "steps": steps},
-            warm_up=1, n=rounds, repeats=1,
-        )  # fmt: skip
+            candidates,
+            baseline=candidates[0].name,
+            check=check,
+            case={"what": "cold start", "steps": steps},
+            warm_up=1,
+            n=rounds,
+            repeats=1,
+        )
 
 
 def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], rounds: int, requests: int) -> Case:
@@ -82,9 +87,14 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
 
         def run(name: str, requests: int = 0) -> dict[str, float]:
             arguments = {
-                "folder": str(folder), "backend": name, "output": str(out), "requests": requests,
-                "prompt": request.prompt, "steps": steps, "seed": request.seed,
-            }  # fmt: skip
+                "folder": str(folder),
+                "backend": name,
+                "output": str(out),
+                "requests": requests,
+                "prompt": request.prompt,
+                "steps": steps,
+                "seed": request.seed,
+            }
             found = json.loads(_call("processes", "report_memory", arguments))
             limits[name] = limits_of(manifest, found.pop("precision"))
             seen[name].append(found)
@@ -97,9 +107,14 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
 
         candidates = [Candidate(name=name, run=lambda name=name: run(name)) for name in backends]
         case = measure(
-            candidates, baseline=backends[0], check=check, case={"what": "load and warm up", "requests": requests},
-            warm_up=1, n=rounds, repeats=1,
-        )  # fmt: skip
+            candidates,
+            baseline=backends[0],
+            check=check,
+            case={"what": "load and warm up", "requests": requests},
+            warm_up=1,
+            n=rounds,
+            repeats=1,
+        )
         extra: dict[str, dict[str, float]] = {}
         for name in backends:
             middle = {key: round(float(np.median([found[key] for found in seen[name]])), 1) for key in seen[name][0]}
@@ -133,9 +148,7 @@ def grown_mb(engine: Engine, requests: int, steps: int) -> float:
     return resident_mb() - before
 
 
-def report_memory(
-    folder: str, backend: str, prompt: str, steps: int, seed: int, output: str, requests: int
-) -> None:  # fmt: skip
+def report_memory(folder: str, backend: str, prompt: str, steps: int, seed: int, output: str, requests: int) -> None:
     """In a process of its own: prints memory as JSON, and writes the picture as .npy."""
     before = resident_mb()
     with Engine.load(folder, backend=backend) as engine:

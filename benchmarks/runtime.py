@@ -88,9 +88,12 @@ def _overhead(engine: Engine, request: GenerateRequest, expected: NDArray[np.uin
         return result.images
 
     case = _measure(
-        {BARE: in_own_thread(bare_calls(engine, request)), GENERATE: generate}, expected, rounds, _limits(engine),
+        {BARE: in_own_thread(bare_calls(engine, request)), GENERATE: generate},
+        expected,
+        rounds,
+        _limits(engine),
         {"what": "overhead", **_engine(engine), "route": engine.route, "steps": request.steps},
-    )  # fmt: skip
+    )
     ours, bare = case[GENERATE], case[BARE]
     outside = [t.total - sum(t.denoise) - t.decode - sum(t.sampler) for t in timings[-ours.n :]]
     numbers = {
@@ -184,10 +187,13 @@ def batching(folder: Path, backend: str, rounds: int, counts: Sequence[int]) -> 
                 for name, seconds in latencies.items()
             }
             case = _measure(
-                draws, expected[:count], rounds, _limits(engine),
+                draws,
+                expected[:count],
+                rounds,
+                _limits(engine),
                 {"what": "batching", **_engine(engine), "steps": max(engine.steps), "requests": count},
                 reference="onnxruntime's pictures",
-            )  # fmt: skip
+            )
             yield case.with_extra({t.name: _latencies(latencies[t.name], t, count) for t in case.timings})
 
 
@@ -210,15 +216,22 @@ def _latencies(seconds: Sequence[float], timing: Timing, count: int) -> dict[str
     """Of the requests of all rounds, without those of the check and the warm-up."""
     p50, p95 = np.quantile(seconds[-timing.n * count :], (0.5, 0.95))
     return {
-        "latency p50 ms": round(1e3 * float(p50), 2), "latency p95 ms": round(1e3 * float(p95), 2),
+        "latency p50 ms": round(1e3 * float(p50), 2),
+        "latency p95 ms": round(1e3 * float(p95), 2),
         "pictures/s": round(1e6 * count / timing.p50_us, 1),
-    }  # fmt: skip
+    }
 
 
 def _measure(
-    draws: Mapping[str, Draw], expected: NDArray[np.uint8], rounds: int, limits: Limits | Mapping[str, Limits],
-    case: Mapping[str, Any], *, reference: str = "torch's picture", rest: float = 0.0,
-) -> Case:  # fmt: skip
+    draws: Mapping[str, Draw],
+    expected: NDArray[np.uint8],
+    rounds: int,
+    limits: Limits | Mapping[str, Limits],
+    case: Mapping[str, Any],
+    *,
+    reference: str = "torch's picture",
+    rest: float = 0.0,
+) -> Case:
     """The first of `draws` is the baseline. expected: (H, W, 3), or a batch of them. limits: of all, or by candidate."""
 
     def check(candidate: Candidate) -> Check:
@@ -227,9 +240,8 @@ def _measure(
 
     candidates = [Candidate(name=name, run=run) for name, run in draws.items()]
     return measure(
-        candidates, baseline=candidates[0].name, check=check, case=case, warm_up=5, n=rounds, repeats=1,
-        rest=rest,
-    )  # fmt: skip
+        candidates, baseline=candidates[0].name, check=check, case=case, warm_up=5, n=rounds, repeats=1, rest=rest
+    )
 
 
 def _batch(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -18,9 +18,11 @@ from .training import distill_command, evaluate_command, train_judge_command, tr
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.", rich_markup_mode="markdown",
-    pretty_exceptions_enable=False, context_settings=HELP,
-)  # fmt: skip
+    help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
+)
 COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     generate_command: (
         'generate "a fox on a pink background" -o fox.png',
@@ -46,8 +48,7 @@ app.add_typer(bench, name="bench")
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Say the version and end.")] = False,
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Say the version and end.")] = False
 ) -> None:
     if version:
         from importlib.metadata import version as version_of

@@ -64,11 +64,20 @@ def export_command(
 
     chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision}  # names not yet checked
     options = ExportOptions(
-        **chosen, name=name, steps=parse_steps(steps), opset=opset,
-        sizes=parse_sizes(sizes), batch=parse_batch(batch), tiny_decoder=tiny_decoder, psnr=min_psnr, error=max_error,
-        image_encoder=image_encoder, forms="both" if whole is None else "whole-sampler" if whole else "stages", int8=int8,
+        **chosen,
+        name=name,
+        steps=parse_steps(steps),
+        opset=opset,
+        sizes=parse_sizes(sizes),
+        batch=parse_batch(batch),
+        tiny_decoder=tiny_decoder,
+        psnr=min_psnr,
+        error=max_error,
+        image_encoder=image_encoder,
+        forms="both" if whole is None else "whole-sampler" if whole else "stages",
+        int8=int8,
         prompts=None if check_prompts is None else read_prompts(check_prompts),
-    )  # fmt: skip
+    )
     with _bar() as progress:
         manifest = export_student(student, out, options=options, progress=progress)
     if not quiet:
@@ -125,8 +134,12 @@ def build_tensorrt_command(
 
     with _bar() as progress:
         paths = build_plans(
-            folder, graphs=graphs, version_compatible=version_compatible, refit=refit, progress=lambda what: progress(what, 0)
-        )  # fmt: skip
+            folder,
+            graphs=graphs,
+            version_compatible=version_compatible,
+            refit=refit,
+            progress=lambda what: progress(what, 0),
+        )
     for path in paths:
         say(str(path))
 

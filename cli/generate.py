@@ -75,9 +75,13 @@ def generate_command(
         image_format(output)
         writable(output)
     values: dict[str, Any] = {
-        "prompt": prompt, "steps": _number(steps), "seed": _number(seed), "count": _number(count),
-        "width": _number(width), "height": _number(height),
-    }  # fmt: skip
+        "prompt": prompt,
+        "steps": _number(steps),
+        "seed": _number(seed),
+        "count": _number(count),
+        "width": _number(width),
+        "height": _number(height),
+    }
     request = GenerateRequest(**values)
     if (backend, device, precision) == ("auto", "auto", "auto") and request.count <= FEW:
         backend = _soonest(model)
@@ -103,9 +107,13 @@ def generate_command(
 
 def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
     return {
-        "files": [str(path) for path in paths], "steps": result.steps, "seed": result.seed,
-        "timings": result.timings.stages(), "unknown_words": result.unknown_words, "replaced_words": result.replaced_words,
-    }  # fmt: skip
+        "files": [str(path) for path in paths],
+        "steps": result.steps,
+        "seed": result.seed,
+        "timings": result.timings.stages(),
+        "unknown_words": result.unknown_words,
+        "replaced_words": result.replaced_words,
+    }
 
 
 def notes(result: GenerateResult) -> list[str]:

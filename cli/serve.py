@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 
 OPTIONS = {  # what errors call a setting -> what the user typed
-    "host": "--host", "device": "--device", "max_queue": "--max-queue", "max_batch": "--max-batch",
-    "timeout": "--timeout", "threads": "--threads", "allowed_origins": "--allow-origin",
-}  # fmt: skip
+    "host": "--host",
+    "device": "--device",
+    "max_queue": "--max-queue",
+    "max_batch": "--max-batch",
+    "timeout": "--timeout",
+    "threads": "--threads",
+    "allowed_origins": "--allow-origin",
+}
 
 
 def serve_command(
@@ -68,9 +73,14 @@ def serve_command(
     if replicas is not None and (replicas < 1 or not ray):
         raise RequestError(f"--replicas must be at least 1 and go with --ray, got {replicas}")
     engine: dict[str, Any] = {
-        "model": model, "backend": backend, "device": device, "precision": precision, "max_queue": max_queue,
-        "max_batch": max_batch, "threads": threads,
-    }  # fmt: skip
+        "model": model,
+        "backend": backend,
+        "device": device,
+        "precision": precision,
+        "max_queue": max_queue,
+        "max_batch": max_batch,
+        "threads": threads,
+    }
     origins = tuple(allow_origin or ())
     with _options_as_typed():
         if not _is_loopback(host) and api_key_file is None:
@@ -107,10 +117,21 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
             raise
 
     config = uvicorn.Config(
-        create_app(load, settings), host=host, port=port, log_config=None, access_log=False, http=LimitedHeads,
-        ws="websockets-sansio", ws_max_size=settings.max_body, ws_ping_interval=20, ws_per_message_deflate=False,
-        timeout_keep_alive=75, timeout_graceful_shutdown=30, server_header=False, proxy_headers=False,
-    )  # fmt: skip
+        create_app(load, settings),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        http=LimitedHeads,
+        ws="websockets-sansio",
+        ws_max_size=settings.max_body,
+        ws_ping_interval=20,
+        ws_per_message_deflate=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=30,
+        server_header=False,
+        proxy_headers=False,
+    )
     server = uvicorn.Server(config)
     listening = _listen(host, port)
     say(_url(host, listening))

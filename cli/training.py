@@ -111,7 +111,15 @@ def evaluate_command(
     from ..benchmarks.quality.evaluate import evaluate
 
     evaluate(
-        teacher, None if teacher_only else student, judge, output, split=split, count=count, held_out=held_out,
-        guidance=guidance, only=row, font=font,
-    )  # fmt: skip
+        teacher,
+        None if teacher_only else student,
+        judge,
+        output,
+        split=split,
+        count=count,
+        held_out=held_out,
+        guidance=guidance,
+        only=row,
+        font=font,
+    )
     say(f"{output}.json\n{output}.png")

@@ -57,11 +57,14 @@ class Discriminator(nn.Module):
         super().__init__()
         self.bodies = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(groups, c), nn.Conv2d(c, width, 3, padding=1), nn.SiLU(),
-                nn.Conv2d(width, width, 4, stride=2, padding=1), nn.SiLU(),
+                nn.GroupNorm(groups, c),
+                nn.Conv2d(c, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 4, stride=2, padding=1),
+                nn.SiLU(),
             )
             for c in channels
-        )  # fmt: skip
+        )
         self.logits = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
         self.texts = nn.ModuleList(nn.Linear(text_width, width, bias=False) for _ in channels)
 
@@ -94,9 +97,14 @@ def r1_penalty(discriminator: Discriminator, features: Sequence[torch.Tensor], t
 
 
 def adversarial_gradient(
-    discriminator: Discriminator, features: Features, x0: torch.Tensor, noise: torch.Tensor, levels: Any, t: torch.Tensor,
+    discriminator: Discriminator,
+    features: Features,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    levels: Any,
+    t: torch.Tensor,
     text: torch.Tensor,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The gradient of -D(x0 noised to t) by x0, and the features it was judged by; levels: (alpha_t, sigma_t) as (B, 1, 1, 1)."""
     alpha_t, sigma_t = levels
     with torch.enable_grad():

@@ -38,8 +38,12 @@ from .recipe import Fit
 _MOST_SKIPPED = 50
 _EDGES = re.compile(r"(^|\.)conv_(in|out)\.")  # the first and last layer, whose rows are no features
 _COLUMNS = (
-    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-)  # fmt: skip
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Task(Protocol):
@@ -136,7 +140,7 @@ class _Run:
 
         self.state = TrainingState(
             module=task.module, ema=self.ema, optimizers=self.optimizers, task=task.name, identity=task.identity
-        )  # fmt: skip
+        )
         self.skipped = 0
 
     def update(self, batch: dict[str, Any], step: int) -> float:

@@ -37,20 +37,30 @@ class ImagineFlashLoss(nn.Module):
         self._frozen = (teacher, TeacherTarget(teacher, recipe.teacher_steps))  # a tuple: not registered as a submodule
         self._tables = {
             steps: update_table(
-                teacher.schedule, StepPlan(timesteps), teacher.prediction_type,
+                teacher.schedule,
+                StepPlan(timesteps),
+                teacher.prediction_type,
                 noise_correction=recipe.rollout_noise_correction,
             )
             for steps, timesteps in recipe.plans.items()
-        }  # fmt: skip
+        }
         if recipe.adversarial is not None:
             features = Features(teacher.unet)
             self._features = (features,)
             self.discriminator = Discriminator(features.channels, teacher.text_encoder.config.hidden_size)
 
     def forward(
-        self, x_T: torch.Tensor, text: torch.Tensor, uncond: torch.Tensor, guidance: torch.Tensor, fresh: torch.Tensor,
-        plan: int, index: int, shifted: bool | None = None, judged: dict[str, Any] | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x_T: torch.Tensor,
+        text: torch.Tensor,
+        uncond: torch.Tensor,
+        guidance: torch.Tensor,
+        fresh: torch.Tensor,
+        plan: int,
+        index: int,
+        shifted: bool | None = None,
+        judged: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
         """One step of the plan with `plan` steps at position `index`.
 
         x_T, fresh (B, C, h, w) unit noise; text, uncond (B, L, D); guidance (B,). shifted: whether the target is the shifted
@@ -89,9 +99,18 @@ class ImagineFlashLoss(nn.Module):
         return target_of(x, t, text, uncond, guidance)
 
     def _adversarial(
-        self, x0: torch.Tensor, regression: torch.Tensor, text: torch.Tensor, settings: Adversarial, *, real: torch.Tensor,
-        noise: torch.Tensor, noise_real: torch.Tensor, t: torch.Tensor, share: float,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x0: torch.Tensor,
+        regression: torch.Tensor,
+        text: torch.Tensor,
+        settings: Adversarial,
+        *,
+        real: torch.Tensor,
+        noise: torch.Tensor,
+        noise_real: torch.Tensor,
+        t: torch.Tensor,
+        share: float,
+    ) -> torch.Tensor:
         """The student's adversarial term, whose gradient by x0 is `share` times as long as the regression's, and the heads' loss.
 
         real (B, C, h, w) latents of pictures with the same captions; noise, noise_real unit noise; t (B,) noise levels.

@@ -76,9 +76,14 @@ class Networks:
 
     @torch.no_grad()
     def sample(
-        self, x_T: torch.Tensor, text: torch.Tensor, table: UpdateTable, *, uncond: torch.Tensor | None = None,
+        self,
+        x_T: torch.Tensor,
+        text: torch.Tensor,
+        table: UpdateTable,
+        *,
+        uncond: torch.Tensor | None = None,
         guidance: float = 1.0,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Latents x0 from noise x_T by a plan's table; with classifier-free guidance where `uncond` is given."""
         x = x_T.float()
         for a, b, t in zip(table.a, table.b, table.timesteps, strict=True):
@@ -121,10 +126,14 @@ def load_networks(folder: str | Path) -> Networks:
         raise ArtifactError(f"{folder} does not load in diffusers ({' '.join(str(error).split())[:300]})") from None
     config = dict(pipeline.scheduler.config)
     networks = Networks(
-        tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder, unet=pipeline.unet, vae=pipeline.vae,
-        scheduler_config=config, schedule=NoiseSchedule.from_scheduler_config(config),
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        scheduler_config=config,
+        schedule=NoiseSchedule.from_scheduler_config(config),
         prediction_type=config.get("prediction_type", "epsilon"),
-    )  # fmt: skip
+    )
     for network in (networks.text_encoder, networks.unet, networks.vae):
         network.eval().requires_grad_(False)
     return networks

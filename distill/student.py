@@ -35,9 +35,15 @@ class DistillTask:
     name = "student"
 
     def __init__(
-        self, recipe: DistillRecipe, teacher: Networks, prompts: list[str], teacher_sha256: str, *,
-        real: torch.Tensor | None = None, start: tuple[Any, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        recipe: DistillRecipe,
+        teacher: Networks,
+        prompts: list[str],
+        teacher_sha256: str,
+        *,
+        real: torch.Tensor | None = None,
+        start: tuple[Any, str] | None = None,
+    ) -> None:
         """real: latents of the pictures that `prompts` describe, for the discriminator. start: a UNet to begin with instead of
         the teacher's, and the hash of its folder."""
         self.recipe, self.teacher, self.real = recipe, teacher, real
@@ -65,11 +71,15 @@ class DistillTask:
         with torch.no_grad():
             text = self.teacher.text_encoder(self.ids[rows].to(self.uncond.device))[0]
         found = {
-            "x_T": torch.randn(shape, generator=draw), "fresh": torch.randn(shape, generator=draw), "text": text,
-            "uncond": self.uncond.expand(size, -1, -1), "plan": plan, "index": index,
+            "x_T": torch.randn(shape, generator=draw),
+            "fresh": torch.randn(shape, generator=draw),
+            "text": text,
+            "uncond": self.uncond.expand(size, -1, -1),
+            "plan": plan,
+            "index": index,
             "guidance": low + (high - low) * torch.rand(size, generator=draw),
             "shifted": shifted and self.recipe.shifted,
-        }  # fmt: skip
+        }
         if self.recipe.adversarial is not None:
             found["judged"] = self._judged(self.recipe.adversarial, rows, step, draw)
         return found
@@ -156,10 +166,13 @@ def distill(
     console.print(f"student: {figures}")
     manifest = StudentManifest(
         plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},
-        noise_correction=recipe.noise_correction, recipe=recipe.model_dump(mode="json"),
-        teacher_sha256=teacher_sha256, training=figures, known_words=[] if prompts else all_words(),
+        noise_correction=recipe.noise_correction,
+        recipe=recipe.model_dump(mode="json"),
+        teacher_sha256=teacher_sha256,
+        training=figures,
+        known_words=[] if prompts else all_words(),
         vocabulary={} if prompts else vocabulary(),
-    )  # fmt: skip
+    )
     save_pipeline(
         with_unet(teacher, task.student),
         out,

@@ -34,20 +34,32 @@ from .recipe import TeacherRecipe
 from .tokenizer import train_tokenizer
 
 PREVIEW_PROMPTS: tuple[str, ...] = (
-    "a cat", "a fox on a pink background", "a rocket on blue", "an apple on a gray background", "a tree, green background",
-    "a cat to the left of a dog", "a rocket above a house on a blue background", "an octopus below a star on purple",
-)  # fmt: skip
+    "a cat",
+    "a fox on a pink background",
+    "a rocket on blue",
+    "an apple on a gray background",
+    "a tree, green background",
+    "a cat to the left of a dog",
+    "a rocket above a house on a blue background",
+    "an octopus below a star on purple",
+)
 
 
 def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
     """An untrained CLIP text encoder of the recipe's sizes."""
     sizes = recipe.network
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=sizes.text_width, intermediate_size=4 * sizes.text_width,
-        num_hidden_layers=sizes.text_layers, num_attention_heads=sizes.text_heads, projection_dim=sizes.text_width,
-        max_position_embeddings=sizes.context, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.text_width,
+        intermediate_size=4 * sizes.text_width,
+        num_hidden_layers=sizes.text_layers,
+        num_attention_heads=sizes.text_heads,
+        projection_dim=sizes.text_width,
+        max_position_embeddings=sizes.context,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return CLIPTextModel(config)
 
 
@@ -57,21 +69,33 @@ def build_unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
     down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in sizes.attention)
     up = tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in sizes.attention[::-1])
     return UNet2DConditionModel(
-        sample_size=recipe.image_size // 8, in_channels=recipe.autoencoder.latent_channels,
-        out_channels=recipe.autoencoder.latent_channels, block_out_channels=sizes.channels,
-        layers_per_block=sizes.layers_per_block, down_block_types=down, up_block_types=up,
+        sample_size=recipe.image_size // 8,
+        in_channels=recipe.autoencoder.latent_channels,
+        out_channels=recipe.autoencoder.latent_channels,
+        block_out_channels=sizes.channels,
+        layers_per_block=sizes.layers_per_block,
+        down_block_types=down,
+        up_block_types=up,
         cross_attention_dim=sizes.text_width,
-        attention_head_dim=sizes.heads, norm_num_groups=sizes.norm_groups,
-    )  # fmt: skip
+        attention_head_dim=sizes.heads,
+        norm_num_groups=sizes.norm_groups,
+    )
 
 
 def build_scheduler(recipe: TeacherRecipe) -> DDIMScheduler:
     """Stable Diffusion's schedule by default; trailing steps that start at T and end on x0."""
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=recipe.beta_start, beta_end=recipe.beta_end,
-        beta_schedule=recipe.beta_schedule, prediction_type=recipe.prediction_type, clip_sample=False,
-        set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing", rescale_betas_zero_snr=recipe.rescale_betas_zero_snr,
-    )  # fmt: skip
+        num_train_timesteps=1000,
+        beta_start=recipe.beta_start,
+        beta_end=recipe.beta_end,
+        beta_schedule=recipe.beta_schedule,
+        prediction_type=recipe.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=recipe.rescale_betas_zero_snr,
+    )
 
 
 def build_networks(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Networks:
@@ -83,10 +107,14 @@ def build_networks(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Netwo
     try:
         config = dict(build_scheduler(recipe).config)
         networks = Networks(
-            tokenizer=tokenizer, text_encoder=build_text_encoder(recipe, tokenizer), unet=build_unet(recipe),
-            vae=autoencoder, scheduler_config=config, schedule=NoiseSchedule.from_scheduler_config(config),
+            tokenizer=tokenizer,
+            text_encoder=build_text_encoder(recipe, tokenizer),
+            unet=build_unet(recipe),
+            vae=autoencoder,
+            scheduler_config=config,
+            schedule=NoiseSchedule.from_scheduler_config(config),
             prediction_type=recipe.prediction_type,
-        )  # fmt: skip
+        )
         update_table(networks.schedule, StepPlan.trailing(1), recipe.prediction_type)
     except Exception as error:  # each library refuses sizes with errors of its own
         reason = str(error).strip().splitlines()[-1].strip()
@@ -235,9 +263,13 @@ def begin_with(networks: Networks, earlier: Networks) -> dict[str, int]:
 
 
 def save_pipeline(
-    networks: Networks, out: Path, *, extra: dict[str, str] | None = None, replaces: Sequence[str] = (),
+    networks: Networks,
+    out: Path,
+    *,
+    extra: dict[str, str] | None = None,
+    replaces: Sequence[str] = (),
     sampler: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a diffusers StableDiffusionPipeline folder in half precision, in one atomic rename, from the first process.
 
     extra: further files by name. replaces: an old folder with one of these files gives way. sampler: keys of the scheduler's

@@ -40,6 +40,11 @@ def train_tokenizer(captions: Iterable[str], *, context: int, vocabulary: int = 
     tokens = list(dict.fromkeys(letters + ["".join(m) for m in merges] + [START, END]))
     vocabulary_ids = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(
-        vocab=vocabulary_ids, merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=END,
+        vocab=vocabulary_ids,
+        merges=merges,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
         model_max_length=context,
-    )  # fmt: skip
+    )

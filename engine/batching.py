@@ -34,8 +34,15 @@ class Batcher:
     """
 
     def __init__(
-        self, backend: Backend, manifest: ModelDescription, cache: PromptCache, *, max_batch: int, max_waiting: int, whole: bool
-    ) -> None:  # fmt: skip
+        self,
+        backend: Backend,
+        manifest: ModelDescription,
+        cache: PromptCache,
+        *,
+        max_batch: int,
+        max_waiting: int,
+        whole: bool,
+    ) -> None:
         self.backend, self.cache, self.max_batch, self.max_waiting = backend, cache, max_batch, max_waiting
         self.counts: Counter[str] = Counter()
         self.failed_in_a_row = 0
@@ -202,12 +209,13 @@ class Batcher:
         jobs = list(dict.fromkeys(chunk.job for chunk in group))
         join = self.backend.join
         x, conditions = _timed(
-            jobs, "copy",
+            jobs,
+            "copy",
             lambda: (
                 join([self._latents(chunk) for chunk in group]),
                 tuple(map(join, zip(*(chunk.conditions for chunk in group), strict=True))),
             ),
-        )  # fmt: skip
+        )
         times, a, b = (self._column(group, name) for name in ("times", "a", "b"))
         m = _timed(jobs, "denoise", lambda: self.backend.denoise(x, times, conditions))
         x = _timed(jobs, "update", lambda: self.backend.update(x, m, a, b))

@@ -54,10 +54,18 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: PromptTokenizer, manifest: ModelDescription, *, route: Route = "stages",
-        max_batch: int | None = None, max_waiting: int = MAX_WAITING, sizes: Sequence[Size] | None = None,
-        prompt_cache: PromptCache | None = None, folder: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        backend: Backend,
+        tokenizer: PromptTokenizer,
+        manifest: ModelDescription,
+        *,
+        route: Route = "stages",
+        max_batch: int | None = None,
+        max_waiting: int = MAX_WAITING,
+        sizes: Sequence[Size] | None = None,
+        prompt_cache: PromptCache | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.backend, self.tokenizer, self.manifest = backend, tokenizer, manifest
         self.route = _route(route, manifest)
         self.max_batch = check_max_batch(max_batch, manifest.batch)
@@ -66,17 +74,30 @@ class Engine:
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self._plans = manifest.step_plans
         self.batcher = Batcher(
-            backend, manifest, self.prompt_cache, max_batch=self.max_batch, max_waiting=max_waiting,
+            backend,
+            manifest,
+            self.prompt_cache,
+            max_batch=self.max_batch,
+            max_waiting=max_waiting,
             whole=self.route == "sampler",
-        )  # fmt: skip
+        )
         weakref.finalize(self, self.batcher.close)
 
     @classmethod
     def load(
-        cls, path: str | Path | None = None, *, backend: str = "auto", device: str = "auto", precision: str = "auto",
-        route: Route = "stages", sizes: Sequence[Size] | None = None, max_batch: int | None = None,
-        max_waiting: int = MAX_WAITING, prompt_cache_bytes: int = DEFAULT_BYTES, threads: int | None = None,
-    ) -> Engine:  # fmt: skip
+        cls,
+        path: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        route: Route = "stages",
+        sizes: Sequence[Size] | None = None,
+        max_batch: int | None = None,
+        max_waiting: int = MAX_WAITING,
+        prompt_cache_bytes: int = DEFAULT_BYTES,
+        threads: int | None = None,
+    ) -> Engine:
         """Load an artifact, by default the embedded model, after checking every file's hash; or a student, which runs in
         torch. path: a folder, or a hub id ("owner/name") that is downloaded.
 
@@ -110,9 +131,16 @@ class Engine:
             loaded = load_backend(backend, folder, manifest, wanted)
             tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
         engine = cls(
-            loaded, tokenizer, model, route=route, max_batch=max_batch, max_waiting=max_waiting, sizes=sizes,
-            prompt_cache=cache, folder=folder,
-        )  # fmt: skip
+            loaded,
+            tokenizer,
+            model,
+            route=route,
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            sizes=sizes,
+            prompt_cache=cache,
+            folder=folder,
+        )
         loaded.prepare(STAGES if engine.route == "stages" else [f"sampler_{max(engine.steps)}"])
         return engine
 
@@ -168,9 +196,15 @@ class Engine:
         tokenized = time.perf_counter()
         noise = initial_noise(request.seed, request.count, self.manifest.latent_shape_of(size))
         return Prepared(
-            request=request, reading=reading, tokens=tokens, noise=noise, size=size, steps=steps,
-            tokenize=tokenized - started, noise_seconds=time.perf_counter() - tokenized,
-        )  # fmt: skip
+            request=request,
+            reading=reading,
+            tokens=tokens,
+            noise=noise,
+            size=size,
+            steps=steps,
+            tokenize=tokenized - started,
+            noise_seconds=time.perf_counter() - tokenized,
+        )
 
     def start(self, prepared: Prepared) -> Future[GenerateResult]:
         """Accept what `prepare` gave; cheap enough for any thread. Raises BusyError, EngineError, RequestError as `submit`."""

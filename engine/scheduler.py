@@ -100,9 +100,13 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         """Where image to image starts; nothing depends on it, since a step is found by its timestep."""
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True,
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
         **_: Any,
-    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """x_s from x_t (`sample`) and the network's output, and the x0 that it implies: as DDIMScheduler.step.
 
         Computed in float32, returned in the sample's dtype; at the last step the two are one tensor. Waits for the device

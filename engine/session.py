@@ -38,9 +38,13 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[SessionResult], None], *, preview: bool = False,
+        self,
+        engine: Engine,
+        deliver: Callable[[SessionResult], None],
+        *,
+        preview: bool = False,
         let_finish_after: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.engine, self.preview, self.let_finish_after = engine, preview, let_finish_after
         self.replaced = 0  # requests that a newer one made obsolete
         self.newest = 0  # the highest number so far
@@ -54,7 +58,7 @@ class Session:
 
     def submit(
         self, request: GenerateRequest, seq: int | None = None, *, preview: bool | None = None, label: object = None
-    ) -> int:  # fmt: skip
+    ) -> int:
         """The newest request; returns its number, which is one more than the last unless given. preview: by default the
         session's. label: comes back with the results.
 
@@ -96,9 +100,7 @@ class Session:
         elif self._future is not None:
             self.replaced += self._future.cancel()
 
-    def _arrived(
-        self, seq: int, label: object, follower: Prepared | None, future: Future[GenerateResult]
-    ) -> None:  # fmt: skip
+    def _arrived(self, seq: int, label: object, follower: Prepared | None, future: Future[GenerateResult]) -> None:
         """Delivers what came of a request; `follower` is what comes after a preview."""
         with self._lock:
             spared = future is self._spared

@@ -114,9 +114,14 @@ class Job:
         if self.request.image is not None and self.request.mask is not None:
             images = restore(images, self.request.image, self.request.mask)
         result = GenerateResult(
-            images=images, timings=self._timings(), steps=self.steps, seed=self.request.seed,
-            unknown_words=self.prepared.reading.unknown, replaced_words=self.prepared.reading.replaced, cached=self.cached,
-        )  # fmt: skip
+            images=images,
+            timings=self._timings(),
+            steps=self.steps,
+            seed=self.request.seed,
+            unknown_words=self.prepared.reading.unknown,
+            replaced_words=self.prepared.reading.replaced,
+            cached=self.cached,
+        )
         with suppress(InvalidStateError):  # cancelled meanwhile
             self.future.set_result(result)
 
@@ -128,10 +133,17 @@ class Job:
         tokenize, noise = self.prepared.tokenize, self.prepared.noise_seconds
         at_work = tokenize + noise + sum(map(sum, self.seconds.values()))
         return Timings(
-            tokenize=tokenize, noise=noise, queue=max(0.0, total - at_work), encode=summed("encode"),
-            denoise=tuple(self.seconds.get("denoise", ())), update=summed("update"), decode=summed("decode"),
-            copy=summed("copy"), sampler=tuple(self.seconds.get("sampler", ())), total=total,
-        )  # fmt: skip
+            tokenize=tokenize,
+            noise=noise,
+            queue=max(0.0, total - at_work),
+            encode=summed("encode"),
+            denoise=tuple(self.seconds.get("denoise", ())),
+            update=summed("update"),
+            decode=summed("decode"),
+            copy=summed("copy"),
+            sampler=tuple(self.seconds.get("sampler", ())),
+            total=total,
+        )
 
 
 @dataclass(eq=False)

@@ -37,8 +37,19 @@ UNINFERRED = (
 )  # onnx (1.23) does not infer its output: it has the type and shape of the first input
 TYPED_BY_ATTRIBUTE = ("Cast", "Constant", "ConstantOfShape")
 MOVES = (
-    "Reshape", "Transpose", "Slice", "Concat", "Gather", "Unsqueeze", "Squeeze", "Expand", "Identity", "Split", "Pad", "Flatten"
-)  # fmt: skip
+    "Reshape",
+    "Transpose",
+    "Slice",
+    "Concat",
+    "Gather",
+    "Unsqueeze",
+    "Squeeze",
+    "Expand",
+    "Identity",
+    "Split",
+    "Pad",
+    "Flatten",
+)
 
 
 def lower(stage: StageGraph, store: WeightStore, precision: str, islands: Collection[str]) -> StageGraph:

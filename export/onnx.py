@@ -30,9 +30,7 @@ OPSET = 23  # the first with native Attention and GroupNormalization
 BATCH = "batch"
 IR_VERSION = 10
 EXAMPLE_BATCH = 2  # torch.export specialises sizes 0 and 1
-DTYPES: dict[int, str] = {
-    TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"
-}  # fmt: skip
+DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"}
 COUNTED = (
     "Attention",
     "GroupNormalization",
@@ -110,11 +108,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
 
 
 def _export(
-    module: torch.nn.Module,
-    inputs: dict[str, torch.Tensor],
-    outputs: Sequence[str],
-    store: WeightStore,
-    opset: int,
+    module: torch.nn.Module, inputs: dict[str, torch.Tensor], outputs: Sequence[str], store: WeightStore, opset: int
 ) -> StageGraph:
     """The first axis of every input and output is free ("batch"). Raises ArtifactError if torch fixed one."""
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)

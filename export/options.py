@@ -106,9 +106,11 @@ class ExportOptions(Checked):
         """What the gate allows: the precision's limits, but for those given."""
         default = LIMITS[self.precision]
         return Limits(
-            error=self.error or default.error, rms=default.rms, levels=default.levels if self.psnr is None else float("inf"),
+            error=self.error or default.error,
+            rms=default.rms,
+            levels=default.levels if self.psnr is None else float("inf"),
             psnr=self.psnr or default.psnr,
-        )  # fmt: skip
+        )
 
 
 def parse_sizes(text: str | None) -> tuple[Size, ...] | None:

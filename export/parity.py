@@ -57,9 +57,13 @@ class Case:
 
 
 def make_cases(
-    stages: Stages, sampling: Sampling, sizes: Sequence[Size], batches: Sequence[int], prompts: Sequence[str],
+    stages: Stages,
+    sampling: Sampling,
+    sizes: Sequence[Size],
+    batches: Sequence[int],
+    prompts: Sequence[str],
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Case]:  # fmt: skip
+) -> list[Case]:
     """Torch's answers, float32: every size at every batch, two seeds, every plan.
 
     Raises ParityError where torch itself gives NaN, Inf, or images of one colour or all black and white.
@@ -94,9 +98,12 @@ def check_tokenizers(folder: Path, specs: Sequence[TokenizerSpec], stages: Stage
 
 
 def check_parity(
-    graphs: Mapping[str, Path], manifest: ArtifactManifest, cases: Iterable[Case], limits: Limits,
+    graphs: Mapping[str, Path],
+    manifest: ArtifactManifest,
+    cases: Iterable[Case],
+    limits: Limits,
     progress: Callable[[str], None] = lambda _: None,
-) -> Ledger:  # fmt: skip
+) -> Ledger:
     """Runs every graph of `graphs` (name -> ONNX file) on every case, one session at a time.
 
     Kinds of figures: the conditions, "m" and "latents" (largest absolute difference) and their "_rms" (relative),

@@ -27,9 +27,7 @@ __all__ = ["TYPES", "Islands", "emulate", "find_islands", "lower"]
 
 HEADROOM = 4.0  # other prompts and seeds reach higher than those that were tried
 MASKS = (*MOVES, "Where", "Add", "Sub", "Mul", "Min", "Max", "Cast", "Constant", "ConstantOfShape")
-NORMALISATIONS = (
-    "GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization", "ReduceMean"
-)  # fmt: skip
+NORMALISATIONS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization", "ReduceMean")
 ATTENTIONS = ("Softmax", "Attention")
 
 Modules = dict[str, str]  # module -> why it is an island

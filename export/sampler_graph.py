@@ -30,9 +30,7 @@ class _Builder:
         self.weights: dict[str, WeightRef] = {}
         self._known: set[str] = set()
 
-    def inline(
-        self, stage: StageGraph, name: str, run: str, inputs: Iterable[str], outputs: Iterable[str]
-    ) -> None:  # fmt: skip
+    def inline(self, stage: StageGraph, name: str, run: str, inputs: Iterable[str], outputs: Iterable[str]) -> None:
         """Copies a stage's nodes. Weights and constants are named after the stage, values after this run of it."""
         fixed = {*stage.weights, *(tensor.name for tensor in stage.graph.initializer)}
         names = {value.name: bound for value, bound in zip(stage.graph.input, inputs, strict=True)}

@@ -54,9 +54,12 @@ Graphs = dict[str, StageGraph]
 
 
 def export_student(
-    student: str | Path, out: str | Path, *, options: ExportOptions | None = None,
+    student: str | Path,
+    out: str | Path,
+    *,
+    options: ExportOptions | None = None,
     progress: Callable[[str, int], None] = lambda what, total: None,
-) -> ArtifactManifest:  # fmt: skip
+) -> ArtifactManifest:
     """Exports a student (folder or hub id) to the artifact folder `out` and returns its manifest.
 
     Writes text_encoder, denoiser, decoder and sampler graphs (ONNX), weights.bin, tokenizers, reference pictures, the
@@ -94,7 +97,7 @@ class _Traced:
 
 def _export(
     student: str | Path, out: Path, options: ExportOptions, tell: Callable[[str, int], None]
-) -> ArtifactManifest:  # fmt: skip
+) -> ArtifactManifest:
     folder = student_folder(student)
     described = read_student_manifest(folder)
     total = _count(options, len(options.steps or described.plans))
@@ -127,8 +130,13 @@ def _export(
 
 
 def _trace(
-    folder: Path, target: Path, described: StudentManifest, store: WeightStore, options: ExportOptions, progress: Progress
-) -> _Traced:  # fmt: skip
+    folder: Path,
+    target: Path,
+    described: StudentManifest,
+    store: WeightStore,
+    options: ExportOptions,
+    progress: Progress,
+) -> _Traced:
     """Torch's part: the networks' answers and their graphs."""
     progress("loading the student")
     stages = load_stages(folder, tiny_decoder=options.tiny_decoder)
@@ -138,14 +146,22 @@ def _trace(
     sampling, plans = _sampling(described, stages, options)
     prompts = list(options.prompts or parity_prompts(stages))
     facts = {
-        "pipeline": stages.pipeline, "precision": options.precision, "prediction_type": stages.prediction_type,
-        "scheduler": _plain(stages.scheduler), "plans": plans, "noise_correction": described.noise_correction,
-        "latent_channels": stages.latent_channels, "downscale": stages.downscale, "sizes": list(sizes),
-        "batch": options.batch, "scaling_factor": stages.decoder.scaling_factor, "vocabulary": described.vocabulary,
+        "pipeline": stages.pipeline,
+        "precision": options.precision,
+        "prediction_type": stages.prediction_type,
+        "scheduler": _plain(stages.scheduler),
+        "plans": plans,
+        "noise_correction": described.noise_correction,
+        "latent_channels": stages.latent_channels,
+        "downscale": stages.downscale,
+        "sizes": list(sizes),
+        "batch": options.batch,
+        "scaling_factor": stages.decoder.scaling_factor,
+        "vocabulary": described.vocabulary,
         "tokenizers": write_tokenizers(target, stages, described.known_words),
         "created_with": {package: version(package) for package in VERSIONED} | {"onnxruntime": onnxruntime.__version__},
         "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},
-    }  # fmt: skip
+    }
     check_tokenizers(target, facts["tokenizers"], stages, prompts)
     cases = make_cases(stages, sampling, sizes, sorted({*options.batch}), prompts, progress)
     return _Traced(_stage_graphs(stages, store, sizes, options, progress), cases, sampling, facts)
@@ -153,7 +169,7 @@ def _trace(
 
 def _stage_graphs(
     stages: Stages, store: WeightStore, sizes: tuple[Size, ...], options: ExportOptions, progress: Progress
-) -> Graphs:  # fmt: skip
+) -> Graphs:
     progress("writing text_encoder")
     graphs = {"text_encoder": export_text_encoder(stages, store, opset=options.opset)}
     kinds = {"denoiser": export_denoiser, "decoder": export_decoder, IMAGE_ENCODER: export_image_encoder}
@@ -216,9 +232,13 @@ def _feed(name: str, case: Case, traced: _Traced) -> dict[str, Any]:
 
 
 def _gate(
-    target: Path, manifest: ArtifactManifest, stages: Graphs, traced: _Traced, options: ExportOptions,
+    target: Path,
+    manifest: ArtifactManifest,
+    stages: Graphs,
+    traced: _Traced,
+    options: ExportOptions,
     progress: Progress,
-) -> Ledger:  # fmt: skip
+) -> Ledger:
     """Every graph against torch. Lowered graphs are checked by their emulation, since onnxruntime's CPU provider does not
     compute fp16 as a GPU does and bf16 not at all; those of fp16 must also run there."""
     limits, paths = options.limits, {name: target / spec.file for name, spec in manifest.graphs.items()}
@@ -239,8 +259,13 @@ def _gate(
 
 
 def _finish(
-    target: Path, manifest: ArtifactManifest, ledger: Ledger, cases: list[Case], options: ExportOptions, progress: Progress
-) -> ArtifactManifest:  # fmt: skip
+    target: Path,
+    manifest: ArtifactManifest,
+    ledger: Ledger,
+    cases: list[Case],
+    options: ExportOptions,
+    progress: Progress,
+) -> ArtifactManifest:
     """Reference pictures, the other formats, and the manifest with everything's hash."""
     graphs = dict(manifest.graphs)
     for name in list(graphs):

@@ -55,8 +55,20 @@ _BY_TYPES: dict[str, str] = {  # types -> operators
 OPERATORS: dict[str, frozenset[str]] = {
     operator: frozenset(types.split()) for types, operators in _BY_TYPES.items() for operator in operators.split()
 }
-TYPES = {1: "FP32", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "FP16", 11: "DOUBLE",
-         16: "BF16", 17: "FP8", 22: "INT4", 23: "FP4"}  # by onnx.TensorProto.DataType  # fmt: skip
+TYPES = {
+    1: "FP32",
+    2: "UINT8",
+    3: "INT8",
+    6: "INT32",
+    7: "INT64",
+    9: "BOOL",
+    10: "FP16",
+    11: "DOUBLE",
+    16: "BF16",
+    17: "FP8",
+    22: "INT4",
+    23: "FP4",
+}  # by onnx.TensorProto.DataType
 TYPED_BY_OUTPUT = ("Cast", "CastLike", "Constant", "ConstantOfShape")
 
 

@@ -27,9 +27,15 @@ MODEL_FILE = "model.onnx"  # the backend's default
 VERSION = "1"
 QUEUE_DELAY = 1000  # microseconds that a request may wait for others to share its batch
 DATA_TYPES = {
-    "bool": "TYPE_BOOL", "float16": "TYPE_FP16", "float32": "TYPE_FP32", "float64": "TYPE_FP64", "int8": "TYPE_INT8",
-    "int32": "TYPE_INT32", "int64": "TYPE_INT64", "uint8": "TYPE_UINT8",
-}  # fmt: skip
+    "bool": "TYPE_BOOL",
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "int8": "TYPE_INT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "uint8": "TYPE_UINT8",
+}
 
 
 def write_triton_repository(folder: Path, manifest: ArtifactManifest) -> dict[str, Any]:

@@ -88,9 +88,7 @@ def attach(graph: onnx.GraphProto, weights: dict[str, WeightRef], location: str 
     casts: list[Any] = []
     for name, ref in weights.items():
         stored = name if ref.stored == ref.seen else f"{name}:stored"
-        tensor = TensorProto(
-            name=stored, data_type=ref.stored, dims=ref.shape, data_location=TensorProto.EXTERNAL
-        )  # fmt: skip
+        tensor = TensorProto(name=stored, data_type=ref.stored, dims=ref.shape, data_location=TensorProto.EXTERNAL)
         entries = {"location": location, "offset": str(ref.offset), "length": str(ref.length)}
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=value)

@@ -22,9 +22,16 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @jit()
 def _places(
-    chunk, image, first, channels, pixels,
-    GROUP_CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    chunk,
+    image,
+    first,
+    channels,
+    pixels,
+    GROUP_CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Where the values of a chunk of a group lie, the channel of each within the group, and which of them exist."""
     if PLANES:  # NCHW: a group is one run of GROUP_CHANNELS * pixels values
         offset = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -41,9 +48,17 @@ def _places(
 
 @jit(do_not_specialize=("chunks",))
 def statistics_kernel(
-    x_ptr, partial_ptr, channels, pixels, chunks,
-    GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    partial_ptr,
+    channels,
+    pixels,
+    chunks,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     chunk, group = program % chunks, program // chunks
     image, first = (group // GROUPS).to(tl.int64), (group % GROUPS) * GROUP_CHANNELS
@@ -59,10 +74,23 @@ def statistics_kernel(
 
 @jit(do_not_specialize=("chunks",))
 def normalise_kernel(
-    x_ptr, partial_ptr, weight_ptr, bias_ptr, out_ptr, eps, channels, pixels, chunks,
-    GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, SILU: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    partial_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    eps,
+    channels,
+    pixels,
+    chunks,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES: tl.constexpr,
+    SILU: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     chunk, group = program % chunks, program // chunks
     image, first = (group // GROUPS).to(tl.int64), (group % GROUPS) * GROUP_CHANNELS
@@ -110,19 +138,31 @@ def launch(
     partial = torch.empty(batch * groups * chunks, 3, dtype=torch.float32, device=x.device)
     grid = (programs(batch * groups, chunks, 1),)
     sizes = {
-        "GROUPS": groups, "GROUP_CHANNELS": channels // groups, "WIDTH": width, "PLANES": planes, "BLOCK": block,
+        "GROUPS": groups,
+        "GROUP_CHANNELS": channels // groups,
+        "WIDTH": width,
+        "PLANES": planes,
+        "BLOCK": block,
         "num_warps": WARPS,
-    }  # fmt: skip
+    }
     statistics_kernel[grid](x, partial, channels, pixels, chunks, **sizes)
     normalise_kernel[grid](
-        x, partial, weight, bias, out, eps, channels, pixels, chunks,
-        SILU=silu, CHUNKS=1 << (chunks - 1).bit_length(), **sizes,
-    )  # fmt: skip
+        x,
+        partial,
+        weight,
+        bias,
+        out,
+        eps,
+        channels,
+        pixels,
+        chunks,
+        SILU=silu,
+        CHUNKS=1 << (chunks - 1).bit_length(),
+        **sizes,
+    )
 
 
-def reference(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> Tensor:  # fmt: skip
+def reference(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     """torch's GroupNorm and SiLU."""
     y = functional.group_norm(x, groups, weight, bias, eps)
     return functional.silu(y) if silu else y
@@ -149,9 +189,14 @@ def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: f
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
     silu: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """GroupNorm (Wu & He 2018) over `groups` groups of channels, then y * sigmoid(y) unless `silu` is False.
 
     Args:

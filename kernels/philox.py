@@ -20,9 +20,11 @@ def philox(seeds: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, to
     for _ in range(10):
         first, third = _ROUNDS[0] * words[0], _ROUNDS[1] * words[2]  # wraps at 64 bits, whose bits are the product's
         words = (
-            ((third >> 32) & _WORD) ^ words[1] ^ low, third & _WORD,
-            ((first >> 32) & _WORD) ^ words[3] ^ high, first & _WORD,
-        )  # fmt: skip
+            ((third >> 32) & _WORD) ^ words[1] ^ low,
+            third & _WORD,
+            ((first >> 32) & _WORD) ^ words[3] ^ high,
+            first & _WORD,
+        )
         low, high = (low + _KEYS[0]) & _WORD, (high + _KEYS[1]) & _WORD
     return words[0], words[1]
 

@@ -43,9 +43,15 @@ def launch(x: Tensor, out: Tensor) -> None:
     """Start the kernel on a checked, dense x and a contiguous out."""
     image_elements = x[0].numel()
     to_image_kernel[(programs(x.shape[0], image_elements, BLOCK),)](
-        x, out, image_elements, -(-image_elements // BLOCK), CHANNELS=x.shape[1], PLANES=x.is_contiguous(),
-        BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+        x,
+        out,
+        image_elements,
+        -(-image_elements // BLOCK),
+        CHANNELS=x.shape[1],
+        PLANES=x.is_contiguous(),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
 
 
 def run(x: Tensor, out: Tensor) -> None:

@@ -62,9 +62,25 @@ def coefficients_on(device: torch.device | str, *tables: UpdateTable) -> Coeffic
 
 @jit(do_not_specialize=("index_ptr", "index_stride", "table_rows", "blocks_per_row", "channels"))
 def update_kernel(
-    x_ptr, m_ptr, uncond_ptr, noise_ptr, seed_ptr, guidance_ptr, table_ptr, index_ptr, out_ptr, next_ptr,
-    guidance, scale, row_elements, blocks_per_row, index_stride, table_rows, channels, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    m_ptr,
+    uncond_ptr,
+    noise_ptr,
+    seed_ptr,
+    guidance_ptr,
+    table_ptr,
+    index_ptr,
+    out_ptr,
+    next_ptr,
+    guidance,
+    scale,
+    row_elements,
+    blocks_per_row,
+    index_stride,
+    table_rows,
+    channels,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     row = program // blocks_per_row
     offset = (program % blocks_per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -98,25 +114,58 @@ def update_kernel(
 
 
 def launch(
-    x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, out: Tensor, uncond: Tensor | None, guidance: Tensor | None,
-    guidance_scale: float, noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None, scale: float,
-) -> None:  # fmt: skip
+    x: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    step_index: Tensor,
+    out: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor | None,
+    guidance_scale: float,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    network_input: Tensor | None,
+    scale: float,
+) -> None:
     """Start the kernel on tensors that `noise_corrected_update` has checked."""
     batch = x.shape[0]
     row_elements = x.numel() // batch
     last = x.ndim == 4 and not x.is_contiguous()
     update_kernel[(programs(batch, row_elements, BLOCK),)](
-        x, m, uncond, noise, seeds, guidance, rows, step_index, out, network_input,
-        guidance_scale, scale, row_elements, -(-row_elements // BLOCK), int(step_index.numel() > 1), rows.shape[0],
-        x.shape[1] if last else 1, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+        x,
+        m,
+        uncond,
+        noise,
+        seeds,
+        guidance,
+        rows,
+        step_index,
+        out,
+        network_input,
+        guidance_scale,
+        scale,
+        row_elements,
+        -(-row_elements // BLOCK),
+        int(step_index.numel() > 1),
+        rows.shape[0],
+        x.shape[1] if last else 1,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
 
 
 def reference(
-    x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, *, uncond: Tensor | None = None,
-    guidance: Tensor | float | None = None, noise: Tensor | None = None, seeds: Tensor | None = None,
+    x: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    step_index: Tensor,
+    *,
+    uncond: Tensor | None = None,
+    guidance: Tensor | float | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """core.update.reference_update in torch, computed and returned in `dtype`; in float64 it is the oracle of the tests."""
 
     def per_image(values: Tensor) -> Tensor:
@@ -134,9 +183,19 @@ def reference(
 
 
 def run(
-    x: Tensor, m: Tensor, rows: Tensor, step_index: Tensor, out: Tensor, uncond: Tensor | None, guidance: Tensor | None,
-    guidance_scale: float, noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None, scale: float,
-) -> None:  # fmt: skip
+    x: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    step_index: Tensor,
+    out: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor | None,
+    guidance_scale: float,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    network_input: Tensor | None,
+    scale: float,
+) -> None:
     """The kernel where it can run, else the reference, on checked tensors."""
     if runs_kernel(x):
         with torch.cuda.device_of(x):  # Triton starts on the current device, which may be another one
@@ -155,10 +214,19 @@ update_op.register_fake(lambda *arguments: None)
 
 
 def noise_corrected_update(
-    x: Tensor, m: Tensor, coefficients: Coefficients, step_index: int | Sequence[int] | Tensor, *,
-    uncond: Tensor | None = None, guidance: float | Tensor | None = None, noise: Tensor | None = None,
-    seeds: Tensor | None = None, out: Tensor | None = None, network_input: Tensor | None = None, scale: float = 1.0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    m: Tensor,
+    coefficients: Coefficients,
+    step_index: int | Sequence[int] | Tensor,
+    *,
+    uncond: Tensor | None = None,
+    guidance: float | Tensor | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    out: Tensor | None = None,
+    network_input: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """x_s = A x + B m + C z, the rows of the table chosen per image (Kohler et al. 2024, noise correction).
 
     Args:
@@ -217,9 +285,15 @@ def _index(x: Tensor, coefficients: Coefficients, step_index: int | Sequence[int
 
 
 def _check(
-    x: Tensor, m: Tensor, out: Tensor | None, uncond: Tensor | None, guidance: float | Tensor | None,
-    noise: Tensor | None, seeds: Tensor | None, network_input: Tensor | None,
-) -> torch.memory_format:  # fmt: skip
+    x: Tensor,
+    m: Tensor,
+    out: Tensor | None,
+    uncond: Tensor | None,
+    guidance: float | Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    network_input: Tensor | None,
+) -> torch.memory_format:
     """The layout in which all of them are read and written. ValueError names the two things that do not fit."""
     if (uncond is None) != (guidance is None):
         raise ValueError("guidance needs both uncond and guidance")

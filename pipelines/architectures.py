@@ -183,9 +183,13 @@ class PixArt(torch.nn.Module):
         told = {"resolution": self.resolution, "aspect_ratio": self.aspect_ratio}
         added = {name: v.expand(latents.shape[0], -1) if self.told_size else None for name, v in told.items()}
         m = self.transformer(
-            latents, encoder_hidden_states=embeddings, encoder_attention_mask=attention_mask, timestep=timestep,
-            added_cond_kwargs=added, return_dict=False,
-        )[0]  # fmt: skip
+            latents,
+            encoder_hidden_states=embeddings,
+            encoder_attention_mask=attention_mask,
+            timestep=timestep,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
         return m.chunk(2, dim=1)[0] if self.learned_sigma else m
 
 
@@ -200,9 +204,12 @@ class SD3(torch.nn.Module):
         self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, pooled: torch.Tensor
     ) -> torch.Tensor:
         return self.transformer(
-            hidden_states=latents, encoder_hidden_states=embeddings, pooled_projections=pooled, timestep=timestep,
+            hidden_states=latents,
+            encoder_hidden_states=embeddings,
+            pooled_projections=pooled,
+            timestep=timestep,
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
 
 
 def _clip_length(pipeline: Any, suffix: str = "") -> int:

@@ -39,9 +39,11 @@ def load_stages(student: str | Path, *, tiny_decoder: Path | None = None, dtype:
     scheduler = _read_json(base / "scheduler" / "scheduler_config.json")
     NoiseSchedule.from_scheduler_config(scheduler)
     unused = {
-        part: None for part in index if not part.startswith("_") and part not in architecture.components
+        part: None
+        for part in index
+        if not part.startswith("_") and part not in architecture.components
         if isinstance(index[part], list)
-    }  # fmt: skip
+    }
     pipeline = _load(base, unused, dtype if described.base is None else torch.float32)
     if described.base is not None:
         _fuse(pipeline, folder, described.base)

@@ -14,9 +14,12 @@ def tokenizers_of(stages: Stages, known_words: list[str]) -> list[tuple[Tokenize
     found = []
     for i, tokens in enumerate(stages.tokens):
         spec = TokenizerSpec(
-            file=f"tokenizer{f'_{i + 1}' if i else ''}.json", context_length=tokens.length, input=tokens.name,
-            mask=tokens.mask, known_words=[] if i else known_words,
-        )  # fmt: skip
+            file=f"tokenizer{f'_{i + 1}' if i else ''}.json",
+            context_length=tokens.length,
+            input=tokens.name,
+            mask=tokens.mask,
+            known_words=[] if i else known_words,
+        )
         found.append((spec, _padding(tokens)))
     return found
 

@@ -30,10 +30,17 @@ def build_clip(seed: int, *, projection: bool) -> Any:
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=CONTEXT_LENGTH, projection_dim=PROJECTION,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT_LENGTH,
+        projection_dim=PROJECTION,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
@@ -45,10 +52,17 @@ def build_t5(width: int) -> Any:
     torch.manual_seed(7)
     return T5EncoderModel(
         T5Config(
-            vocab_size=len(build_t5_tokenizer()), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4,
-            relative_attention_num_buckets=8, relative_attention_max_distance=16, feed_forward_proj="gated-gelu",
+            vocab_size=len(build_t5_tokenizer()),
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=16,
+            feed_forward_proj="gated-gelu",
         )
-    )  # fmt: skip
+    )
 
 
 def build_sd21() -> Any:
@@ -59,10 +73,16 @@ def build_sd21() -> Any:
     pipeline = build_pipeline()
     torch.manual_seed(3)
     pipeline.unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=(2, 4), use_linear_projection=True, norm_num_groups=8,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
     return pipeline
 
 
@@ -73,18 +93,30 @@ def build_sdxl() -> Any:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=(2, 4),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + PROJECTION,
-        cross_attention_dim=2 * WIDTH, norm_num_groups=8,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + PROJECTION,
+        cross_attention_dim=2 * WIDTH,
+        norm_num_groups=8,
+    )
     return StableDiffusionXLPipeline(
-        vae=build_vae("kl", 16), text_encoder=build_clip(1, projection=False),
-        text_encoder_2=build_clip(2, projection=True), tokenizer=build_tokenizer(), tokenizer_2=build_tokenizer(),
-        unet=unet, scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        vae=build_vae("kl", 16),
+        text_encoder=build_clip(1, projection=False),
+        text_encoder_2=build_clip(2, projection=True),
+        tokenizer=build_tokenizer(),
+        tokenizer_2=build_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 def build_sd3() -> Any:
@@ -94,16 +126,29 @@ def build_sd3() -> Any:
 
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=T5_WIDTH, caption_projection_dim=32, pooled_projection_dim=2 * PROJECTION, out_channels=4,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * PROJECTION,
+        out_channels=4,
         pos_embed_max_size=16,
-    )  # fmt: skip
+    )
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=build_vae("kl", 16),
-        text_encoder=build_clip(1, projection=True), tokenizer=build_tokenizer(),
-        text_encoder_2=build_clip(2, projection=True), tokenizer_2=build_tokenizer(),
-        text_encoder_3=build_t5(T5_WIDTH), tokenizer_3=build_t5_tokenizer(),
-    )  # fmt: skip
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=build_vae("kl", 16),
+        text_encoder=build_clip(1, projection=True),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=build_clip(2, projection=True),
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=build_t5(T5_WIDTH),
+        tokenizer_3=build_t5_tokenizer(),
+    )
 
 
 def build_pixart(sample_size: int = 8) -> Any:
@@ -113,19 +158,32 @@ def build_pixart(sample_size: int = 8) -> Any:
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
-        sample_size=sample_size, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=WIDTH,
-        in_channels=4, cross_attention_dim=24, out_channels=8, attention_bias=True, activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
-    )  # fmt: skip
+        sample_size=sample_size,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=WIDTH,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
     return PixArtAlphaPipeline(
-        tokenizer=build_t5_tokenizer(), text_encoder=build_t5(WIDTH), vae=build_vae("kl", 16), transformer=transformer,
+        tokenizer=build_t5_tokenizer(),
+        text_encoder=build_t5(WIDTH),
+        vae=build_vae("kl", 16),
+        transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
-    )  # fmt: skip
+    )
 
 
-BUILDERS = {
-    "sd15": build_pipeline, "sd21": build_sd21, "sdxl": build_sdxl, "sd3": build_sd3, "pixart": build_pixart
-}  # fmt: skip
+BUILDERS = {"sd15": build_pipeline, "sd21": build_sd21, "sdxl": build_sdxl, "sd3": build_sd3, "pixart": build_pixart}
 
 
 def build_student(kind: str, folder: Path) -> Path:

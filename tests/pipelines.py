@@ -150,8 +150,10 @@ def describe(folder: Path, **fields: Any) -> Path:
     values = {
         "plans": {steps: list(StepPlan.trailing(steps).timesteps) for steps in (1, 2, 3)},
         "known_words": sorted({word for caption in CAPTIONS for word in caption.split()}),
-        "noise_correction": True, "recipe": {}, "teacher_sha256": "0" * 64,
-    } | fields  # fmt: skip
+        "noise_correction": True,
+        "recipe": {},
+        "teacher_sha256": "0" * 64,
+    } | fields
     write_manifest(folder, StudentManifest(**values))
     return folder
 

@@ -63,11 +63,23 @@ def build_artifact(folder: Path) -> Path:
     y = TensorSpec(name="y", dtype="float32", shape=list(LATENTS))
     graphs = {name: GraphSpec(file=f"{name}.onnx", inputs=[x], outputs=[y], opset=23) for name in GRAPHS}
     manifest = ArtifactManifest(
-        name="tiny", created_with={}, prediction_type="v_prediction", scheduler={"_class_name": "DDIMScheduler"},
-        plans={1: [999]}, noise_correction=True, latent_channels=4, downscale=8, sizes=[(64, 64)], batch=(1, 4),
-        scaling_factor=1.0, tokenizers=[TokenizerSpec(file="tokenizer.json", context_length=8)], graphs=graphs,
-        files=hash_files(folder), parity={}, student_sha256="0" * 64,
-    )  # fmt: skip
+        name="tiny",
+        created_with={},
+        prediction_type="v_prediction",
+        scheduler={"_class_name": "DDIMScheduler"},
+        plans={1: [999]},
+        noise_correction=True,
+        latent_channels=4,
+        downscale=8,
+        sizes=[(64, 64)],
+        batch=(1, 4),
+        scaling_factor=1.0,
+        tokenizers=[TokenizerSpec(file="tokenizer.json", context_length=8)],
+        graphs=graphs,
+        files=hash_files(folder),
+        parity={},
+        student_sha256="0" * 64,
+    )
     formats = {"tensorrt": write_tensorrt(folder, manifest)}
     write_manifest(folder, manifest.model_copy(update={"formats": formats, "files": hash_files(folder)}))
     return folder

@@ -85,8 +85,10 @@ def test_an_interrupt_is_one_line(tiny_artifact: Path, tmp_path: Path) -> None:
     for delay in (0.05, 0.3, 0.6):
         process = subprocess.Popen(
             [sys.executable, "-m", "imagine_flash", "serve", "--model", str(tiny_artifact), "--port", "0"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
@@ -156,8 +158,7 @@ def test_generate_refuses(arguments: list[str], says: str, tiny_artifact: Path, 
 
 
 @pytest.mark.parametrize(
-    "damage",
-    ["truncated", "tampered", "a flipped bit in a graph", "missing weights", "newer", "missing graph"],
+    "damage", ["truncated", "tampered", "a flipped bit in a graph", "missing weights", "newer", "missing graph"]
 )
 def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"

@@ -94,10 +94,13 @@ def test_the_reader_of_imports_sees_them(source, file, rooms):
 def test_the_runtime_reads_pipelines_in_one_place():
     """It needs torch; so does what imports it."""
     readers = [
-        str(f) for f in package_files()
+        str(f)
+        for f in package_files()
         if f.parts[0] == "engine"
-        and any(name[:2] == ("imagine_flash", "pipelines") for name in imported_modules((ROOT / f).read_text("utf-8"), f))
-    ]  # fmt: skip
+        and any(
+            name[:2] == ("imagine_flash", "pipelines") for name in imported_modules((ROOT / f).read_text("utf-8"), f)
+        )
+    ]
     assert readers == ["engine/backends/torch.py"]
 
 

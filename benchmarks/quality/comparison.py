@@ -62,6 +62,10 @@ def _prompts() -> Prompts:
     ]
     count = len(PROMPTS)
     return Prompts(
-        captions=captions, scenes=list(SCENES.values()), seeds=list(range(7, 7 + count)), index=list(range(count)),
-        split="", held_out=False,
-    )  # fmt: skip
+        captions=captions,
+        scenes=list(SCENES.values()),
+        seeds=list(range(7, 7 + count)),
+        index=list(range(count)),
+        split="",
+        held_out=False,
+    )

@@ -31,15 +31,28 @@ RESAMPLES = 200
 NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 64, 8
 _COLUMNS = (
-    TextColumn("{task.description:46}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-)  # fmt: skip
+    TextColumn("{task.description:46}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 def evaluate(
-    teacher_folder: Path, student_folder: Path | None, judge_file: Path, out: Path, *, split: str = "validation",
-    count: int = 10_000, held_out: int = 1024, guidance: float | None = None, only: list[str] | None = None,
-    font: Path | None = None, console: Console | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    teacher_folder: Path,
+    student_folder: Path | None,
+    judge_file: Path,
+    out: Path,
+    *,
+    split: str = "validation",
+    count: int = 10_000,
+    held_out: int = 1024,
+    guidance: float | None = None,
+    only: list[str] | None = None,
+    font: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Measure every row, print the table, write `out`.json and `out`.png; returns the record.
 
     split: "validation", on which choices are made, or "test", read once per committed model. only: names of rows, the
@@ -69,13 +82,18 @@ def evaluate(
         found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
     rows = compare(methods, found, judge)
     record = {
-        "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?", "schema": 2,
-        "split": split, "n": {"seen": count, "held_out": held_out}, "guidance": weight,
+        "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?",
+        "schema": 2,
+        "split": split,
+        "n": {"seen": count, "held_out": held_out},
+        "guidance": weight,
         "seeds": {"prompts": SPLITS[split], "noise": NOISE_SEEDS[split]},
-        "sha256": hashes, "judge_accuracy": judged, "rows": rows,
+        "sha256": hashes,
+        "judge_accuracy": judged,
+        "rows": rows,
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
-    }  # fmt: skip
+    }
     _write(record, methods, out)
     (console or Console()).print(as_rich(record))
     return record
@@ -99,9 +117,12 @@ def measured(method: Method, seen: Prompts, unseen: Prompts, judge: Judge, store
     """Pictures of the seen prompts, of the held-out ones, and of a few prompts with several noises each."""
     chosen = [row for row in range(min(DIVERSITY_PROMPTS, len(seen))) for _ in range(DIVERSITY_SEEDS)]
     many = replace(
-        seen, captions=[seen.captions[r] for r in chosen], scenes=[seen.scenes[r] for r in chosen],
-        index=[seen.index[r] for r in chosen], seeds=[seen.seeds[0] + 900_000 + i for i in range(len(chosen))],
-    )  # fmt: skip
+        seen,
+        captions=[seen.captions[r] for r in chosen],
+        scenes=[seen.scenes[r] for r in chosen],
+        index=[seen.index[r] for r in chosen],
+        seeds=[seen.seeds[0] + 900_000 + i for i in range(len(chosen))],
+    )
     kinds = {"seen": seen, "held_out": unseen} | ({"diversity": many} if method.network_calls else {})
     return {kind: store.measure(method, prompts, kind, judge, bar) for kind, prompts in kinds.items()}
 
@@ -122,13 +143,16 @@ def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> lis
             resampled_distances(ours.features, reference),
         )
         row: dict[str, Any] = {
-            "method": method.name, "network_calls": method.network_calls,
-            "seen": shares(ours.marks), "held_out": shares(kinds["held_out"].marks),
-            "fd_judge": round(frechet_distance(ours.features, *reference), 3), "fd_judge_unbiased": round(distance, 3),
+            "method": method.name,
+            "network_calls": method.network_calls,
+            "seen": shares(ours.marks),
+            "held_out": shares(kinds["held_out"].marks),
+            "fd_judge": round(frechet_distance(ours.features, *reference), 3),
+            "fd_judge_unbiased": round(distance, 3),
             "fd_interval": _around(distance, own - own.mean()),
             "sharpness": round(float(ours.sharpness.mean()), 1),
             "milliseconds_per_image": round(1000 * ours.seconds / len(ours.marks), 2),
-        }  # fmt: skip
+        }
         if method.name != "rendered scenes" and real is not None:
             few = ours.features[:NEIGHBOURS_OF]
             precision, recall = precision_and_recall(few, real)

@@ -64,11 +64,21 @@ class Judge(nn.Module):
         super().__init__()
         self.classes = classes
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, 32, 4, stride=2, padding=1), nn.SiLU(), _Residual(32),
-            nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.SiLU(), _Residual(64),
-            nn.Conv2d(64, 96, 4, stride=2, padding=1), nn.SiLU(), _Residual(96),
-            nn.Conv2d(96, 48, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(48 * 64, FEATURES), nn.SiLU(),
-        )  # fmt: skip
+            nn.Conv2d(3, 32, 4, stride=2, padding=1),
+            nn.SiLU(),
+            _Residual(32),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            nn.SiLU(),
+            _Residual(64),
+            nn.Conv2d(64, 96, 4, stride=2, padding=1),
+            nn.SiLU(),
+            _Residual(96),
+            nn.Conv2d(96, 48, 3, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(48 * 64, FEATURES),
+            nn.SiLU(),
+        )
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, count) for name, count in classes.items()})
         self.reference_mean: torch.Tensor
         self.reference_covariance: torch.Tensor

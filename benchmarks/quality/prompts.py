@@ -50,9 +50,13 @@ def draw_prompts(count: int, *, split: str, held_out: bool) -> Prompts:
     first = NOISE_SEEDS[split] + (500_000 if held_out else 0)
     captions, scenes, indices = (list(column) for column in zip(*found, strict=True))
     return Prompts(
-        captions=captions, scenes=scenes, seeds=list(range(first, first + count)), index=indices, split=split,
+        captions=captions,
+        scenes=scenes,
+        seeds=list(range(first, first + count)),
+        index=indices,
+        split=split,
         held_out=held_out,
-    )  # fmt: skip
+    )
 
 
 def kept(caption: Caption, wanted: Scene, found: Scene) -> dict[str, bool]:

@@ -34,10 +34,9 @@ def table_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
             if best and row["network_calls"] and row["method"] != REFERENCE
             else "–"
         )
-        rows.append((
-            row["method"], str(row["network_calls"]), *seen, f"{100 * row['held_out']['all']:.1f}",
-            distance, ratio,
-        ))  # fmt: skip
+        rows.append(
+            (row["method"], str(row["network_calls"]), *seen, f"{100 * row['held_out']['all']:.1f}", distance, ratio)
+        )
     return rows
 
 
@@ -48,9 +47,14 @@ def as_markdown(record: dict[str, Any]) -> str:
 
 
 MORE = (
-    ("kd_judge", "KD (judge)"), ("precision", "precision"), ("recall", "recall"), ("diversity", "diversity"),
-    ("sharpness", "sharpness"), ("detail_deviation", "detail"), ("error_to_teacher", "error to teacher"),
-)  # fmt: skip
+    ("kd_judge", "KD (judge)"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("diversity", "diversity"),
+    ("sharpness", "sharpness"),
+    ("detail_deviation", "detail"),
+    ("error_to_teacher", "error to teacher"),
+)
 
 
 def more_as_markdown(record: dict[str, Any]) -> str:

@@ -50,9 +50,11 @@ def fuzz(bench: Bench, count: int) -> Case:
         name: bench.check([answer.pixels() for _, answer in own], [request] * len(own)) for name, own in drawn.items()
     }
     case = case_of(
-        {name: [seconds for seconds, _ in own] for name, own in drawn.items()}, baseline=BEFORE, checks=checks,
+        {name: [seconds for seconds, _ in own] for name, own in drawn.items()},
+        baseline=BEFORE,
+        checks=checks,
         case=bench.about("malformed requests", requests=count),
-    )  # fmt: skip
+    )
     return case.with_extra({BETWEEN: {name: outcomes[name] for name in sorted(outcomes)}})
 
 

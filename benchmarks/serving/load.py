@@ -67,9 +67,12 @@ def load(bench: Bench, requests: int) -> Case:
     over_http = [found.kept[seed].pixels() for seed in sorted(found.kept)]
     checks = {SUBMIT: bench.check([pictures[r.seed] for r in sample], sample), HTTP: bench.check(over_http, sample)}
     case = case_of(
-        seconds, baseline=SUBMIT, checks=checks, repeats=requests,
+        seconds,
+        baseline=SUBMIT,
+        checks=checks,
+        repeats=requests,
         case=bench.about("load", steps=steps, clients=CLIENTS, requests=len(wanted)),
-    )  # fmt: skip
+    )
     grown = {} if before is None else {"MB grown": round(bench.server.resident_mb() - before, 1)}
     share = {"% of the throughput": round(100 * sum(seconds[SUBMIT]) / sum(seconds[HTTP]), 1)}
     return case.with_extra({HTTP: {**share, **found.numbers(wanted), **grown}})
@@ -83,9 +86,7 @@ def _resident(server: Server) -> float | None:
         return None
 
 
-def submit_all(
-    engine: Engine, requests: Sequence[GenerateRequest], sample: set[int]
-) -> dict[int, NDArray[np.uint8]]:  # fmt: skip
+def submit_all(engine: Engine, requests: Sequence[GenerateRequest], sample: set[int]) -> dict[int, NDArray[np.uint8]]:
     """Draws the requests in this process, as many at once as there are clients; the pictures of the seeds in `sample`."""
     places, futures = Semaphore(CLIENTS), deque[Future[GenerateResult]]()
     for request in requests:

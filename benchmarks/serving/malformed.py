@@ -72,9 +72,17 @@ def _json_fault(rng: random.Random, good: dict[str, object]) -> tuple[str, bytes
 
 BROKEN = (b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\xe2\x82", b"\xc0\xaf")
 IMPOSSIBLE = (
-    ("999", "steps"), ("0", "steps"), ('"8x8"', "size"), ('"0x0"', "size"), ('"99999x99999"', "size"), ('"xxx"', "size"),
-    ('"   "', "prompt"), ('""', "prompt"), ('"../../x"', "size"), ("null", "prompt"),
-)  # fmt: skip
+    ("999", "steps"),
+    ("0", "steps"),
+    ('"8x8"', "size"),
+    ('"0x0"', "size"),
+    ('"99999x99999"', "size"),
+    ('"xxx"', "size"),
+    ('"   "', "prompt"),
+    ('""', "prompt"),
+    ('"../../x"', "size"),
+    ("null", "prompt"),
+)
 
 
 def _head(path: str, *lines: str, method: str = "POST") -> bytes:
@@ -113,23 +121,41 @@ def _headers(rng: random.Random) -> Malformed:
         "version": _head("/healthz").replace(b"HTTP/1.1", rng.choice([b"HTTP/9.9", b"HTTP/", b"ICY/1.0", b"1.1"])),
         "another protocol": rng.choice(PROTOCOLS),
         "handshake": handshake(**rng.choice(HANDSHAKES)),
-    }  # fmt: skip
+    }
     what = rng.choice(list(faults))
     return Malformed(what=what, data=faults[what])
 
 
 PATHS = (
-    "/nowhere", "//", "/../../etc/passwd", "/page/../app.py", "/page/..%2fapp.py", "/page/%00", "/page/" + "a" * 5000,
-    "/v1/models/" + "a" * 9000, "/v1/models/%ff%fe", "/v1/images/generations/x", "/v1/models/..%2f..", "/%c0%af",
-)  # fmt: skip
+    "/nowhere",
+    "//",
+    "/../../etc/passwd",
+    "/page/../app.py",
+    "/page/..%2fapp.py",
+    "/page/%00",
+    "/page/" + "a" * 5000,
+    "/v1/models/" + "a" * 9000,
+    "/v1/models/%ff%fe",
+    "/v1/images/generations/x",
+    "/v1/models/..%2f..",
+    "/%c0%af",
+)
 PROTOCOLS = (
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)) + b"\r\n\r\n", b"SSH-2.0-x\r\n\r\n",
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x00" * 100, b"*1\r\n$4\r\nPING\r\n\r\n",
-)  # fmt: skip
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)) + b"\r\n\r\n",
+    b"SSH-2.0-x\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x00" * 100,
+    b"*1\r\n$4\r\nPING\r\n\r\n",
+)
 HANDSHAKES = (
-    {"path": "/nowhere"}, {"version": "1"}, {"version": "x"}, {"key": ""}, {"key": "dG9vIHNob3J0"}, {"key": "\xff" * 24},
+    {"path": "/nowhere"},
+    {"version": "1"},
+    {"version": "x"},
+    {"key": ""},
+    {"key": "dG9vIHNob3J0"},
+    {"key": "\xff" * 24},
     {"extra": "Origin: https://example.org\r\n"},
-)  # fmt: skip
+)
 
 
 def handshake(path: str = STREAM, version: str = "13", key: str = "AAAAAAAAAAAAAAAAAAAAAA==", extra: str = "") -> bytes:
@@ -184,9 +210,19 @@ def _edit(rng: random.Random) -> Malformed:
 
 
 SIGNATURES = (
-    b"", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF\xff\xff\xff\xffWEBPVP8L", b"RIFF\x00\x00\x00\x00WEBPVP8X", b"PK\x03\x04",
-    b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"II*\x00", b"BM", b"8BPS",
-)  # fmt: skip
+    b"",
+    b"GIF89a",
+    b"\xff\xd8\xff\xe0",
+    b"RIFF\xff\xff\xff\xffWEBPVP8L",
+    b"RIFF\x00\x00\x00\x00WEBPVP8X",
+    b"PK\x03\x04",
+    b"\x89PNG\r\n\x1a\n",
+    b"%!PS-Adobe",
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    b"II*\x00",
+    b"BM",
+    b"8BPS",
+)
 
 
 def _upload(rng: random.Random, image: bytes, **fields: str) -> bytes:
@@ -222,10 +258,12 @@ def _frame(payload: bytes, *, first: int = 0x81, masked: bool = True, length: in
     """first: FIN, reserved bits and opcode; the mask is zeros, so the payload is what it was; length: a lie."""
     length, mask = len(payload) if length is None else length, 0x80 if masked else 0
     size = (
-        bytes([mask | length]) if length < 126
-        else bytes([mask | 126]) + length.to_bytes(2, "big") if length < 65_536
+        bytes([mask | length])
+        if length < 126
+        else bytes([mask | 126]) + length.to_bytes(2, "big")
+        if length < 65_536
         else bytes([mask | 127]) + length.to_bytes(8, "big")
-    )  # fmt: skip
+    )
     return bytes([first]) + size + (bytes(4) if masked else b"") + payload
 
 

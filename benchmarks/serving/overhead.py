@@ -43,7 +43,7 @@ def overhead(bench: Bench, steps: int, rounds: int) -> Case:
 
         case = measure(
             candidates, baseline=GENERATE, check=check, case=bench.about("overhead", steps=steps), n=rounds, repeats=1
-        )  # fmt: skip
+        )
     extra = {name: overhead_of(own[-rounds:]) for name, own in answers.items()}
     return case.with_extra(extra)
 

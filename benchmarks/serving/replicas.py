@@ -65,9 +65,12 @@ def load_on_ray(bench: Bench, ray: Server, requests: int) -> Case:
         for name, answers in found.items()
     }
     case = case_of(
-        seconds, baseline=HTTP, checks=checks, repeats=requests,
+        seconds,
+        baseline=HTTP,
+        checks=checks,
+        repeats=requests,
         case=bench.about("load on Ray", steps=steps, clients=CLIENTS, requests=len(wanted), replicas=REPLICAS),
-    )  # fmt: skip
+    )
     share = {ON_RAY: {"% of the throughput": round(100 * sum(seconds[HTTP]) / sum(seconds[ON_RAY]), 1)}}
     return case.with_extra(
         {name: {**share.get(name, {}), **answers.numbers(wanted)} for name, answers in found.items()}

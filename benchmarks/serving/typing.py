@@ -58,8 +58,13 @@ def type_latest_wins(port: int, requests: Sequence[GenerateRequest], start: floa
             if seq == len(requests):
                 seconds = time.perf_counter() - due[-1]
                 return Typed(
-                    seconds=seconds, typing=due[-1] - due[0], shown=shown, late=late, fresh=fresh + 1, picture=answer.pixels()
-                )  # fmt: skip
+                    seconds=seconds,
+                    typing=due[-1] - due[0],
+                    shown=shown,
+                    late=late,
+                    fresh=fresh + 1,
+                    picture=answer.pixels(),
+                )
 
 
 def type_in_queue(port: int, requests: Sequence[GenerateRequest], start: float, phase: float) -> Typed:
@@ -75,9 +80,13 @@ def type_in_queue(port: int, requests: Sequence[GenerateRequest], start: float, 
             shown += arrived < due[-1]
             fresh += i + 1 == len(requests) or arrived < due[i + 1]
     return Typed(
-        seconds=arrived - due[-1], typing=due[-1] - due[0], shown=shown, late=len(requests) - shown, fresh=fresh,
+        seconds=arrived - due[-1],
+        typing=due[-1] - due[0],
+        shown=shown,
+        late=len(requests) - shown,
+        fresh=fresh,
         picture=answer.pixels(),
-    )  # fmt: skip
+    )
 
 
 def typing(bench: Bench, sessions: int, sentences: int, text: str) -> Case:
@@ -106,9 +115,11 @@ def typing(bench: Bench, sessions: int, sentences: int, text: str) -> Case:
     last = [own[-1] for own in requests]
     checks = {name: bench.check([one.picture for one in own[-sessions:]], last) for name, own in typed.items()}
     case = case_of(
-        {name: [one.seconds for one in own] for name, own in typed.items()}, baseline=QUEUE, checks=checks,
+        {name: [one.seconds for one in own] for name, own in typed.items()},
+        baseline=QUEUE,
+        checks=checks,
         case=bench.about("typing", steps=steps, sessions=sessions, keys=len(keys)),
-    )  # fmt: skip
+    )
     return case.with_extra({name: _typed(own, drawn[name]) for name, own in typed.items()})
 
 
@@ -116,5 +127,8 @@ def _typed(typed: Sequence[Typed], drawn: int) -> dict[str, float]:
     fresh, sent = sum(one.fresh for one in typed), sum(one.shown + one.late for one in typed)
     rate = float(np.mean([one.shown / one.typing for one in typed]))
     return {
-        "pictures drawn": drawn, "never shown": drawn - sent, "stale": drawn - fresh, "frames/s while typing": round(rate, 2),
-    }  # fmt: skip
+        "pictures drawn": drawn,
+        "never shown": drawn - sent,
+        "stale": drawn - fresh,
+        "frames/s while typing": round(rate, 2),
+    }

@@ -80,9 +80,13 @@ def describe(scene: Scene, rng: np.random.Generator, *, strange_words: float = 0
         text, objects, axis, order = _pair(scene, style, rng)
     text, background, pattern = _placed(text, scene, rng)
     return Caption(
-        text=_spoken(text, rng, strange_words), objects=objects, states_axis=axis, states_order=order,
-        states_background=background, states_pattern=pattern,
-    )  # fmt: skip
+        text=_spoken(text, rng, strange_words),
+        objects=objects,
+        states_axis=axis,
+        states_order=order,
+        states_background=background,
+        states_pattern=pattern,
+    )
 
 
 def _noun(name: str, style: _Style, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:

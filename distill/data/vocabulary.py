@@ -88,17 +88,43 @@ PATTERN_NAMES = tuple(PATTERNS)
 AXES = ("horizontal", "vertical")
 # phrase between two nouns -> (axis, the first-named object comes first on it); None: the phrase does not say
 RELATIONS: dict[str, tuple[str, bool | None]] = {
-    "to the left of": ("horizontal", True), "left of": ("horizontal", True), "on the left of": ("horizontal", True),
-    "to the right of": ("horizontal", False), "right of": ("horizontal", False), "on the right of": ("horizontal", False),
-    "above": ("vertical", True), "over": ("vertical", True), "on top of": ("vertical", True),
-    "below": ("vertical", False), "under": ("vertical", False), "beneath": ("vertical", False), "underneath": ("vertical", False),
-    "next to": ("horizontal", None), "beside": ("horizontal", None),
-}  # fmt: skip
+    "to the left of": ("horizontal", True),
+    "left of": ("horizontal", True),
+    "on the left of": ("horizontal", True),
+    "to the right of": ("horizontal", False),
+    "right of": ("horizontal", False),
+    "on the right of": ("horizontal", False),
+    "above": ("vertical", True),
+    "over": ("vertical", True),
+    "on top of": ("vertical", True),
+    "below": ("vertical", False),
+    "under": ("vertical", False),
+    "beneath": ("vertical", False),
+    "underneath": ("vertical", False),
+    "next to": ("horizontal", None),
+    "beside": ("horizontal", None),
+}
 
 OPENINGS = (
-    "a picture of", "a photo of", "an image of", "a drawing of", "a painting of", "an emoji of", "draw", "show me", "paint",
-    "please draw", "can you draw", "i want", "there is", "here is", "create", "generate", "a scene with", "this is",
-)  # fmt: skip
+    "a picture of",
+    "a photo of",
+    "an image of",
+    "a drawing of",
+    "a painting of",
+    "an emoji of",
+    "draw",
+    "show me",
+    "paint",
+    "please draw",
+    "can you draw",
+    "i want",
+    "there is",
+    "here is",
+    "create",
+    "generate",
+    "a scene with",
+    "this is",
+)
 ADJECTIVES = ("cute", "happy", "little", "lovely", "beautiful", "funny", "nice", "pretty", "sweet", "cool", "smiling")
 ENDINGS = ("please", "for me", "in high quality", "emoji", "sticker", "icon", "thank you")
 
@@ -124,11 +150,14 @@ def vocabulary() -> dict[str, list[str]]:
     objects = dict.fromkeys(kind.noun for kind in KINDS.values())
     coloured = [name for name in KINDS if " " in name]
     return {
-        "objects": sorted(objects), "coloured objects": sorted(coloured),
-        "backgrounds": list(BACKGROUND_NAMES), "patterns": [forms[0][0] for forms in PATTERNS.values()],
+        "objects": sorted(objects),
+        "coloured objects": sorted(coloured),
+        "backgrounds": list(BACKGROUND_NAMES),
+        "patterns": [forms[0][0] for forms in PATTERNS.values()],
         "relations": ["to the left of", "to the right of", "above", "below", "next to", "and"],
-        "counts": ["one", "two"], "emoji": [kind.emoji for kind in KINDS.values()],
-    }  # fmt: skip
+        "counts": ["one", "two"],
+        "emoji": [kind.emoji for kind in KINDS.values()],
+    }
 
 
 def synonyms() -> dict[str, str]:

@@ -22,9 +22,11 @@ BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders
 STUDENT_BATCHES = (1, 63)
 DEVICES = {
-    "tensorrt": "auto, cuda or cuda:0", "openvino": "auto or cpu", "torch": "auto, cpu, cuda or cuda:N",
+    "tensorrt": "auto, cuda or cuda:0",
+    "openvino": "auto or cpu",
+    "torch": "auto, cpu, cuda or cuda:N",
     "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N",
-}  # fmt: skip
+}
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Array = (
     Any  # the backend's own kind, batch first: of NumPy, or of torch on a device; sliced by [i:j], added, multiplied

@@ -48,9 +48,10 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
             raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {self.precision}")
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         self._options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "INFERENCE_NUM_THREADS": wanted.threads or allowed,
-        }  # fmt: skip
+        }
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)
 

@@ -98,9 +98,13 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
         self._torch: Any = torch
         trt: Any = import_module("tensorrt")
         self._types = {
-            trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16,
-            trt.DataType.INT32: torch.int32, trt.DataType.INT64: torch.int64, trt.DataType.UINT8: torch.uint8,
-        }  # fmt: skip
+            trt.DataType.FLOAT: torch.float32,
+            trt.DataType.HALF: torch.float16,
+            trt.DataType.BF16: torch.bfloat16,
+            trt.DataType.INT32: torch.int32,
+            trt.DataType.INT64: torch.int64,
+            trt.DataType.UINT8: torch.uint8,
+        }
         self._device = torch.device("cuda", 0)
         self._stream, self._side = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):

@@ -46,7 +46,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def load_student(
     folder: Path, backend: str, wanted: Wanted, sizes: Sequence[Size] | None
-) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:  # fmt: skip
+) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:
     """What an engine is made of, from a student folder. sizes: by default the networks' own. wanted.threads is set for the
     whole process, as torch knows no other way.
 
@@ -79,9 +79,15 @@ class TorchBackend(GraphBackend[ModelDescription]):
     way_out = "try backend 'torch', device cpu or precision fp32"
 
     def __init__(
-        self, folder: Path, model: ModelDescription, stages: Stages, device: torch.device, *, name: str = "torch",
+        self,
+        folder: Path,
+        model: ModelDescription,
+        stages: Stages,
+        device: torch.device,
+        *,
+        name: str = "torch",
         batches: Sequence[int] = (1,),
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(folder, model)
         self.name, self.device, self.precision = name, device, model.precision
         self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
@@ -220,19 +226,32 @@ def device_of(name: str) -> torch.device:
 
 
 def _description(
-    folder: Path, student: StudentManifest, stages: Stages, precision: str, sizes: Sequence[Size],
+    folder: Path,
+    student: StudentManifest,
+    stages: Stages,
+    precision: str,
+    sizes: Sequence[Size],
     tokenizers: Sequence[TokenizerSpec],
-) -> ModelDescription:  # fmt: skip
+) -> ModelDescription:
     """Raises ArtifactError for plans that the schedule does not have."""
     known: dict[str, Any] = {
-        "format": student.format, "name": folder.resolve().name, "pipeline": stages.pipeline, "precision": precision,
+        "format": student.format,
+        "name": folder.resolve().name,
+        "pipeline": stages.pipeline,
+        "precision": precision,
         "created_with": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-        "prediction_type": stages.prediction_type, "scheduler": stages.scheduler, "plans": student.plans,
-        "noise_correction": student.noise_correction, "latent_channels": stages.latent_channels,
-        "downscale": stages.downscale, "sizes": list(sizes), "batch": STUDENT_BATCHES,
-        "scaling_factor": stages.decoder.scaling_factor, "vocabulary": student.vocabulary,
+        "prediction_type": stages.prediction_type,
+        "scheduler": stages.scheduler,
+        "plans": student.plans,
+        "noise_correction": student.noise_correction,
+        "latent_channels": stages.latent_channels,
+        "downscale": stages.downscale,
+        "sizes": list(sizes),
+        "batch": STUDENT_BATCHES,
+        "scaling_factor": stages.decoder.scaling_factor,
+        "vocabulary": student.vocabulary,
         "tokenizers": list(tokenizers),
-    }  # fmt: skip
+    }
     try:
         return ModelDescription(**known)
     except ValidationError as error:

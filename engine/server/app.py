@@ -97,9 +97,12 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
     app.add_middleware(Guard, settings=settings, count=metrics.answered)
     if settings.allowed_origins:  # before the guard: a browser asks for leave without a key, and reads refusals too
         app.add_middleware(
-            _Cors, allow_origins=list(settings.allowed_origins), allow_methods=["GET", "POST"], allow_headers=["*"],
+            _Cors,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
-        )  # fmt: skip
+        )
     return app
 
 
@@ -146,8 +149,11 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
         return PlainTextResponse("ok")
 
     @app.get(
-        "/readyz", tags=["operations"], response_class=PlainTextResponse, responses={503: {"description": "loading, or failing"}}
-    )  # fmt: skip
+        "/readyz",
+        tags=["operations"],
+        response_class=PlainTextResponse,
+        responses={503: {"description": "loading, or failing"}},
+    )
     async def readyz() -> PlainTextResponse:
         """The model is loaded and warm, and did not fail three times in a row; then it is tried every few seconds."""
         try:

@@ -118,9 +118,11 @@ class Guard:
 
 
 SAFE = [
-    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
     (b"cache-control", b"no-cache"),  # an updated page does not meet the parts of the old one
-]  # fmt: skip
+]
 
 
 def body_limit(path: str, headers: Mapping[str, str], settings: ServerSettings) -> int:
@@ -199,8 +201,13 @@ async def refuse(scope: Scope, send: Send, status: int, code: str, message: str)
 
 def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
     line = {
-        "time": now(), "request_id": request_id, "kind": scope["type"],
-        "method": scope.get("method", "GET"), "path": scope["path"][:200], "status": status,
-        "ms": round(1000 * seconds, 2), "client": (scope.get("client") or ("",))[0],
-    }  # fmt: skip
+        "time": now(),
+        "request_id": request_id,
+        "kind": scope["type"],
+        "method": scope.get("method", "GET"),
+        "path": scope["path"][:200],
+        "status": status,
+        "ms": round(1000 * seconds, 2),
+        "client": (scope.get("client") or ("",))[0],
+    }
     LOG.info(json.dumps(line))

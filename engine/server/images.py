@@ -153,10 +153,16 @@ def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
 
 
 ERRORS: dict[int | str, str] = {
-    400: "a value that cannot be drawn", 401: "no valid key", 403: "a page of another host", 404: "no such model",
-    413: "too large", 429: "too many wait: see Retry-After", 503: "loading or failing: see Retry-After", 504: "not in time",
+    400: "a value that cannot be drawn",
+    401: "no valid key",
+    403: "a page of another host",
+    404: "no such model",
+    413: "too large",
+    429: "too many wait: see Retry-After",
+    503: "loading or failing: see Retry-After",
+    504: "not in time",
     "4XX": "what else a request may have wrong",
-}  # fmt: skip
+}
 
 
 def _values(asked: ImageRequest, settings: ServerSettings) -> dict[str, Any]:
@@ -211,14 +217,22 @@ def _response(result: GenerateResult, kind: Format) -> ImageResponse:
     files = encode_all(result.images, kind)
     data = [ImageData(b64_json=base64.b64encode(file).decode(), seed=result.seed + i) for i, file in enumerate(files)]
     return ImageResponse(
-        created=int(time.time()), data=data, output_format=kind, size=size_name((height, width)), steps=result.steps,
-        timings=result.timings.stages(), unknown_words=result.unknown_words, replaced_words=result.replaced_words,
-    )  # fmt: skip
+        created=int(time.time()),
+        data=data,
+        output_format=kind,
+        size=size_name((height, width)),
+        steps=result.steps,
+        timings=result.timings.stages(),
+        unknown_words=result.unknown_words,
+        replaced_words=result.replaced_words,
+    )
 
 
 def _model(holder: Holder) -> Model:
     engine = holder.get()
     return Model(
-        id=engine.manifest.name, sizes=[size_name(size) for size in engine.sizes], steps=engine.steps,
+        id=engine.manifest.name,
+        sizes=[size_name(size) for size in engine.sizes],
+        steps=engine.steps,
         backend=engine.backend.describe(),
-    )  # fmt: skip
+    )

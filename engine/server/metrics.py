@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from .app import Holder
 
 ROUTES = {
-    "/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/images/generations",
-    "/v1/images/edits", "/v1/stream",
-}  # fmt: skip
+    "/",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+    "/v1/models",
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/stream",
+}
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -35,15 +43,21 @@ class Metrics(Collector):
         self._holder = holder
         self.registry = CollectorRegistry()
         self.stages = Histogram(
-            "imagine_flash_stage_seconds", "Seconds of a stage in one request.", ["stage"], registry=self.registry, buckets=SECONDS
-        )  # fmt: skip
+            "imagine_flash_stage_seconds",
+            "Seconds of a stage in one request.",
+            ["stage"],
+            registry=self.registry,
+            buckets=SECONDS,
+        )
         self.requests = Counter(
             "imagine_flash_requests", "Requests that were drawn.", ["steps"], registry=self.registry
         )
         self.answers = Counter(
-            "imagine_flash_answers", "Requests by what they were answered; 101 are WebSockets, 499 hung up before.",
-            ["route", "status"], registry=self.registry,
-        )  # fmt: skip
+            "imagine_flash_answers",
+            "Requests by what they were answered; 101 are WebSockets, 499 hung up before.",
+            ["route", "status"],
+            registry=self.registry,
+        )
         self.stale = Counter(
             "imagine_flash_stale", "Requests of sessions that a newer one replaced.", registry=self.registry
         )
@@ -103,6 +117,8 @@ def _batches(counts: dict[str, int], largest: int) -> HistogramMetricFamily:
         buckets.append((str(float(size)), float(total)))
     pictures = sum(size * n for size, n in sizes.items())
     return HistogramMetricFamily(
-        "imagine_flash_batch_pictures", "Pictures of one network call.", buckets=[*buckets, ("+Inf", float(total))],
+        "imagine_flash_batch_pictures",
+        "Pictures of one network call.",
+        buckets=[*buckets, ("+Inf", float(total))],
         sum_value=float(pictures),
-    )  # fmt: skip
+    )

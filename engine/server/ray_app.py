@@ -63,9 +63,15 @@ def deployment(settings: RaySettings, **options: Any) -> Application:
 
     replica: Any = serve.ingress(build)(Replica)
     return serve.deployment(
-        name=NAME, max_ongoing_requests=OPEN_REQUESTS, health_check_period_s=2, health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.5, logging_config=QUIET, **options,
-    )(replica).bind()  # fmt: skip
+        name=NAME,
+        max_ongoing_requests=OPEN_REQUESTS,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config=QUIET,
+        **options,
+    )(replica).bind()
 
 
 def middlewares() -> list[Middleware]:

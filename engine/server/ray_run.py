@@ -51,9 +51,7 @@ CONNECT_TIMEOUT = 3  # seconds, until somebody answers at RAY_ADDRESS
 PER_REPLICA = 16  # requests and open WebSockets of a replica, above which another is started
 
 
-def run(
-    settings: RaySettings, *, host: str, port: int, replicas: int | None = None, ready: Callable[[], None]
-) -> None:  # fmt: skip
+def run(settings: RaySettings, *, host: str, port: int, replicas: int | None = None, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, in a Ray of its own, or in the cluster that RAY_ADDRESS names; what was accepted is
     drawn before it ends. replicas: None scales with the load, up to one per GPU, or per machine where there is none.
     ready: called once requests are answered. Raises RequestError for what the machines cannot hold, EngineError where no

@@ -53,9 +53,14 @@ class EngineSettings(Checked):
     def load(self) -> Engine:
         """Raises ArtifactError, MissingExtraError."""
         return Engine.load(
-            self.model, backend=self.backend, device=self.device, precision=self.precision, max_batch=self.max_batch,
-            max_waiting=self.max_queue, threads=self.threads,
-        )  # fmt: skip
+            self.model,
+            backend=self.backend,
+            device=self.device,
+            precision=self.precision,
+            max_batch=self.max_batch,
+            max_waiting=self.max_queue,
+            threads=self.threads,
+        )
 
     def check(self, *, here: bool = True) -> None:
         """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted. here: it is

@@ -167,9 +167,13 @@ class _Connection:
     def _hello(self) -> dict[str, Any]:
         engine = self.engine
         return {
-            "type": "ready", "model": engine.manifest.name, "sizes": [size_name(size) for size in engine.sizes],
-            "steps": engine.steps, "formats": list(FORMATS), "backend": engine.backend.describe(),
-        }  # fmt: skip
+            "type": "ready",
+            "model": engine.manifest.name,
+            "sizes": [size_name(size) for size in engine.sizes],
+            "steps": engine.steps,
+            "formats": list(FORMATS),
+            "backend": engine.backend.describe(),
+        }
 
 
 class _Gone(Exception):
@@ -180,11 +184,19 @@ def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
     """4 bytes, big-endian: the length of a JSON header; the header; the picture's file."""
     height, width = result.images.shape[1:3]
     header = {
-        "type": "image", "seq": found.seq, "preview": found.preview, "seed": result.seed, "steps": result.steps,
-        "size": size_name((height, width)), "format": found.label, "bytes": len(data), "cached": result.cached,
-        "unknown_words": result.unknown_words, "replaced_words": result.replaced_words,
+        "type": "image",
+        "seq": found.seq,
+        "preview": found.preview,
+        "seed": result.seed,
+        "steps": result.steps,
+        "size": size_name((height, width)),
+        "format": found.label,
+        "bytes": len(data),
+        "cached": result.cached,
+        "unknown_words": result.unknown_words,
+        "replaced_words": result.replaced_words,
         "timings": result.timings.stages(),
-    }  # fmt: skip
+    }
     encoded = json.dumps(header).encode()
     return struct.pack(">I", len(encoded)) + encoded + data
 

@@ -58,10 +58,14 @@ def right(_: Candidate) -> Check:
 def measured(**changes) -> Case:
     clock = FakeClock()
     settings = {
-        "candidates": [clock.candidate("slow", 0.004), clock.candidate("fast", 0.001)], "baseline": "slow",
-        "check": right, "case": {"batch": 4, "shape": (4, 64, 64), "dtype": "bf16", "graph": True, "scale": 1.0},
-        "warm_up": 1, "n": 5, "clock": clock,
-    }  # fmt: skip
+        "candidates": [clock.candidate("slow", 0.004), clock.candidate("fast", 0.001)],
+        "baseline": "slow",
+        "check": right,
+        "case": {"batch": 4, "shape": (4, 64, 64), "dtype": "bf16", "graph": True, "scale": 1.0},
+        "warm_up": 1,
+        "n": 5,
+        "clock": clock,
+    }
     settings |= changes
     return measure(settings.pop("candidates"), **settings)
 
@@ -146,10 +150,7 @@ def twins(names: str) -> list[Candidate]:
         ({"candidates": twins("aba"), "baseline": "b"}, "two candidates are called 'a'; names must differ"),
         ({"check": lambda _: None}, "'slow' was not checked: check returned NoneType, not a Check"),
         ({"check": lambda _: True}, "'slow' was not checked: check returned bool, not a Check"),
-        (
-            {"check": wrong},
-            "'fast' is wrong, so it was not timed: x_s in float32 differs by 0.5, allowed are 0.001",
-        ),
+        ({"check": wrong}, "'fast' is wrong, so it was not timed: x_s in float32 differs by 0.5, allowed are 0.001"),
     ],
 )
 def test_refusals(changes: dict, message: str) -> None:
@@ -213,10 +214,7 @@ def test_the_garbage_collector_is_paused_and_then_as_before(on: bool) -> None:
 
 def test_the_real_clock_measures_real_work() -> None:
     x = np.ones(1000)
-    candidates = [
-        Candidate(name="sum", run=x.sum),
-        Candidate(name="loop", run=lambda: sum(range(5000))),
-    ]
+    candidates = [Candidate(name="sum", run=x.sum), Candidate(name="loop", run=lambda: sum(range(5000)))]
     case = measured(candidates=candidates, baseline="sum", clock=None)
     assert case.repeats > 1 and all(0 < t.min_us <= t.p50_us <= t.p95_us <= t.p99_us for t in case.timings)
 
@@ -248,9 +246,7 @@ def test_the_file_holds_the_record_and_no_path(tmp_path: Path) -> None:
     )
     row = json.loads(text)["rows"][0]
     assert row["case"] == {"batch": 4, "shape": [4, 64, 64], "dtype": "bf16", "graph": True, "scale": 1.0}
-    assert row["checks"]["fast"] == {
-        "what": "largest difference from the reference", "error": 1e-7, "tolerance": 1e-6,
-    }  # fmt: skip
+    assert row["checks"]["fast"] == {"what": "largest difference from the reference", "error": 1e-7, "tolerance": 1e-6}
 
 
 def test_further_numbers() -> None:
@@ -272,17 +268,29 @@ def without_check(raw: dict) -> None:
         (lambda r: r.pop("question"), "question: Field required"),
         (lambda r: r.update(format_version=2), "format_version: Input should be 1"),
         (lambda r: r.update(format="recipe"), "format: Input should be 'imagine-flash-benchmark'"),
-        (lambda r: r.update(command_line="bench.py --out=/srv/a b"), "command_line: '/srv/a b' is a path of this machine"),
+        (
+            lambda r: r.update(command_line="bench.py --out=/srv/a b"),
+            "command_line: '/srv/a b' is a path of this machine",
+        ),
         (lambda r: r["hardware"].update(cores="two"), "hardware.cores: Input should be a valid integer"),
         (lambda r: r["rows"][0].update(warm_up=0), "rows.0.warm_up: Input should be greater than or equal to 1"),
-        (lambda r: r["rows"][0]["timings"][1].update(n=3), "rows.0.timings.1.n: Input should be greater than or equal to 5"),
-        (lambda r: r["rows"][0]["timings"][1].update(n=6), "rows.0: the timings must have different names and the same n"),
+        (
+            lambda r: r["rows"][0]["timings"][1].update(n=3),
+            "rows.0.timings.1.n: Input should be greater than or equal to 5",
+        ),
+        (
+            lambda r: r["rows"][0]["timings"][1].update(n=6),
+            "rows.0: the timings must have different names and the same n",
+        ),
         (lambda r: r["rows"][0].update(baseline="b"), "rows.0: the baseline 'b' has no timing"),
         (lambda r: r["rows"][0]["checks"]["fast"].update(error=1), "rows.0: 'fast' has no passed check"),
         (without_check, "rows.0: 'fast' has no passed check"),
-        (lambda r: r["rows"][0]["timings"][0].update(p50_us=float("nan")), "rows.0.timings.0.p50_us: Input should be a finite"),
+        (
+            lambda r: r["rows"][0]["timings"][0].update(p50_us=float("nan")),
+            "rows.0.timings.0.p50_us: Input should be a finite",
+        ),
     ],
-)  # fmt: skip
+)
 def test_damaged_records(tmp_path: Path, damage: Callable[[dict], object], message: str) -> None:
     raw = record().model_dump(mode="json")
     damage(raw)

@@ -17,26 +17,41 @@ from imagine_flash.core.errors import ImagineFlashError, MissingExtraError
 def timing(name: str, p50: float, ratio: tuple[float, float, float]) -> Timing:
     low, middle, high = ratio
     return Timing(
-        name=name, n=100, mean_us=p50, p50_us=p50, p95_us=1.5 * p50, p99_us=2 * p50, min_us=0.9 * p50,
+        name=name,
+        n=100,
+        mean_us=p50,
+        p50_us=p50,
+        p95_us=1.5 * p50,
+        p99_us=2 * p50,
+        min_us=0.9 * p50,
         ratio=Ratio(p5=low, p50=middle, p95=high),
-    )  # fmt: skip
+    )
 
 
 def case(parameters: dict, torch_us: float, fused_us: float, extra: dict | None = None) -> Case:
     check = Check(what="x_s", error=0, tolerance=1e-6)
     timings = (timing("torch", torch_us, (1, 1, 1)), timing("fused|1", fused_us, (1.875, 2.0123, 2.5)))
     return Case(
-        case=parameters, baseline="torch", warm_up=10, repeats=4, timings=timings, extra=extra or {},
+        case=parameters,
+        baseline="torch",
+        warm_up=10,
+        repeats=4,
+        timings=timings,
+        extra=extra or {},
         checks={"torch": check, "fused|1": check},
-    )  # fmt: skip
+    )
 
 
 def record(*rows: Case, git: Git | None = None) -> Record:
     return Record(
-        question="Does one kernel beat torch?", date=datetime(2026, 1, 2, tzinfo=UTC), command_line="bench.py",
-        hardware=Hardware(device="cpu", cpu="A CPU", cores=2, memory_gib=7.5), versions={"python": "3.11.9"}, git=git,
+        question="Does one kernel beat torch?",
+        date=datetime(2026, 1, 2, tzinfo=UTC),
+        command_line="bench.py",
+        hardware=Hardware(device="cpu", cpu="A CPU", cores=2, memory_gib=7.5),
+        versions={"python": "3.11.9"},
+        git=git,
         rows=rows,
-    )  # fmt: skip
+    )
 
 
 SMALL = record(
@@ -77,10 +92,17 @@ def test_long_times_are_shown_in_milliseconds() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0"), (0.01234, "0.0123"), (0.9996, "1.00"), (9.996, "10.0"), (12.34, "12.3"), (123.4, "123"),
-        (12345.6, "12346"), (1e20, "1" + "0" * 20), (-1.234, "-1.23"),
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (0.9996, "1.00"),
+        (9.996, "10.0"),
+        (12.34, "12.3"),
+        (123.4, "123"),
+        (12345.6, "12346"),
+        (1e20, "1" + "0" * 20),
+        (-1.234, "-1.23"),
     ],
-)  # fmt: skip
+)
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
 

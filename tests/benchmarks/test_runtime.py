@@ -34,12 +34,19 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     done = run("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "times as fast as" in done.stdout and "overhead ms" in done.stdout
-    rows = {tuple(row.case[key] for key in ("what", "route", "requests") if key in row.case): row for row in
-            read_record(out.with_suffix(".json")).rows}  # fmt: skip
+    rows = {
+        tuple(row.case[key] for key in ("what", "route", "requests") if key in row.case): row
+        for row in read_record(out.with_suffix(".json")).rows
+    }
     assert list(rows) == [
-        ("overhead", "stages"), ("overhead", "sampler"), ("one picture",), ("batching", 1), ("batching", 4),
-        ("cold start",), ("load and warm up", 500),
-    ]  # fmt: skip
+        ("overhead", "stages"),
+        ("overhead", "sampler"),
+        ("one picture",),
+        ("batching", 1),
+        ("batching", 4),
+        ("cold start",),
+        ("load and warm up", 500),
+    ]
     one = rows["one picture",]
     assert one.baseline == "diffusers, torch eager" and one.checks[one.baseline].what.startswith("levels")
     assert one.extra["Engine.load(): onnxruntime fp32"]["times the fastest bare"] > 0
@@ -153,10 +160,19 @@ def test_the_worst_picture_counts() -> None:
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ImagineFlashError, match=r"ended with 1: .*ArtifactError.*nowhere"):
-        processes._call("processes", "report_memory", {
-            "folder": str(tmp_path / "nowhere"), "backend": "onnxruntime", "prompt": "a", "steps": 1, "seed": 0,
-            "output": "x", "requests": 0,
-        })  # fmt: skip
+        processes._call(
+            "processes",
+            "report_memory",
+            {
+                "folder": str(tmp_path / "nowhere"),
+                "backend": "onnxruntime",
+                "prompt": "a",
+                "steps": 1,
+                "seed": 0,
+                "output": "x",
+                "requests": 0,
+            },
+        )
 
 
 def test_the_report_of_a_process(tiny_artifact: Path, tmp_path: Path) -> None:

@@ -27,12 +27,20 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     done = run("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "times as fast as" in done.stdout and "overhead p50 ms" in done.stdout
-    rows = {(row.case["what"], row.case.get("sessions", row.case.get("steps", 0))): row for row in
-            read_record(out.with_suffix(".json")).rows}  # fmt: skip
+    rows = {
+        (row.case["what"], row.case.get("sessions", row.case.get("steps", 0))): row
+        for row in read_record(out.with_suffix(".json")).rows
+    }
     assert list(rows) == [
-        ("overhead", 1), ("overhead", 3), ("typing", 1), ("typing", 4), ("load", 1), ("malformed requests", 0),
-        ("overhead on Ray", 1), ("load on Ray", 1),
-    ]  # fmt: skip
+        ("overhead", 1),
+        ("overhead", 3),
+        ("typing", 1),
+        ("typing", 4),
+        ("load", 1),
+        ("malformed requests", 0),
+        ("overhead on Ray", 1),
+        ("load on Ray", 1),
+    ]
     for way in ("HTTP", "WebSocket"):
         extra = rows["overhead", 3].extra[way]
         assert 0 < extra["overhead p50 ms"] <= extra["overhead p95 ms"]

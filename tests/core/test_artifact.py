@@ -140,10 +140,16 @@ def test_a_file_that_a_graph_could_load_must_be_listed(artifact, name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"plans": {"1": [999], "2": [999, 400], "3": [999, 666, 333]}}, {"noise_correction": False}, {"scaling_factor": 0.2},
-        {"scheduler__beta_end": 0.011}, {"prediction_type": "epsilon"}, {"batch": [1, 3]}, {"sha256": ""}, {"sha256": None},
+        {"plans": {"1": [999], "2": [999, 400], "3": [999, 666, 333]}},
+        {"noise_correction": False},
+        {"scaling_factor": 0.2},
+        {"scheduler__beta_end": 0.011},
+        {"prediction_type": "epsilon"},
+        {"batch": [1, 3]},
+        {"sha256": ""},
+        {"sha256": None},
     ],
-)  # fmt: skip
+)
 def test_a_manifest_that_was_changed_by_hand_is_refused(artifact, changes):
     """It happened that `inspect` accepted other plans and betas than those that were checked."""
     edit(artifact, signed=False, **changes)

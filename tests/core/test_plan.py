@@ -52,11 +52,7 @@ def test_trailing_refuses(steps):
 
 
 def test_plans_by_steps():
-    assert {n: plan.timesteps for n, plan in plans_by_steps().items()} == {
-        1: (999,),
-        2: (999, 499),
-        3: (999, 666, 333),
-    }
+    assert {n: plan.timesteps for n, plan in plans_by_steps().items()} == {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
     from_json = plans_by_steps({"2": [999, 400], 1: StepPlan((999,))})  # type: ignore[dict-item]
     assert list(from_json) == [1, 2]
     assert from_json[2].timesteps == (999, 400)

@@ -23,8 +23,14 @@ def test_enough_to_say() -> None:
     assert len({kind.emoji for kind in vocabulary.KINDS.values()}) == len(vocabulary.KINDS)
     assert {"kitty", "puppy", "spaceship"} <= set(vocabulary.synonyms())
     assert [vocabulary.plural(n) for n in ("cat", "fox", "butterfly", "fish", "boat", "puppy", "snowman")] == [
-        "cats", "foxes", "butterflies", "fish", "boats", "puppies", "snowmen",
-    ]  # fmt: skip
+        "cats",
+        "foxes",
+        "butterflies",
+        "fish",
+        "boats",
+        "puppies",
+        "snowmen",
+    ]
 
 
 def test_a_scene_depends_on_seed_and_index_alone(scenes: emoji.EmojiScenes) -> None:

@@ -20,9 +20,7 @@ def loss_of(recipe: DistillRecipe, shift: float, plan: int, index: int):
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=draw)
     text = torch.zeros(5, 2, 3)
     loss = ImagineFlashLoss(student, teacher, recipe)
-    value = loss(
-        x_T=x_T, text=text, uncond=text, guidance=torch.full((5,), 2.0), fresh=fresh, plan=plan, index=index
-    )  # fmt: skip
+    value = loss(x_T=x_T, text=text, uncond=text, guidance=torch.full((5,), 2.0), fresh=fresh, plan=plan, index=index)
     return value, teacher, student
 
 
@@ -64,7 +62,7 @@ def test_guidance_is_in_the_target_only(shifted: bool, w: float) -> None:
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     value = ImagineFlashLoss(student, teacher, recipe)(
         x_T=x_T, text=text, uncond=uncond, guidance=torch.full((5,), w), fresh=fresh, plan=3, index=1
-    )  # fmt: skip
+    )
     assert value.item() == pytest.approx(((w - 1) * 0.4) ** 2, abs=1e-5)
 
 
@@ -162,7 +160,7 @@ def test_guidance_falls_with_t() -> None:
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     value = ImagineFlashLoss(student, teacher, recipe)(
         x_T=x_T, text=text, uncond=uncond, guidance=torch.full((5,), 3.0), fresh=fresh, plan=2, index=1
-    )  # fmt: skip
+    )
     assert value.item() == pytest.approx((2.0 * 250 / 999 * 0.4) ** 2, rel=1e-3)
 
 
@@ -172,5 +170,5 @@ def test_a_plain_target_among_shifted_ones() -> None:
     x_T, text = torch.randn(5, 3, 4, 4), torch.zeros(5, 2, 3)
     ImagineFlashLoss(student, teacher, recipe)(
         x_T=x_T, text=text, uncond=text, guidance=torch.ones(5), fresh=x_T, plan=3, index=1, shifted=False
-    )  # fmt: skip
+    )
     assert teacher.unet.calls[0] == 666

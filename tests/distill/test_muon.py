@@ -38,10 +38,16 @@ def test_the_step_has_the_stated_size_and_goes_downhill() -> None:
 
 def test_who_is_trained_by_what() -> None:
     """Matrices inside the network by Muon; embeddings, biases, norms, the first and the last layer by AdamW."""
-    network = nn.ModuleDict({
-        "conv_in": nn.Conv2d(3, 8, 3), "block": nn.Conv2d(8, 8, 3), "norm": nn.GroupNorm(2, 8), "words": nn.Embedding(5, 8),
-        "linear": nn.Linear(8, 8), "conv_out": nn.Conv2d(8, 3, 3),
-    })  # fmt: skip
+    network = nn.ModuleDict(
+        {
+            "conv_in": nn.Conv2d(3, 8, 3),
+            "block": nn.Conv2d(8, 8, 3),
+            "norm": nn.GroupNorm(2, 8),
+            "words": nn.Embedding(5, 8),
+            "linear": nn.Linear(8, 8),
+            "conv_out": nn.Conv2d(8, 3, 3),
+        }
+    )
     adamw, muon = build_optimizers(network, Fit(steps=1, optimizer="muon", muon_rate=0.01))
     by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
     names = {name for name, p in network.named_parameters() if id(p) in by_muon}

@@ -9,9 +9,13 @@ from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.distill.networks import Networks
 
 SD_CONFIG = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
-}  # fmt: skip
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
 
 
 class PointDenoiser(nn.Module):
@@ -43,6 +47,11 @@ def point_networks(shift: float = 0.0) -> Networks:
     schedule = NoiseSchedule.from_scheduler_config(SD_CONFIG)
     unet = PointDenoiser(torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1), schedule, shift)
     return Networks(
-        tokenizer=None, text_encoder=None, unet=unet, vae=None, scheduler_config=SD_CONFIG, schedule=schedule,
+        tokenizer=None,
+        text_encoder=None,
+        unet=unet,
+        vae=None,
+        scheduler_config=SD_CONFIG,
+        schedule=schedule,
         prediction_type="v_prediction",
-    )  # fmt: skip
+    )

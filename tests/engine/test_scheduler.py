@@ -80,9 +80,13 @@ def test_a_step_also_gives_the_x0_that_it_implies(pipeline: Any) -> None:
 
 
 EXPLICIT = {
-    "beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
-    "num_train_timesteps": 500, "rescale_betas_zero_snr": True,
-}  # fmt: skip
+    "beta_start": 0.001,
+    "beta_end": 0.03,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "num_train_timesteps": 500,
+    "rescale_betas_zero_snr": True,
+}
 
 
 @pytest.mark.parametrize("settings", [{}, EXPLICIT], ids=["defaults", "explicit"])

@@ -21,12 +21,14 @@ from imagine_flash.engine.scheduler import ImagineFlashScheduler
 from imagine_flash.tests.architectures import BUILDERS
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pixart": {"use_resolution_binning": False, "clean_caption": False}, "sd3": {"max_sequence_length": 16}
-}  # fmt: skip
+    "pixart": {"use_resolution_binning": False, "clean_caption": False},
+    "sd3": {"max_sequence_length": 16},
+}
 IMAGE_TO_IMAGE = {
-    "sd15": "StableDiffusionImg2ImgPipeline", "sdxl": "StableDiffusionXLImg2ImgPipeline",
+    "sd15": "StableDiffusionImg2ImgPipeline",
+    "sdxl": "StableDiffusionXLImg2ImgPipeline",
     "sd3": "StableDiffusion3Img2ImgPipeline",
-}  # fmt: skip
+}
 INPAINTING = {"sd15": "StableDiffusionInpaintPipeline", "sdxl": "StableDiffusionXLInpaintPipeline"}
 PROMPTS = ["a cat", "a fox on a pink background"]
 STRENGTHS = [(1, 1.0), (2, 0.5), (2, 1.0), (3, 0.4), (3, 0.7), (3, 1.0)]
@@ -89,9 +91,15 @@ def asked(network: Any) -> Iterator[list[dict[str, Any]]]:
 
 @torch.no_grad()
 def oracle(
-    case: Case, call: dict[str, Any], x: np.ndarray, plan: list[int], *, noise_correction: bool = True,
-    guidance: float | None = None, mix: Any = None,
-) -> np.ndarray:  # fmt: skip
+    case: Case,
+    call: dict[str, Any],
+    x: np.ndarray,
+    plan: list[int],
+    *,
+    noise_correction: bool = True,
+    guidance: float | None = None,
+    mix: Any = None,
+) -> np.ndarray:
     """core's update from x at the first timestep of `plan`, under the conditions of `call`; mix(x_s, i) after a step."""
     table = update_table(case.schedule, StepPlan(tuple(plan)), case.prediction, noise_correction=noise_correction)
     name = "sample" if "sample" in call else "hidden_states"
@@ -263,7 +271,7 @@ def test_two_experts_share_the_steps() -> None:
         ("sdxl", "images", {"strength": 0.9, "num_inference_steps": 1}, PlanError, "must be at least 1$"),
         ("sdxl", "inpainting", {"strength": 0.3}, ValueError, "strength parameter: 0.3.* which is < 1"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_drawn_is_refused(kind: str, task: str, options: Any, error: type, message: str) -> None:
     case = case_of(kind, {"": {}, "images": IMAGE_TO_IMAGE, "inpainting": INPAINTING}[task].get(kind, ""))
     images = {"image": IMAGE} if task else {}

@@ -183,9 +183,11 @@ ACTION = st.tuples(st.integers(0, 2), st.sampled_from(["submit", "submit", "subm
 
 
 @given(
-    actions=st.lists(ACTION, max_size=25), preview=st.booleans(), seed=st.integers(0, 99),
+    actions=st.lists(ACTION, max_size=25),
+    preview=st.booleans(),
+    seed=st.integers(0, 99),
     let_finish_after=st.sampled_from([None, 0.0, 0.01]),
-)  # fmt: skip
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_interleaving(
     engine: Engine, actions: list[tuple[int, str]], preview: bool, seed: int, let_finish_after: float | None

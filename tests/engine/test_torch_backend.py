@@ -80,8 +80,12 @@ def test_a_batch_is_its_pictures(oracle: Engine) -> None:
 
 def test_mixed_steps_share_calls(oracle: Engine) -> None:
     """Rows of one update have coefficients of their own, and what one request writes in place is no other's."""
-    requests = [{"prompt": text, "steps": steps, "seed": i} for i, (text, steps) in enumerate(
-        [("a cat", 1), (PROMPT, 3), ("a fox", 2), ("a dog", 3), ("a cat", 2), ("a house", 1)])]  # fmt: skip
+    requests = [
+        {"prompt": text, "steps": steps, "seed": i}
+        for i, (text, steps) in enumerate(
+            [("a cat", 1), (PROMPT, 3), ("a fox", 2), ("a dog", 3), ("a cat", 2), ("a house", 1)]
+        )
+    ]
     alone = [images(oracle, **request) for request in requests]
     shared = oracle.batcher.counts["batch 3"] + oracle.batcher.counts["batch 4"]
     with ThreadPoolExecutor(len(requests)) as pool:
@@ -258,15 +262,23 @@ def test_what_cannot_be_loaded_is_one_line(tiny_student: Path, tiny_artifact: Pa
         (partial(Engine.load, tiny_student, precision="fp8"), ArtifactError, "no precision 'fp8'"),
         (partial(Engine.load, tiny_student, device="gpu"), ArtifactError, "cuda or cuda:N for the backend torch"),
         (partial(Engine.load, tiny_student, device="cpu:1"), ArtifactError, "got 'cpu:1'"),
-        (partial(Engine.load, tiny_student, max_batch=64), RequestError, "max_batch must be 1 to 63 for this model, got 64"),
+        (
+            partial(Engine.load, tiny_student, max_batch=64),
+            RequestError,
+            "max_batch must be 1 to 63 for this model, got 64",
+        ),
         (partial(Engine.load, tiny_student, max_batch=0), RequestError, "max_batch must be 1 to 63"),
         (partial(Engine.load, tiny_student, sizes=[(60, 64)]), ArtifactError, "a size must be a multiple of 8"),
-        (partial(Engine.load, tiny_student, backend="torch-graph", device="cpu"), ArtifactError, "device is cpu; take torch"),
+        (
+            partial(Engine.load, tiny_student, backend="torch-graph", device="cpu"),
+            ArtifactError,
+            "device is cpu; take torch",
+        ),
         (partial(Engine.load, tiny_artifact, backend="torch"), ArtifactError, "is an exported artifact, not a student"),
         (partial(Engine.load, tmp_path, backend="torch"), ArtifactError, "is empty; it should hold imagine_flash.json"),
         (partial(Engine.load, tmp_path / "none", backend="torch"), ArtifactError, "does not exist; check the path"),
         (partial(choose, "torch", Engine.load(tiny_artifact).artifact), ArtifactError, "runs a student folder"),
-    ]  # fmt: skip
+    ]
     if not torch.cuda.is_available():
         cases.append((partial(Engine.load, tiny_student, device="cuda"), ArtifactError, "finds no CUDA"))
     for load, kind, says in cases:

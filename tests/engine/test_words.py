@@ -68,10 +68,18 @@ def test_a_model_that_knows_every_word_gets_the_prompt_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "near"),
     [
-        ("cat", "cat", False), ("cat", "cats", True), ("cats", "cat", True), ("cat", "cut", True), ("cat", "act", True),
-        ("cat", "cta", True), ("cat", "tac", False), ("cat", "catch", False), ("abcd", "badc", False), ("", "a", True),
+        ("cat", "cat", False),
+        ("cat", "cats", True),
+        ("cats", "cat", True),
+        ("cat", "cut", True),
+        ("cat", "act", True),
+        ("cat", "cta", True),
+        ("cat", "tac", False),
+        ("cat", "catch", False),
+        ("abcd", "badc", False),
+        ("", "a", True),
     ],
-)  # fmt: skip
+)
 def test_one_letter_apart(a: str, b: str, near: bool) -> None:
     assert one_letter_apart(a, b) is near and one_letter_apart(b, a) is near
 

@@ -20,9 +20,14 @@ from imagine_flash.tests.tensorrt_artifact import NODE, build_artifact, key_of, 
 ROOT = Path(__file__).parents[2]
 USERS = ("core/tensorrt_plans.py", "export/tensorrt.py", "engine/backends/tensorrt.py")
 OBJECTS = {
-    "builder": "Builder", "parser": "OnnxParser", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
-    "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
-}  # fmt: skip
+    "builder": "Builder",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+}
 RESULTS = {"get_error": "ParserError", "get_timing_cache": "ITimingCache"}
 DRIVER = """
 #include <stdlib.h>
@@ -62,12 +67,24 @@ def used_names() -> set[str]:
 
 def test_the_names_are_collected():
     assert used_names() >= {
-        "BuilderFlag.REFIT", "BuilderFlag.VERSION_COMPATIBLE", "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
-        "OnnxParser.parse_from_file", "ParserError.desc", "ITimingCache.serialize", "IBuilderConfig.set_timing_cache",
-        "IOptimizationProfile.set_shape", "Builder.build_serialized_network", "ILogger.Severity.ERROR", "__version__",
-        "Runtime.deserialize_cuda_engine", "Runtime.engine_host_code_allowed", "ICudaEngine.create_execution_context",
-        "IExecutionContext.set_input_shape", "IExecutionContext.execute_async_v3", "DataType.INT64",
-    }  # fmt: skip
+        "BuilderFlag.REFIT",
+        "BuilderFlag.VERSION_COMPATIBLE",
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "OnnxParser.parse_from_file",
+        "ParserError.desc",
+        "ITimingCache.serialize",
+        "IBuilderConfig.set_timing_cache",
+        "IOptimizationProfile.set_shape",
+        "Builder.build_serialized_network",
+        "ILogger.Severity.ERROR",
+        "__version__",
+        "Runtime.deserialize_cuda_engine",
+        "Runtime.engine_host_code_allowed",
+        "ICudaEngine.create_execution_context",
+        "IExecutionContext.set_input_shape",
+        "IExecutionContext.execute_async_v3",
+        "DataType.INT64",
+    }
 
 
 class Bindings:
@@ -134,10 +151,13 @@ def test_every_name_is_in_the_bindings(bindings):
     version, weakly_typed = done.stdout.split()[:2]
     assert version.startswith(f"{bindings.major}.") and weakly_typed == str(bindings.major == 10)
     for signature in (
-        "ignore_mismatch: bool) -> bool", "flags: typing.SupportsInt = 0", "name: str, shape: tuple) -> bool",
-        "name: str, memory: typing.SupportsInt) -> bool", "stream_handle: typing.SupportsInt) -> bool",
+        "ignore_mismatch: bool) -> bool",
+        "flags: typing.SupportsInt = 0",
+        "name: str, shape: tuple) -> bool",
+        "name: str, memory: typing.SupportsInt) -> bool",
+        "stream_handle: typing.SupportsInt) -> bool",
         "name: str) -> tensorrt_bindings.tensorrt.Dims",
-    ):  # fmt: skip
+    ):
         assert signature in done.stdout
 
 

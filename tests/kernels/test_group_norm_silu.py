@@ -87,20 +87,38 @@ def test_chunks_cover_a_group(channels, pixels, groups, planes):
 def tiny_unet() -> Any:
     torch.manual_seed(0)
     build: Any = UNet2DConditionModel
-    return build(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8,
-    ).to(DEVICE).eval()  # fmt: skip
+    return (
+        build(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        .to(DEVICE)
+        .eval()
+    )
 
 
 def tiny_decoder() -> Any:
     torch.manual_seed(0)
     build: Any = AutoencoderKL
-    return build(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8, latent_channels=4,
-    ).to(DEVICE).eval()  # fmt: skip
+    return (
+        build(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=8,
+            latent_channels=4,
+        )
+        .to(DEVICE)
+        .eval()
+    )
 
 
 def run(model, x):

@@ -8,35 +8,55 @@ from .compiling import TARGETS, compile_elsewhere
 
 pytest.importorskip("triton", reason="Triton is not installed")
 UPDATE = {
-    "x_ptr": "*fp32", "uncond_ptr": "*bf16", "noise_ptr": "*fp32", "seed_ptr": "*i64", "guidance_ptr": "*fp32",
-    "table_ptr": "*fp32", "index_ptr": "*i32", "out_ptr": "*fp32", "guidance": "fp32", "scale": "fp32", "row_elements": "i32",
-    "blocks_per_row": "i32", "index_stride": "i32", "table_rows": "i32", "channels": "i32",
-}  # fmt: skip
-NORM = {
-    "partial_ptr": "*fp32", "eps": "fp32", "channels": "i32", "pixels": "i32", "chunks": "i32",
-}  # fmt: skip
+    "x_ptr": "*fp32",
+    "uncond_ptr": "*bf16",
+    "noise_ptr": "*fp32",
+    "seed_ptr": "*i64",
+    "guidance_ptr": "*fp32",
+    "table_ptr": "*fp32",
+    "index_ptr": "*i32",
+    "out_ptr": "*fp32",
+    "guidance": "fp32",
+    "scale": "fp32",
+    "row_elements": "i32",
+    "blocks_per_row": "i32",
+    "index_stride": "i32",
+    "table_rows": "i32",
+    "channels": "i32",
+}
+NORM = {"partial_ptr": "*fp32", "eps": "fp32", "channels": "i32", "pixels": "i32", "chunks": "i32"}
 
 
 def update_case(network: str, *, cast: bool = True, guided: bool = False, seeded: bool = False, aligned: bool = True):
     unused = {
-        "uncond_ptr": not guided, "guidance_ptr": not guided, "noise_ptr": True, "seed_ptr": not seeded, "next_ptr": not cast,
-    }  # fmt: skip
+        "uncond_ptr": not guided,
+        "guidance_ptr": not guided,
+        "noise_ptr": True,
+        "seed_ptr": not seeded,
+        "next_ptr": not cast,
+    }
     constants = {name: None for name, missing in unused.items() if missing}
     signature = UPDATE | {"m_ptr": f"*{network}", "next_ptr": f"*{network}", "uncond_ptr": f"*{network}"}
     pointers = [name for name in signature if name.endswith("_ptr") and name not in (*constants, "index_ptr")]
     return {
-        "module": update.__name__, "kernel": "update_kernel", "signature": signature, "warps": update.WARPS,
-        "constants": {**constants, "BLOCK": update.BLOCK}, "aligned": [*pointers, "row_elements"] if aligned else [],
-    }  # fmt: skip
+        "module": update.__name__,
+        "kernel": "update_kernel",
+        "signature": signature,
+        "warps": update.WARPS,
+        "constants": {**constants, "BLOCK": update.BLOCK},
+        "aligned": [*pointers, "row_elements"] if aligned else [],
+    }
 
 
 def image_case(dtype: str, *, planes: bool):
     return {
-        "module": to_image.__name__, "kernel": "to_image_kernel", "warps": to_image.WARPS,
+        "module": to_image.__name__,
+        "kernel": "to_image_kernel",
+        "warps": to_image.WARPS,
         "signature": {"x_ptr": f"*{dtype}", "out_ptr": "*u8", "image_elements": "i32", "blocks_per_image": "i32"},
         "constants": {"CHANNELS": 3, "PLANES": planes, "BLOCK": to_image.BLOCK},
         "aligned": ["x_ptr", "out_ptr", "image_elements"],
-    }  # fmt: skip
+    }
 
 
 def norm_case(kernel: str, dtype: str, *, planes: bool, channels: int):
@@ -48,9 +68,13 @@ def norm_case(kernel: str, dtype: str, *, planes: bool, channels: int):
         sizes |= {"SILU": True, "CHUNKS": 1 << (chunks - 1).bit_length()}
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "out")}
     return {
-        "module": group_norm_silu.__name__, "kernel": kernel, "warps": group_norm_silu.WARPS,
-        "signature": NORM | pointers, "constants": sizes, "aligned": aligned,
-    }  # fmt: skip
+        "module": group_norm_silu.__name__,
+        "kernel": kernel,
+        "warps": group_norm_silu.WARPS,
+        "signature": NORM | pointers,
+        "constants": sizes,
+        "aligned": aligned,
+    }
 
 
 WIDE, ANY = (1, 1), (0, 0)  # at least so many wide loads and stores

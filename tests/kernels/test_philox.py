@@ -9,7 +9,7 @@ from imagine_flash.kernels.philox import normal, philox
 @pytest.mark.parametrize(
     ("seed", "offset", "words"),
     [  # Random123's kat_vectors, philox4x32 10: counter (low, high, 0, 0), key (low, high)
-        (0, 0, (0x6627E8D5, 0xE169C58D)),
+        (0, 0, (0x6627E8D5, 0xE169C58D))
     ],
 )
 def test_known_answers(seed, offset, words):

@@ -218,7 +218,10 @@ RENOISING = coefficients_on(DEVICE, table_of(renoise=True))
         ({"step_index": [0, 1, 2]}, "step_index has 3 values, x has 2 images"),
         ({"uncond": X}, "guidance needs both uncond and guidance"),
         ({"guidance": 2.0}, "guidance needs both uncond and guidance"),
-        ({"uncond": X, "guidance": torch.ones(3, device=DEVICE)}, r"guidance must be float32 \(2,\) on .*, got float32 \(3,\)"),
+        (
+            {"uncond": X, "guidance": torch.ones(3, device=DEVICE)},
+            r"guidance must be float32 \(2,\) on .*, got float32 \(3,\)",
+        ),
         ({"seeds": torch.ones(2, device=DEVICE)}, r"seeds must be int64 \(2,\) on .*, got float32"),
         ({"noise": X, "seeds": torch.ones(2, dtype=torch.int64, device=DEVICE)}, "give noise or seeds, not both"),
         ({"coefficients": RENOISING}, "this table re-noises: give noise of the shape of x, or seeds"),
@@ -228,7 +231,7 @@ RENOISING = coefficients_on(DEVICE, table_of(renoise=True))
             "network_input has strides .* must have the layout of out",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_before_a_launch(given, message):
     arguments = {"x": X, "m": X, "coefficients": TABLE, "step_index": 0, **given}
     with pytest.raises(ValueError, match=message):

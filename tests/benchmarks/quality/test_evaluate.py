@@ -17,9 +17,13 @@ from imagine_flash.distill.data.emoji import held_out_combinations
 
 SCENE = Scene(objects=("red heart", "dog"), axis="horizontal", background="pink", pattern="dots")
 SAID = Caption(
-    text="a heart left of a dog on dotted pink", objects=(("red heart", "blue heart"), ("dog",)), states_axis=True,
-    states_order=True, states_background=True, states_pattern=True,
-)  # fmt: skip
+    text="a heart left of a dog on dotted pink",
+    objects=(("red heart", "blue heart"), ("dog",)),
+    states_axis=True,
+    states_order=True,
+    states_background=True,
+    states_pattern=True,
+)
 EVERYTHING = {"object", "relation", "background", "pattern", "all"}
 
 
@@ -178,9 +182,13 @@ def test_a_file_that_is_no_judge(tmp_path: Path) -> None:
 
 def test_the_table_is_made_of_the_record() -> None:
     row = {
-        "method": "m", "network_calls": 3, "fd_judge_unbiased": 12.34, "fd_interval": [10.0, 15.0],
-        "held_out": {"all": 0.5}, "seen": {"all": 0.25, "object": 1.0, "relation": 0.333, "background": 0.9999},
-    }  # fmt: skip
+        "method": "m",
+        "network_calls": 3,
+        "fd_judge_unbiased": 12.34,
+        "fd_interval": [10.0, 15.0],
+        "held_out": {"all": 0.5},
+        "seen": {"all": 0.25, "object": 1.0, "relation": 0.333, "background": 0.9999},
+    }
     best = {**row, "method": "teacher, 25 steps", "network_calls": 50, "fd_judge_unbiased": 10.0}
     cells = "| m | 3 | 25.0 | 100.0 | 33.3 | 100.0 | – | 50.0 | 12.3 ± 2.5 | 1.23 |"
     assert as_markdown({"rows": [best, row]}).splitlines()[-1] == cells

@@ -29,8 +29,12 @@ def test_schemathesis_finds_nothing(server, tmp_path: Path) -> None:
         "--continue-on-failure",
     ]
     ran = subprocess.run(
-        [command, "run", f"{server.url}/openapi.json", *options], capture_output=True, text=True, timeout=240, cwd=tmp_path
-    )  # fmt: skip
+        [command, "run", f"{server.url}/openapi.json", *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+    )
     assert ran.returncode == 0, f"schemathesis {__version__}: {ran.stdout}{ran.stderr}"
     assert "7 passed" in ran.stdout, ran.stdout
     assert httpx.get(f"{server.url}/readyz").status_code == 200
