@@ -26,6 +26,8 @@ FONT_PLACES = (
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
 )
+TILT = 10.0  # degrees to either side
+PERIODS = (16, 20, 24)  # of stripes, checks and dots, in pixels of a 64x64 picture
 TWINS = 0.12  # share of the scenes of two that show two of one kind
 _SPRITE = 109  # the only size at which the bitmap font holds its glyphs
 
@@ -87,7 +89,7 @@ class SceneRenderer:
         for name, (x, y, side) in zip(scene.objects, self._places(scene, rng), strict=True):
             sprite = self.sprites[name]
             sprite = sprite.resize((side * 2, side * 2), Image.Resampling.BILINEAR)
-            sprite = sprite.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
+            sprite = sprite.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC)
             sprite = sprite.resize((side, side), Image.Resampling.BOX)
             picture.paste(sprite, (round(x - side / 2), round(y - side / 2)), sprite)
         return np.asarray(picture, dtype=np.uint8)
@@ -115,7 +117,7 @@ class SceneRenderer:
         shade = _rgb(hue, saturation, value)
         other = _rgb(hue, saturation, value - rng.uniform(0.10, 0.18))
         pattern = scene.pattern
-        size, period = self.size, round(rng.uniform(14, 26) * self.size / 64)
+        size, period = self.size, round(int(rng.choice(PERIODS)) * self.size / 64)
         if pattern == "gradient":
             ramp = np.linspace(0, 1, size)[:, None, None] * np.ones((1, size, 1))
             ramp = ramp if rng.random() < 0.5 else ramp[::-1]
