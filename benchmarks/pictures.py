@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.artifact import ArtifactManifest
-from ..core.errors import ImagineFlashError, missing_extra
+from ..core.errors import ImagineFlashError
 from ..engine import Engine, GenerateRequest
 from ..engine.precision import ENOUGH
 from .harness import Check, compare
@@ -53,10 +53,8 @@ def drawn_by_torch(folder: Path, manifest: ArtifactManifest) -> dict[int, tuple[
 
 def read_picture(file: Path) -> NDArray[np.uint8]:
     """The (H, W, 3) in a file. Raises ImagineFlashError."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise missing_extra("pillow", "cpu") from None
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

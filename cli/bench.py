@@ -52,7 +52,7 @@ def bench_runtime_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
 ) -> None:
     """Time the engine against its backends' bare calls and diffusers; batching, cold start and memory."""
-    needs("cpu", "onnxruntime", "tokenizers", "PIL")
+    needs("cpu", "onnxruntime")
     needs("bench", "matplotlib")
     from rich.console import Console
 
@@ -76,7 +76,7 @@ def bench_serve_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
 ) -> None:
     """Time the server: overhead, typing, 64 clients at once, malformed requests, two replicas on Ray Serve."""
-    needs("cpu", "onnxruntime", "tokenizers", "PIL")
+    needs("cpu", "onnxruntime")
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib")
     from rich.console import Console

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import ImagineFlashError, missing_extra
+from ..core.errors import ImagineFlashError
 from .common import Quiet, image_format, note, say, writable
 
 FEW = 8  # pictures that are drawn before another backend would have been loaded
@@ -150,11 +150,9 @@ def _read(path: Path | None, size: tuple[int, int], mode: str) -> Any:
     """
     if path is None:
         return None
-    try:
-        import numpy as np
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise missing_extra("pillow", "cpu") from None
+    import numpy as np
+    from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened).convert(mode)
@@ -167,6 +165,8 @@ def _read(path: Path | None, size: tuple[int, int], mode: str) -> Any:
 
 def _save(result: GenerateResult, request: GenerateRequest, output: Path) -> list[Path]:
     """Write each picture in one rename, with what drew it in a PNG's text."""
+    from PIL import Image
+
     from ..core.artifact import atomic_file
 
     paths = []
@@ -177,24 +177,15 @@ def _save(result: GenerateResult, request: GenerateRequest, output: Path) -> lis
             if kind == "PNG":
                 temporary.write_bytes(_png(pixels, request, result, i))
             else:
-                _pillow().fromarray(pixels).save(temporary, format=kind)
+                Image.fromarray(pixels).save(temporary, format=kind)
         paths.append(path)
     return paths
 
 
 def _png(pixels: Any, request: GenerateRequest, result: GenerateResult, i: int = 0) -> bytes:
-    image = _pillow().fromarray(pixels)
-    from PIL import PngImagePlugin
+    from PIL import Image, PngImagePlugin
 
     text, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_text("parameters", f"{request.prompt}\nSteps: {result.steps}, Seed: {result.seed + i}")
-    image.save(buffer, format="PNG", pnginfo=text)
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise missing_extra("pillow", "cpu") from None
-    return Image

@@ -65,7 +65,7 @@ def serve_command(
     quiet: Quiet = False,
 ) -> None:
     """Serve the model: a page that draws while you type, and an OpenAI-style image API."""
-    needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart", "PIL")
+    needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings, read_keys
 
     if not 0 <= port <= 65535:

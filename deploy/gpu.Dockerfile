@@ -18,7 +18,7 @@ ENV PATH=/venv/bin:$PATH
 COPY --from=build /wheels /wheels
 # hadolint ignore=DL3013
 RUN set -- /wheels/*.whl \
-    && pip install --no-cache-dir --extra-index-url https://pypi.nvidia.com "$1[serve,gpu,tensorrt]" && rm -r /wheels
+    && pip install --no-cache-dir --extra-index-url https://pypi.nvidia.com "$1[serve,tensorrt]" && rm -r /wheels
 USER 10001
 ENV IMAGINE_FLASH_CACHE=/home/imagine/cache PYTHONUNBUFFERED=1
 EXPOSE 8000

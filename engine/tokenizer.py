@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.artifact import TokenizerSpec
-from ..core.errors import ArtifactError, RequestError, missing_extra
+from ..core.errors import ArtifactError, RequestError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,11 +43,9 @@ class PromptTokenizer:
 
     @classmethod
     def load(cls, folder: Path, specs: Sequence[TokenizerSpec]) -> PromptTokenizer:
-        """Read the tokenizers of an artifact folder. Raises ArtifactError, MissingExtraError."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise missing_extra("tokenizers", "cpu") from None
+        """Read the tokenizers of an artifact folder. Raises ArtifactError."""
+        from tokenizers import Tokenizer
+
         loaded = []
         for spec in specs:
             try:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.artifact import ReferencePicture
-from ..core.errors import ArtifactError, missing_extra
+from ..core.errors import ArtifactError
 from ..core.images import psnr
 from .engine import Engine
 from .request import GenerateRequest
@@ -46,10 +46,8 @@ def verify(engine: Engine) -> Iterator[Verified]:
 
 
 def _read(engine: Engine, reference: ReferencePicture) -> NDArray[np.uint8]:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise missing_extra("pillow", "cpu") from None
+    from PIL import Image
+
     try:
         with Image.open(engine.folder / reference.file) as image:
             pixels = np.asarray(image.convert("RGB"))

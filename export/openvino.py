@@ -251,7 +251,7 @@ def _import_nncf() -> Any:
     try:
         import nncf  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise missing_extra("nncf", "openvino") from None
+        raise missing_extra("nncf", "int8") from None
     finally:
         if before is None:
             del os.environ[switch]

@@ -127,4 +127,4 @@ def test_the_runtimes_python_runs() -> None:
 def test_the_readmes_commands_are_the_ones_that_are_tested() -> None:
     """The first is run by tests/test_wheel.py in a fresh environment, the second is this run."""
     assert 'pip install ".[cpu]" && imagine-flash generate "a fox on a pink background" -o fox.png' in README
-    assert 'pip install -e ".[dev]" && pytest' in README
+    assert 'pip install -e ".[test]" && pytest' in README

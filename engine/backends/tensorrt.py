@@ -92,7 +92,7 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
         try:
             import torch
         except ImportError:
-            raise missing_extra("torch", "gpu") from None
+            raise missing_extra("torch", "tensorrt") from None
         if not torch.cuda.is_available():
             raise ArtifactError(f"torch {torch.__version__} finds no CUDA; install the build of torch for this GPU")
         self._torch: Any = torch

@@ -12,14 +12,10 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from ...core.artifact import Size
-from ...core.errors import BusyError, RequestError, missing_extra
-
-try:
-    from PIL import Image, ImageOps
-except ImportError:
-    raise missing_extra("pillow", "serve") from None
+from ...core.errors import BusyError, RequestError
 
 T = TypeVar("T")
 Format = Literal["png", "jpeg", "webp"]

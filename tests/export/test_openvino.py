@@ -242,10 +242,10 @@ def test_bad_input_is_one_line_and_leaves_the_old_files(tmp_path, file, content,
     assert hash_files(tmp_path) == before
 
 
-@pytest.mark.parametrize("package", ["openvino", "nncf"])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+@pytest.mark.parametrize(("package", "extra"), [("openvino", "openvino"), ("nncf", "int8")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, extra):
     manifest = described_copy(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"needs {package}: pip install 'imagine-flash\[openvino\]'"):
+    with pytest.raises(MissingExtraError, match=rf"needs {package}: pip install 'imagine-flash\[{extra}\]'"):
         write_openvino(tmp_path, manifest, int8=True)
     assert not (tmp_path / "openvino").exists()
