@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.artifact import ArtifactManifest, hash_folder, read_student_manifest
 from ..core.errors import ImagineFlashError
 from ..core.noise import initial_noise
 from ..engine import GenerateRequest
+from ..folders.files import hash_folder
+from ..folders.manifests import ArtifactManifest
+from ..folders.reading import read_student_manifest
 
 NAME = "diffusers, torch eager"
 
@@ -37,7 +39,7 @@ def pipeline_of(student: Path) -> Any:
     from diffusers.utils.logging import disable_progress_bar as quiet_loading
     from transformers.utils.logging import disable_progress_bar as quiet_weights
 
-    from ..engine.scheduler import ImagineFlashScheduler
+    from ..pipelines.scheduler import ImagineFlashScheduler
 
     quiet_loading()
     quiet_weights()

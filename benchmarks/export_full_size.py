@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
-from ..core.artifact import StudentManifest, atomic_file, hash_folder, write_manifest
 from ..core.plan import StepPlan
+from ..folders.files import atomic_file, hash_folder
+from ..folders.manifests import StudentManifest
+from ..folders.reading import write_manifest
 from .environment import git_of, hardware_of, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]

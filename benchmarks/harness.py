@@ -28,8 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..core.artifact import atomic_file
 from ..core.errors import ArtifactError, ImagineFlashError, nearest
+from ..folders.files import atomic_file
 from .clocks import Clock, CpuClock
 from .environment import Frozen, Git, Hardware, command_line, git_of, hardware_of, installed_versions, refuse_paths
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import ArtifactManifest
 from ..core.errors import ImagineFlashError
 from ..engine import Engine, GenerateRequest
 from ..engine.precision import ENOUGH
+from ..folders.manifests import ArtifactManifest
 from .harness import Check, compare
 
 Limits = Mapping[str, float]  # "levels": largest difference of 255; "psnr": dB

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..core.artifact import ArtifactManifest
 from ..core.errors import ImagineFlashError
-from ..core.files import CACHE_VARIABLE
 from ..engine import Engine, GenerateRequest
+from ..folders.files import CACHE_VARIABLE
+from ..folders.manifests import ArtifactManifest
 from . import diffusers_student
 from .harness import Candidate, Case, Check, measure
 from .pictures import Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of, read_picture

@@ -10,8 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ..core.artifact import atomic_file
 from ..core.errors import ImagineFlashError, missing_extra
+from ..folders.files import atomic_file
 from .harness import Case, Record, Timing
 
 END = "<!-- /bench -->"

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from ..core.artifact import ArtifactManifest, read_artifact_manifest
 from ..core.errors import ImagineFlashError
 from ..core.noise import initial_noise
 from ..engine import Engine, GenerateRequest, Timings
 from ..engine.backends import choose, installed
 from ..engine.engine import EMBEDDED, Route
+from ..folders.manifests import ArtifactManifest
+from ..folders.reading import read_artifact_manifest
 from . import diffusers_student, processes
 from .harness import FEWEST_ROUNDS, Candidate, Case, Check, Record, Timing, measure, new_record, write_record
 from .pictures import ONE_LEVEL, Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of

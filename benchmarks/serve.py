@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.progress import track
 
-from ..core.artifact import read_artifact_manifest
 from ..core.errors import ImagineFlashError
 from ..engine import Engine
 from ..engine.backends import choose
 from ..engine.engine import EMBEDDED
+from ..folders.reading import read_artifact_manifest
 from .harness import FEWEST_ROUNDS, Case, Record, new_record, write_record
 from .pictures import drawn_by_torch
 from .records import plot

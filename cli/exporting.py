@@ -13,7 +13,7 @@ from ..core.errors import ImagineFlashError, ParityError
 from .common import Quiet, needs, note, say, writable
 
 if TYPE_CHECKING:
-    from ..core.artifact import ArtifactManifest
+    from ..folders.manifests import ArtifactManifest
 
 
 NEXT = {
@@ -101,7 +101,8 @@ def inspect_command(
     ] = False,
 ) -> None:
     """Say what a folder holds; of an artifact, after checking the hash of every file."""
-    from ..core.artifact import STUDENT_FILE, read_artifact_manifest, read_student_manifest
+    from ..folders.files import STUDENT_FILE
+    from ..folders.reading import read_artifact_manifest, read_student_manifest
 
     if (folder / STUDENT_FILE).is_file():
         if run:
@@ -199,9 +200,9 @@ def _print_parity(manifest: ArtifactManifest, *, stderr: bool = False) -> None:
 
 
 def _verify(folder: Path) -> None:
-    from ..core.artifact import read_artifact_manifest
     from ..engine import Engine
     from ..engine.verify import verify
+    from ..folders.reading import read_artifact_manifest
 
     failed: list[Any] = []
     for found in verify(Engine.load(folder, precision=read_artifact_manifest(folder).precision)):

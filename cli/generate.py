@@ -128,7 +128,7 @@ def notes(result: GenerateResult) -> list[str]:
 def _soonest(model: Path | None) -> str:
     """The backend for a process that draws a few pictures and ends: onnxruntime loads the embedded model in 0.1 s, OpenVINO
     in 0.4, and a picture takes some 10 ms with either."""
-    from ..core.artifact import ARTIFACT_FILE
+    from ..folders.files import ARTIFACT_FILE
 
     is_artifact = model is None or (model / ARTIFACT_FILE).is_file()
     alone = is_artifact and not os.path.exists("/dev/nvidiactl")
@@ -167,7 +167,7 @@ def _save(result: GenerateResult, request: GenerateRequest, output: Path) -> lis
     """Write each picture in one rename, with what drew it in a PNG's text."""
     from PIL import Image
 
-    from ..core.artifact import atomic_file
+    from ..folders.files import atomic_file
 
     paths = []
     for i, pixels in enumerate(result.images):

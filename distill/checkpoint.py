@@ -11,8 +11,8 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core.artifact import atomic_file
 from ..core.errors import ArtifactError
+from ..folders.files import atomic_file
 
 _VERSION = "2"
 

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ..core.artifact import atomic_file
 from ..core.errors import ImagineFlashError, Interrupted
+from ..folders.files import atomic_file
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .muon import Muon
 from .recipe import Fit

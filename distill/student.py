@@ -14,10 +14,11 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from ..core.artifact import STUDENT_FILE, StudentManifest, hash_folder, refuse_foreign
 from ..core.errors import ArtifactError, RecipeError
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable, update_table
+from ..folders.files import STUDENT_FILE, hash_folder, refuse_foreign
+from ..folders.manifests import StudentManifest
 from .data.latents import encoded_scenes
 from .data.prompts import emoji_prompts
 from .data.vocabulary import all_words, vocabulary

@@ -17,11 +17,11 @@ from rich.console import Console
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..core.artifact import atomic_folder, hash_folder, refuse_foreign
 from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
+from ..folders.files import atomic_folder, hash_folder, refuse_foreign
 from .autoencoder import AutoencoderTask
 from .data.captions import describe
 from .data.emoji import EmojiScenes, caption_at, scene_at

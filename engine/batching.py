@@ -15,8 +15,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import ModelDescription
 from ..core.errors import BusyError, EngineError, ExpiredError, RequestError
+from ..folders.manifests import ModelDescription
 from .backends import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .prompt_cache import PromptCache

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import Size
 from ..core.errors import RequestError
+from ..folders.manifests import Size
 
 DEFAULT_STRENGTH = 0.75  # without a mask; with one, what is drawn starts from pure noise
 Array = Any  # NumPy's, or the backend's

@@ -11,21 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
-from ..core.artifact import (
-    ARTIFACT_FILE,
-    IMAGE_ENCODER,
-    STAGES,
-    ArtifactManifest,
-    ModelDescription,
-    Size,
-    read_artifact_manifest,
-    size_name,
-)
 from ..core.errors import ArtifactError, RequestError, nearest
-from ..core.files import cache_folder, sha256_file
-from ..core.hub import local_folder
 from ..core.noise import initial_noise
 from ..core.plan import select
+from ..folders.files import ARTIFACT_FILE, cache_folder, sha256_file
+from ..folders.hub import local_folder
+from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
+from ..folders.reading import read_artifact_manifest
 from .backends import STUDENT_BATCHES, Backend, Wanted, choose, load_backend, runs_student
 from .batching import Batcher
 from .editing import check_picture

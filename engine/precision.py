@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import ImagineFlashError
-from ..core.files import atomic_file
+from ..folders.files import atomic_file
 
 if TYPE_CHECKING:
     from .engine import Engine

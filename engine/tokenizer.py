@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import TokenizerSpec
 from ..core.errors import ArtifactError, RequestError
+from ..folders.manifests import TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import ReferencePicture
 from ..core.errors import ArtifactError
 from ..core.images import psnr
+from ..folders.manifests import ReferencePicture
 from .engine import Engine
 from .request import GenerateRequest
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import Size
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable
+from ..folders.manifests import Size
 from .backends import Array, Conditions
 from .editing import Start, restore
 from .request import GenerateRequest

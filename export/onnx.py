@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.artifact import GraphSpec, Size, TensorSpec
 from ..core.errors import ArtifactError, missing_extra
+from ..folders.manifests import GraphSpec, Size, TensorSpec
 from ..pipelines.stages import IMAGES, LATENTS, Stages, quiet
 from .options import MAX_BATCH
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.artifact import STAGES, ArtifactManifest, GraphSpec, TensorSpec
 from ..core.errors import ArtifactError, ParityError, missing_extra
-from ..core.files import atomic_folder
 from ..core.images import MAX_PSNR, psnr
+from ..folders.files import atomic_folder
+from ..folders.manifests import STAGES, ArtifactManifest, GraphSpec, TensorSpec
 
 FOLDER = "openvino"
 RELATIVE_TOLERANCE = 1e-4  # of the largest value

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.artifact import Size
 from ..core.checked import Checked
 from ..core.errors import ArtifactError, nearest
+from ..folders.manifests import Size
 from .ledger import LIMITS, Limits
 
 Precision = Literal["fp32", "fp16", "bf16"]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.artifact import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..core.errors import ParityError, missing_extra
 from ..core.noise import initial_noise
 from ..core.update import UpdateTable, reference_update
+from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..pipelines.stages import Stages
 from .ledger import Ledger, Limits
 from .weights import WEIGHTS_FILE

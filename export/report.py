@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..core.artifact import ReferencePicture, size_name
+from ..folders.manifests import ReferencePicture, size_name
 from .ledger import Ledger
 from .parity import Case
 

@@ -15,26 +15,13 @@ import onnxruntime
 import torch
 from filelock import FileLock, Timeout
 
-from ..core.artifact import (
-    ARTIFACT_FILE,
-    IMAGE_ENCODER,
-    STAGES,
-    ArtifactManifest,
-    Size,
-    StudentManifest,
-    atomic_folder,
-    graph_name,
-    hash_files,
-    hash_folder,
-    read_student_manifest,
-    signed,
-    write_manifest,
-)
 from ..core.errors import ArtifactError, ParityError
-from ..core.files import cache_folder
 from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
+from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_files, hash_folder
+from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, Size, StudentManifest, graph_name
+from ..folders.reading import read_student_manifest, signed, write_manifest
 from ..pipelines.loading import load_stages, student_folder
 from ..pipelines.stages import IMAGES, LATENTS, Stages
 from .ledger import Ledger

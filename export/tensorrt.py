@@ -1,6 +1,6 @@
 """TensorRT plans of an artifact: the recipe is written at export, the plans are built from it on the machine with the GPU.
 
-`core/tensorrt_plans.py` says what a plan is made from and finds it again.
+`folders/tensorrt_plans.py` says what a plan is made from and finds it again.
 
 Plain `tensorrt` rather than Polygraphy: one build is some fifteen calls, all of them in both 10.x and 11.x, and the wrapper
 would be one more package to install. Networks are strongly typed (11.x knows no others), so the precision is the graph's
@@ -15,10 +15,11 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..core.artifact import ArtifactManifest, GraphSpec, read_artifact_manifest
 from ..core.errors import ArtifactError, missing_extra
-from ..core.files import atomic_file, sha256_file
-from ..core.tensorrt_plans import (
+from ..folders.files import atomic_file, sha256_file
+from ..folders.manifests import ArtifactManifest, GraphSpec
+from ..folders.reading import read_artifact_manifest
+from ..folders.tensorrt_plans import (
     FOLDER,
     RECIPE_FILE,
     BuildRecipe,

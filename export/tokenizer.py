@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..core.artifact import TokenizerSpec
+from ..folders.manifests import TokenizerSpec
 from ..pipelines.stages import Stages
 from ..pipelines.tokenizer import copy_of, tokenizers_of
 

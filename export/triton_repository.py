@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..core.artifact import ArtifactManifest, GraphSpec, TensorSpec
 from ..core.errors import ArtifactError, missing_extra
-from ..core.files import atomic_folder
+from ..folders.files import atomic_folder
+from ..folders.manifests import ArtifactManifest, GraphSpec, TensorSpec
 
 FOLDER = "triton_repository"
 CONFIG_FILE = "config.pbtxt"

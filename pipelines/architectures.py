@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..core.artifact import Size
 from ..core.errors import ArtifactError, nearest
+from ..folders.manifests import Size
 from .stages import Decoder, ImageEncoder, Stages, TokenInput, downscale_of
 
 EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"

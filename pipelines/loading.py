@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..core.artifact import LORA_FILE, PIPELINE_FILE, StudentManifest, read_student_manifest
 from ..core.errors import ArtifactError, missing_extra
-from ..core.hub import local_folder
 from ..core.schedule import NoiseSchedule
+from ..folders.hub import local_folder
+from ..folders.manifests import LORA_FILE, PIPELINE_FILE, StudentManifest
+from ..folders.reading import read_student_manifest
 from .architectures import architecture_of, stages_of
 from .stages import Stages, prediction_type_of, quiet
 

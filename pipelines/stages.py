@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.artifact import Size, size_name
 from ..core.errors import ArtifactError, missing_extra
+from ..folders.manifests import Size, size_name
 
 try:
     import torch

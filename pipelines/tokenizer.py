@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer, normalizers
 
-from ..core.artifact import TokenizerSpec
+from ..folders.manifests import TokenizerSpec
 from .stages import Stages, TokenInput
 
 

@@ -144,8 +144,9 @@ def build_student(folder: Path, *, half: bool = True, vae: str = "kl") -> Path:
 
 def describe(folder: Path, **fields: Any) -> Path:
     """Write the imagine_flash.json of a student whose weights lie in `folder` and return the folder."""
-    from imagine_flash.core.artifact import StudentManifest, write_manifest
     from imagine_flash.core.plan import StepPlan
+    from imagine_flash.folders.manifests import StudentManifest
+    from imagine_flash.folders.reading import write_manifest
 
     values = {
         "plans": {steps: list(StepPlan.trailing(steps).timesteps) for steps in (1, 2, 3)},

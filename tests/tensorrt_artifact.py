@@ -11,18 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from imagine_flash.core.artifact import (
-    ArtifactManifest,
-    GraphSpec,
-    TensorSpec,
-    TokenizerSpec,
-    hash_files,
-    read_artifact_manifest,
-    sha256_file,
-    write_manifest,
-)
-from imagine_flash.core.tensorrt_plans import BuildRecipe, Machine, plan_key
 from imagine_flash.export.tensorrt import write_tensorrt
+from imagine_flash.folders.files import hash_files, sha256_file
+from imagine_flash.folders.manifests import ArtifactManifest, GraphSpec, TensorSpec, TokenizerSpec
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.folders.tensorrt_plans import BuildRecipe, Machine, plan_key
 
 HERE = Machine(sm="sm_90", driver="580.65.06", tensorrt="10.16.1.11")
 GRAPHS = ("text_encoder", "denoiser", "decoder")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagine_flash.core.artifact import digest_of
+from imagine_flash.folders.reading import digest_of
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imagine_flash.core.artifact import hash_folder, read_artifact_manifest, read_student_manifest, sha256_file
+from imagine_flash.folders.files import hash_folder, sha256_file
+from imagine_flash.folders.reading import read_artifact_manifest, read_student_manifest
 
 EMOJI = Path(__file__).parents[1] / "assets/emoji"
 

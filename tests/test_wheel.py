@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagine_flash.core.artifact import read_artifact_manifest
+from imagine_flash.folders.reading import read_artifact_manifest
 
 ROOT = Path(__file__).parents[1]
 ARTIFACT = ROOT / "assets/emoji/artifact"

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ...core.artifact import atomic_file, hash_folder, read_student_manifest, sha256_file
 from ...core.errors import ImagineFlashError
 from ...distill.fit import identify
 from ...distill.networks import load_networks
+from ...folders.files import atomic_file, hash_folder, sha256_file
+from ...folders.reading import read_student_manifest
 from .comparison import comparison_grid
 from .judge import FEATURES, Judge, load_judge
 from .measure import Measured, PictureStore

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from ...core.artifact import atomic_file
 from ...core.errors import ArtifactError
 from ...distill.data.captions import Scene
 from ...distill.data.emoji import EmojiScenes
@@ -27,6 +26,7 @@ from ...distill.data.rendering import rendered, to_signed
 from ...distill.data.vocabulary import AXES, BACKGROUND_NAMES, OBJECT_NAMES, PATTERN_NAMES
 from ...distill.fit import fit, identify, seeded
 from ...distill.recipe import Fit
+from ...folders.files import atomic_file
 
 FEATURES = 128
 TOTAL_VARIANCE = (

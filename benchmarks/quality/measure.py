@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from ...core.artifact import atomic_file
 from ...core.errors import ArtifactError
+from ...folders.files import atomic_file
 from .judge import Judge
 from .methods import Method
 from .metrics import sharpness

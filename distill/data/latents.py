@@ -11,7 +11,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ...core.artifact import atomic_file
+from ...folders.files import atomic_file
 from ..fit import identify
 from .emoji import EmojiScenes
 from .rendering import rendered, to_signed

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.artifact import ARTIFACT_FILE, STUDENT_FILE, ArtifactManifest
 from ...core.errors import ArtifactError, ImagineFlashError, nearest
-from ...core.tensorrt_plans import find_plan
+from ...folders.files import ARTIFACT_FILE, STUDENT_FILE
+from ...folders.manifests import ArtifactManifest
+from ...folders.tensorrt_plans import find_plan
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders

@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.artifact import IMAGE_ENCODER, ModelDescription
 from ...core.errors import ArtifactError
+from ...folders.manifests import IMAGE_ENCODER, ModelDescription
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...core.artifact import ArtifactManifest
 from ...core.errors import ArtifactError, missing_extra
+from ...folders.manifests import ArtifactManifest
 from . import Wanted, check_device
 from .graphs import GraphBackend, Run
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ...core.artifact import ArtifactManifest
 from ...core.errors import ArtifactError, missing_extra
-from ...core.files import cache_folder
+from ...folders.files import cache_folder
+from ...folders.manifests import ArtifactManifest
 from . import Wanted, check_device
 from .graphs import GraphBackend, Run
 

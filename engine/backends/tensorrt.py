@@ -1,6 +1,6 @@
 """TensorRT plans on the first NVIDIA GPU; arrays are torch's, on the device.
 
-`imagine-flash build-tensorrt` builds the plans; core/tensorrt_plans.py finds those that fit this machine. Each graph and
+`imagine-flash build-tensorrt` builds the plans; folders/tensorrt_plans.py finds those that fit this machine. Each graph and
 batch size has one context, bound once to static arrays; its enqueue is captured once as a CUDA graph, then replayed. The
 loop over the steps cannot be one CUDA graph: requests join and leave between steps, so the rows of its calls differ. A
 whole-sampler plan (route "sampler") is that graph, where all its rows start and end together.
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.artifact import ArtifactManifest
 from ...core.errors import ArtifactError, missing_extra
-from ...core.tensorrt_plans import COMMAND, Machine, PlanRecord, find_plan, read_json, this_machine
+from ...folders.manifests import ArtifactManifest
+from ...folders.tensorrt_plans import COMMAND, Machine, PlanRecord, find_plan, read_json, this_machine
 from . import Wanted
 from .graphs import GraphBackend
 

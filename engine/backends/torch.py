@@ -17,16 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ...core.artifact import (
-    IMAGE_ENCODER,
-    ModelDescription,
-    Size,
-    StudentManifest,
-    TokenizerSpec,
-    first_problem,
-    read_student_manifest,
-)
 from ...core.errors import ArtifactError, missing_extra
+from ...folders.manifests import IMAGE_ENCODER, ModelDescription, Size, StudentManifest, TokenizerSpec
+from ...folders.reading import first_problem, read_student_manifest
 
 try:
     import torch

@@ -13,8 +13,8 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from ...core.artifact import Size, size_name
 from ...core.errors import RequestError
+from ...folders.manifests import Size, size_name
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .errors import ErrorBody

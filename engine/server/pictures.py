@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ...core.artifact import Size
 from ...core.errors import BusyError, RequestError
+from ...folders.manifests import Size
 
 T = TypeVar("T")
 Format = Literal["png", "jpeg", "webp"]

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from ...core.artifact import read_artifact_manifest
 from ...core.checked import Checked
 from ...core.errors import RequestError
-from ...core.hub import HUB_ID, local_folder
+from ...folders.hub import HUB_ID, local_folder
+from ...folders.reading import read_artifact_manifest
 from ..backends import STUDENT_BATCHES, Wanted, check_device, choose, runs_student
 from ..engine import EMBEDDED, Engine, check_max_batch
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...core.artifact import size_name
 from ...core.errors import EngineError, ImagineFlashError, RequestError
+from ...folders.manifests import size_name
 from ..request import MAX_SEED, GenerateRequest
 from ..session import Mailbox, Session, SessionResult
 from ..work import GenerateResult

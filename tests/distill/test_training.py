@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from imagine_flash.core.artifact import read_student_manifest
 from imagine_flash.core.errors import ArtifactError, RecipeError
 from imagine_flash.distill.data import emoji
 from imagine_flash.distill.networks import load_networks
 from imagine_flash.distill.recipe import DistillRecipe, TeacherRecipe
 from imagine_flash.distill.student import distill
 from imagine_flash.distill.teacher import train_teacher
+from imagine_flash.folders.reading import read_student_manifest
 
 TINY = {
     "scenes": 60,
@@ -89,7 +89,7 @@ def test_the_pipeline_draws_a_student_by_its_own_plan(teacher: Path, tmp_path: P
     from imagine_flash.core.plan import StepPlan
     from imagine_flash.core.update import update_table
     from imagine_flash.distill.networks import noise_of
-    from imagine_flash.engine.scheduler import ImagineFlashScheduler
+    from imagine_flash.pipelines.scheduler import ImagineFlashScheduler
 
     plans = {"plans": {1: [999], 3: [999, 749, 499]}, "plan_weights": {1: 1.0, 3: 1.0}}
     distill(teacher, tmp_path / "student", DistillRecipe.model_validate({**STUDENT, **plans}))

@@ -56,10 +56,10 @@ def test_the_engine_equals_the_torch_student(engine: Engine, tiny_student: Path)
     """The artifact through the runtime against the student folder in torch, from the same noise, for every plan."""
     import torch
 
-    from imagine_flash.core.artifact import read_student_manifest
     from imagine_flash.core.update import update_table
     from imagine_flash.distill.grids import to_pixels
     from imagine_flash.distill.networks import load_networks
+    from imagine_flash.folders.reading import read_student_manifest
 
     networks, manifest = load_networks(tiny_student), read_student_manifest(tiny_student)
     noise = torch.from_numpy(initial_noise(7, 2, networks.latent_shape))

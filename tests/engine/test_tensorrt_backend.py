@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from imagine_flash.core.artifact import hash_files, read_artifact_manifest, write_manifest
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.core.images import psnr
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends import Wanted, choose, installed, load_backend
 from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, fused_update, plan_of
 from imagine_flash.export.tensorrt import build_plans, write_plan, write_tensorrt
+from imagine_flash.folders.files import hash_files
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.tests.tensorrt_artifact import HERE, NEEDS_TENSORRT, WITHOUT_TENSORRT, build_artifact, flip, key_of
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from imagine_flash.core.artifact import ARTIFACT_FILE
 from imagine_flash.core.errors import ArtifactError, MissingExtraError, RequestError
 from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import initial_noise
@@ -24,6 +23,7 @@ from imagine_flash.engine.backends import Wanted, choose
 from imagine_flash.engine.backends.torch import TorchBackend, device_of, load_student
 from imagine_flash.engine.backends.torch_modes import OnGpu
 from imagine_flash.engine.verify import verify
+from imagine_flash.folders.files import ARTIFACT_FILE
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, pipelines
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagine_flash.core.artifact import ArtifactManifest, sha256_file, write_manifest
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.engine import Engine
 from imagine_flash.engine.verify import verify
+from imagine_flash.folders.files import sha256_file
+from imagine_flash.folders.manifests import ArtifactManifest
+from imagine_flash.folders.reading import write_manifest
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 from tokenizers import Tokenizer, models
 
-from imagine_flash.core.artifact import TokenizerSpec
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.tokenizer import PromptTokenizer, one_letter_apart
+from imagine_flash.folders.manifests import TokenizerSpec
 
 WORDS = [
     "a",

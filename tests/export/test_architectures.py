@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from imagine_flash.core.artifact import read_artifact_manifest
 from imagine_flash.core.errors import ArtifactError, PlanError, ScheduleError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.pipelines.architectures import ARCHITECTURES, stages_of
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, pipelines

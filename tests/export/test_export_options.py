@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from imagine_flash.core.artifact import read_artifact_manifest
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.verify import verify
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.options import parse_batch, parse_sizes, parse_steps, read_prompts
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.tests import pipelines
 
 ONE = {"steps": (2,), "batch": (1, 2)}

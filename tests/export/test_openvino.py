@@ -9,10 +9,11 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from imagine_flash.core.artifact import ArtifactManifest, hash_files
 from imagine_flash.core.errors import ArtifactError, MissingExtraError, ParityError
 from imagine_flash.core.update import reference_update
 from imagine_flash.export.openvino import MAX_PSNR, _check_int8, _checked, difference, write_openvino
+from imagine_flash.folders.files import hash_files
+from imagine_flash.folders.manifests import ArtifactManifest
 from imagine_flash.tests.export.test_triton_repository import described_copy
 
 ov = pytest.importorskip("openvino", reason="writes and runs OpenVINO IR")

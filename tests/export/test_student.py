@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagine_flash.core.artifact import hash_folder, read_artifact_manifest
 from imagine_flash.core.errors import ArtifactError, ParityError
 from imagine_flash.core.update import reference_update
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.ledger import LIMITS
 from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
 from imagine_flash.export.student import _sampling
+from imagine_flash.folders.files import hash_folder
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import pipelines
 
@@ -186,7 +187,7 @@ def test_float32_students_and_tiny_autoencoders_are_exported_without_loss(tmp_pa
 
 @pytest.fixture(scope="module")
 def cases(student, artifact, stages):
-    from imagine_flash.core.artifact import read_student_manifest
+    from imagine_flash.folders.reading import read_student_manifest
 
     sampling, _ = _sampling(read_student_manifest(student), stages, ExportOptions())
     with torch.inference_mode():

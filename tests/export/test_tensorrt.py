@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from imagine_flash.core.artifact import GraphSpec, TensorSpec, read_artifact_manifest
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.export.tensorrt import batch_profile, build_plans, write_plan, write_tensorrt
+from imagine_flash.folders.manifests import GraphSpec, TensorSpec
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.tests.tensorrt_artifact import (
     GRAPHS,
     NEEDS_TENSORRT,

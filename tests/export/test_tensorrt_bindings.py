@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from imagine_flash.core.errors import ArtifactError
-from imagine_flash.core.tensorrt_plans import Machine, find_plan
 from imagine_flash.export.tensorrt import build_plans
+from imagine_flash.folders.tensorrt_plans import Machine, find_plan
 from imagine_flash.tests.tensorrt_artifact import NODE, build_artifact, key_of, model, rehash
 
 ROOT = Path(__file__).parents[2]
-USERS = ("core/tensorrt_plans.py", "export/tensorrt.py", "engine/backends/tensorrt.py")
+USERS = ("folders/tensorrt_plans.py", "export/tensorrt.py", "engine/backends/tensorrt.py")
 OBJECTS = {
     "builder": "Builder",
     "parser": "OnnxParser",
@@ -164,7 +164,7 @@ def test_every_name_is_in_the_bindings(bindings):
 BUILD = """
     import sys
     from imagine_flash.core.errors import ArtifactError
-    from imagine_flash.core.tensorrt_plans import this_machine
+    from imagine_flash.folders.tensorrt_plans import this_machine
     from imagine_flash.export.tensorrt import build_plans
     try:
         print(this_machine().model_dump_json())
@@ -198,7 +198,7 @@ def test_up_to_the_first_answer_of_the_library(bindings, artifact):
 
 LOAD = """
     from pathlib import Path
-    from imagine_flash.core.artifact import read_artifact_manifest
+    from imagine_flash.folders.reading import read_artifact_manifest
     from imagine_flash.core.errors import ArtifactError
     from imagine_flash.engine.backends import load_backend
     folder = Path({folder!r})

@@ -13,9 +13,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from imagine_flash.core.artifact import ArtifactManifest, GraphSpec, TensorSpec, hash_files
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.export.triton_repository import config_text, write_triton_repository
+from imagine_flash.folders.files import hash_files
+from imagine_flash.folders.manifests import ArtifactManifest, GraphSpec, TensorSpec
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "emoji" / "artifact"
 DTYPES: dict[int, str] = {

@@ -12,74 +12,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .errors import ArtifactError, nearest
-from .files import (
-    ARTIFACT_FILE,
-    STUDENT_FILE,
-    atomic_file,
-    atomic_folder,
-    hash_files,
-    hash_folder,
-    known_sha256,
-    refuse_foreign,
-    sha256_file,
-)
-from .manifests import (
-    IMAGE_ENCODER,
-    LORA_FILE,
-    PIPELINE_FILE,
-    SAMPLERS,
-    STAGES,
-    ArtifactManifest,
-    GraphSpec,
-    ModelDescription,
-    ReferencePicture,
-    Size,
-    StudentManifest,
-    TensorSpec,
-    TokenizerSpec,
-    graph_name,
-    size_name,
-)
-
-__all__ = [
-    "ARTIFACT_FILE",
-    "IMAGE_ENCODER",
-    "LORA_FILE",
-    "PIPELINE_FILE",
-    "SAMPLERS",
-    "STAGES",
-    "STUDENT_FILE",
-    "ArtifactManifest",
-    "GraphSpec",
-    "ModelDescription",
-    "ReferencePicture",
-    "Size",
-    "StudentManifest",
-    "TensorSpec",
-    "TokenizerSpec",
-    "atomic_file",
-    "atomic_folder",
-    "first_problem",
-    "graph_name",
-    "hash_files",
-    "hash_folder",
-    "read_artifact_manifest",
-    "read_student_manifest",
-    "refuse_foreign",
-    "sha256_file",
-    "signed",
-    "size_name",
-    "write_manifest",
-]
+from ..core.errors import ArtifactError, nearest
+from .files import ARTIFACT_FILE, STUDENT_FILE, atomic_file, known_sha256
+from .manifests import LORA_FILE, PIPELINE_FILE, ArtifactManifest, StudentManifest
 
 DIGEST = "sha256"  # the manifest's field
-GRAPH_FILES = (
-    ".onnx",
-    ".bin",
-    ".data",
-    ".xml",
-)  # that a runtime reads; TensorRT plans are made later and have names of their own
+# that a runtime reads; TensorRT plans are made later and have names of their own
+GRAPH_FILES = (".onnx", ".bin", ".data", ".xml")
 
 Manifest = TypeVar("Manifest", StudentManifest, ArtifactManifest)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from imagine_flash.core.artifact import read_artifact_manifest
 from imagine_flash.core.errors import ArtifactError
-from imagine_flash.core.hub import local_folder
 from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.folders.hub import local_folder
+from imagine_flash.folders.reading import read_artifact_manifest
 
 REVISION = "a" * 40
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .errors import nearest
-from .plan import StepPlan, plans_by_steps
-from .schedule import NoiseSchedule
-from .update import UpdateTable, update_table
+from ..core.errors import nearest
+from ..core.plan import StepPlan, plans_by_steps
+from ..core.schedule import NoiseSchedule
+from ..core.update import UpdateTable, update_table
 
 STAGES = ("text_encoder", "denoiser", "decoder")
 IMAGE_ENCODER = "image_encoder"  # a stage that only drawing from a picture needs

@@ -17,7 +17,7 @@ from imagine_flash.core.errors import PlanError
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import reference_update, update_table
-from imagine_flash.engine.scheduler import ImagineFlashScheduler
+from imagine_flash.pipelines.scheduler import ImagineFlashScheduler
 from imagine_flash.tests.architectures import BUILDERS
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from imagine_flash.core import files
 from imagine_flash.core.errors import ArtifactError
-from imagine_flash.core.files import atomic_file, atomic_folder, hash_files, hash_folder, sha256_file
+from imagine_flash.folders import files
+from imagine_flash.folders.files import atomic_file, atomic_folder, hash_files, hash_folder, sha256_file
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_atomic_file(tmp_path):
 
 WRITE_HALF = """
 import sys, time
-from imagine_flash.core.files import atomic_folder
+from imagine_flash.folders.files import atomic_folder
 with atomic_folder(sys.argv[1]) as folder:
     (folder / "manifest.json").write_text("new")
     print("half", flush=True)
@@ -138,7 +138,7 @@ with atomic_folder(sys.argv[1]) as folder:
 
 WRITE_FOREVER = """
 import sys
-from imagine_flash.core.files import atomic_folder
+from imagine_flash.folders.files import atomic_folder
 print("started", flush=True)
 for version in range(1_000_000):
     with atomic_folder(sys.argv[1]) as folder:

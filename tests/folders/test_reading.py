@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from imagine_flash.core import files
-from imagine_flash.core.artifact import (
-    ArtifactManifest,
-    GraphSpec,
-    StudentManifest,
-    TensorSpec,
-    TokenizerSpec,
-    digest_of,
-    hash_files,
-    read_artifact_manifest,
-    read_student_manifest,
-    write_manifest,
-)
 from imagine_flash.core.errors import ArtifactError
-from imagine_flash.core.files import sha256_file
+from imagine_flash.folders import files
+from imagine_flash.folders.files import hash_files, sha256_file
+from imagine_flash.folders.manifests import ArtifactManifest, GraphSpec, StudentManifest, TensorSpec, TokenizerSpec
+from imagine_flash.folders.reading import digest_of, read_artifact_manifest, read_student_manifest, write_manifest
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

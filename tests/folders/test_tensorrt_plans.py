@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from imagine_flash.core.artifact import read_artifact_manifest, write_manifest
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
-from imagine_flash.core.tensorrt_plans import Machine, find_plan
 from imagine_flash.export.tensorrt import write_plan, write_tensorrt
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.folders.tensorrt_plans import Machine, find_plan
 from imagine_flash.tests.tensorrt_artifact import (
     HERE,
     NEEDS_TENSORRT,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ArtifactError
+from ..core.errors import ArtifactError
 
 STUDENT_FILE = "imagine_flash.json"
 ARTIFACT_FILE = "manifest.json"

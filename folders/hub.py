@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from .errors import ArtifactError, missing_extra
+from ..core.errors import ArtifactError, missing_extra
 from .files import ARTIFACT_FILE, CACHE_VARIABLE, atomic_folder, cache_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

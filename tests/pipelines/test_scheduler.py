@@ -22,7 +22,7 @@ from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.prediction import x0_and_eps
 from imagine_flash.core.update import update_table
 from imagine_flash.distill.networks import load_networks
-from imagine_flash.engine.scheduler import ImagineFlashScheduler
+from imagine_flash.pipelines.scheduler import ImagineFlashScheduler
 
 
 def scheduler_of(config: Any, **changes: Any) -> Any:

@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .artifact import ArtifactManifest, read_artifact_manifest
-from .errors import ArtifactError, MissingExtraError, missing_extra, nearest
+from ..core.errors import ArtifactError, MissingExtraError, missing_extra, nearest
 from .files import sha256_file
+from .manifests import ArtifactManifest
+from .reading import read_artifact_manifest
 
 FOLDER = "tensorrt"
 RECIPE_FILE = "tensorrt/build.json"

@@ -1,0 +1,1 @@
+"""The folders this project reads and writes: manifests, hashes, atomic writes, the hub, TensorRT plans. No torch."""
