@@ -10,7 +10,7 @@ import typer
 
 from ..core.errors import ImagineFlashError, Interrupted, ParityError
 from .bench import bench
-from .common import examples
+from .common import examples, flag
 from .exporting import build_tensorrt_command, export_command, inspect_command
 from .generate import generate_command
 from .serve import serve_command
@@ -18,7 +18,9 @@ from .training import distill_command, evaluate_command, train_judge_command, tr
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.",
+    help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.\n\n"
+    "Results go to standard output, everything else to standard error. Exit code 2: something in the command or its files "
+    "is wrong, and one line says what; 3: an exported graph differs from torch; 130: interrupted.",
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings=HELP,
@@ -48,7 +50,7 @@ app.add_typer(bench, name="bench")
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Say the version and end.")] = False
+    context: typer.Context, version: Annotated[bool, flag("--version", help="Print the version and exit.")] = False
 ) -> None:
     if version:
         from importlib.metadata import version as version_of

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .common import needs, say, writable
+from .common import Output, examples, flag, needs, say, writable
 
+Model = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="An artifact folder; by default the embedded model.")
+]
 bench = typer.Typer(
     help="Measure speed, checked and against a baseline, as a record.",
     no_args_is_help=True,
@@ -16,16 +19,16 @@ bench = typer.Typer(
 )
 
 
-@bench.command("kernels")
+@bench.command("kernels", epilog=examples("bench kernels --quick", "bench kernels --device cuda -o docs/results/gpu"))
 def bench_kernels_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
-        "kernels"
-    ),
+    output: Output = Path("kernels"),
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timings of each candidate.")] = 50,
-    quick: Annotated[bool, typer.Option("--quick", help="The smallest shapes only.")] = False,
+    rounds: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Timings of each candidate, taken in turn; at least 5.")
+    ] = 50,
+    quick: Annotated[bool, flag("--quick", help="Only the smallest shapes, to see that everything runs.")] = False,
 ) -> None:
     """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
     needs("bench", "torch", "diffusers", "matplotlib")
@@ -39,17 +42,26 @@ def bench_kernels_command(
     say(f"{output}.json\n{output}.png")
 
 
-@bench.command("runtime")
+@bench.command(
+    "runtime", epilog=examples("bench runtime --quick", "bench runtime --model runs/artifact --backend onnxruntime")
+)
 def bench_runtime_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
-        "runtime"
-    ),
-    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
+    output: Output = Path("runtime"),
+    model: Model = None,
     backend: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May be repeated; by default all that are installed.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="openvino or onnxruntime; may be repeated; by default all that are installed."
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timings of single pictures; groups and processes get fewer.")] = 200,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER",
+            help="Timings of single pictures, at least 5; groups get a tenth as many, whole processes a twentieth.",
+        ),
+    ] = 200,
+    quick: Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")] = False,
 ) -> None:
     """Time the engine against its backends' bare calls and diffusers; batching, cold start and memory."""
     needs("cpu", "onnxruntime")
@@ -65,15 +77,20 @@ def bench_runtime_command(
     say(f"{output}.json\n{output}.png")
 
 
-@bench.command("serve")
+@bench.command("serve", epilog=examples("bench serve --quick", "bench serve --model runs/artifact -o mine"))
 def bench_serve_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path("serve"),
-    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
+    output: Output = Path("serve"),
+    model: Model = None,
     backend: Annotated[
         str, typer.Option(metavar="NAME", help="openvino or onnxruntime; by default the fastest here.")
     ] = "auto",
-    rounds: Annotated[int, typer.Option(help="Timings of single pictures; fewer sentences are typed.")] = 200,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and requests.")] = False,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER", help="Timings of single pictures, at least 5; a twentieth as many typed sentences."
+        ),
+    ] = 200,
+    quick: Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")] = False,
 ) -> None:
     """Time the server: overhead, typing, 64 clients at once, malformed requests, two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
@@ -90,12 +107,19 @@ def bench_serve_command(
     say(f"{output}.json\n{output}.png")
 
 
-@bench.command("report")
+@bench.command(
+    "report",
+    epilog=examples("bench report kernels.json notes.md", "bench report docs/results/serve.json docs/results/serve.md"),
+)
 def bench_report_command(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="A record that a bench command wrote.")],
     into: Annotated[Path, typer.Argument(metavar="FILE", help="The Markdown file whose table is replaced.")],
     marker: Annotated[
-        str | None, typer.Option(help="The NAME of <!-- bench:NAME --> in FILE; by default the record's name.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of the comments in FILE around the table, bench:NAME and /bench; by default the record's name.",
+        ),
     ] = None,
 ) -> None:
     """Write a record's table into a Markdown file, and its plot beside the record."""

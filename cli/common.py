@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,8 +23,21 @@ def _set_quiet(value: bool) -> bool:
     return value
 
 
+def flag(*names: str, help: str, **more: Any) -> Any:
+    """An option without a value: its help shows no type."""
+    return typer.Option(*names, help=help, metavar="", **more)
+
+
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.", callback=_set_quiet, is_eager=True)
+    bool, flag("--quiet", "-q", help="Say nothing but results and errors.", callback=_set_quiet, is_eager=True)
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="NAME", help="Write NAME.json (the record) and NAME.png (the pictures)."),
+]
+Font = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The font Noto Color Emoji; by default where the system keeps its fonts."),
 ]
 
 

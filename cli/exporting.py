@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError, ParityError
-from .common import Quiet, needs, note, say, writable
+from .common import Quiet, flag, needs, note, say, writable
 
 if TYPE_CHECKING:
     from ..folders.manifests import ArtifactManifest
@@ -23,37 +23,64 @@ NEXT = {
 
 
 def export_command(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, made by distill, or a hub id.")],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="A student folder that distill made, a LoRA of one, or a hub id.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact folder to write.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="onnx, tensorrt, openvino or triton-repository; may be repeated."),
+        typer.Option(
+            "--format", metavar="NAME", help="onnx (always), tensorrt, openvino or triton-repository; may be repeated."
+        ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16, of the graphs' networks.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="fp32, fp16 or bf16; layers that need it stay in float32.")
+    ] = "fp32",
     steps: Annotated[
-        str | None, typer.Option(metavar="1,2,3", help="The plans; by default all of the student's.")
+        str | None, typer.Option(metavar="1,2,3", help="The step counts to export; by default all of the student's.")
     ] = None,
     sizes: Annotated[
-        str | None, typer.Option(metavar="512x512,768x512", help="Width x height; by default the student's size.")
+        str | None,
+        typer.Option(
+            metavar="512x512,768x512", help="WIDTHxHEIGHT, the default one first; by default the student's size."
+        ),
     ] = None,
-    batch: Annotated[str, typer.Option(metavar="1-4", help="Images of one call, checked at both ends.")] = "1-4",
+    batch: Annotated[
+        str, typer.Option(metavar="1-4", help="Pictures of one call, checked at both ends of the range.")
+    ] = "1-4",
     whole: Annotated[
-        bool | None, typer.Option("--whole-sampler/--stages", help="Graphs of one kind alone; by default both.")
+        bool | None,
+        flag(
+            "--whole-sampler/--stages",
+            help="Only graphs of the whole sampler, or only graphs of its stages; by default both.",
+        ),
     ] = None,
-    tiny_decoder: Annotated[Path | None, typer.Option(help="An AutoencoderTiny folder to decode with instead.")] = None,
+    tiny_decoder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="An AutoencoderTiny to decode with instead.")
+    ] = None,
     image_encoder: Annotated[
-        bool, typer.Option("--image-encoder/--no-image-encoder", help="Also what drawing from a picture needs.")
+        bool, flag("--image-encoder/--no-image-encoder", help="Also the graph that image-to-image and inpainting need.")
     ] = True,
-    check_prompts: Annotated[Path | None, typer.Option(help="Prompts that the gate draws, one a line.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the model is called; by default the folder's name.")] = None,
-    opset: Annotated[int, typer.Option(help="20 to 24; below 23 attention and normalisation are decomposed.")] = 23,
-    min_psnr: Annotated[
-        float | None, typer.Option(help="The gate's limit on images, dB, instead of the usual.")
+    check_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts to compare with torch on, one a line.")
     ] = None,
-    max_error: Annotated[float | None, typer.Option(help="The gate's limit on tensors instead of the usual.")] = None,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Weights of the OpenVINO files in 8 bits, through NNCF.")
-    ] = False,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is called; by default the folder's name.")
+    ] = None,
+    opset: Annotated[
+        int, typer.Option(metavar="INTEGER", help="20 to 24; below 23 attention and normalisation are decomposed.")
+    ] = 23,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER", help="The lowest PSNR against torch's pictures, in dB, instead of the precision's."
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="The largest error against torch's tensors, instead of the precision's."),
+    ] = None,
+    int8: Annotated[bool, flag("--int8", help="Compress the OpenVINO weights to 8 bits with NNCF.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a student to ONNX and more, and check every graph against torch."""
@@ -97,7 +124,7 @@ def _next_of(manifest: ArtifactManifest, out: Path) -> str:
 def inspect_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An artifact or a student folder.")],
     run: Annotated[
-        bool, typer.Option("--run", help="Draw the artifact's reference pictures here and compare them with torch's.")
+        bool, flag("--run", help="Draw the artifact's reference pictures here and compare them with torch's.")
     ] = False,
 ) -> None:
     """Say what a folder holds; of an artifact, after checking the hash of every file."""
@@ -124,11 +151,17 @@ def inspect_command(
 
 def build_tensorrt_command(
     folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Exported with --format tensorrt.")],
-    graphs: Annotated[list[str] | None, typer.Option("--graph", help="A graph's name; by default all.")] = None,
+    graphs: Annotated[
+        list[str] | None,
+        typer.Option("--graph", metavar="NAME", help="Only this graph; may be repeated; by default all."),
+    ] = None,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Plans that newer TensorRT versions load, a little slower.")
+        bool,
+        flag(
+            "--version-compatible", help="Plans that later TensorRTs of the same major version load, a little slower."
+        ),
     ] = False,
-    refit: Annotated[bool, typer.Option("--refit", help="Plans whose weights can be replaced.")] = False,
+    refit: Annotated[bool, flag("--refit", help="Plans whose weights can be replaced.")] = False,
 ) -> None:
     """Build TensorRT plans, on the machine with the GPU that will run them."""
     from ..export.tensorrt import build_plans

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import Quiet, image_format, note, say, writable
+from .common import Quiet, flag, image_format, note, say, writable
 
 FEW = 8  # pictures that are drawn before another backend would have been loaded
 
@@ -23,46 +23,79 @@ if TYPE_CHECKING:
 
 
 def generate_command(
-    prompt: Annotated[str, typer.Argument(help="What to draw, for example 'a fox on a pink background'.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to draw, for example 'a fox on a pink background'.")
+    ],
     steps: Annotated[
-        str | None, typer.Option(metavar="1|2|3", help="Network evaluations; by default the most.")
+        str | None,
+        typer.Option(
+            metavar="1|2|3", help="Network evaluations; by default the most that the model was distilled for."
+        ),
     ] = None,
     seed: Annotated[
         str | None,
-        typer.Option(metavar="INTEGER", help="The same seed draws the same picture; by default a random one."),
+        typer.Option(
+            metavar="INTEGER",
+            help="The same seed draws the same picture, in any batch; by default random, and printed.",
+        ),
     ] = None,
-    count: Annotated[str, typer.Option(metavar="INTEGER", help="Pictures; picture i has the seed SEED + i.")] = "1",
+    count: Annotated[
+        str, typer.Option(metavar="INTEGER", help="Pictures, 1 to 64; picture i has the seed SEED + i.")
+    ] = "1",
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="PNG, JPEG or WebP, numbered where COUNT > 1; - is a PNG to standard output."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="A .png, .jpg or .webp file, numbered where COUNT is above 1; a PNG remembers prompt, steps and seed; "
+            "- is a PNG to standard output.",
         ),
     ] = Path("imagine-flash.png"),
     model: Annotated[
-        Path | None, typer.Option(help="An artifact folder, or a student folder; by default the embedded model.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="An artifact folder, a student folder (drawn with torch) or a hub id; by default the embedded model.",
+        ),
     ] = None,
     width: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the model's first size.")] = None,
     height: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the model's first size.")] = None,
     image: Annotated[
-        Path | None, typer.Option(help="A picture to start from; it is scaled and cropped to the size.")
+        Path | None, typer.Option(metavar="FILE", help="A picture to start from; it is scaled and cropped to the size.")
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="What of IMAGE is drawn anew: white; black stays as it is.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The part of IMAGE to redraw, in white; black pixels stay exactly as they are."
+        ),
+    ] = None,
     strength: Annotated[
-        str | None, typer.Option(metavar="0..1", help="How much of IMAGE is drawn anew; by default 0.75, 1 with MASK.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER", help="How much of IMAGE to redraw, above 0 to 1; by default 0.75, or 1 with a mask."
+        ),
     ] = None,
     backend: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="openvino, onnxruntime or tensorrt; for a student torch, torch-compile or torch-graph; by default the "
-            "one that is done soonest."
+            "one that finishes first: for up to 8 pictures onnxruntime, which loads fastest.",
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default what the backend finds.")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default what the backend finds.")
+    ] = "auto",
     precision: Annotated[
         str,
-        typer.Option(help="fp32, bf16 or fp16; by default the fastest that draws the artifact's reference pictures."),
+        typer.Option(
+            metavar="NAME",
+            help="fp32, bf16 or fp16; by default the fastest that reproduces the artifact's reference pictures; of a "
+            "student fp32 on a CPU and bf16 on a GPU.",
+        ),
     ] = "auto",
-    json_: Annotated[bool, typer.Option("--json", help="Say what was drawn as JSON, on standard output.")] = False,
+    json_: Annotated[bool, flag("--json", help="Print files, seed, steps, timings and words as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw a prompt in 1 to 3 network evaluations."""

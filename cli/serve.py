@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import EngineError, ImagineFlashError, RequestError
-from .common import Quiet, needs, note, say
+from .common import Quiet, flag, needs, note, say
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -32,35 +32,61 @@ OPTIONS = {  # what errors call a setting -> what the user typed
 
 
 def serve_command(
-    model: Annotated[Path | None, typer.Option(help="An artifact folder; by default the embedded model.")] = None,
-    host: Annotated[
-        str, typer.Option(help="The address to listen at; 0.0.0.0 is everybody who reaches this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    backend: Annotated[
-        str, typer.Option(help="openvino, onnxruntime or tensorrt; by default the fastest here.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default what the backend finds.")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="fp32, bf16 or fp16; by default the fastest that the model bears.")
-    ] = "auto",
-    max_queue: Annotated[int, typer.Option(help="Pictures that may wait; more are refused with 429.")] = 64,
-    max_batch: Annotated[
-        int | None, typer.Option(help="Pictures of one network call; by default the artifact's most.")
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="An artifact or student folder; by default the embedded model."),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 60.0,
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys of those who may draw, one a line.")] = None,
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets in everybody who can reach this machine."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="INTEGER", help="0 takes a free one.")] = 8000,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="openvino, onnxruntime or tensorrt; by default the fastest here.")
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default what the backend finds.")
+    ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="fp32, bf16 or fp16; by default the fastest that reproduces the artifact's reference pictures.",
+        ),
+    ] = "auto",
+    max_queue: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Pictures that may wait; more are refused with 429.")
+    ] = 64,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(metavar="INTEGER", help="Most pictures of one network call; by default the artifact's most."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The longest that a request may take.")] = 60.0,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The keys of those who may draw, one a line; by default everybody may."),
+    ] = None,
     allow_origin: Annotated[
-        list[str] | None, typer.Option(help="A web page's origin that may call; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="A web page's origin that may call, such as https://example.org; may be repeated."
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Processor threads of a network call; by default all there are.")
+        int | None,
+        typer.Option(metavar="INTEGER", help="Processor threads of a network call; by default one for each core."),
     ] = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Run replicas on Ray Serve: here, or in the cluster of RAY_ADDRESS.")
+        bool,
+        flag(
+            "--ray", help="Run replicas of one engine each on Ray Serve, on this machine or the cluster of RAY_ADDRESS."
+        ),
     ] = False,
     replicas: Annotated[
-        int | None, typer.Option(help="Of --ray; by default as many as the load needs, up to one per GPU or machine.")
+        int | None,
+        typer.Option(
+            metavar="INTEGER", help="With --ray; by default as many as the load needs, up to one per GPU or machine."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

@@ -8,20 +8,22 @@ from typing import Annotated
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import Quiet, note, say, training, writable
+from .common import Font, Output, Quiet, flag, note, say, training, writable
 
+Recipe = Annotated[str, typer.Option(metavar="NAME", help="A built-in recipe or a YAML file.")]
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
 
 def train_teacher_command(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The pipeline folder to write; its state is kept in OUT.run.")
+        Path, typer.Argument(metavar="OUT", help="The diffusers folder to write; the run is kept in OUT.run.")
     ],
-    recipe: Annotated[str, typer.Option(help="A built-in recipe's name or a YAML file.")] = "teacher",
+    recipe: Recipe = "teacher",
     start: Annotated[
-        Path | None, typer.Option(metavar="TEACHER", help="Keep this teacher's autoencoder and begin with its weights.")
+        Path | None,
+        typer.Option(metavar="TEACHER", help="Begin with this teacher's weights, and keep its autoencoder."),
     ] = None,
-    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a text-to-image teacher on emoji scenes, into a diffusers folder."""
@@ -38,14 +40,17 @@ def train_teacher_command(
 def distill_command(
     teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A diffusers pipeline folder.")],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The student folder to write; its state is kept in OUT.run.")
+        Path, typer.Argument(metavar="OUT", help="The student folder to write; the run is kept in OUT.run.")
     ],
-    recipe: Annotated[str, typer.Option(help="A built-in recipe's name or a YAML file.")] = "imagine_flash",
-    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; else captions of emoji scenes.")] = None,
-    start: Annotated[
-        Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights, not the teacher's.")
+    recipe: Recipe = "imagine_flash",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to train on, one a line; by default captions of emoji scenes."),
     ] = None,
-    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights instead of the teacher's.")
+    ] = None,
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Distil a teacher into a student of 1, 2 and 3 steps."""
@@ -63,7 +68,7 @@ def distill_command(
 
 def train_judge_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (safetensors).")],
-    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Train the classifier that measures prompt fidelity and FD (judge)."""
@@ -79,22 +84,39 @@ def train_judge_command(
 
 
 def evaluate_command(
-    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="The teacher's pipeline folder.")] = EMOJI
-    / "teacher",
-    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The student's folder.")] = EMOJI / "student",
-    judge: Annotated[Path, typer.Option(help="What train-judge wrote.")] = EMOJI / "judge.safetensors",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Writes OUTPUT.json and OUTPUT.png.")] = Path(
-        "evaluation"
-    ),
+    teacher: Annotated[
+        Path | None,
+        typer.Argument(metavar="TEACHER", help="A diffusers folder; by default the embedded one (checkout only)."),
+    ] = None,
+    student: Annotated[
+        Path | None,
+        typer.Argument(metavar="STUDENT", help="A student folder; by default the embedded one (checkout only)."),
+    ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A judge that train-judge wrote; by default the embedded one (checkout only)."
+        ),
+    ] = None,
+    output: Output = Path("evaluation"),
     split: Annotated[
-        str, typer.Option(help="Prompts for making choices (validation) or for the last word (test).")
+        str, typer.Option(metavar="NAME", help="validation: prompts to make choices on; test: prompts to report.")
     ] = "test",
-    count: Annotated[int, typer.Option(help="Seen prompts, at least 258.")] = 10_000,
-    held_out: Annotated[int, typer.Option(help="Prompts of held-out combinations.")] = 1024,
-    guidance: Annotated[float | None, typer.Option(help="The teacher's guidance; else the student's recipe's.")] = None,
-    row: Annotated[list[str] | None, typer.Option(help="Only this row, as the table names it (repeatable).")] = None,
-    teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Measure the teacher alone.")] = False,
-    font: Annotated[Path | None, typer.Option(help="The Noto Color Emoji font, if it is in no usual place.")] = None,
+    count: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Prompts of combinations seen in training, at least 258.")
+    ] = 10_000,
+    held_out: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Prompts of combinations held out from training, at least 1.")
+    ] = 1024,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="The teacher's guidance; by default that of the student's recipe."),
+    ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this row of the table, by its name; may be repeated.")
+    ] = None,
+    teacher_only: Annotated[bool, flag("--teacher-only", help="Measure the teacher alone.")] = False,
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout.
@@ -103,17 +125,13 @@ def evaluate_command(
     """
     writable(output)
     training()
-    for folder in (teacher, *([] if teacher_only else [student])):
-        if folder.is_relative_to(EMOJI) and not folder.is_dir():
-            raise ImagineFlashError(
-                "the embedded teacher and student are in a checkout alone; give TEACHER and STUDENT"
-            )
+    teacher, student = teacher or _embedded("teacher"), student or (None if teacher_only else _embedded("student"))
     from ..benchmarks.quality.evaluate import evaluate
 
     evaluate(
         teacher,
         None if teacher_only else student,
-        judge,
+        judge or _embedded("judge.safetensors"),
         output,
         split=split,
         count=count,
@@ -123,3 +141,14 @@ def evaluate_command(
         font=font,
     )
     say(f"{output}.json\n{output}.png")
+
+
+def _embedded(name: str) -> Path:
+    """What lies beside the embedded artifact in a checkout and, for its size, in no wheel."""
+    path = EMOJI / name
+    if not path.exists():
+        raise ImagineFlashError(
+            f"the embedded {path.stem} is not in the wheel, which holds what draws and no more; name one of yours "
+            "(see --help), or run in a checkout of the repository"
+        )
+    return path

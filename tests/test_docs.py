@@ -4,6 +4,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,21 +29,39 @@ def test_the_full_size_table_is_of_the_records() -> None:
         assert (parameters, seconds, memory) == figures
 
 
-def test_every_command_and_option_is_described() -> None:
+def commands() -> dict[str, Any]:
+    """Every command by the words that call it, groups left out."""
     from typer.main import get_command
 
     from imagine_flash.cli import app
 
-    described = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
-    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
-    commands |= {f"bench {name}": command for name, command in commands.pop("bench").commands.items()}
-    for name, command in commands.items():
-        assert f"`{name} " in described, name
+    found = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    return found | {f"bench {name}": command for name, command in found.pop("bench").commands.items()}
+
+
+def test_the_reference_of_commands_is_what_their_help_says() -> None:
+    """docs/cli.md is made by `python -m typer imagine_flash.cli utils docs --name imagine-flash --title "Command line"
+    --output docs/cli.md`; compared by what it says, since each Typer lays it out anew."""
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    parts = {part.splitlines()[0].strip("` "): part for part in page.split("## `imagine-flash ")[1:]}
+    assert parts.keys() - {"bench"} == commands().keys()
+    for name, command in commands().items():
+        said, options = " ".join(parts[name].split()), {"--help", "-h"}
+        assert " ".join(command.help.split("\n\n")[0].split()) in said, name
         for parameter in command.params:
-            for option in parameter.opts:
-                if option.startswith("-") and option != "--help":
-                    rows = [row for row in described.splitlines() if f"`{option}`" in row and name in row]
-                    assert rows, f"docs/cli.md says nothing of {name} {option}"
+            options |= {o for o in (*parameter.opts, *parameter.secondary_opts) if o.startswith("-")}
+            assert f"{' '.join(parameter.help.split())}" in said, f"{name} {parameter.name}"
+        bullets = [line.split(": ")[0] for line in parts[name].splitlines() if line.startswith("* `-")]
+        assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", " ".join(bullets))) - {"-h"} == options - {"-h"}, name
+
+
+def test_help_names_the_kind_of_every_value_and_gives_two_examples() -> None:
+    for name, command in commands().items():
+        assert command.epilog.count("$ imagine-flash") >= 2, name
+        for parameter in command.params:
+            takes_a_value = not getattr(parameter, "is_flag", False)
+            assert not takes_a_value or parameter.metavar, f"{name} {parameter.name}"
+            assert parameter.help and parameter.help.rstrip().endswith("."), f"{name} {parameter.name}"
 
 
 def record_rows(name: str, **case: object) -> dict:
