@@ -6,10 +6,6 @@ A module, not fixtures, so that any test may build one: `from imagine_flash.test
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +152,4 @@ def describe(folder: Path, **fields: Any) -> Path:
         "teacher_sha256": "0" * 64,
     } | fields
     write_manifest(folder, StudentManifest(**values))
-    return folder
-
-
-@cache
-def shared_student() -> Path:
-    """One student folder (float16 weights) for the whole test run; read it only."""
-    return build_student(_scratch() / "student")
-
-
-@cache
-def shared_artifact() -> Path:
-    """The artifact of shared_student(), exported once for the whole test run (about ten seconds); read it only."""
-    from imagine_flash.export import ExportOptions, export_student
-
-    export_student(shared_student(), _scratch() / "artifact", options=ExportOptions(name="tiny", batch=(1, 3)))
-    return _scratch() / "artifact"
-
-
-@cache
-def _scratch() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="imagine-flash-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -1,8 +1,10 @@
 """The docs say what is: tables come from records, every option is described, the README's commands run."""
 
 import json
+import os
 import re
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,30 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_table_is_the_record() -> None:
+def test_what_is_said_of_the_model_is_the_record() -> None:
     from imagine_flash.benchmarks.quality.tables import as_markdown
 
     record = json.loads((ROOT / "docs/results/emoji_scenes.json").read_text(encoding="utf-8"))
-    assert as_markdown(record) in README
+    card = (ROOT / "docs/model-card.md").read_text(encoding="utf-8")
+    assert as_markdown(record) in card
+    rows = {row["method"]: row["seen"]["all"] for row in record["rows"]}
+    said = re.search(r"shows ([\d.]+) % of what its prompts ask for, where the teacher shows ([\d.]+) %", README)
+    assert said and [float(share) for share in said.groups()] == [
+        round(100 * rows[name], 1) for name in ("student, 3 steps", "teacher, 25 steps")
+    ]
+
+
+def test_the_card_names_every_word_that_the_model_knows() -> None:
+    from imagine_flash.folders.reading import read_artifact_manifest
+
+    card = (ROOT / "docs/model-card.md").read_text(encoding="utf-8")
+    listed = card.split("```text\n")[1].split("```")[0].split()
+    (spec,) = read_artifact_manifest(ROOT / "assets/emoji/artifact", verify=False).tokenizers
+    assert sorted(listed) == sorted(spec.known_words)
 
 
 def test_the_full_size_table_is_of_the_records() -> None:
-    table = (ROOT / "docs/export.md").read_text(encoding="utf-8").split("## Full size")[1]
+    table = (ROOT / "docs/export.md").read_text(encoding="utf-8").split("## Models of full size")[1]
     linked = re.findall(r"\]\((results/export_\w+\.json)\) \| ([\d.]+) G \| (\d+) s \| ([\d.]+) GiB", table)
     assert linked
     for file, parameters, seconds, memory in linked:
@@ -82,8 +99,12 @@ def test_the_readmes_times_are_those_of_the_records() -> None:
         (serve["load"], "HTTP", "engine.submit"),
     ]
     expected = [tuple(f"{row[name].p50_us / 1e3:#.3g}" for name in names) for row, *names in pairs]
+    numbers = [tuple(map(float, pair)) for pair in expected]
     found = re.findall(r"\| ([\d.]+) ms \| ([\d.]+) ms:", README.split("## How fast?")[1])
-    assert [tuple(map(float, pair)) for pair in found] == [tuple(map(float, pair)) for pair in expected]
+    assert [tuple(map(float, pair)) for pair in found] == numbers
+    for page in ("README.md", "docs/index.md"):
+        said = re.search(r"takes ([\d.]+) ms on two.*take ([\d.]+) ms in", (ROOT / page).read_text(encoding="utf-8"))
+        assert said and tuple(map(float, said.groups())) == numbers[0]
 
 
 def test_the_costs_are_those_of_the_record() -> None:
@@ -95,55 +116,38 @@ def test_the_costs_are_those_of_the_record() -> None:
     assert found == [(f"{one:.2f}", f"{one / 3.6:.2f}") for one in milliseconds]
 
 
-def test_what_tritons_client_is_told_to_send_draws_the_engines_picture() -> None:
-    """The first block of docs/scaling.md, with the embedded artifact; its inputs go to the graph that Triton would run."""
-    import numpy as np
-    import onnxruntime
-
-    from imagine_flash.engine import Engine, GenerateRequest
-
-    artifact = ROOT / "assets/emoji/artifact"
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scaling.md").read_text(encoding="utf-8"), re.DOTALL)[0]
-    scope: dict = {}
-    exec(block.replace('Path("OUT")', f'Path(r"{artifact}")'), scope)
-    session = onnxruntime.InferenceSession(artifact / "sampler_3.onnx", providers=["CPUExecutionProvider"])
-    (images,) = session.run(["images"], scope["inputs"])
-    with Engine.load(artifact, backend="onnxruntime") as engine:
-        expected = engine.generate(GenerateRequest(prompt="a fox on a pink background", seed=7, steps=3)).images
-    assert np.abs(np.asarray(images).astype(int) - expected).max() <= 1
+PAGES = sorted(str(path.relative_to(ROOT / "docs")).replace("\\", "/") for path in (ROOT / "docs").rglob("*.md"))
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{page}" for page in PAGES)])
 def test_links_lead_somewhere(file: str) -> None:
-    text = (ROOT / file).read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```", "", (ROOT / file).read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / file).parent / target).exists(), f"{file} links to {target}"
 
 
-def test_the_readmes_python_runs() -> None:
-    """The lines as they stand there, in a fresh scope."""
-    block = README.split("In Python:")[1].split("For everything else")[0]
-    scope: dict = {}
-    exec("\n".join(line.strip() for line in block.strip().splitlines()), scope)
-    assert scope["images"].shape == (1, 64, 64, 3) and scope["images"].std() > 10
+def test_every_page_is_in_the_sites_navigation() -> None:
+    yaml = pytest.importorskip("yaml")
+
+    def pages(part: Any) -> list[str]:
+        return (
+            [part]
+            if isinstance(part, str)
+            else [p for one in part for p in pages(one if isinstance(part, list) else part[one])]
+        )
+
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert sorted(pages(yaml.safe_load(config)["nav"])) == PAGES
 
 
-def test_the_runtimes_python_runs() -> None:
-    """All blocks of docs/runtime.md in one scope, one after the other."""
-    found: list = []
-    scope: dict = {"deliver": found.append}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/runtime.md").read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, scope)
-    limit = time.monotonic() + 30
-    while not any(one.seq == 2 and not one.preview for one in found) and time.monotonic() < limit:
-        time.sleep(0.01)
-    scope["engine"].close()
-    assert scope["result"].images.shape == (1, 64, 64, 3)
-    assert [one.seq for one in found][-2:] == [2, 2] and all(one.error is None for one in found)
-
-
-def test_the_readmes_commands_are_the_ones_that_are_tested() -> None:
-    """The first is run by tests/test_wheel.py in a fresh environment, the second is this run."""
-    assert 'pip install ".[cpu]" && imagine-flash generate "a fox on a pink background" -o fox.png' in README
-    assert 'pip install -e ".[test]" && pytest' in README
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    engine = (tmp_path / "site/api/engine/index.html").read_text(encoding="utf-8")
+    assert "imagine_flash.engine.Engine.generate" in engine

@@ -76,7 +76,7 @@ def test_a_student_loads_in_diffusers_with_its_manifest(teacher: Path, tmp_path:
     out = tmp_path / "student"
     distill(teacher, out, DistillRecipe.model_validate(STUDENT))
     manifest = read_student_manifest(out)
-    assert manifest.plans == {1: [999], 2: [999, 499], 3: [999, 666, 333]} or dict(manifest.plans)[1] == (999,)
+    assert dict(manifest.plans) == {1: [999], 2: [999, 499], 3: [999, 666, 333]}
     assert manifest.recipe["gamma"] == 0.75
     pipeline: Any = DiffusionPipeline.from_pretrained(str(out), dtype=torch.float32)
     assert pipeline("a cat", num_inference_steps=3, guidance_scale=1.0, output_type="np").images.shape == (1, 64, 64, 3)

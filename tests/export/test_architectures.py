@@ -145,12 +145,12 @@ def test_a_lora_student_is_fused_into_its_base(tmp_path) -> None:
         load_stages(student)
 
 
-def test_a_tiny_decoder_takes_the_place_of_the_students(tiny_student, tmp_path) -> None:
+def test_a_tiny_decoder_takes_the_place_of_the_students(tiny_student, tiny_artifact, tmp_path) -> None:
     pipelines.build_vae("tiny", 16).save_pretrained(tmp_path / "tiny")
     options = ExportOptions(tiny_decoder=tmp_path / "tiny", steps=(1,), batch=(1, 1))
     manifest = export_student(tiny_student, tmp_path / "out", options=options)
     assert manifest.scaling_factor == 1.0
-    whole, small = Engine.load(pipelines.shared_artifact()), Engine.load(tmp_path / "out")
+    whole, small = Engine.load(tiny_artifact), Engine.load(tmp_path / "out")
     request = GenerateRequest(prompt=PROMPT, steps=1, seed=1)
     assert not np.array_equal(whole.generate(request).images, small.generate(request).images)
     pipelines.build_vae("tiny", 16, 8).save_pretrained(tmp_path / "eight")
@@ -233,8 +233,8 @@ def test_a_hub_id_that_cannot_be_fetched(tmp_path) -> None:
         export_student("owner/nothing", tmp_path / "out")
 
 
-def test_the_known_classes_are_diffusers_own() -> None:
+def test_the_known_classes_are_diffusers_own(tiny_artifact) -> None:
     import diffusers
 
     assert all(hasattr(diffusers, name) for name in ARCHITECTURES)
-    assert set(read_artifact_manifest(pipelines.shared_artifact()).graphs) >= {"denoiser", "sampler_3_from_embeddings"}
+    assert set(read_artifact_manifest(tiny_artifact).graphs) >= {"denoiser", "sampler_3_from_embeddings"}

@@ -41,9 +41,9 @@ def test_half_precision_differs_and_passes_its_limits(lowered):
     assert sampler["psnr"] >= manifest.limits["psnr"] and 1e-5 < manifest.parity["denoiser"]["m_rms"] < 0.05
 
 
-def test_half_precision_is_stored_once_and_small(lowered):
+def test_half_precision_is_stored_once_and_small(lowered, tiny_artifact):
     _, folder = lowered
-    whole = (pipelines.shared_artifact() / "weights.bin").stat().st_size
+    whole = (tiny_artifact / "weights.bin").stat().st_size
     assert (folder / "weights.bin").stat().st_size <= 2.1 * whole
     assert not list(folder.glob(".*")), "a probe or check graph was left behind"
 
@@ -87,12 +87,12 @@ def test_other_formats_lie_in_the_same_artifact(tiny_student, tmp_path):
     assert Engine.load(tmp_path / "out").generate(GenerateRequest(prompt="a fox", seed=1)).images.std() > 5
 
 
-def test_two_sizes_share_their_weights(tiny_student, tmp_path):
+def test_two_sizes_share_their_weights(tiny_student, tiny_artifact, tmp_path):
     options = ExportOptions(sizes=((64, 64), (96, 64)), steps=(1,), batch=(1, 1))
     export_student(tiny_student, tmp_path / "out", options=options)
-    one = (pipelines.shared_artifact() / "weights.bin").stat().st_size
+    one = (tiny_artifact / "weights.bin").stat().st_size
     assert (tmp_path / "out/weights.bin").stat().st_size < 1.02 * one
-    engine, usual = Engine.load(tmp_path / "out"), Engine.load(pipelines.shared_artifact())
+    engine, usual = Engine.load(tmp_path / "out"), Engine.load(tiny_artifact)
     request = {"prompt": "a fox", "seed": 1, "steps": 1}
     assert engine.generate(GenerateRequest(**request, height=96)).images.shape == (1, 96, 64, 3)
     same = [e.generate(GenerateRequest(**request)).images.astype(int) for e in (engine, usual)]

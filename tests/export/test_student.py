@@ -278,14 +278,14 @@ def test_two_exports_to_one_folder(student, tmp_path):
 
 
 @pytest.mark.parametrize("forms", ["stages", "whole-sampler"])
-def test_graphs_of_one_form_alone(student, tmp_path, forms):
+def test_graphs_of_one_form_alone(student, artifact, tmp_path, forms):
     manifest = export_student(student, tmp_path / "out", options=ExportOptions(forms=forms, batch=(1, 1), steps=(2,)))
     whole = {"sampler_2", "sampler_2_from_embeddings"}
     assert set(manifest.graphs) == (whole if forms == "whole-sampler" else set(STAGE_GRAPHS))
     from imagine_flash.engine import Engine, GenerateRequest
 
     picture = Engine.load(tmp_path / "out").generate(GenerateRequest(prompt="a fox", seed=3)).images
-    other = Engine.load(pipelines.shared_artifact()).generate(GenerateRequest(prompt="a fox", seed=3, steps=2)).images
+    other = Engine.load(artifact).generate(GenerateRequest(prompt="a fox", seed=3, steps=2)).images
     assert np.abs(picture.astype(int) - other).max() <= 1
 
 
@@ -308,16 +308,16 @@ def test_a_killed_export_leaves_the_old_artifact_whole(student, artifact_copy):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: root / "nowhere", "does not exist"),
-        (lambda root: root, "is empty"),
-        (lambda root: pipelines.shared_artifact(), "already exported|not a student"),
+        (lambda root, artifact: root / "nowhere", "does not exist"),
+        (lambda root, artifact: root, "is empty"),
+        (lambda root, artifact: artifact, "already exported|not a student"),
     ],
     ids=["missing", "empty", "another kind"],
 )
-def test_what_is_no_student_is_refused_in_one_line(tmp_path, make, message):
+def test_what_is_no_student_is_refused_in_one_line(tmp_path, artifact, make, message):
     (tmp_path / "in").mkdir()
     with pytest.raises(ArtifactError) as raised:
-        export_student(make(tmp_path / "in"), tmp_path / "out")
+        export_student(make(tmp_path / "in", artifact), tmp_path / "out")
     assert re.search(message, str(raised.value)) and "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
