@@ -118,7 +118,7 @@ def bare_calls(engine: Engine, request: GenerateRequest) -> Draw:
         graph, inputs = f"sampler_{steps}", list(tokens.values())
         if "text_encoder" in manifest.graphs and f"{graph}_from_embeddings" in manifest.graphs:
             graph, inputs = f"{graph}_from_embeddings", list(backend.encode(tokens))
-        return lambda: backend.sample(graph, inputs, noise)
+        return lambda: backend.sample(graph, inputs, noise)[0]
     conditions, table = backend.encode(tokens), manifest.update_tables()[steps]
     times = manifest.schedule.network_time(table.timesteps).astype(np.float32)
     a, b = table.a.astype(np.float32), table.b.astype(np.float32)
@@ -130,7 +130,7 @@ def bare_calls(engine: Engine, request: GenerateRequest) -> Draw:
     def run() -> NDArray[np.uint8]:
         for call in calls:
             backend.denoise(*call)
-        return backend.decode(x)
+        return backend.decode(x)[0]
 
     return run
 

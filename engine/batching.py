@@ -243,9 +243,9 @@ class Batcher:
         """Pictures of all chunks in one call; the active list loses them. NaN fails the request that has it, no other."""
         jobs = list(dict.fromkeys(chunk.job for chunk in group))
         x = _timed(jobs, "copy", lambda: self.backend.join([chunk.x for chunk in group]))
-        finite = self.backend.finite(x)
-        images = _timed(jobs, "decode", lambda: self.backend.decode(x))
-        self._deliver(group, images, finite, "denoise")
+        images, finite = _timed(jobs, "decode", lambda: self.backend.decode(x))
+        stage = "decode" if finite.all() or self.backend.finite(x)[~finite].any() else "denoise"
+        self._deliver(group, images, finite, stage)
 
     def _sample(self, group: Sequence[Chunk]) -> None:
         """Whole-sampler graphs: everything in one call."""
@@ -258,31 +258,29 @@ class Batcher:
             keys = jobs[0].tokens
             inputs = [np.concatenate([chunk.job.tokens[key].repeat(chunk.rows, 0) for chunk in group]) for key in keys]
         noise = join([self.backend.upload(chunk.noise) for chunk in group])
-        images = _timed(jobs, "sampler", lambda: self.backend.sample(name, inputs, noise))
+        images, finite = _timed(jobs, "sampler", lambda: self.backend.sample(name, inputs, noise))
         self.counts[f"batch {len(noise)}"] += 1
-        self._deliver(group, images, np.ones(len(images), bool), "sampler")
+        self._deliver(group, images, finite, "sampler")
 
     def _deliver(
         self, group: Sequence[Chunk], images: NDArray[np.uint8], finite: NDArray[np.bool_], stage: str
     ) -> None:
-        """Hands the pictures out. An image that is black all over is what NaN becomes as uint8: never delivered."""
+        """Hands the pictures out; one that came of NaN or Inf is never delivered, however it looks."""
         self._keep(chunk for chunk in self._active if chunk not in group)
-        start, drawn, failed = 0, [], dict[Job, str]()
+        start, drawn, failed = 0, [], set[Job]()
         for chunk in group:
             own = slice(start, start + chunk.rows)
             start = own.stop
             drawn.append((chunk, images[own]))
             if not finite[own].all():
-                failed[chunk.job] = stage
-            elif not images[own].reshape(chunk.rows, -1).any(axis=1).all():
-                failed.setdefault(chunk.job, stage if stage == "sampler" else "decode")
+                failed.add(chunk.job)
         for chunk, pictures in drawn:
             if chunk.job not in failed:
                 self.failed_in_a_row = 0
                 self.counts["pictures"] += chunk.rows
                 chunk.job.finish(chunk.row, pictures)
-        for job, where in failed.items():  # once a request, however many of its pictures
-            reason = f"{where} gave NaN, Inf or an empty picture; load the engine with precision fp32, or export again"
+        for job in failed:  # once a request, however many of its pictures
+            reason = f"{stage} gave NaN or Inf; load the engine with precision fp32, or export again"
             self.failed_in_a_row += 1
             self._end(job, EngineError(reason))
 

@@ -70,15 +70,17 @@ class Ledger:
                 f"{graph}: {kind} differ from torch by {rms:.2%} RMS, more than {self.limits.rms:.2%}", graph, case
             )
 
-    def compare_images(self, graph: str, got: NDArray[Any], case: Case, steps: int) -> None:
-        """uint8 images."""
+    def compare_images(self, graph: str, got: NDArray[Any], finite: NDArray[np.bool_], case: Case, steps: int) -> None:
+        """uint8 images, and whether the graph found them finite, as torch's are."""
         expected = case.images[steps]
         levels, _ = _difference(got, expected)
         db = min((psnr(one, other) for one, other in zip(got, expected.numpy(), strict=True)), default=0.0)
         self._keep(graph, "images", levels)
         self._keep(graph, "psnr", db, worst=min)
         problem = ""
-        if not levels <= self.limits.levels:
+        if not finite.all():
+            problem = "NaN or Inf, where torch has none"
+        elif not levels <= self.limits.levels:
             problem = f"images differ from torch by {levels:g} of 255, more than {self.limits.levels:g}"
         elif db < self.limits.psnr:
             problem = f"images have a PSNR of {db:.1f} dB against torch, less than {self.limits.psnr:g}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.manifests import GraphSpec, Size, TensorSpec
-from ..pipelines.stages import IMAGES, LATENTS, Stages, quiet
+from ..pipelines.stages import FINITE, IMAGES, LATENTS, Stages, quiet
 from .options import MAX_BATCH
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
@@ -30,7 +30,12 @@ OPSET = 23  # the first with native Attention and GroupNormalization
 BATCH = "batch"
 IR_VERSION = 10
 EXAMPLE_BATCH = 2  # torch.export specialises sizes 0 and 1
-DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"}
+DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.INT64: "int64",
+    TensorProto.UINT8: "uint8",
+    TensorProto.BOOL: "bool",
+}
 COUNTED = (
     "Attention",
     "GroupNormalization",
@@ -68,9 +73,9 @@ def export_denoiser(stages: Stages, store: WeightStore, size: Size, *, opset: in
 
 
 def export_decoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """The decoder at one image size: latents -> images."""
+    """The decoder at one image size: latents -> images, finite."""
     latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
-    return _export(stages.decoder, {LATENTS: latents}, (IMAGES,), store, opset)
+    return _export(stages.decoder, {LATENTS: latents}, (IMAGES, FINITE), store, opset)
 
 
 def export_image_encoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:

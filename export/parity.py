@@ -124,9 +124,9 @@ def check_parity(
         with _session(graphs[name]) as run:
             for i in here:
                 for steps in manifest.plans:
-                    ledger.compare_images(name, run(cases[i].latents[steps])[0], cases[i], steps)
+                    ledger.compare_images(name, *run(cases[i].latents[steps]), cases[i], steps)
                     loop = manifest.graph_name(f"stages_{steps}", size)
-                    ledger.compare_images(loop, run(walked[i, steps])[0], cases[i], steps)
+                    ledger.compare_images(loop, *run(walked[i, steps]), cases[i], steps)
         name = manifest.graph_name(IMAGE_ENCODER, size)
         if name in graphs:
             progress(name)
@@ -143,7 +143,7 @@ def check_parity(
                 with _session(graphs[name]) as run:
                     for i in here:
                         given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
-                        ledger.compare_images(name, run(*given, cases[i].noise)[0], cases[i], steps)
+                        ledger.compare_images(name, *run(*given, cases[i].noise), cases[i], steps)
     return ledger
 
 
@@ -163,7 +163,7 @@ def _draw(
             walk.append((x, t, m))
             x = _step(x, m.numpy(), table, i)
         _finite(stages.decoder.decode(x), "decoder", case)
-        case.walks[steps], case.latents[steps], case.images[steps] = walk, x, stages.decoder(x)
+        case.walks[steps], case.latents[steps], case.images[steps] = walk, x, stages.decoder(x)[0]
         _not_empty(case.images[steps], case)
         case.encoded[steps] = _finite(stages.image_encoder(case.images[steps]), IMAGE_ENCODER, case)
     return case

@@ -29,6 +29,7 @@ HEADROOM = 4.0  # other prompts and seeds reach higher than those that were trie
 MASKS = (*MOVES, "Where", "Add", "Sub", "Mul", "Min", "Max", "Cast", "Constant", "ConstantOfShape")
 NORMALISATIONS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization", "ReduceMean")
 ATTENTIONS = ("Softmax", "Attention")
+CHECK = "all_finite"  # the module of pipelines.stages.Decoder
 
 Modules = dict[str, str]  # module -> why it is an island
 Arrays = dict[str, NDArray[Any]]
@@ -58,7 +59,7 @@ def find_islands(
     if not feeds:
         raise ArtifactError("no feeds to measure the precision on; give at least one")
     peaks = _peaks(stage, store, feeds)
-    modules = _angles(stage, peaks)
+    modules = _angles(stage, peaks) | _sums(stage)
     if half == TensorProto.FLOAT16:
         modules = _out_of_range(stage, peaks, LARGEST[half]) | modules
     floats = {node.name for node in float_nodes(stage, peaks.types)}
@@ -196,6 +197,11 @@ def _angles(stage: StageGraph, peaks: _Peaks) -> Modules:
             floats = [value for value in node.input if peaks.types.get(value) == TensorProto.FLOAT]
             angles |= {value: max(*found, angles.get(value, 0.0)) for value in floats}
     return modules
+
+
+def _sums(stage: StageGraph) -> Modules:
+    """The decoder's check for NaN and Inf, which adds up a whole picture and must not find Inf by itself."""
+    return {node.name: "adds up the picture" for node in stage.graph.node if node.name == CHECK}
 
 
 def _out_of_range(stage: StageGraph, peaks: _Peaks, largest: float) -> Modules:

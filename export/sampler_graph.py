@@ -70,7 +70,7 @@ def sampler_graph(
     *,
     text_encoder: StageGraph | None = None,
 ) -> StageGraph:
-    """noise float32 (B, C, h, w) and the text -> images uint8 (B, H, W, 3), unrolled over `table`.
+    """noise float32 (B, C, h, w) and the text -> images uint8 (B, H, W, 3), finite bool (B,); unrolled over `table`.
 
     The text is what the text encoder takes or, without one, the conditions that it gives: then a prompt cache can keep
     them. noise is x_T, unit Gaussian. network_times: what the denoiser is told at each step, (n_steps,). Raises
@@ -91,13 +91,13 @@ def sampler_graph(
         kept = build.node("Mul", [x, build.constant(f"a_{i}", table.a[i])], f"a_x_{i}")
         moved = build.node("Mul", [f"m_{i}", build.constant(f"b_{i}", table.b[i])], f"b_m_{i}")
         x = build.node("Add", [kept, moved], f"x_{i}")
-    build.inline(decoder, "decoder", "decoder", [x], ["images"])
+    build.inline(decoder, "decoder", "decoder", [x], [value.name for value in decoder.graph.output])
     text = denoiser.graph.input[2:] if text_encoder is None else text_encoder.graph.input
     build.graph.input.extend(text)
     noise = build.graph.input.add()
     noise.CopyFrom(denoiser.graph.input[0])
     noise.name = NOISE
-    build.graph.output.append(decoder.graph.output[0])
+    build.graph.output.extend(decoder.graph.output)
     stages = [stage for stage in (text_encoder, denoiser, decoder) if stage is not None]
     islands = frozenset().union(*(stage.islands for stage in stages))
     return StageGraph(build.graph, build.weights, denoiser.opset, islands)

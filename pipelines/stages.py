@@ -17,7 +17,7 @@ try:
 except ImportError:
     raise missing_extra("torch", "export") from None
 
-IMAGES, LATENTS = "images", "latents"
+IMAGES, FINITE, LATENTS = "images", "finite", "latents"
 PROBE = 8  # latents of a side: enough for any decoder, cheap for all
 
 
@@ -26,8 +26,21 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values if values.dtype == dtype else values.to(dtype)
 
 
+class AllFinite(torch.nn.Module):
+    """Float tensors (B, ...) -> bool (B,): whether an image has neither NaN nor Inf in any of them.
+
+    By the mean of the sizes, since a mean hands NaN and Inf on, which a maximum does not on every processor.
+    """
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        means = [cast(each, torch.float32).abs().flatten(1).mean(1) for each in values]  # (B,)
+        return torch.stack(means).sum(0) < float("inf")
+
+
 class Decoder(torch.nn.Module):
-    """latents float32 (B, C, h, w) -> images uint8 (B, H, W, 3): unscale, decode, [-1, 1] to 0..255, round half to even.
+    """latents float32 (B, C, h, w) -> images uint8 (B, H, W, 3): unscale, decode, [-1, 1] to 0..255, round half to even;
+    and finite bool (B,): whether the latents and what was decoded hold neither NaN nor Inf. Some networks (ReLU, tanh) make
+    a picture of NaN or Inf, and bytes show neither.
 
     The unscaling is vae.config's: z / scaling_factor + shift_factor, or z std / scaling_factor + mean where it has
     latents_mean and latents_std. The vae computes in its own dtype, all else in float32.
@@ -48,6 +61,7 @@ class Decoder(torch.nn.Module):
         self.register_buffer("scale", scale.reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.reshape(1, -1, 1, 1), persistent=False)
         self.shifted = bool(shift.any())
+        self.all_finite = AllFinite()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), about [-1, 1], in the vae's dtype."""
@@ -56,9 +70,10 @@ class Decoder(torch.nn.Module):
             z = z + self.shift
         return self.vae.decode(cast(z, self.vae.dtype), return_dict=False)[0]
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        pixels = (cast(self.decode(latents), torch.float32) * 127.5 + 127.5).clamp(0.0, 255.0).round()
-        return pixels.permute(0, 2, 3, 1).to(torch.uint8)
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        decoded = self.decode(latents)
+        pixels = (cast(decoded, torch.float32) * 127.5 + 127.5).clamp(0.0, 255.0).round()
+        return pixels.permute(0, 2, 3, 1).to(torch.uint8), self.all_finite(latents, decoded)
 
 
 class ImageEncoder(torch.nn.Module):
@@ -112,8 +127,8 @@ class Stages:
     """A student's networks, in evaluation mode, on the CPU, and what the graphs' shapes follow from.
 
     text_encoder(*ids and masks) -> one tensor per name in `conditions`; denoiser(size)(latents, timestep, *conditions)
-    -> m; decoder(latents) -> images, image_encoder back. Every tensor is batched; text encoder and denoiser take and give
-    their own dtype, float32 for an export.
+    -> m; decoder(latents) -> images, finite; image_encoder(images) -> latents. Every tensor is batched; text encoder and
+    denoiser take and give their own dtype, float32 for an export.
     """
 
     pipeline: str  # diffusers' class
@@ -167,7 +182,7 @@ def downscale_of(decoder: Decoder, latent_channels: int) -> int:
     """Pixels of an image's side per latent, found by decoding a small latent. Raises ArtifactError if channels differ."""
     with torch.inference_mode():
         try:
-            images = decoder(torch.zeros(1, latent_channels, PROBE, PROBE))  # (1, H, W, 3)
+            images, _ = decoder(torch.zeros(1, latent_channels, PROBE, PROBE))  # (1, H, W, 3)
         except RuntimeError as error:
             raise ArtifactError(
                 f"the decoder does not take latents of {latent_channels} channels ({str(error).splitlines()[0]}); "

@@ -33,6 +33,7 @@ Array = (
     Any  # the backend's own kind, batch first: of NumPy, or of torch on a device; sliced by [i:j], added, multiplied
 )
 Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
+Pictures = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # images (B, H, W, 3); finite (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +98,12 @@ class Backend(Protocol):
         """Which of the images (B, ...) hold neither NaN nor Inf; waits for the device."""
         ...
 
-    def decode(self, x: Array) -> NDArray[np.uint8]:
-        """Latents (B, C, h, w) -> images (B, H, W, 3) on the host."""
+    def decode(self, x: Array) -> Pictures:
+        """Latents (B, C, h, w) -> images (B, H, W, 3) on the host, and which of them came without NaN and Inf."""
         ...
 
-    def sample(self, graph: str, inputs: Sequence[Array], noise: Array) -> NDArray[np.uint8]:
-        """A whole-sampler graph in one call: what it reads of the prompt, and x_T (B, C, h, w) -> images (B, H, W, 3)."""
+    def sample(self, graph: str, inputs: Sequence[Array], noise: Array) -> Pictures:
+        """A whole-sampler graph in one call: what it reads of the prompt, and x_T (B, C, h, w) -> as `decode`."""
         ...
 
     def close(self) -> None:

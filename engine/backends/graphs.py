@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
 from ...folders.manifests import IMAGE_ENCODER, ModelDescription
+from . import Pictures
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
@@ -74,11 +75,18 @@ class GraphBackend(ABC, Generic[Described]):
     def finite(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
         return np.asarray(np.isfinite(x).all(axis=tuple(range(1, x.ndim))))
 
-    def decode(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
-        return self.run(self._at_size("decoder", x), [x])[0]
+    def decode(self, x: NDArray[np.float32]) -> Pictures:
+        return self.pictures(self.run(self._at_size("decoder", x), [x]), x)
 
-    def sample(self, graph: str, inputs: Sequence[NDArray[Any]], noise: NDArray[np.float32]) -> NDArray[np.uint8]:
-        return self.run(self._at_size(graph, noise), [*inputs, noise])[0]
+    def sample(self, graph: str, inputs: Sequence[NDArray[Any]], noise: NDArray[np.float32]) -> Pictures:
+        return self.pictures(self.run(self._at_size(graph, noise), [*inputs, noise]), noise)
+
+    def pictures(self, outputs: Sequence[Any], x: Any) -> Pictures:
+        """Images and which are finite. Older artifacts don't say: there x tells, and black, which NaN becomes in bytes."""
+        images, *told = outputs
+        if told:
+            return images, told[0]
+        return images, self.finite(x) & images.reshape(len(images), -1).any(axis=1)
 
     def close(self) -> None:
         self._graphs.clear()

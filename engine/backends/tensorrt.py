@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from ...folders.tensorrt_plans import COMMAND, Machine, PlanRecord, find_plan, read_json, this_machine
-from . import Wanted
+from . import Pictures, Wanted
 from .graphs import GraphBackend
 
 
@@ -104,6 +104,7 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
             trt.DataType.INT32: torch.int32,
             trt.DataType.INT64: torch.int64,
             trt.DataType.UINT8: torch.uint8,
+            trt.DataType.BOOL: torch.bool,
         }
         self._device = torch.device("cuda", 0)
         self._stream, self._side = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
@@ -217,11 +218,13 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
         self._torch.cuda.set_stream(self._stream)
         return self._torch.isfinite(x).flatten(1).all(1).cpu().numpy()
 
-    def decode(self, x: Any) -> NDArray[np.uint8]:
-        return self._queue(self._at_size("decoder", x), [x])[0].cpu().numpy()
+    def decode(self, x: Any) -> Pictures:
+        outputs = self._queue(self._at_size("decoder", x), [x])
+        return self.pictures([values.cpu().numpy() for values in outputs], x)
 
-    def sample(self, graph: str, inputs: Sequence[Any], noise: Any) -> NDArray[np.uint8]:
-        return self._queue(self._at_size(graph, noise), [*inputs, noise])[0].cpu().numpy()
+    def sample(self, graph: str, inputs: Sequence[Any], noise: Any) -> Pictures:
+        outputs = self._queue(self._at_size(graph, noise), [*inputs, noise])
+        return self.pictures([values.cpu().numpy() for values in outputs], noise)
 
     def close(self) -> None:
         self._torch.cuda.synchronize(self._device)

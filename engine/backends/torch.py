@@ -30,7 +30,7 @@ from ...pipelines.loading import load_stages
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..tokenizer import PromptTokenizer
-from . import STUDENT_BATCHES, Wanted, check_device
+from . import STUDENT_BATCHES, Pictures, Wanted, check_device
 from .graphs import GraphBackend, Run
 from .torch_modes import Captured, InPrecision, Network, OnGpu, as_run, compiled
 
@@ -184,14 +184,15 @@ class TorchBackend(GraphBackend[ModelDescription]):
         return torch.isfinite(x).flatten(1).all(1).cpu().numpy()
 
     @torch.inference_mode()
-    def decode(self, x: Any) -> NDArray[np.uint8]:
-        images = self.run(self._at_size("decoder", x), [x])[0]
+    def decode(self, x: Any) -> Pictures:
+        images, finite = self.run(self._at_size("decoder", x), [x])
         if not self._on_gpu:
-            return images.numpy()
-        host = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(images, non_blocking=True)
+            return images.numpy(), finite.numpy()
+        hosts = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in (images, finite)]
+        for host, each in zip(hosts, (images, finite), strict=True):
+            host.copy_(each, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
-        return host.numpy()
+        return hosts[0].numpy(), hosts[1].numpy()
 
     def close(self) -> None:
         super().close()

@@ -33,8 +33,9 @@ class OnGpu(torch.nn.Module):
         super().__init__()
         self.decoder, self.to_image = decoder, to_image
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.to_image(self.decoder.decode(latents))
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        decoded = self.decoder.decode(latents)
+        return self.to_image(decoded), self.decoder.all_finite(latents, decoded)
 
 
 class Captured:
@@ -55,7 +56,7 @@ class Captured:
         for static, values in zip(self.inputs, inputs, strict=True):
             static.copy_(values, non_blocking=True)
         self._graph.replay()
-        return [self.output]
+        return _as_list(self.output)
 
 
 def compiled(network: Network, inputs: Sequence[torch.Tensor]) -> Network:
@@ -71,7 +72,10 @@ def as_run(network: Network) -> Run:
     """The network as a graph: a list in, a list out."""
 
     def run(inputs: Sequence[Any]) -> list[Any]:
-        outputs = network(*inputs)
-        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+        return _as_list(network(*inputs))
 
     return run
+
+
+def _as_list(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]

@@ -180,7 +180,8 @@ def test_nan_fails_the_request_that_has_it(engine: Engine, monkeypatch: pytest.M
     with pytest.raises(EngineError, match=r"denoise gave NaN.*precision fp32"):
         other.result(20)
     monkeypatch.setattr(engine.backend, "denoise", inner)
-    monkeypatch.setattr(engine.backend, "decode", lambda x: np.zeros((len(x), 64, 64, 3), np.uint8))
+    decode = engine.backend.decode
+    monkeypatch.setattr(engine.backend, "decode", lambda x: (decode(x)[0], np.zeros(len(x), bool)))
     with pytest.raises(EngineError, match="decode gave NaN"):
         engine.generate(ask())
     assert engine.batcher.failed_in_a_row >= 1

@@ -47,7 +47,7 @@ def by_hand(engine: Engine, strength: float, steps: int, count: int, mask: np.nd
         if mask is not None:
             a, s = (alpha[i + 1], sigma[i + 1]) if i + 1 < steps else (1.0, 0.0)
             x = np.where(latent_mask(mask, 8) == 1, x, a * z + s * noise).astype(np.float32)
-    images = backend.decode(x)
+    images, _ = backend.decode(x)
     return images if mask is None else np.where(mask[..., None] == 1, images, IMAGE)
 
 

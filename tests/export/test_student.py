@@ -62,7 +62,7 @@ def torch_sampler(stages, manifest, steps: int, ids: np.ndarray, noise: np.ndarr
     for i, t in enumerate(table.timesteps):
         m = stages.denoiser(SIZE)(torch.from_numpy(x), torch.full((len(x),), float(t)), *conditions)
         x = reference_update(x, m.numpy(), table, i)
-    return x, stages.decoder(torch.from_numpy(x)).numpy()
+    return x, stages.decoder(torch.from_numpy(x))[0].numpy()
 
 
 def test_manifest_describes_the_folder(student, artifact):
