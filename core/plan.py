@@ -1,5 +1,6 @@
 """Which timesteps a few-step student visits."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,9 +15,10 @@ DEFAULT_STEPS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Timestep indices in the order they are visited, strictly decreasing, all >= 0. Raises PlanError."""
+    """Timestep indices in the order they are visited, strictly decreasing, all >= 0; fractions lie between two entries of
+    the schedule. Raises PlanError."""
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]  # ints where they are whole
 
     def __post_init__(self) -> None:
         try:
@@ -26,16 +28,17 @@ class StepPlan:
         if not raw:
             raise PlanError("a plan needs at least one timestep, such as [999]")
         for t in raw:
-            if isinstance(t, bool) or not isinstance(t, int | np.integer) or t < 0:
-                raise PlanError(f"a timestep must be a whole number >= 0, got {t!r}")
+            known = isinstance(t, int | float | np.integer | np.floating) and not isinstance(t, bool)
+            if not known or not 0 <= t < math.inf:
+                raise PlanError(f"a timestep must be a number >= 0, got {t!r}")
         if any(now <= following for now, following in pairwise(raw)):
             raise PlanError(f"timesteps must decrease strictly, got {list(raw)}; write the noisiest first")
-        object.__setattr__(self, "timesteps", tuple(int(t) for t in raw))
+        object.__setattr__(self, "timesteps", tuple(int(t) if t == int(t) else float(t) for t in raw))
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[float]:
         return iter(self.timesteps)
 
     @classmethod
@@ -47,7 +50,7 @@ class StepPlan:
 
 
 def plans_by_steps(
-    plans: Mapping[int, Sequence[int] | StepPlan] | None = None, num_train_timesteps: int = 1000
+    plans: Mapping[int, Sequence[float] | StepPlan] | None = None, num_train_timesteps: int = 1000
 ) -> dict[int, StepPlan]:
     """The plans keyed by their number of steps, in increasing order; None means trailing plans of 1, 2 and 3 steps.
 
@@ -59,10 +62,10 @@ def plans_by_steps(
         raise PlanError("a model needs at least one plan, such as {1: [999]}")
     built: dict[int, StepPlan] = {}
     for key, timesteps in plans.items():
-        plan = timesteps if isinstance(timesteps, StepPlan) else StepPlan(cast(tuple[int, ...], timesteps))
+        plan = timesteps if isinstance(timesteps, StepPlan) else StepPlan(cast(tuple[float, ...], timesteps))
         if str(key) != str(len(plan)):
             raise PlanError(f"the plan for {key} steps visits {len(plan)} timesteps: {list(plan)}")
-        if plan.timesteps[0] >= num_train_timesteps:
+        if plan.timesteps[0] > num_train_timesteps - 1:
             raise PlanError(f"timestep {plan.timesteps[0]} is outside the schedule's 0..{num_train_timesteps - 1}")
         built[len(plan)] = plan
     return dict(sorted(built.items()))

@@ -12,7 +12,8 @@ from .errors import ScheduleError, nearest
 
 Kind = Literal["variance_preserving", "flow"]
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+SCM_CLASS = "SCMScheduler"  # SANA-Sprint's: its trigonometric times are a flow's, x_flow = x_trig / (cos t + sin t)
+FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", SCM_CLASS)
 # What diffusers' DDIMScheduler and DDPMScheduler take for a key that the config leaves out; other classes differ.
 _DDPM_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 _DDPM_CLASSES = ("", "DDIMScheduler", "DDPMScheduler")
@@ -61,8 +62,9 @@ class NoiseSchedule:
     def at(self, t: ArrayLike) -> tuple[Any, Any]:
         """(alpha_t, sigma_t), float64, in the shape of t: timestep indices in 0..T-1.
 
-        Whole numbers give the exact table entries. A flow schedule also takes fractions between them (linear in the
-        table); a variance-preserving one has no value there. Raises ScheduleError.
+        Whole numbers give the exact table entries. Between them a flow schedule has its closed form where it was built from
+        a config, else the line between the two entries; a variance-preserving one the line between their sigma / alpha, as
+        diffusers' Euler schedulers read it. Raises ScheduleError.
         """
         steps = np.asarray(t, dtype=np.float64)
         last = self.num_train_timesteps - 1
@@ -71,10 +73,15 @@ class NoiseSchedule:
         if np.all(steps == np.floor(steps)):
             index = steps.astype(np.int64)
             return self.alpha[index], self.sigma[index]
-        if self.kind != "flow":
-            raise ScheduleError(f"a variance-preserving schedule has whole timesteps 0..{last}, got {t}")
         grid = np.arange(last + 1)
-        return np.interp(steps, grid, self.alpha), np.interp(steps, grid, self.sigma)
+        if self.kind == "flow":
+            shift = None if self.config is None else self.config.get("shift", 1.0)
+            sigma = np.interp(steps, grid, self.sigma) if shift is None else shifted((steps + 1) / (last + 1), shift)
+            return 1.0 - sigma, sigma
+        if not self.alpha.all() and np.any(steps > last - 1):
+            raise ScheduleError(f"a schedule of zero terminal SNR has nothing between {last - 1} and {last}, got {t}")
+        ratio = np.interp(steps, grid, self.sigma / np.where(self.alpha > 0, self.alpha, np.inf))
+        return 1.0 / np.sqrt(1.0 + ratio**2), ratio / np.sqrt(1.0 + ratio**2)
 
     def network_time(self, t: ArrayLike) -> NDArray[np.float64]:
         """What the network is told at timestep index t: t itself, or T sigma_t for flow (diffusers' convention)."""
@@ -95,7 +102,7 @@ class NoiseSchedule:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ScheduleError(f"num_train_timesteps must be a whole number >= 1, got {steps!r}")
         kept = dict(config)
-        if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        if is_flow(config):
             sigma = _flow_sigmas(config, steps)
             return cls(1.0 - sigma, sigma, "flow", kept)
         if config.get("use_flow_sigmas"):
@@ -112,6 +119,12 @@ class NoiseSchedule:
         return dict(self.config)
 
     from_dict = from_scheduler_config
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler config is of a rectified flow."""
+    name = str(config.get("_class_name", ""))
+    return name.startswith("FlowMatch") or name == SCM_CLASS
 
 
 def rescale_zero_terminal_snr(alpha_bar: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -164,7 +177,7 @@ def _squared_cosine_betas(steps: int) -> NDArray[np.float64]:
 
 
 def _flow_sigmas(config: Mapping[str, Any], steps: int) -> NDArray[np.float64]:
-    """sigma_i = s u / (1 + (s - 1) u), u = (i + 1) / T, s = shift (Esser et al. 2024, eq. 23)."""
+    """sigma_i of u = (i + 1) / T, shifted."""
     if config["_class_name"] not in FLOW_CLASSES:
         raise ScheduleError(f"unknown flow scheduler {config['_class_name']!r}; known: {', '.join(FLOW_CLASSES)}")
     for key in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
@@ -175,5 +188,9 @@ def _flow_sigmas(config: Mapping[str, Any], steps: int) -> NDArray[np.float64]:
     shift = config.get("shift", 1.0)
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
         raise ScheduleError(f"shift must be a number > 0, got {shift!r}")
-    u = np.arange(1, steps + 1, dtype=np.float64) / steps
+    return shifted(np.arange(1, steps + 1, dtype=np.float64) / steps, shift)
+
+
+def shifted(u: Any, shift: float) -> Any:
+    """sigma = s u / (1 + (s - 1) u), s = shift: a flow's noise level of u in 0..1 (Esser et al. 2024, eq. 23)."""
     return shift * u / (1.0 + (shift - 1.0) * u)

@@ -9,21 +9,28 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import PlanError, ScheduleError
 from .plan import StepPlan
 from .prediction import check_prediction_type, linear_coefficients
+from .sampler import DETERMINISTIC, Sampler
 from .schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateTable:
-    """One row per step of a plan: x_s = a x_t + b m + c z.
+    """One row per step of a plan: x_s = a x_t + b m + c z, beginning with x_T = start z.
 
-    a, b, c: float64 (n_steps,); timesteps: int64 (n_steps,), the timestep index at which the network is asked for m.
-    The last row lands on x0. c is 0 unless the plan re-noises.
+    a, b, c: float64 (n_steps,); timesteps: float64 (n_steps,), the timestep index at which the network is asked for m.
+    c is 0 where the sampler draws no fresh noise, and in the last row.
     """
 
     a: NDArray[np.float64]
     b: NDArray[np.float64]
     c: NDArray[np.float64]
-    timesteps: NDArray[np.int64]
+    timesteps: NDArray[np.float64]
+    start: float = 1.0
+
+    @property
+    def renoised(self) -> tuple[int, ...]:
+        """The steps that need fresh noise."""
+        return tuple(int(i) for i in np.flatnonzero(self.c))
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -35,28 +42,32 @@ def update_table(
     prediction_type: str,
     *,
     noise_correction: bool = True,
-    renoise: bool = False,
+    sampler: Sampler = DETERMINISTIC,
 ) -> UpdateTable:
     """The coefficients of every step of `plan`, float64.
 
-    A step from t to the next, less noisy s is x_s = alpha_s x0 + sigma_s eps_dir; the last step lands on x0 (alpha_s =
-    1, sigma_s = 0). With noise correction eps_dir = x_T at the first step of a plan that starts at T - 1, else it is
-    the network's eps (Kohler et al. 2024, noise correction). With renoise, x_s = alpha_s x0 + sigma_s z, z fresh noise.
+    A step from t to the next, less noisy s is x_s = alpha_s x0 + sqrt(sigma_s^2 - c^2) eps_dir + c z: c and x0 are the
+    sampler's. The last step lands on x0 (alpha_s = 1, sigma_s = 0) or the least noisy level. With noise correction eps_dir =
+    x_T at the first step of a plan that starts at T - 1, else it is the network's eps (Kohler et al. 2024).
     Raises ScheduleError where the closed form is undefined, PlanError for timesteps outside the schedule.
     """
     _check_kind(schedule, prediction_type)
-    t = np.array(plan.timesteps, dtype=np.int64)
+    t = np.array(plan.timesteps, dtype=np.float64)
     last = schedule.num_train_timesteps - 1
     if t[0] > last:
-        raise PlanError(f"timestep {t[0]} is outside the schedule's 0..{last}")
+        raise PlanError(f"timestep {plan.timesteps[0]} is outside the schedule's 0..{last}")
     alpha_t, sigma_t = schedule.at(t)
-    alpha_s, sigma_s = np.append(alpha_t[1:], 1.0), np.append(sigma_t[1:], 0.0)
+    end = (1.0, 0.0) if sampler.end == "clean" else schedule.at(0)
+    alpha_s, sigma_s = np.append(alpha_t[1:], end[0]), np.append(sigma_t[1:], end[1])
     (a_x0, b_x0), (a_eps, b_eps) = linear_coefficients(prediction_type, alpha_t, sigma_t)
-    if renoise:
-        return UpdateTable(alpha_s * a_x0, alpha_s * b_x0, sigma_s, t)
+    c_skip, c_out = sampler.scalings(t)
+    a_x0, b_x0 = c_out * a_x0 + c_skip, c_out * b_x0
     corrected = noise_correction & (t == last)  # only the first timestep can be T - 1
     a_eps, b_eps = np.where(corrected, 1.0, a_eps), np.where(corrected, 0.0, b_eps)
-    return UpdateTable(alpha_s * a_x0 + sigma_s * a_eps, alpha_s * b_x0 + sigma_s * b_eps, np.zeros(len(t)), t)
+    c = np.append(sampler.fresh_noise(schedule, t[:-1], t[1:]), 0.0)
+    direction = np.sqrt(np.maximum(0.0, sigma_s**2 - c**2))
+    start = float(sigma_t[0]) if sampler.start == "sigma" else 1.0
+    return UpdateTable(alpha_s * a_x0 + direction * a_eps, alpha_s * b_x0 + direction * b_eps, c, t, start)
 
 
 def reference_update(
@@ -91,19 +102,19 @@ def reference_update(
 
 
 def sample(
-    denoiser: Callable[[NDArray, int], NDArray],
-    x_T: NDArray,
+    denoiser: Callable[[NDArray, float], NDArray],
+    noise: NDArray,
     table: UpdateTable,
     *,
     noises: Sequence[NDArray] | None = None,
 ) -> NDArray:
-    """x0 from pure noise x_T (B, ...) by every step of `table`; denoiser(x_t, timestep index) gives m.
+    """x0 from unit noise (B, ...) by every step of `table`; denoiser(x_t, timestep index) gives m.
 
     noises: one array per step (the last is not used), needed only if the table re-noises.
     """
-    x = x_T
+    x = noise if table.start == 1.0 else (table.start * noise).astype(noise.dtype)
     for i, t in enumerate(table.timesteps):
-        x = reference_update(x, denoiser(x, int(t)), table, i, noise=None if noises is None else noises[i])
+        x = reference_update(x, denoiser(x, float(t)), table, i, noise=None if noises is None else noises[i])
     return x
 
 

@@ -61,7 +61,7 @@ def test_a_point_mass_is_reached_by_any_plan(name, prediction_type, plan, noise_
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_a_point_mass_is_reached_with_fresh_noise_too(plan):
     schedule, point = SCHEDULES["stable diffusion"], noise(4, seed=1)
-    table = update_table(schedule, plan, "v_prediction", renoise=True)
+    table = update_table(schedule, plan, "v_prediction", sampler=RENOISE)
     assert table.c[-1] == 0.0
     denoise = denoiser_of(lambda x, alpha, sigma: np.broadcast_to(point, x.shape), schedule, "v_prediction")
     x0 = sample(denoise, noise(2, 4), table, noises=[noise(2, 4, seed=i + 2) for i in range(len(plan))])
@@ -192,7 +192,7 @@ def test_the_result_has_the_dtype_of_x_and_is_rounded_once():
 
 def test_renoising_is_alpha_x0_plus_sigma_z():
     schedule = SCHEDULES["stable diffusion"]
-    table = update_table(schedule, StepPlan.trailing(2), "epsilon", renoise=True)
+    table = update_table(schedule, StepPlan.trailing(2), "epsilon", sampler=RENOISE)
     x, m, z = (noise(2, 4, seed=i) for i in range(3))
     alpha_t, sigma_t = schedule.at(999)
     alpha_s, sigma_s = schedule.at(499)

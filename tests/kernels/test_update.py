@@ -60,7 +60,7 @@ def test_the_kernel_is_what_runs_here():
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_every_combination(prediction_type, noise_correction, guided, fresh, dtype):
     shape = (3, 4, 5, 7)
-    options = {"renoise": True} if fresh != "none" else {"noise_correction": noise_correction}
+    options = {"sampler": RENOISE} if fresh != "none" else {"noise_correction": noise_correction}
     coefficients = coefficients_on(DEVICE, table_of(prediction_type, **options))
     x, m = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
     given = {}
@@ -118,7 +118,7 @@ def test_rows_of_one_batch_may_follow_different_plans():
 
 
 def test_seeds_draw_the_same_noise_alone_in_a_batch_of_seven_and_in_any_layout():
-    coefficients = coefficients_on(DEVICE, table_of(renoise=True))
+    coefficients = coefficients_on(DEVICE, table_of(sampler=RENOISE))
     x, m = draw(7, 4, 16, 16), draw(7, 4, 16, 16, seed=1)
     seeds = torch.arange(7, device=DEVICE) + 2**35
     batch = noise_corrected_update(x, m, coefficients, 0, seeds=seeds)
@@ -202,7 +202,7 @@ def test_a_three_step_plan_equals_the_reference_loop():
 
 
 X, TABLE = torch.zeros(2, 4, 8, 8, device=DEVICE), coefficients_on(DEVICE, table_of())
-RENOISING = coefficients_on(DEVICE, table_of(renoise=True))
+RENOISING = coefficients_on(DEVICE, table_of(sampler=RENOISE))
 
 
 @pytest.mark.parametrize(

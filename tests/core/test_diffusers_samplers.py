@@ -1,0 +1,90 @@
+"""Every sampler against diffusers' own scheduler: the same network, start and noises, float64, 1e-6."""
+
+import json
+import math
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import torch_utils
+
+from imagine_flash.core.diffusers_samplers import plan_of, sampler_of
+from imagine_flash.core.errors import PlanError, ScheduleError
+from imagine_flash.core.schedule import NoiseSchedule
+from imagine_flash.core.update import sample, update_table
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim leading": ("DDIMScheduler", SD | {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}),
+    "ddim trailing": ("DDIMScheduler", SD | {"clip_sample": False, "timestep_spacing": "trailing"}),
+    "euler trailing": ("EulerDiscreteScheduler", SD | {"timestep_spacing": "trailing"}),
+    "euler leading": ("EulerDiscreteScheduler", SD | {"timestep_spacing": "leading", "steps_offset": 1}),
+    "euler linspace": ("EulerDiscreteScheduler", SD),
+    "ancestral": ("EulerAncestralDiscreteScheduler", SD | {"timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", SD),
+    "tcd": ("TCDScheduler", SD),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "flow without shift": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow renoised": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
+    "flow lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}),
+}
+PREDICTIONS = [(name, "flow") for name in SCHEDULERS if name.startswith("flow")]
+PREDICTIONS += [(n, p) for n in SCHEDULERS if not n.startswith("flow") for p in ("epsilon", "v_prediction")]
+PREDICTIONS += [("ddim trailing", "sample"), ("euler trailing", "sample"), ("lcm", "sample"), ("tcd", "sample")]
+SHAPE = (2, 4, 3, 3)
+
+
+class Draws:
+    """diffusers' randn_tensor, giving the noises in our order."""
+
+    def __init__(self, noises: list[np.ndarray]) -> None:
+        self.left = [torch.from_numpy(noise) for noise in noises]
+
+    def __call__(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.left.pop(0)
+
+
+def network(x: np.ndarray, t: float) -> np.ndarray:
+    """Neither linear nor the same at all times."""
+    return np.tanh(0.7 * x + math.sin(t / 100)) + 0.3 * np.roll(x, 1, axis=1)
+
+
+def in_double(scheduler: Any) -> Any:
+    """With the tables that its float32 ones stand for, so that 1e-6 measures the arithmetic."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        exact = NoiseSchedule.from_scheduler_config(json.loads(scheduler.to_json_string()))
+        scheduler.alphas_cumprod = torch.from_numpy(exact.alpha**2)
+        if hasattr(scheduler, "final_alpha_cumprod") and not scheduler.config.get("set_alpha_to_one", True):
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return scheduler
+
+
+def theirs(scheduler: Any, steps: int, draws: list[np.ndarray], module: str, monkeypatch: Any) -> np.ndarray:
+    """diffusers' loop, as its pipelines have it."""
+    monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", Draws(draws[1:]), raising=False)
+    scheduler.set_timesteps(steps)
+    x = torch.from_numpy(draws[0]) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    for t in scheduler.timesteps:
+        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        m = torch.from_numpy(network(given.double().numpy(), float(t)))
+        x = scheduler.step(m, t, x, return_dict=False)[0].double()
+    return x.numpy()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(("name", "prediction"), PREDICTIONS)
+def test_each_equals_diffusers(name: str, prediction: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, values = SCHEDULERS[name]
+    scheduler = in_double(
+        getattr(diffusers, kind)(**values, **({} if prediction == "flow" else {"prediction_type": prediction}))
+    )
+    config = json.loads(scheduler.to_json_string())
+    rng = np.random.default_rng(0)
+    draws = [rng.standard_normal(SHAPE) for _ in range(steps + 1)]
+    expected = theirs(scheduler, steps, draws, type(scheduler).__module__.rsplit(".", 1)[1], monkeypatch)
+    schedule, plan = NoiseSchedule.from_scheduler_config(config), plan_of(config, steps)
+    table = update_table(schedule, plan, prediction, noise_correction=False, sampler=sampler_of(config))
+    found = sample(lambda x, t: network(x, float(schedule.network_time(t))), draws[0], table, noises=draws[1:])
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
