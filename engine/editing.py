@@ -38,7 +38,7 @@ class Start:
         return known + (x - known) * self.mask
 
 
-def first_step(timesteps: Sequence[int], last: int, strength: float) -> int:
+def first_step(timesteps: Sequence[float], last: int, strength: float) -> int:
     """The step of a plan whose timestep is nearest to strength x last, the noisier of two; 0 at strength 1."""
     return min(range(len(timesteps)), key=lambda i: abs(timesteps[i] / last - strength))
 

@@ -170,12 +170,12 @@ class PlanTables:
     times: NDArray[np.float32]
     a: NDArray[np.float32]
     b: NDArray[np.float32]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     levels: tuple[tuple[float, float], ...]  # alpha, sigma before each step, and after the last
 
     @classmethod
     def of(cls, schedule: NoiseSchedule, table: UpdateTable) -> PlanTables:
         times = schedule.network_time(table.timesteps).astype(np.float32)
         levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*schedule.at(table.timesteps), strict=True)]
-        timesteps = tuple(int(t) for t in table.timesteps)
+        timesteps = tuple(table.timesteps.tolist())
         return cls(times, table.a.astype(np.float32), table.b.astype(np.float32), timesteps, (*levels, (1.0, 0.0)))

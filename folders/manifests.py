@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ..core.errors import nearest
 from ..core.plan import StepPlan, plans_by_steps
+from ..core.sampler import DETERMINISTIC, Sampler
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, update_table
 
@@ -24,6 +25,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 Size = tuple[int, int]  # height, width in pixels
+Plans = dict[int, list[int | float]]  # the timesteps of each number of steps, the noisiest first
 
 
 def size_name(size: Size) -> str:
@@ -93,8 +95,9 @@ class StudentManifest(_Frozen):
 
     format: Literal["imagine-flash-student"] = "imagine-flash-student"
     format_version: Literal[1] = 1
-    plans: dict[int, list[int]]
+    plans: Plans
     noise_correction: bool
+    sampler: Sampler = DETERMINISTIC
     recipe: dict[str, Any]
     teacher_sha256: str
     base: str | None = None  # of a LoRA student: the pipeline (folder or hub id) that its weights are fused into
@@ -105,8 +108,8 @@ class StudentManifest(_Frozen):
 
     @field_validator("plans")
     @classmethod
-    def _plans_are_valid(cls, plans: dict[int, list[int]]) -> dict[int, list[int]]:
-        plans_by_steps(plans, max((t for steps in plans.values() for t in steps), default=0) + 1)
+    def _plans_are_valid(cls, plans: Plans) -> Plans:
+        plans_by_steps(plans, int(max((t for steps in plans.values() for t in steps), default=0)) + 2)
         return plans
 
     @property
@@ -129,8 +132,9 @@ class ModelDescription(_Frozen):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]
     scheduler: dict[str, Any]
-    plans: dict[int, list[int]]
+    plans: Plans
     noise_correction: bool
+    sampler: Sampler = DETERMINISTIC
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1)  # pixels of an image's side per latent
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
@@ -199,8 +203,8 @@ class ModelDescription(_Frozen):
         """The update's coefficients by number of steps."""
         schedule = self.schedule
         plans = plans_by_steps(self.plans, schedule.num_train_timesteps)
-        correct = self.noise_correction
-        return {n: update_table(schedule, p, self.prediction_type, noise_correction=correct) for n, p in plans.items()}
+        how: dict[str, Any] = {"noise_correction": self.noise_correction, "sampler": self.sampler}
+        return {n: update_table(schedule, plan, self.prediction_type, **how) for n, plan in plans.items()}
 
 
 class ArtifactManifest(ModelDescription):

@@ -140,7 +140,7 @@ def _why_no_manifest(folder: Path, file: str) -> str:
 def first_problem(error: ValidationError, known: Iterable[str]) -> str:
     """The first complaint as 'field: what; way out', on one line."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"] if part not in ("int", "float"))  # of a union
     if first["type"] == "extra_forbidden":
         return f"unknown field {field!r}{nearest(field, known)}"
     if first["type"] == "missing":

@@ -1,17 +1,19 @@
 """Every sampler against diffusers' own scheduler: the same network, start and noises, float64, 1e-6."""
 
+import functools
 import json
 import math
+import re
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import torch_utils
 
 from imagine_flash.core.diffusers_samplers import plan_of, sampler_of
 from imagine_flash.core.errors import PlanError, ScheduleError
+from imagine_flash.core.sampler import Sampler
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import sample, update_table
 
@@ -88,3 +90,77 @@ def test_each_equals_diffusers(name: str, prediction: str, steps: int, monkeypat
     table = update_table(schedule, plan, prediction, noise_correction=False, sampler=sampler_of(config))
     found = sample(lambda x, t: network(x, float(schedule.network_time(t))), draws[0], table, noises=draws[1:])
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_sana_sprint_is_a_renoised_flow(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipeline turns angles into a flow's times, states and velocities into trigonometric ones, and back at the end."""
+    scheduler: Any = diffusers.SCMScheduler()
+    rng = np.random.default_rng(1)
+    draws = [rng.standard_normal(SHAPE) for _ in range(steps + 1)]
+    monkeypatch.setattr("diffusers.schedulers.scheduling_scm.randn_tensor", Draws(draws[1:]))
+    scheduler.set_timesteps(steps, max_timesteps=math.pi / 2, intermediate_timesteps=1.3 if steps == 2 else None)
+    data, x = scheduler.config.sigma_data, torch.from_numpy(draws[0]) * scheduler.config.sigma_data
+    for angle in scheduler.timesteps[:-1].double():
+        tau = torch.sin(angle) / (torch.cos(angle) + torch.sin(angle))
+        size = torch.sqrt(tau**2 + (1 - tau) ** 2)
+        flow = x / data * size
+        u = torch.from_numpy(network(flow.numpy(), 1000 * float(tau)))
+        m = ((1 - 2 * tau) * flow + (1 - 2 * tau + 2 * tau**2) * u) / size * data
+        x, x0 = scheduler.step(m, angle.float(), x, return_dict=False)
+    config = json.loads(scheduler.to_json_string())
+    schedule, plan = NoiseSchedule.from_scheduler_config(config), plan_of(config, steps)
+    table = update_table(schedule, plan, "flow", noise_correction=False, sampler=sampler_of(config))
+    found = sample(lambda x, t: network(x, float(schedule.network_time(t))), draws[0], table, noises=draws[1:])
+    np.testing.assert_allclose(found, x0.numpy() / data, rtol=2e-6, atol=2e-6)
+
+
+def test_strategic_sampling_runs_from_deterministic_to_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = in_double(diffusers.TCDScheduler(**SD))
+    config, rng = json.loads(scheduler.to_json_string()), np.random.default_rng(2)
+    draws = [rng.standard_normal(SHAPE) for _ in range(5)]
+    schedule, plan = NoiseSchedule.from_scheduler_config(config), plan_of(config, 4)
+    for gamma in (0.0, 0.7, 1.0):
+        scheduler.step = functools.partial(diffusers.TCDScheduler.step, scheduler, eta=gamma)
+        expected = theirs(scheduler, 4, draws, "scheduling_tcd", monkeypatch)
+        sampler = sampler_of(config).model_copy(update={"gamma": gamma})
+        table = update_table(schedule, plan, "epsilon", noise_correction=False, sampler=sampler)
+        assert bool(table.renoised) == (gamma > 0)
+        found = sample(lambda x, t: network(x, t), draws[0], table, noises=draws[1:])
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler has no closed form of one step"),
+        ({"_class_name": "LCMSchedular"}, "did you mean 'LCMScheduler'?"),
+        ({}, "the scheduler without a class name"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
+        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min"}, "ends on a noise level"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "no table of timesteps"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "its step is not linear"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "log"}, "leading or trailing, got 'log'"),
+    ],
+)
+def test_schedulers_that_are_no_row_of_the_table(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScheduleError, match=re.escape(message)) as caught:
+        sampler_of(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [0, 1000, True, "four"])
+def test_numbers_of_steps_that_are_none(steps: Any) -> None:
+    with pytest.raises(PlanError, match="between 1 and 999 steps"):
+        plan_of({"_class_name": "DDIMScheduler"}, steps)
+    with pytest.raises(PlanError, match="trained with 50 timesteps, got 51 steps"):
+        plan_of({"_class_name": "LCMScheduler"}, 51)
+
+
+def test_a_flow_has_no_posterior_of_ours() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(ScheduleError, match="a flow has no ancestral sampler"):
+        update_table(
+            NoiseSchedule.from_scheduler_config(config), plan_of(config, 2), "flow", sampler=Sampler(kind="ancestral")
+        )

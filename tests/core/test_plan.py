@@ -21,8 +21,9 @@ def test_trailing_plans_of_another_length_start_at_the_end_and_stay_positive():
     assert StepPlan.trailing(999, 1000).timesteps == tuple(range(999, 0, -1))
 
 
-def test_numpy_timesteps_become_plain_numbers():
+def test_whole_timesteps_become_ints_and_fractions_stay():
     assert all(type(t) is int for t in StepPlan(tuple(np.array([9, 3]))))
+    assert [type(t) for t in StepPlan((999.0, 333.5))] == [int, float]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,9 @@ def test_numpy_timesteps_become_plain_numbers():
         ((), "at least one timestep"),
         ((499, 999), "must decrease strictly, got [499, 999]"),
         ((999, 999), "must decrease strictly"),
-        ((999, -1), "whole number >= 0, got -1"),
-        ((999, 0.5), "whole number >= 0, got 0.5"),
+        ((999, -1), "a number >= 0, got -1"),
+        ((float("inf"), 5), "a number >= 0, got inf"),
+        ((999, float("nan")), "a number >= 0, got nan"),
         ((True,), "got True"),
         (("999",), "got '999'"),
         (999, "a list of timesteps, got 999"),

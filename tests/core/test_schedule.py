@@ -68,6 +68,19 @@ def test_rescaling_keeps_the_first_entry_and_clears_the_last():
     assert rescaled[0] == pytest.approx(alpha_bar[0], abs=1e-15)
 
 
+def test_fractions_lie_on_the_closed_form_of_a_flow_and_where_euler_puts_them_else():
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    flow = NoiseSchedule.from_scheduler_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    u = (np.array([998.5, 0.25]) + 1) / 1000
+    np.testing.assert_allclose(flow.at([998.5, 0.25])[1], 3 * u / (1 + 2 * u), rtol=0, atol=1e-15)
+    theirs = EulerDiscreteScheduler(**STABLE_DIFFUSION)
+    theirs.set_timesteps(8)  # 999, 856.3, 713.6 ...
+    alpha, sigma = NoiseSchedule.from_scheduler_config(STABLE_DIFFUSION).at(theirs.timesteps.double().numpy())
+    np.testing.assert_allclose(sigma / alpha, theirs.sigmas[:-1].double().numpy(), rtol=2e-5)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=0, atol=1e-12)
+
+
 def test_at_gives_the_exact_entries_in_the_shape_of_t():
     schedule = NoiseSchedule.from_scheduler_config(STABLE_DIFFUSION)
     assert schedule.at(999) == (schedule.alpha[999], schedule.sigma[999])
@@ -106,7 +119,7 @@ BAD_CONFIGS = [
     ({"trained_betas": [0.1, 0.2]}, "must hold num_train_timesteps = 1000 values, got 2"),
     ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]}, "betas must be in (0, 1], got 0.1 to 1.2"),
     ({"_class_name": "LCMScheduler", "beta_end": 0.02}, "LCMScheduler has no 'beta_schedule'"),
-    ({"_class_name": "FlowMatchLCMScheduler"}, "unknown flow scheduler 'FlowMatchLCMScheduler'"),
+    ({"_class_name": "FlowMatchMineScheduler"}, "unknown flow scheduler 'FlowMatchMineScheduler'"),
     (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting is not supported"),
     (FLOW | {"shift": 0}, "shift must be a number > 0, got 0"),
     (FLOW | {"shift": "big"}, "shift must be a number > 0, got 'big'"),
@@ -122,7 +135,7 @@ def test_bad_configs(config, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("t", [-1, 1000, float("nan"), [3, 1000], 0.5])
+@pytest.mark.parametrize("t", [-1, 1000, float("nan"), [3, 1000], 999.5])
 def test_timesteps_outside_the_table(t):
     with pytest.raises(ScheduleError, match=r"0\.\.999|between 0 and 999"):
         NoiseSchedule.from_scheduler_config(STABLE_DIFFUSION).at(t)

@@ -8,9 +8,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from imagine_flash.core.errors import PlanError, ScheduleError
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.prediction import PREDICTION_TYPES
+from imagine_flash.core.sampler import Sampler
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import reference_update, sample, update_table
 
+RENOISE = Sampler(kind="renoise")
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULES = {
     "stable diffusion": NoiseSchedule.from_scheduler_config(SD),

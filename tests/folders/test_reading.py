@@ -95,8 +95,9 @@ def test_an_artifact_round_trip(artifact):
 
 def test_the_file_keeps_its_order_of_fields():
     """What any model says of itself comes first, then an artifact's own."""
-    written = json.loads((EMBEDDED / "manifest.json").read_text("utf-8"))
-    assert list(json.loads(read_artifact_manifest(EMBEDDED, verify=False).model_dump_json())) == list(written)
+    written = list(json.loads((EMBEDDED / "manifest.json").read_text("utf-8")))
+    known = json.loads(read_artifact_manifest(EMBEDDED, verify=False).model_dump_json())
+    assert [name for name in known if name in written] == written  # later versions have fields in between
 
 
 def test_a_student_round_trip(student):

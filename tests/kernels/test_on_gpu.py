@@ -5,6 +5,7 @@ import torch
 
 from imagine_flash.benchmarks.kernels import captured
 from imagine_flash.core.plan import StepPlan
+from imagine_flash.core.sampler import Sampler
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import update_table
 from imagine_flash.kernels.group_norm_silu import group_norm_silu
@@ -115,7 +116,9 @@ def test_decoder_kernels_at_full_size(dtype, layout):
 
 
 def test_noise_from_seeds_is_that_of_the_reference(table):
-    renoising = coefficients_on("cuda", update_table(SD, StepPlan.trailing(3), "v_prediction", sampler=RENOISE))
+    renoising = coefficients_on(
+        "cuda", update_table(SD, StepPlan.trailing(3), "v_prediction", sampler=Sampler(kind="renoise"))
+    )
     x, m, seeds = draw(2, 4, 64, 64), draw(2, 4, 64, 64, seed=1), torch.tensor([1, 2**40], device="cuda")
     found = noise_corrected_update(x, m, renoising, 0, seeds=seeds)
     expected = reference(x, m, renoising.rows, renoising.positions[:1], seeds=seeds)

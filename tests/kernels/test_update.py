@@ -8,6 +8,7 @@ import torch
 
 from imagine_flash.core.errors import ScheduleError
 from imagine_flash.core.plan import StepPlan
+from imagine_flash.core.sampler import Sampler
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import UpdateTable, reference_update, update_table
 from imagine_flash.kernels.triton_or_reference import runs_kernel
@@ -20,6 +21,7 @@ FLOW = NoiseSchedule.from_scheduler_config({"_class_name": "FlowMatchEulerDiscre
 TYPES = ("epsilon", "v_prediction", "sample", "flow")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+FRESH = Sampler(kind="renoise")
 SHAPES = {
     "one element": (1, 1),
     "no power of two": (2, 1023),
@@ -60,7 +62,7 @@ def test_the_kernel_is_what_runs_here():
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_every_combination(prediction_type, noise_correction, guided, fresh, dtype):
     shape = (3, 4, 5, 7)
-    options = {"sampler": RENOISE} if fresh != "none" else {"noise_correction": noise_correction}
+    options = {"sampler": FRESH} if fresh != "none" else {"noise_correction": noise_correction}
     coefficients = coefficients_on(DEVICE, table_of(prediction_type, **options))
     x, m = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
     given = {}
@@ -118,7 +120,7 @@ def test_rows_of_one_batch_may_follow_different_plans():
 
 
 def test_seeds_draw_the_same_noise_alone_in_a_batch_of_seven_and_in_any_layout():
-    coefficients = coefficients_on(DEVICE, table_of(sampler=RENOISE))
+    coefficients = coefficients_on(DEVICE, table_of(sampler=FRESH))
     x, m = draw(7, 4, 16, 16), draw(7, 4, 16, 16, seed=1)
     seeds = torch.arange(7, device=DEVICE) + 2**35
     batch = noise_corrected_update(x, m, coefficients, 0, seeds=seeds)
@@ -202,7 +204,7 @@ def test_a_three_step_plan_equals_the_reference_loop():
 
 
 X, TABLE = torch.zeros(2, 4, 8, 8, device=DEVICE), coefficients_on(DEVICE, table_of())
-RENOISING = coefficients_on(DEVICE, table_of(sampler=RENOISE))
+RENOISING = coefficients_on(DEVICE, table_of(sampler=FRESH))
 
 
 @pytest.mark.parametrize(
