@@ -1,7 +1,8 @@
 """Step-level batching: one thread draws all requests, and chunks at different steps of different plans share network calls.
 
-A request joins at the next call, so a lone one never waits for company. The earliest deadline goes first, and pictures that
-only need decoding go before everything. A request that was cancelled or has expired is dropped before the next call.
+A request joins at the next call, so a lone one never waits for company. Clients share the calls by weight (`fairness`); of one
+client the earliest deadline goes first, and pictures that only need decoding go before everything. A prompt is encoded when its
+first step is next. A request that was cancelled or has expired is dropped before the next call.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..core.errors import BusyError, EngineError, ExpiredError, RequestError
 from ..folders.manifests import ModelDescription
 from .backends import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
+from .fairness import FairShare
 from .prompt_cache import PromptCache
 from .work import Chunk, Job, PlanTables
 
@@ -27,7 +29,8 @@ CLOSED = "the engine is closed; load it again with Engine.load"
 
 
 class Batcher:
-    """Owns the backend: nothing else calls it once the thread runs. max_waiting: pictures accepted but not yet drawn.
+    """Owns the backend: nothing else calls it once the thread runs. max_waiting: pictures accepted but not yet drawn; those of
+    jobs with a reserved place do not count.
 
     counts: what has happened so far, by name; "batch N" are network calls with N pictures. failed_in_a_row: requests that
     a backend has failed since the last one that it drew.
@@ -52,9 +55,11 @@ class Batcher:
         self._arrived: list[list[Chunk]] = []
         self._active: tuple[Chunk, ...] = ()  # replaced by the thread alone, and never changed: anybody may read it
         self._rows = 0  # of both
+        self._waiting = Counter[str]()  # of these, by client, without those that have a reserved place
         self._forgotten = 0  # requests, since the last turn
         self._closed = False
         self._wake = threading.Condition()  # guards all of these
+        self._share = FairShare()  # of the thread alone
         self._thread = threading.Thread(target=self._loop, name="imagine-flash", daemon=True)
         self._thread.start()
 
@@ -64,37 +69,59 @@ class Batcher:
         return self._rows
 
     def submit(self, chunks: list[Chunk]) -> None:
-        """Takes up a job's chunks. Raises EngineError after `close`, BusyError where too much waits already, RequestError
-        for more than may ever wait."""
+        """Takes up a job's chunks. Raises EngineError after `close`; where the job has no reserved place, BusyError where too
+        much waits already, RequestError for more than may ever wait."""
         with self._wake:
             if self._closed:
                 raise EngineError(CLOSED)
-            rows = sum(chunk.rows for chunk in chunks)
-            if rows > self.max_waiting:
-                most = f"at most {self.max_waiting} may wait here; ask for fewer"
-                raise RequestError(f"{rows} pictures at once, {most}", param="n")
-            if self._rows + rows > self.max_waiting and (waiting := self._alive()) + rows > self.max_waiting:
-                raise BusyError(f"{waiting} pictures wait already, at most {self.max_waiting} may; try again later")
+            if not chunks[0].job.reserved:
+                self._admit(chunks[0].job.client.name, sum(chunk.rows for chunk in chunks))
             self._arrived.append(chunks)
-            self._rows += rows
+            self._count(chunks)
             self._wake.notify()
 
-    def _alive(self) -> int:
-        """Pictures that somebody still waits for. What was cancelled before its turn is forgotten: whoever types fast must
-        not be kept out by their own older requests."""
-        kept = [chunks for chunks in self._arrived if not chunks[0].job.future.cancelled()]
-        self._forgotten += len(self._arrived) - len(kept)
-        self._rows -= sum(c.rows for chunks in self._arrived for c in chunks) - sum(
-            c.rows for chunks in kept for c in chunks
-        )
-        self._arrived = kept
-        return self._rows - sum(chunk.rows for chunk in self._active if chunk.job.future.cancelled())
+    def _admit(self, client: str, rows: int) -> None:
+        """Where all places are taken, a client may still have its share of them: nobody keeps others out."""
+        if rows > self.max_waiting:
+            most = f"at most {self.max_waiting} may wait here; ask for fewer"
+            raise RequestError(f"{rows} pictures at once, {most}", param="n")
+        if self._waiting.total() + rows > self.max_waiting:
+            self._forget_cancelled()
+            waiting = self._waiting - self._rows_by_client(c for c in self._active if c.job.is_cancelled)
+            share = self.max_waiting // len({*waiting, client})
+            if waiting.total() + rows > self.max_waiting and waiting[client] + rows > share:
+                raise BusyError(
+                    f"{waiting.total()} pictures wait already, at most {self.max_waiting} may; try again later"
+                )
+
+    @staticmethod
+    def _rows_by_client(chunks: Iterable[Chunk]) -> Counter[str]:
+        found = Counter[str]()
+        for chunk in chunks:
+            if not chunk.job.reserved:
+                found[chunk.job.client.name] += chunk.rows
+        return found
+
+    def _count(self, chunks: Collection[Chunk], sign: int = 1) -> None:
+        self._rows += sign * sum(chunk.rows for chunk in chunks)
+        for client, rows in self._rows_by_client(chunks).items():
+            self._waiting[client] += sign * rows
+            if not self._waiting[client]:
+                del self._waiting[client]
+
+    def _forget_cancelled(self) -> None:
+        """Of what has not had its turn: whoever types fast must not be kept out by their own older requests."""
+        for chunks in [chunks for chunks in self._arrived if chunks[0].job.is_cancelled]:
+            self._arrived.remove(chunks)
+            self._count(chunks, -1)
+            self._forgotten += 1
 
     def _keep(self, chunks: Iterable[Chunk]) -> None:
         """What is drawn from now on; the rest of it has left."""
         kept = tuple(chunks)
         with self._wake:
-            self._rows -= sum(chunk.rows for chunk in self._active) - sum(chunk.rows for chunk in kept)
+            self._count(self._active, -1)
+            self._count(kept)
             self._active = kept
 
     def close(self) -> None:
@@ -110,9 +137,8 @@ class Batcher:
             with self._wake:
                 self._wake.wait_for(lambda: self._arrived or self._active or self._closed)
                 arrived, self._arrived = self._arrived, []
-                self._active = tuple(
-                    sorted((*self._active, *(c for chunks in arrived for c in chunks)), key=lambda c: c.job.deadline)
-                )
+                clients = {chunk.job.client.name for chunk in self._active}
+                self._active = (*self._active, *(chunk for chunks in arrived for chunk in chunks))
                 self.counts["cancelled"] += self._forgotten
                 self._forgotten = 0
                 closed = self._closed
@@ -122,84 +148,104 @@ class Batcher:
                 self._keep(())
                 self.backend.close()
                 return
+            for chunks in arrived:
+                client = chunks[0].job.client.name
+                self._share.arrive(client, is_waiting=client in clients)
+                clients.add(client)
             try:
-                self._turn(arrived)
+                self._turn()
             except Exception as error:  # a fault of ours must not leave anybody waiting
                 for job in dict.fromkeys(chunk.job for chunk in self._active):
                     self._end(job, EngineError(f"the engine failed: {error!r}"))
 
-    def _turn(self, arrived: Sequence[list[Chunk]]) -> None:
-        """One call of the network or decoder, after what newcomers need."""
-        self._begin(arrived)
+    def _turn(self) -> None:
+        """One call of the network or decoder, after what those that begin with it need."""
         self._drop_the_ended()
-        if group := self._next_group():
+        group = self._next_group()
+        if new := [chunk for chunk in group if chunk.turn is None]:
+            self._share.begin(new)
+            self._begin(new)
+            for chunk in new:
+                chunk.job.future.begun = True
+            self._drop_the_ended()
+            group = [chunk for chunk in group if chunk in self._active]
+        if group:
             work = self._sample if self._whole else self._decode if self._is_drawn(group[0]) else self._denoise
             self._guarded(work, group)
 
-    def _begin(self, arrived: Sequence[list[Chunk]]) -> None:
-        """Takes up new jobs; their prompts are encoded together, those in the cache not at all."""
-        self._drop_the_ended()
-        new = [chunks for chunks in arrived if not chunks[0].job.future.done()]
+    def _begin(self, new: Sequence[Chunk]) -> None:
+        """What chunks need before their first step; prompts are encoded together, those in the cache not at all."""
+        for own in _by_job(new).values():
+            if own[0].job.request.image is not None:
+                self._guarded(self._start_from_image, own)
         if self._whole and not self._has_embedding_samplers(new):
             return
-        for chunks in new:
-            if chunks[0].job.request.image is not None:
-                self._guarded(self._start_from_image, chunks)
-        unknown = [chunks for chunks in new if not self._recall(chunks)]
-        for i in range(0, len(unknown), self.max_batch):
-            self._guarded(self._encode, [chunk for chunks in unknown[i : i + self.max_batch] for chunk in chunks])
+        if unknown := [chunk for own in _by_job(new).values() if not self._recall(own[0].job) for chunk in own]:
+            self._guarded(self._encode, unknown)
+        for chunk in new:
+            chunk.conditions = tuple(self.backend.join([one] * chunk.rows) for one in chunk.job.conditions)
 
-    def _has_embedding_samplers(self, new: Sequence[list[Chunk]]) -> bool:
-        return "text_encoder" in self._graphs and all(
-            f"sampler_{chunks[0].job.steps}_from_embeddings" in self._graphs for chunks in new
-        )
+    def _has_embedding_samplers(self, new: Sequence[Chunk]) -> bool:
+        names = {f"sampler_{chunk.job.steps}_from_embeddings" for chunk in new}
+        return "text_encoder" in self._graphs and names <= set(self._graphs)
 
-    def _recall(self, chunks: list[Chunk]) -> bool:
-        job = chunks[0].job
-        found = self.cache.find(job.tokens)
-        job.cached = found is not None
-        if found is not None:
-            self._condition(chunks, found)
-        return job.cached
-
-    def _condition(self, chunks: Sequence[Chunk], conditions: Sequence[Array]) -> None:
-        for chunk in chunks:
-            chunk.conditions = tuple(self.backend.join([one] * chunk.rows) for one in conditions)
+    def _recall(self, job: Job) -> bool:
+        """Whether its prompt is known: to the job, of which chunks were drawn before, or to the cache."""
+        if not job.conditions and (found := self.cache.find(job.tokens)) is not None:
+            job.conditions, job.cached = tuple(found), True
+        return bool(job.conditions)
 
     def _encode(self, group: Sequence[Chunk]) -> None:
         """One call for the prompts of several jobs."""
-        jobs = list(dict.fromkeys(chunk.job for chunk in group))
+        jobs = list(_by_job(group))
         tokens = {name: np.concatenate([job.tokens[name] for job in jobs]) for name in jobs[0].tokens}
         conditions = _timed(jobs, "encode", lambda: self.backend.encode(tokens))
         for i, job in enumerate(jobs):
-            own = self.cache.keep(job.tokens, tuple(condition[i : i + 1] for condition in conditions))
-            self._condition([chunk for chunk in group if chunk.job is job], own)
+            own = tuple(condition[i : i + 1] for condition in conditions)
+            job.conditions = tuple(self.cache.keep(job.tokens, own))
 
     def _start_from_image(self, chunks: Sequence[Chunk]) -> None:
         """The picture as latents, noised to the level of the step where drawing begins."""
         job = chunks[0].job
         request, plan = job.request, self._plans[job.steps]
-        assert request.image is not None
-        image = request.image[None]
-        latents = _timed([job], "encode", lambda: self.backend.encode_image(image))
-        mask = None if request.mask is None else self.backend.upload(latent_mask(request.mask, self._downscale))
-        strength = request.strength or (DEFAULT_STRENGTH if mask is None else 1.0)
+        if job.start is None:
+            assert request.image is not None
+            image = request.image[None]
+            latents = _timed([job], "encode", lambda: self.backend.encode_image(image))
+            mask = None if request.mask is None else self.backend.upload(latent_mask(request.mask, self._downscale))
+            job.start = Start(latents, mask)
+        strength = request.strength or (DEFAULT_STRENGTH if job.start.mask is None else 1.0)
         for chunk in chunks:
-            chunk.start, chunk.step = Start(latents, mask), first_step(plan.timesteps, self._last, strength)
+            chunk.start, chunk.step = job.start, first_step(plan.timesteps, self._last, strength)
             if strength < 1:
                 chunk.x = chunk.start.at(self.backend.upload(chunk.noise), *plan.levels[chunk.step])
 
     def _next_group(self) -> list[Chunk]:
-        """The chunks of the next call: those that go with the first, as many as fit."""
-        ready = [chunk for chunk in self._active if self._is_drawn(chunk)] or list(self._active)
+        """The chunks of the next call: those that go with the first, as many as fit; with other clients about, no client
+        takes all of it, since they would wait the longer for the next."""
+        waiting = self._share.ordered(self._active)
+        most = self.max_batch
+        if self._share.has_company:
+            most = max(1, most // max(2, len({chunk.job.client.name for chunk in waiting})))
+        else:
+            waiting = [chunk for chunk in waiting if self._is_drawn(chunk)] or waiting
         group: list[Chunk] = []
-        for chunk in ready:
-            together = not group or (
-                chunk.job.size == group[0].job.size and (not self._whole or chunk.job.steps == group[0].job.steps)
-            )
-            if together and sum(c.rows for c in group) + chunk.rows <= self.max_batch:
+        rows, own = 0, Counter[str]()
+        for chunk in waiting:
+            client = chunk.job.client.name
+            fits = rows + chunk.rows <= self.max_batch and (own[client] + chunk.rows <= most or not own[client])
+            if fits and (not group or self._go_together(chunk, group[0])):
                 group.append(chunk)
+                rows += chunk.rows
+                own[client] += chunk.rows
         return group
+
+    def _go_together(self, one: Chunk, other: Chunk) -> bool:
+        return (
+            one.job.size == other.job.size
+            and self._is_drawn(one) == self._is_drawn(other)
+            and (not self._whole or one.job.steps == other.job.steps)
+        )
 
     def _is_drawn(self, chunk: Chunk) -> bool:
         return not self._whole and chunk.step == len(self._plans[chunk.job.steps].times)
@@ -314,6 +360,13 @@ class Batcher:
         gone = {chunk.job for chunk in self._active if chunk.job.future.done()}
         self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
         self._keep(chunk for chunk in self._active if chunk.job not in gone)
+
+
+def _by_job(chunks: Iterable[Chunk]) -> dict[Job, list[Chunk]]:
+    found: dict[Job, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.job, []).append(chunk)
+    return found
 
 
 def _timed(jobs: Sequence[Job], stage: str, work: Callable[[], T]) -> T:

@@ -6,7 +6,6 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
@@ -25,7 +24,7 @@ from .precision import bears
 from .prompt_cache import DEFAULT_BYTES, PromptCache
 from .request import GenerateRequest
 from .tokenizer import PromptTokenizer
-from .work import Chunk, GenerateResult, Job, Prepared
+from .work import Chunk, Client, Drawing, GenerateResult, Job, Prepared
 
 Route = Literal["stages", "sampler"]
 ROUTES = ("stages", "sampler")
@@ -171,13 +170,14 @@ class Engine:
         names = dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)
         self.backend.prepare(list(names), buckets(self.max_batch))
 
-    def submit(self, request: GenerateRequest) -> Future[GenerateResult]:
+    def submit(self, request: GenerateRequest, *, client: Client | None = None) -> Drawing:
         """Accept a request; its pictures come with the future. Cancelling the future stops the work before the next call.
+        client: who asks; clients share the network by their weights, not by how much they ask for.
 
         Raises PlanError for steps the model has no plan for, RequestError for what it cannot draw, BusyError where too
         much waits already, EngineError after `close`.
         """
-        return self.start(self.prepare(request))
+        return self.start(self.prepare(request), client=client)
 
     def prepare(self, request: GenerateRequest) -> Prepared:
         """A request made ready in the caller's thread: checked, tokenised, its noise drawn. Raises PlanError, RequestError."""
@@ -198,11 +198,16 @@ class Engine:
             noise_seconds=time.perf_counter() - tokenized,
         )
 
-    def start(self, prepared: Prepared) -> Future[GenerateResult]:
-        """Accept what `prepare` gave; cheap enough for any thread. Raises BusyError, EngineError, RequestError as `submit`."""
-        job = Job(prepared, default_deadline=DEFAULT_DEADLINE)
-        rows = range(0, prepared.request.count, self.max_batch)
-        self.batcher.submit([Chunk(job, row, prepared.noise[row : row + self.max_batch]) for row in rows])
+    def start(
+        self, prepared: Prepared, *, client: Client | None = None, reserved: bool = False, since: float | None = None
+    ) -> Drawing:
+        """Accept what `prepare` gave; cheap enough for any thread. reserved: whatever else waits, for a session, which asks for
+        one at a time; since: perf_counter, when it began to wait for the picture that this one is to be. Raises BusyError,
+        EngineError, RequestError as `submit`."""
+        job = Job(prepared, default_deadline=DEFAULT_DEADLINE, client=client, reserved=reserved, since=since)
+        rows = max(1, self.max_batch // 4)  # of a chunk, few, so that chunks of several clients fit into a call
+        starts = range(0, prepared.request.count, rows)
+        self.batcher.submit([Chunk(job, row, prepared.noise[row : row + rows]) for row in starts])
         return job.future
 
     def check(self, request: GenerateRequest) -> tuple[int, Size]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..core.errors import EngineError, ImagineFlashError, RequestError
 from .engine import Engine
 from .request import GenerateRequest
-from .work import GenerateResult, Prepared
+from .work import Client, Drawing, GenerateResult, Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,16 @@ class SessionResult:
 
 
 class Session:
-    """Latest wins: at most one request runs and one waits. A newer one replaces the one that waits and cancels the one
-    that runs before its next call (encode | step | decode). Sequence numbers of results never go backwards.
+    """Latest wins: at most one request runs and one waits. A newer one takes the place of the one that waits and cancels the
+    one that runs before its next call (encode | step | decode). Sequence numbers of results never go backwards.
+
+    A session has one place in the engine's queue for as long as it is open, so its newest request is never refused as too much;
+    where more sessions are open than the engine can draw, each is shown fewer pictures, and its last request is always drawn.
 
     deliver: called with each result, in the engine's thread, so it must be quick. preview: each request is drawn in one
     step first, and in its own number of steps, from the same noise, if nothing newer came meanwhile. let_finish_after: seconds
     after which a request that runs is let finish beside the newest one, since somebody who types faster than the engine
-    draws would see nothing until they stop; None cancels always.
+    draws would see nothing until they stop; None cancels always. client: whose share of the engine it takes.
     """
 
     def __init__(
@@ -44,14 +47,15 @@ class Session:
         *,
         preview: bool = False,
         let_finish_after: float | None = None,
+        client: Client | None = None,
     ) -> None:
-        self.engine, self.preview, self.let_finish_after = engine, preview, let_finish_after
+        self.engine, self.preview, self.let_finish_after, self.client = engine, preview, let_finish_after, client
         self.replaced = 0  # requests that a newer one made obsolete
         self.newest = 0  # the highest number so far
         self._deliver = deliver
         self._lock = threading.RLock()  # a future that is cancelled calls back at once
-        self._future: Future[GenerateResult] | None = None  # of the newest
-        self._spared: Future[GenerateResult] | None = None  # of an older one that may finish
+        self._future: Drawing | None = None  # of the newest
+        self._spared: Drawing | None = None  # of an older one that may finish
         self._delivered = 0  # the number of the last result
         self._unanswered: float | None = None  # since when, perf_counter
         self._closed = False
@@ -74,7 +78,7 @@ class Session:
             prepared = self.engine.prepare(request)  # in the caller's thread, the preview's follower too
             wants_preview = self.preview if preview is None else preview
             first = self.engine.preview(prepared) if wants_preview else None
-            future = self.engine.start(first or prepared)
+            future = self._start(first or prepared, since=self._unanswered)
             self._make_way()
             self.newest, self._future = seq, future
         follower = prepared if first else None
@@ -90,12 +94,21 @@ class Session:
                     future.cancel()
             self._future = self._spared = None
 
+    def _start(self, prepared: Prepared, *, since: float | None = None) -> Drawing:
+        return self.engine.start(prepared, client=self.client, reserved=True, since=since)
+
     def _make_way(self) -> None:
         """For a newer request: cancels the newest so far, or spares it where nothing was delivered for too long."""
         now = time.perf_counter()
         self._unanswered = now if self._unanswered is None else self._unanswered
         late = self.let_finish_after is not None and now - self._unanswered > self.let_finish_after
-        if late and self._spared is None and self._future is not None and not self._future.done():
+        if (
+            late
+            and self._spared is None
+            and self._future is not None
+            and self._future.begun
+            and not self._future.done()
+        ):
             self._spared = self._future
         elif self._future is not None:
             self.replaced += self._future.cancel()
@@ -117,7 +130,7 @@ class Session:
             following = refusal = None
             if follower is not None and not spared:
                 try:  # before the preview is delivered, since its reader may answer with something newer
-                    following = self._future = self.engine.start(follower)
+                    following = self._future = self._start(follower)
                 except ImagineFlashError as error:
                     refusal = error
             self._delivered, self._unanswered = seq, None

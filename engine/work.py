@@ -77,11 +77,38 @@ class Prepared:
     noise_seconds: float
 
 
-class Job:
-    """One request on its way, and what the worker found out. deadline: perf_counter; the earliest goes first."""
+class Drawing(Future[GenerateResult]):
+    """A request's pictures, once they are there. begun: its first network call was made."""
 
-    def __init__(self, prepared: Prepared, *, default_deadline: float) -> None:
-        """default_deadline: seconds, how a request without a timeout ranks among those that have one."""
+    begun = False
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks, for the fair share: one of weight 2 is given twice as much where all want more than there is."""
+
+    name: str = ""
+    weight: float = 1.0
+
+
+class Job:
+    """One request on its way, and what the worker found out. deadline: perf_counter; rank: the earliest of a client goes first.
+
+    reserved: it has a place of its own, whatever else waits.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        default_deadline: float,
+        client: Client | None = None,
+        reserved: bool = False,
+        since: float | None = None,
+    ) -> None:
+        """default_deadline: seconds, how a request without a timeout ranks among those that have one. since: perf_counter,
+        the moment it ranks by where it takes the place of an older one."""
+        self.client, self.reserved = client or Client(), reserved
         self.request, self.tokens, self.size, self.steps = (
             prepared.request,
             prepared.tokens,
@@ -92,10 +119,17 @@ class Job:
         self.started = time.perf_counter() - prepared.tokenize - prepared.noise_seconds
         self.expires = self.request.timeout is not None
         self.deadline = self.started + (self.request.timeout or default_deadline)
-        self.future: Future[GenerateResult] = Future()
+        self.rank = self.deadline + min(0.0, (since or self.started) - self.started)
+        self.future = Drawing()
         self.seconds: dict[str, list[float]] = {}
         self.pictures: dict[int, NDArray[np.uint8]] = {}  # by the row of a chunk's first picture
         self.cached = False
+        self.conditions: Conditions = ()  # of the prompt, one row; () until it is encoded
+        self.start: Start | None = None  # the picture it is drawn from
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.future.cancelled()
 
     def spent(self, stage: str, seconds: float) -> None:
         self.seconds.setdefault(stage, []).append(seconds)
@@ -156,11 +190,17 @@ class Chunk:
     x: Array = None
     conditions: Conditions = ()
     step: int = 0  # the next of the plan
+    turn: float | None = None  # in the fair order, once it has begun
     start: Start | None = None  # the picture it is drawn from
 
     @property
     def rows(self) -> int:
         return len(self.noise)
+
+    @property
+    def cost(self) -> float:
+        """Rows of network calls, by its client's weight."""
+        return self.rows * self.job.steps / self.job.client.weight
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""Clients share the engine by weight, whatever each asks for: in closed form on the order alone, and through a real engine."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagine_flash.core.errors import BusyError
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.fairness import FairShare
+from imagine_flash.engine.tokenizer import Reading
+from imagine_flash.engine.work import Chunk, Client, Job, Prepared
+
+ALICE, BOB, CAROL = Client("alice"), Client("bob"), Client("carol", weight=2.0)
+
+
+def work(client: Client, count: int, steps: int = 1, **values) -> list[Chunk]:
+    """A request's chunks of one picture each."""
+    noise = np.zeros((count, 4, 8, 8), np.float32)
+    prepared = Prepared(
+        request=GenerateRequest(prompt="a cat", count=count, seed=7, **values),
+        reading=Reading(text="a cat"),
+        tokens={},
+        noise=noise,
+        size=(64, 64),
+        steps=steps,
+        tokenize=0.0,
+        noise_seconds=0.0,
+    )
+    job = Job(prepared, default_deadline=60, client=client)
+    return [Chunk(job, row, noise[row : row + 1]) for row in range(count)]
+
+
+def drawn_by_turns(share: FairShare, waiting: list[Chunk]) -> Iterator[str]:
+    """The clients in the order in which their pictures are drawn, one at a time."""
+    while waiting:
+        chunk = share.ordered(waiting)[0]
+        share.begin([chunk])
+        waiting.remove(chunk)
+        yield chunk.job.client.name
+
+
+def test_a_small_request_is_not_behind_a_large_one() -> None:
+    share, waiting = FairShare(), work(ALICE, 64)
+    share.arrive("alice", is_waiting=False)
+    for chunk in waiting[:10]:
+        share.begin([chunk])
+    del waiting[:10]
+    share.arrive("bob", is_waiting=False)
+    waiting += work(BOB, 2)
+    order = list(drawn_by_turns(share, waiting))
+    assert [i for i, name in enumerate(order) if name == "bob"] == [0, 2] and len(order) == 56
+
+
+def test_shares_are_by_weight_whatever_is_asked_for() -> None:
+    share, waiting = FairShare(), []
+    for client, requests in ((ALICE, 1), (BOB, 20), (CAROL, 2)):  # of 64, 3 and 32 pictures
+        share.arrive(client.name, is_waiting=False)
+        for _ in range(requests):
+            waiting += work(client, {"alice": 64, "bob": 3, "carol": 32}[client.name])
+    turns = drawn_by_turns(share, waiting)
+    first = Counter(next(turns) for _ in range(120))
+    assert first == {"alice": 30, "bob": 30, "carol": 60}
+
+
+def test_a_client_that_was_away_has_saved_nothing_up() -> None:
+    share, waiting = FairShare(), work(ALICE, 40)
+    share.arrive("alice", is_waiting=False)
+    share.arrive("bob", is_waiting=False)
+    share.begin(waiting[:20])
+    del waiting[:20]
+    share.arrive("bob", is_waiting=False)
+    waiting += work(BOB, 20)
+    order = list(drawn_by_turns(share, waiting))
+    assert abs(Counter(order[:20])["bob"] - 10) <= 1
+
+
+def test_of_one_client_the_earliest_deadline_goes_first() -> None:
+    share = FairShare()
+    share.arrive("alice", is_waiting=False)
+    late, soon = work(ALICE, 2, timeout=50), work(ALICE, 1, timeout=5)
+    assert share.ordered([*late, *soon]) == [*soon, *late]
+
+
+def test_a_greedy_client_lets_others_through(tiny_artifact: Path) -> None:
+    """64 pictures of one client were drawn before anything of another's that had come a moment later."""
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        begun, go, inner = threading.Event(), threading.Event(), engine.backend.denoise
+
+        def held(*given):
+            begun.set()
+            assert go.wait(20)
+            return inner(*given)
+
+        engine.backend.denoise = held  # type: ignore[method-assign]
+        order: list[str] = []
+        large = engine.submit(GenerateRequest(prompt="a cat", count=64, steps=3), client=ALICE)
+        assert begun.wait(20)
+        small = [engine.submit(GenerateRequest(prompt="a dog", seed=s, steps=3), client=BOB) for s in range(4)]
+        for name, future in (("large", large), *(("small", future) for future in small)):
+            future.add_done_callback(lambda _, name=name: order.append(name))
+        drawn_before = []
+        small[-1].add_done_callback(lambda _: drawn_before.append(engine.batcher.counts["pictures"]))
+        go.set()
+        assert large.result(60).images.shape[0] == 64
+        assert order == ["small"] * 4 + ["large"] and drawn_before[0] < 32
+
+
+def test_a_full_queue_has_room_for_others(tiny_artifact: Path) -> None:
+    """Whoever filled the queue first kept everybody else out."""
+    with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=8) as engine:
+        begun, go, inner = threading.Event(), threading.Event(), engine.backend.denoise
+
+        def held(*given):
+            begun.set()
+            assert go.wait(20)
+            return inner(*given)
+
+        engine.backend.denoise = held  # type: ignore[method-assign]
+        futures = [engine.submit(GenerateRequest(prompt="a cat", count=8), client=ALICE)]
+        assert begun.wait(20)
+        futures += [engine.submit(GenerateRequest(prompt="a dog"), client=BOB) for _ in range(4)]
+        for client in (ALICE, BOB):
+            with pytest.raises(BusyError, match="12 pictures wait already, at most 8 may"):
+                engine.submit(GenerateRequest(prompt="a dog"), client=client)
+        futures.append(engine.submit(GenerateRequest(prompt="a dog", count=2), client=CAROL))
+        go.set()
+        assert all(future.result(60) for future in futures) and engine.batcher.waiting == 0
+
+
+def test_pictures_are_the_same_in_company(tiny_artifact: Path) -> None:
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        requests = [GenerateRequest(prompt=p, count=n, seed=3) for p, n in (("a cat", 7), ("a dog", 2), ("a fox", 1))]
+        alone = [engine.generate(request).images for request in requests]
+        clients = [Client(str(i)) for i in range(3)]
+        futures = [engine.submit(r, client=c) for r, c in zip(requests, clients, strict=True)]
+        for expected, future in zip(alone, futures, strict=True):
+            assert np.abs(future.result(60).images.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_a_prompt_is_encoded_once_though_its_pictures_begin_apart(tiny_artifact: Path, count: int) -> None:
+    with Engine.load(tiny_artifact, backend="onnxruntime", prompt_cache_bytes=0) as engine:
+        calls, inner = [], engine.backend.encode
+        engine.backend.encode = lambda tokens: calls.append(1) or inner(tokens)  # type: ignore[method-assign]
+        result = engine.generate(GenerateRequest(prompt="a cat", count=count, seed=1))
+        assert len(calls) == 1 and len(result.images) == count and not result.cached
