@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -102,19 +103,26 @@ def reference_update(
 
 
 def sample(
-    denoiser: Callable[[NDArray, float], NDArray],
-    noise: NDArray,
+    denoiser: Callable[[Any, Any], Any],
+    noise: Any,
     table: UpdateTable,
     *,
-    noises: Sequence[NDArray] | None = None,
-) -> NDArray:
-    """x0 from unit noise (B, ...) by every step of `table`; denoiser(x_t, timestep index) gives m.
+    steps: int | None = None,
+    noises: Sequence[Any] | None = None,
+) -> Any:
+    """x0 from unit noise (B, ...) by every step of `table`, or x_t after the first `steps`; of any array library.
 
-    noises: one array per step (the last is not used), needed only if the table re-noises.
+    denoiser(x_t, t) gives m of x_t's shape and dtype (that of the noise), in which the steps are computed; t is the step's
+    timestep index, a float. noises: one array per step (the last is not used), needed only if the table re-noises.
     """
-    x = noise if table.start == 1.0 else (table.start * noise).astype(noise.dtype)
-    for i, t in enumerate(table.timesteps):
-        x = reference_update(x, denoiser(x, float(t)), table, i, noise=None if noises is None else noises[i])
+    x = noise if table.start == 1.0 else table.start * noise
+    for i, t in enumerate(table.timesteps[:steps].tolist()):
+        a, b, c = float(table.a[i]), float(table.b[i]), float(table.c[i])
+        x = a * x + b * denoiser(x, t)
+        if c:
+            if noises is None:
+                raise ScheduleError("this table re-noises: pass one array of noise per step")
+            x = x + c * noises[i]
     return x
 
 

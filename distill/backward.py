@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..core.plan import StepPlan
-from ..core.update import UpdateTable, update_table
+from ..core.update import UpdateTable, sample, update_table
 from .networks import Networks
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
@@ -20,10 +20,7 @@ Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 @torch.no_grad()
 def rollout(denoiser: Denoiser, x_T: torch.Tensor, table: UpdateTable, steps: int) -> torch.Tensor:
     """x_{T->t} = stopgrad(f_Theta(... f_Theta(x_T))): the state after the first `steps` steps of the student's plan."""
-    x = x_T
-    for i in range(steps):
-        x = float(table.a[i]) * x + float(table.b[i]) * denoiser(x, int(table.timesteps[i])).float()
-    return x
+    return sample(lambda x, t: denoiser(x, int(t)).float(), x_T, table, steps=steps)
 
 
 def shifted_time(t: int, gamma: float) -> int:

@@ -7,6 +7,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from ..core.errors import ParityError, missing_extra
 from ..core.noise import initial_noise
-from ..core.update import UpdateTable, reference_update
+from ..core.schedule import NoiseSchedule
+from ..core.update import UpdateTable, sample
 from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..pipelines.stages import Stages
 from .ledger import Ledger, Limits
@@ -31,10 +33,10 @@ Run = Callable[..., list[NDArray[Any]]]  # run(*tensors) -> outputs
 
 @dataclass(frozen=True)
 class Sampling:
-    """The plans by number of steps: the update's coefficients, and what the network is told at each step."""
+    """The plans by number of steps, as the update's coefficients, and the schedule that says what the network is told."""
 
     tables: dict[int, UpdateTable]
-    times: dict[int, NDArray[np.float64]]
+    schedule: NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -155,15 +157,18 @@ def _draw(
     case = Case(prompts, seed, size, tokens, noise, tuple(stages.text_encoder(*tokens.values())), {}, {}, {}, {})
     for condition in case.conditions:
         _finite(condition, "text_encoder", case)
+
+    def ask(walk: list[tuple[torch.Tensor, ...]], x: torch.Tensor, timestep: float) -> torch.Tensor:
+        t = torch.full((len(x),), float(sampling.schedule.network_time(timestep)))
+        m = _finite(denoiser(x, t, *case.conditions), "denoiser", case)
+        walk.append((x, t, m))
+        return m
+
     for steps, table in sampling.tables.items():
-        x, walk = noise, []
-        for i, time in enumerate(sampling.times[steps]):
-            t = torch.full((len(x),), float(time))
-            m = _finite(denoiser(x, t, *case.conditions), "denoiser", case)
-            walk.append((x, t, m))
-            x = _step(x, m.numpy(), table, i)
+        walk = case.walks[steps] = []
+        x = sample(partial(ask, walk), noise, table)
         _finite(stages.decoder.decode(x), "decoder", case)
-        case.walks[steps], case.latents[steps], case.images[steps] = walk, x, stages.decoder(x)[0]
+        case.latents[steps], case.images[steps] = x, stages.decoder(x)[0]
         _not_empty(case.images[steps], case)
         case.encoded[steps] = _finite(stages.image_encoder(case.images[steps]), IMAGE_ENCODER, case)
     return case
@@ -189,12 +194,16 @@ def _walk(
     run: Run, name: str, ledger: Ledger, manifest: ArtifactManifest, case: Case, text: tuple[torch.Tensor, ...]
 ) -> dict[int, torch.Tensor]:
     """The denoiser on torch's own inputs; and the whole loop on onnxruntime's, whose latents are returned by steps."""
-    walked = {}
+    walked, schedule = {}, manifest.schedule
+
+    def ask(x: torch.Tensor, timestep: float) -> torch.Tensor:
+        t = torch.full((len(x),), float(schedule.network_time(timestep)))
+        return torch.from_numpy(run(x, t, *text)[0])
+
     for steps, table in manifest.update_tables().items():
-        x_onnx = case.noise
-        for i, (x, t, m) in enumerate(case.walks[steps]):
+        for x, t, m in case.walks[steps]:
             ledger.compare(name, "m", run(x, t, *case.conditions)[0], m, case)
-            x_onnx = _step(x_onnx, run(x_onnx, t, *text)[0], table, i)
+        x_onnx = sample(ask, case.noise, table)
         loop = manifest.graph_name(f"stages_{steps}", case.size)
         ledger.compare(loop, "latents", x_onnx.numpy(), case.latents[steps], case)
         walked[steps] = x_onnx
@@ -244,10 +253,6 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
     if trim is not None:
         trim(0)
-
-
-def _step(x: torch.Tensor, m: NDArray[Any], table: UpdateTable, index: int) -> torch.Tensor:
-    return torch.from_numpy(reference_update(x.numpy(), m, table, index))
 
 
 def _finite(values: torch.Tensor, stage: str, case: Case) -> torch.Tensor:

@@ -174,7 +174,7 @@ def _samplers(stages: Graphs, traced: _Traced) -> Graphs:
     for size in sizes:
         denoiser, decoder = (stages[graph_name(kind, size, sizes[0])] for kind in ("denoiser", "decoder"))
         for steps, table in traced.sampling.tables.items():
-            times = traced.sampling.times[steps]
+            times = traced.sampling.schedule.network_time(table.timesteps)
             for kind, text in (
                 (f"sampler_{steps}", stages["text_encoder"]),
                 (f"sampler_{steps}_from_embeddings", None),
@@ -289,15 +289,14 @@ def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: 
 def _sampling(
     described: StudentManifest, stages: Stages, options: ExportOptions
 ) -> tuple[Sampling, dict[int, list[int]]]:
-    """The plans asked for: coefficients, network times, and the timesteps by number of steps."""
+    """The plans asked for: coefficients and schedule, and the timesteps by number of steps."""
     schedule = NoiseSchedule.from_scheduler_config(stages.scheduler)
     plans = plans_by_steps(described.plans, schedule.num_train_timesteps)
     if options.steps is not None:
         plans = {steps: select(plans, steps) for steps in sorted(options.steps)}
     correct, kind = described.noise_correction, stages.prediction_type
     tables = {n: update_table(schedule, p, kind, noise_correction=correct) for n, p in plans.items()}
-    times = {n: schedule.network_time(table.timesteps) for n, table in tables.items()}
-    return Sampling(tables, times), {n: list(plan) for n, plan in plans.items()}
+    return Sampling(tables, schedule), {n: list(plan) for n, plan in plans.items()}
 
 
 def _count(options: ExportOptions, plans: int) -> int:

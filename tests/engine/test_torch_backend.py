@@ -17,7 +17,7 @@ import torch
 from imagine_flash.core.errors import ArtifactError, MissingExtraError, RequestError
 from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import initial_noise
-from imagine_flash.core.update import reference_update
+from imagine_flash.core.update import sample
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends import Wanted, choose
 from imagine_flash.engine.backends.torch import TorchBackend, device_of, load_student
@@ -138,11 +138,10 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     stages, table = load_stages(student), model.update_tables()[2]
     with torch.inference_mode():
         text = stages.text_encoder(*stages.encode_prompts([PROMPT]).values())
-        x = initial_noise(7, 1, stages.latent_shape(size))
-        for i, time in enumerate(model.schedule.network_time(table.timesteps)):
-            m = stages.denoiser(size)(torch.from_numpy(x), torch.tensor([float(time)]), *text)
-            x = reference_update(x, m.numpy(), table, i)
-        expected = stages.decoder(torch.from_numpy(x))[0].numpy().astype(int)
+        told = model.schedule.network_time
+        x_T = torch.from_numpy(initial_noise(7, 1, stages.latent_shape(size)))
+        x = sample(lambda x, t: stages.denoiser(size)(x, torch.tensor([float(told(t))]), *text), x_T, table)
+        expected = stages.decoder(x)[0].numpy().astype(int)
     assert levels(got, expected) <= 1
     with Engine.load(student, device="cpu", sizes=[size], precision="bf16") as half:
         assert psnr(images(half, steps=2).astype(np.uint8), expected.astype(np.uint8)) > 25

@@ -102,17 +102,15 @@ def test_the_runtime_draws_what_torch_draws(exported) -> None:
     _, student, manifest, artifact = exported
     stages = load_stages(student)
     engines = [Engine.load(artifact), Engine.load(artifact, route="sampler")]
-    table, times = manifest.update_tables()[2], manifest.schedule.network_time(manifest.update_tables()[2].timesteps)
+    table, told = manifest.update_tables()[2], manifest.schedule.network_time
     from imagine_flash.core.noise import initial_noise
-    from imagine_flash.core.update import reference_update
+    from imagine_flash.core.update import sample
 
     with torch.inference_mode():
         text = stages.text_encoder(*stages.encode_prompts([PROMPT]).values())
-        x = initial_noise(5, 1, stages.latent_shape((64, 96)))
-        for i, time in enumerate(times):
-            m = stages.denoiser((64, 96))(torch.from_numpy(x), torch.tensor([float(time)]), *text)
-            x = reference_update(x, m.numpy(), table, i)
-        expected = stages.decoder(torch.from_numpy(x))[0].numpy().astype(int)
+        x_T, network = torch.from_numpy(initial_noise(5, 1, stages.latent_shape((64, 96)))), stages.denoiser((64, 96))
+        x = sample(lambda x, t: network(x, torch.tensor([float(told(t))]), *text), x_T, table)
+        expected = stages.decoder(x)[0].numpy().astype(int)
     for engine in engines:
         got = engine.generate(GenerateRequest(prompt=PROMPT, steps=2, seed=5)).images
         assert got.shape == (1, 64, 96, 3) and np.abs(got.astype(int) - expected).max() <= 1

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from imagine_flash.core.errors import ArtifactError, MissingExtraError, ParityError
-from imagine_flash.core.update import reference_update
+from imagine_flash.core.update import sample
 from imagine_flash.export.openvino import MAX_PSNR, _check_int8, _checked, difference, write_openvino
 from imagine_flash.folders.files import hash_files
 from imagine_flash.folders.manifests import ArtifactManifest
@@ -114,10 +114,11 @@ def test_stages_draw_the_pictures_of_the_whole_sampler_in_onnxruntime(written, c
     expected = np.asarray(session.run(None, {"input_ids": ids, "noise": noise})[0])
     run = {name: compiled(core, folder, name, batch) for name in STAGES}
     embeddings = run["text_encoder"]({"input_ids": ids})["embeddings"]
-    table, x = manifest.update_tables()[3], noise
-    for i, t in enumerate(table.timesteps):
-        inputs = {"latents": x, "timestep": np.full(batch, t, np.float32), "embeddings": embeddings}
-        x = reference_update(x, run["denoiser"](inputs)["m"], table, i)
+
+    def denoiser(x, t):
+        return run["denoiser"]({"latents": x, "timestep": np.full(batch, t, np.float32), "embeddings": embeddings})["m"]
+
+    x = sample(denoiser, noise, manifest.update_tables()[3])
     images = run["decoder"]({"latents": x})["images"]
     assert images.dtype == np.uint8 and images.shape == expected.shape and images.std() > 5
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1

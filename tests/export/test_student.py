@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from imagine_flash.core.errors import ArtifactError, ParityError
-from imagine_flash.core.update import reference_update
+from imagine_flash.core.update import sample
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.ledger import LIMITS
 from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
@@ -56,13 +56,13 @@ def inputs(stages, batch: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
 @torch.inference_mode()
 def torch_sampler(stages, manifest, steps: int, ids: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The definition: torch networks around the reference update. Latents and images."""
-    table = manifest.update_tables()[steps]
-    conditions = stages.text_encoder(torch.from_numpy(ids))
-    x = noise
-    for i, t in enumerate(table.timesteps):
-        m = stages.denoiser(SIZE)(torch.from_numpy(x), torch.full((len(x),), float(t)), *conditions)
-        x = reference_update(x, m.numpy(), table, i)
-    return x, stages.decoder(torch.from_numpy(x))[0].numpy()
+    conditions, network = stages.text_encoder(torch.from_numpy(ids)), stages.denoiser(SIZE)
+    x = sample(
+        lambda x, t: network(x, torch.full((len(x),), float(t)), *conditions),
+        torch.from_numpy(noise),
+        manifest.update_tables()[steps],
+    )
+    return x.numpy(), stages.decoder(x)[0].numpy()
 
 
 def test_manifest_describes_the_folder(student, artifact):
@@ -106,11 +106,12 @@ def test_whole_sampler_equals_torch(artifact, stages, steps, batch):
 def test_stage_graphs_equal_torch_and_the_whole_sampler(artifact, stages, steps):
     manifest = read_artifact_manifest(artifact, verify=False)
     ids, noise = inputs(stages, 3)
-    table, x = manifest.update_tables()[steps], noise
     embeddings = run(artifact, "text_encoder", input_ids=ids)
-    for i, t in enumerate(table.timesteps):
-        told = np.full(len(x), t, dtype=np.float32)
-        x = reference_update(x, run(artifact, "denoiser", latents=x, timestep=told, embeddings=embeddings), table, i)
+
+    def denoiser(x, t):
+        return run(artifact, "denoiser", latents=x, timestep=np.full(3, t, np.float32), embeddings=embeddings)
+
+    x = sample(denoiser, noise, manifest.update_tables()[steps])
     latents, images = torch_sampler(stages, manifest, steps, ids, noise)
     assert np.abs(x - latents).max() <= 1e-4
     by_stage = run(artifact, "decoder", latents=x).astype(int)
