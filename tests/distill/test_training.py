@@ -20,7 +20,12 @@ from imagine_flash.folders.reading import read_student_manifest
 
 TINY = {
     "scenes": 60,
-    "autoencoder": {"width": 8, "latent_channels": 4, "fit": {"steps": 3, "batch": 2, "preview_every": 3}},
+    "autoencoder": {
+        "width": 8,
+        "latent_channels": 4,
+        "encoder_scenes": 64,
+        "fit": {"steps": 3, "batch": 2, "preview_every": 3},
+    },
     "network": {"text_width": 32, "text_layers": 1, "channels": [16, 32]},
     "fit": {"steps": 3, "batch": 4, "preview_every": 3},
 }
@@ -117,6 +122,7 @@ distill(Path(sys.argv[1]), Path(sys.argv[2]), DistillRecipe.model_validate(json.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_method", [False, True])
 def test_killed_and_resumed_gives_the_bit_identical_next_loss(
     whole_method: bool, teacher: Path, tmp_path: Path
@@ -154,6 +160,7 @@ def test_killed_and_resumed_gives_the_bit_identical_next_loss(
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_keeps_its_updates_and_says_how_to_go_on(teacher: Path, tmp_path: Path) -> None:
     import re
 

@@ -228,6 +228,7 @@ def walk(backend: TorchBackend, rows: int) -> np.ndarray:
     return images.astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
 )

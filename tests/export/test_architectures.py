@@ -72,6 +72,7 @@ def exported(request, tmp_path_factory):
     return request.param, student, export_student(student, folder / "artifact", options=options), folder / "artifact"
 
 
+@pytest.mark.slow
 def test_every_class_passes_the_gate(exported) -> None:
     kind, _, manifest, _ = exported
     expected = {
@@ -88,6 +89,7 @@ def test_every_class_passes_the_gate(exported) -> None:
     assert [spec.name for spec in manifest.graphs["denoiser"].inputs] == ["latents", "timestep", *conditions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "pixart"])
 def test_half_precision_passes_the_gate_of_every_class(kind: str, tmp_path) -> None:
     student = architectures.build_student(kind, tmp_path / "student")
@@ -97,6 +99,7 @@ def test_half_precision_passes_the_gate_of_every_class(kind: str, tmp_path) -> N
     assert any("time" in island for island in manifest.graphs["denoiser"].islands), "angles need float32"
 
 
+@pytest.mark.slow
 def test_the_runtime_draws_what_torch_draws(exported) -> None:
     """From the prompt on: tokenizers, conditions, every step, by both routes."""
     _, student, manifest, artifact = exported
@@ -116,6 +119,7 @@ def test_the_runtime_draws_what_torch_draws(exported) -> None:
         assert got.shape == (1, 64, 96, 3) and np.abs(got.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_lora_student_is_fused_into_its_base(tmp_path) -> None:
     """The student's answers differ from its base's and equal those of diffusers with the adapter loaded."""
     from peft import LoraConfig
@@ -143,6 +147,7 @@ def test_a_lora_student_is_fused_into_its_base(tmp_path) -> None:
         load_stages(student)
 
 
+@pytest.mark.slow
 def test_a_tiny_decoder_takes_the_place_of_the_students(tiny_student, tiny_artifact, tmp_path) -> None:
     pipelines.build_vae("tiny", 16).save_pretrained(tmp_path / "tiny")
     options = ExportOptions(tiny_decoder=tmp_path / "tiny", steps=(1,), batch=(1, 1))

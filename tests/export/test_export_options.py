@@ -25,6 +25,7 @@ def lowered(request, tiny_student, tmp_path_factory):
     return export_student(tiny_student, folder, options=options), folder
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_angles_of_the_time_in_float32(lowered):
     manifest, _ = lowered
     assert manifest.graphs["denoiser"].islands == ["unet.time_proj"]
@@ -35,12 +36,14 @@ def test_half_precision_keeps_the_angles_of_the_time_in_float32(lowered):
     )
 
 
+@pytest.mark.slow
 def test_half_precision_differs_and_passes_its_limits(lowered):
     manifest, _ = lowered
     sampler = manifest.parity["sampler_2"]
     assert sampler["psnr"] >= manifest.limits["psnr"] and 1e-5 < manifest.parity["denoiser"]["m_rms"] < 0.05
 
 
+@pytest.mark.slow
 def test_half_precision_is_stored_once_and_small(lowered, tiny_artifact):
     _, folder = lowered
     whole = (tiny_artifact / "weights.bin").stat().st_size
@@ -48,6 +51,7 @@ def test_half_precision_is_stored_once_and_small(lowered, tiny_artifact):
     assert not list(folder.glob(".*")), "a probe or check graph was left behind"
 
 
+@pytest.mark.slow
 def test_fp16_runs_here_and_draws_the_reference_pictures(lowered):
     manifest, folder = lowered
     if manifest.precision != "fp16":
@@ -57,12 +61,14 @@ def test_fp16_runs_here_and_draws_the_reference_pictures(lowered):
     assert all(found.passed for found in verify(Engine.load(folder)))
 
 
+@pytest.mark.slow
 def test_tensorrt_gets_a_recipe_for_every_graph(lowered):
     manifest, folder = lowered
     recipe = json.loads((folder / manifest.formats["tensorrt"]["recipe"]).read_text(encoding="utf-8"))
     assert set(recipe["graphs"]) == set(manifest.graphs) and "tensorrt/build.json" in manifest.files
 
 
+@pytest.mark.slow
 def test_an_overflow_is_found_and_cured(tmp_path):
     """A convolution scaled by 3e5 before a GroupNorm: the same function, but its values do not fit in fp16."""
     student = pipelines.build_student(tmp_path / "student", half=False)
@@ -78,6 +84,7 @@ def test_an_overflow_is_found_and_cured(tmp_path):
     assert manifest.parity["denoiser"]["m_rms"] < 0.01
 
 
+@pytest.mark.slow
 def test_other_formats_lie_in_the_same_artifact(tiny_student, tmp_path):
     pytest.importorskip("openvino")
     options = ExportOptions(formats=("openvino", "triton-repository"), **ONE)
@@ -87,6 +94,7 @@ def test_other_formats_lie_in_the_same_artifact(tiny_student, tmp_path):
     assert Engine.load(tmp_path / "out").generate(GenerateRequest(prompt="a fox", seed=1)).images.std() > 5
 
 
+@pytest.mark.slow
 def test_two_sizes_share_their_weights(tiny_student, tiny_artifact, tmp_path):
     options = ExportOptions(sizes=((64, 64), (96, 64)), steps=(1,), batch=(1, 1))
     export_student(tiny_student, tmp_path / "out", options=options)
@@ -155,6 +163,7 @@ def test_what_is_read(tmp_path: Path):
             read_prompts(tmp_path / "bad.txt")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_student, tmp_path):
     """A file system of a few pages, where one can be mounted."""
     import subprocess

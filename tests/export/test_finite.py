@@ -3,7 +3,6 @@
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 
@@ -17,6 +16,8 @@ from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.tests import pipelines
 from imagine_flash.tests.lowering_cases import emulate, run_graph
+
+openvino = pytest.importorskip("openvino", reason="compares with OpenVINO")
 
 
 def on_onnxruntime(path, x):

@@ -175,6 +175,7 @@ def test_int8_limit():
         _check_int8("denoiser", {"m": {"max": None, "rms": None}})
 
 
+@pytest.mark.slow
 def test_int8_weights(tmp_path, core):
     pytest.importorskip("nncf", reason="nncf compresses weights to int8")
     manifest = described_copy(tmp_path)
@@ -191,6 +192,7 @@ def test_int8_weights(tmp_path, core):
     assert "u8" in {op.get_element_type().to_string() for op in model.get_ops() if op.get_type_name() == "Constant"}
 
 
+@pytest.mark.slow
 def test_asked_twice_replaces_the_old_one_whole(tmp_path):
     manifest = described_copy(tmp_path, batch=(1, 1))
     assert write_openvino(tmp_path, manifest)["checked_batches"] == [1]

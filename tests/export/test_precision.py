@@ -18,6 +18,7 @@ def real(tmp_path_factory):
     return real_cases(tmp_path_factory.mktemp)
 
 
+@pytest.mark.slow
 def test_the_search_rounds_weights_as_the_file_does_and_leaves_nothing(real):
     case = real("denoiser", 23)
     folder, size = case.store.path.parent, case.store.path.stat().st_size

@@ -171,12 +171,14 @@ def test_no_file_tells_about_the_machine_that_made_it(student, artifact):
         assert not model.metadata_props and not any(n.metadata_props or n.doc_string for n in model.graph.node)
 
 
+@pytest.mark.slow
 def test_export_is_deterministic_and_replaces_the_old_artifact(student, artifact, tmp_path):
     (tmp_path / "out").mkdir()
     again = export_student(student, tmp_path / "out", options=ExportOptions(name="tiny", batch=(1, 3)))
     assert again.files == read_artifact_manifest(artifact).files
 
 
+@pytest.mark.slow
 def test_float32_students_and_tiny_autoencoders_are_exported_without_loss(tmp_path):
     student = pipelines.build_student(tmp_path / "student", half=False, vae="tiny")
     manifest = export_student(student, tmp_path / "out")
@@ -201,6 +203,7 @@ def gate(folder: Path, cases, precision: str = "fp32"):
     return check_parity(paths, manifest, cases, LIMITS[precision])
 
 
+@pytest.mark.slow
 def test_a_tampered_graph_does_not_pass_the_parity_gate(artifact_copy, cases):
     data = np.fromfile(artifact_copy / "weights.bin", dtype=np.float16)
     np.where(np.arange(len(data)) % 97 == 0, data + np.float16(0.5), data).tofile(artifact_copy / "weights.bin")
@@ -213,6 +216,7 @@ def test_a_tampered_graph_does_not_pass_the_parity_gate(artifact_copy, cases):
         read_artifact_manifest(artifact_copy)
 
 
+@pytest.mark.slow
 def test_the_worst_figures_are_kept_and_nothing_fails(artifact, cases):
     ledger = gate(artifact, cases)
     assert not ledger.failures and ledger.errors["sampler_3"]["images"] <= 1 and ledger.errors["decoder"]["psnr"] > 50
@@ -253,6 +257,7 @@ def test_an_image_of_one_colour_does_not_pass_the_parity_gate(tmp_path):
         export_student(student, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_failing_gate_leaves_a_report_and_the_old_artifact(student, artifact_copy):
     """An impossible limit fails every graph; the report shows torch's images beside the graphs'."""
     before = hash_folder(artifact_copy)
@@ -278,6 +283,7 @@ def test_two_exports_to_one_folder(student, tmp_path):
     assert lock.exists(), "a lock file that is removed may be another process's"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forms", ["stages", "whole-sampler"])
 def test_graphs_of_one_form_alone(student, artifact, tmp_path, forms):
     manifest = export_student(student, tmp_path / "out", options=ExportOptions(forms=forms, batch=(1, 1), steps=(2,)))
@@ -290,6 +296,7 @@ def test_graphs_of_one_form_alone(student, artifact, tmp_path, forms):
     assert np.abs(picture.astype(int) - other).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_the_old_artifact_whole(student, artifact_copy):
     before = hash_folder(artifact_copy)
     code = f"from imagine_flash.export import export_student; export_student({str(student)!r}, {str(artifact_copy)!r})"

@@ -7,6 +7,8 @@ from imagine_flash.kernels import group_norm_silu, to_image, update
 from .compiling import TARGETS, compile_elsewhere
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.slow
 UPDATE = {
     "x_ptr": "*fp32",
     "uncond_ptr": "*bf16",

@@ -82,6 +82,7 @@ def untrained_judge(tmp_path: Path) -> Path:
     return tmp_path / "judge"
 
 
+@pytest.mark.slow
 def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, untrained_judge: Path, tmp_path: Path) -> None:
     """An untrained judge reads an untrained student: the numbers mean nothing, the record and the pictures are whole."""
     from PIL import Image
@@ -105,6 +106,7 @@ def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, untrained_ju
         assert len(table.splitlines()) == 2 + len(rows) and len({line.count("|") for line in table.splitlines()}) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_another_is_refused(
     tiny_student: Path, untrained_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_killed_evaluation_goes_on_and_another_is_refused(
         run(split="test")
 
 
+@pytest.mark.slow
 def test_the_judge_learns_to_read_what_it_is_shown() -> None:
     """A few updates on the real stream: the loss of a fresh judge falls, and reading gives scenes of the set."""
     import torch

@@ -10,6 +10,8 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_last_picture_is_of_the_last_text_and_none_goes_back(embedded, open_page) -> None:
     opened = open_page(embedded.url).go()

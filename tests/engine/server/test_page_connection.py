@@ -15,6 +15,8 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
+pytestmark = pytest.mark.slow
+
 KEY = "0123456789abcdef-key"
 
 

@@ -8,6 +8,8 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("width", [1280, 390, 320])
 def test_it_shows_every_route_and_asks_nobody_else(embedded, open_page, width: int) -> None:

@@ -13,6 +13,8 @@ from imagine_flash.export import ExportOptions, export_student
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_busy_server_is_asked_again_and_other_errors_are_said(embedded, open_page) -> None:
     opened = open_page(embedded.url)
