@@ -21,7 +21,7 @@ from rich.progress import track
 from ..core.errors import ImagineFlashError
 from ..core.noise import initial_noise
 from ..engine import Engine, GenerateRequest, Timings
-from ..engine.backends import choose, installed
+from ..engine.backends.choosing import choose, installed
 from ..engine.engine import EMBEDDED, Route
 from ..folders.manifests import ArtifactManifest
 from ..folders.reading import read_artifact_manifest

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import BusyError, EngineError, ExpiredError, RequestError
 from ..folders.manifests import ModelDescription
-from .backends import Array, Backend
+from .backends.base import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .fairness import FairShare
 from .prompt_cache import PromptCache

@@ -17,7 +17,8 @@ from ..folders.files import ARTIFACT_FILE, cache_folder, sha256_file
 from ..folders.hub import local_folder
 from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
 from ..folders.reading import read_artifact_manifest
-from .backends import STUDENT_BATCHES, Backend, Wanted, choose, load_backend, runs_student
+from .backends.base import STUDENT_BATCHES, Backend, BackendOptions
+from .backends.choosing import choose, load_backend, runs_student
 from .batching import Batcher
 from .editing import check_picture
 from .precision import bears
@@ -110,7 +111,7 @@ class Engine:
             from .backends.torch import load_student
 
             max_batch = check_max_batch(STUDENT_BATCH if max_batch is None else max_batch, STUDENT_BATCHES)
-            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
+            wanted = BackendOptions(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
             loaded, tokenizer, model = load_student(folder, backend, wanted, sizes)
         else:
             model = manifest = read_artifact_manifest(folder)
@@ -118,7 +119,7 @@ class Engine:
             backend = choose(backend, manifest, device, folder)
             if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
                 precision = "bf16"
-            wanted = Wanted(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
+            wanted = BackendOptions(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
             loaded = load_backend(backend, folder, manifest, wanted)
             tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
         engine = cls(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import RequestError
-from .backends import Conditions
+from .backends.base import Conditions
 from .tokenizer import Tokens
 
 DEFAULT_BYTES = 64 * 2**20

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable
 from ..folders.manifests import Size
-from .backends import Array, Conditions
+from .backends.base import Array, Conditions
 from .editing import Start, restore
 from .request import GenerateRequest
 from .tokenizer import Reading, Tokens

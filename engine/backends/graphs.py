@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
 from ...folders.manifests import IMAGE_ENCODER, ModelDescription
-from . import Pictures
+from .base import Pictures
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
-from . import Wanted, check_device
+from .base import BackendOptions, check_device
 from .graphs import GraphBackend, Run
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -22,20 +22,20 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, manifest: ArtifactManifest, wanted: Wanted) -> None:
+    def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
         try:
             import onnxruntime
         except ImportError:
             raise missing_extra("onnxruntime", "cpu") from None
         self._library: Any = onnxruntime
-        if wanted.precision not in ("auto", manifest.precision):
+        if options.precision not in ("auto", manifest.precision):
             raise ArtifactError(
-                f"onnxruntime computes in the graphs' own precision, {manifest.precision}; for {wanted.precision} run "
-                f"'imagine-flash export STUDENT OUT --precision {wanted.precision}'"
+                f"onnxruntime computes in the graphs' own precision, {manifest.precision}; for {options.precision} run "
+                f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
-        self.threads = wanted.threads
-        self.device, self._providers = _providers(onnxruntime, wanted.device)
+        self.threads = options.threads
+        self.device, self._providers = _providers(onnxruntime, options.device)
 
     def describe(self) -> str:
         threads = "" if self.threads is None else f", {self.threads} threads"
@@ -50,9 +50,9 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
         path = self.folder / self.manifest.graphs[graph].file
         session = self._library.InferenceSession(path, options, providers=self._providers)
-        if (wanted := self._providers[0]) != PROVIDERS["cpu"] and wanted[0] not in session.get_providers():
+        if (provider := self._providers[0]) != PROVIDERS["cpu"] and provider[0] not in session.get_providers():
             raise ArtifactError(
-                f"{wanted[0]} does not start here, often for want of CUDA's libraries; take the device cpu"
+                f"{provider[0]} does not start here, often for want of CUDA's libraries; take the device cpu"
             )
         names = [value.name for value in session.get_inputs()]
         return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))

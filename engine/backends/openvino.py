@@ -15,7 +15,7 @@ import numpy as np
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.files import cache_folder
 from ...folders.manifests import ArtifactManifest
-from . import Wanted, check_device
+from .base import BackendOptions, check_device
 from .graphs import GraphBackend, Run
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -26,21 +26,21 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
 
     name = "openvino"
 
-    def __init__(self, folder: Path, manifest: ArtifactManifest, wanted: Wanted) -> None:
+    def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
         try:
             import openvino
         except ImportError:
             raise missing_extra("openvino", "cpu") from None
         self._library: Any = openvino
-        self.batches = wanted.batches
-        check_device(self.name, wanted.device)
+        self.batches = options.batches
+        check_device(self.name, options.device)
         if manifest.precision != "fp32":
             raise ArtifactError(
                 f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
                 "--precision fp32, or take the backend onnxruntime"
             )
-        self.precision = "fp32" if wanted.precision == "auto" else wanted.precision
+        self.precision = "fp32" if options.precision == "auto" else options.precision
         self._core = openvino.Core()
         native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if self.precision not in HINTS or (self.precision == "bf16" and "BF16" not in native):
@@ -50,7 +50,7 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
-            "INFERENCE_NUM_THREADS": wanted.threads or allowed,
+            "INFERENCE_NUM_THREADS": options.threads or allowed,
         }
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)

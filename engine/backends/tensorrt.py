@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from ...folders.tensorrt_plans import COMMAND, Machine, PlanRecord, find_plan, read_json, this_machine
-from . import Pictures, Wanted
+from .base import BackendOptions, Pictures
 from .graphs import GraphBackend
 
 
@@ -55,19 +55,19 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
     name = "tensorrt"
     captures = True  # False: every call enqueues anew, the oracle of the replay
 
-    def __init__(self, folder: Path, manifest: ArtifactManifest, wanted: Wanted) -> None:
+    def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
-        if wanted.device not in ("auto", "cuda", "cuda:0"):
+        if options.device not in ("auto", "cuda", "cuda:0"):
             raise ArtifactError(
-                f"TensorRT plans run on the first GPU: device must be auto, cuda or cuda:0, got {wanted.device!r}; "
+                f"TensorRT plans run on the first GPU: device must be auto, cuda or cuda:0, got {options.device!r}; "
                 "CUDA_VISIBLE_DEVICES=N makes another one the first"
             )
-        if wanted.precision not in ("auto", manifest.precision):
+        if options.precision not in ("auto", manifest.precision):
             raise ArtifactError(
-                f"TensorRT plans compute in their graphs' precision, {manifest.precision}; for {wanted.precision} run "
-                f"'imagine-flash export STUDENT OUT --precision {wanted.precision}'"
+                f"TensorRT plans compute in their graphs' precision, {manifest.precision}; for {options.precision} run "
+                f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
-        self.batches = tuple(sorted({max(batch, manifest.batch[0]) for batch in wanted.batches}))
+        self.batches = tuple(sorted({max(batch, manifest.batch[0]) for batch in options.batches}))
         self._machine, self._engines, self._uncaptured = this_machine(folder), dict[str, Any](), set[str]()
         self._errors = deque[str](maxlen=1)  # TensorRT's last one
         self._start_tensorrt()

@@ -30,7 +30,7 @@ from ...pipelines.loading import load_stages
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..tokenizer import PromptTokenizer
-from . import STUDENT_BATCHES, Pictures, Wanted, check_device
+from .base import STUDENT_BATCHES, BackendOptions, Pictures, check_device
 from .graphs import GraphBackend, Run
 from .torch_modes import Captured, InPrecision, Network, OnGpu, as_run, compiled
 
@@ -38,18 +38,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_student(
-    folder: Path, backend: str, wanted: Wanted, sizes: Sequence[Size] | None
+    folder: Path, backend: str, options: BackendOptions, sizes: Sequence[Size] | None
 ) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:
-    """What an engine is made of, from a student folder. sizes: by default the networks' own. wanted.threads is set for the
+    """What an engine is made of, from a student folder. sizes: by default the networks' own. options.threads is set for the
     whole process, as torch knows no other way.
 
     Raises ArtifactError, ScheduleError, MissingExtraError.
     """
     student = read_student_manifest(folder)
-    device = device_of(wanted.device)
-    if wanted.threads is not None:
-        torch.set_num_threads(wanted.threads)
-    precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if wanted.precision == "auto" else wanted.precision
+    device = device_of(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if options.precision == "auto" else options.precision
     stages = load_stages(folder, dtype=DTYPES[precision])
     for size in sizes or ():
         stages.check_size(size)
@@ -57,7 +57,7 @@ def load_student(
     specs = [spec for spec, _ in tokenizers]
     model = _description(folder, student, stages, precision, sizes or [stages.default_size], specs)
     loaded = TorchBackend(
-        folder, model, stages, device, name="torch" if backend == "auto" else backend, batches=wanted.batches
+        folder, model, stages, device, name="torch" if backend == "auto" else backend, batches=options.batches
     )
     return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
 

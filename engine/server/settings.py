@@ -14,7 +14,8 @@ from ...core.checked import Checked
 from ...core.errors import RequestError
 from ...folders.hub import HUB_ID, local_folder
 from ...folders.reading import read_artifact_manifest
-from ..backends import STUDENT_BATCHES, Wanted, check_device, choose, runs_student
+from ..backends.base import STUDENT_BATCHES, BackendOptions, check_device
+from ..backends.choosing import choose, runs_student
 from ..engine import EMBEDDED, Engine, check_max_batch
 
 SHORTEST_KEY = 16  # characters
@@ -70,7 +71,7 @@ class EngineSettings(Checked):
             raise RequestError(
                 f"threads: must be 1 to {processors}, the processors of this machine, got {self.threads}"
             )
-        Wanted(precision=self.precision)
+        BackendOptions(precision=self.precision)
         folder = EMBEDDED if self.model is None else Path(self.model)
         if not folder.exists() and (self.model is None or HUB_ID.fullmatch(str(self.model))):
             return

@@ -13,7 +13,8 @@ import torch
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.core.images import psnr
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.engine.backends import Wanted, choose, installed, load_backend
+from imagine_flash.engine.backends.base import BackendOptions
+from imagine_flash.engine.backends.choosing import choose, installed, load_backend
 from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, fused_update, plan_of
 from imagine_flash.export.tensorrt import build_plans, write_plan, write_tensorrt
 from imagine_flash.folders.files import hash_files
@@ -47,12 +48,12 @@ def test_auto_takes_what_is_there(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        (Wanted(device="cpu"), "device must be auto, cuda or cuda:0"),
-        (Wanted(device="cuda:1"), "got 'cuda:1'; CUDA_VISIBLE_DEVICES=N makes another one the first"),
-        (Wanted(precision="bf16"), "graphs' precision, fp32; for bf16 run 'imagine-flash export STUDENT OUT"),
+        (BackendOptions(device="cpu"), "device must be auto, cuda or cuda:0"),
+        (BackendOptions(device="cuda:1"), "got 'cuda:1'; CUDA_VISIBLE_DEVICES=N makes another one the first"),
+        (BackendOptions(precision="bf16"), "graphs' precision, fp32; for bf16 run 'imagine-flash export STUDENT OUT"),
     ],
 )
-def test_what_plans_cannot_do(artifact: Path, wanted: Wanted, says: str) -> None:
+def test_what_plans_cannot_do(artifact: Path, wanted: BackendOptions, says: str) -> None:
     with pytest.raises(ArtifactError) as error:
         load_backend("tensorrt", artifact, read_artifact_manifest(artifact), wanted)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -118,7 +119,7 @@ def engine(planned: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def backend(planned: Path) -> Iterator[TensorrtBackend]:
     """One with the batch sizes 1 and 3, so that two images are padded."""
-    backend = load_backend("tensorrt", planned, read_artifact_manifest(planned), Wanted(batches=(1, 3)))
+    backend = load_backend("tensorrt", planned, read_artifact_manifest(planned), BackendOptions(batches=(1, 3)))
     assert isinstance(backend, TensorrtBackend)
     yield backend
     backend.close()
@@ -196,7 +197,7 @@ def test_the_replay_is_what_was_enqueued(
     replayed = [denoised(backend, 3, seed) for seed in (0, 1, 0)]
     assert "CUDA graphs" in backend.describe()
     monkeypatch.setattr(TensorrtBackend, "captures", False)
-    plain = load_backend("tensorrt", planned, backend.manifest, Wanted(batches=(1, 3)))
+    plain = load_backend("tensorrt", planned, backend.manifest, BackendOptions(batches=(1, 3)))
     assert isinstance(plain, TensorrtBackend)
     for seed, got in zip((0, 1, 0), replayed, strict=True):
         np.testing.assert_allclose(got, denoised(plain, 3, seed), rtol=1e-5, atol=1e-5)

@@ -19,7 +19,8 @@ from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import initial_noise
 from imagine_flash.core.update import sample
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.engine.backends import Wanted, choose
+from imagine_flash.engine.backends.base import BackendOptions
+from imagine_flash.engine.backends.choosing import choose
 from imagine_flash.engine.backends.torch import TorchBackend, device_of, load_student
 from imagine_flash.engine.backends.torch_modes import OnGpu
 from imagine_flash.engine.verify import verify
@@ -206,7 +207,7 @@ class Toy(torch.nn.Module):
 
 
 def toy_backend(tiny_student: Path, name: str, device: str, batches: tuple[int, ...] = (1, 2, 4)) -> TorchBackend:
-    loaded, _, model = load_student(tiny_student, "torch", Wanted(device="cpu", precision="fp32"), None)
+    loaded, _, model = load_student(tiny_student, "torch", BackendOptions(device="cpu", precision="fp32"), None)
     loaded.close()
     stages = dataclasses.replace(load_stages(tiny_student), denoiser=lambda size: Toy().eval().requires_grad_(False))
     return TorchBackend(tiny_student, model, stages, device_of(device), name=name, batches=batches)

@@ -200,7 +200,7 @@ LOAD = """
     from pathlib import Path
     from imagine_flash.folders.reading import read_artifact_manifest
     from imagine_flash.core.errors import ArtifactError
-    from imagine_flash.engine.backends import load_backend
+    from imagine_flash.engine.backends.choosing import load_backend
     folder = Path({folder!r})
     try:
         load_backend("tensorrt", folder, read_artifact_manifest(folder))

@@ -1,0 +1,109 @@
+"""What an engine needs of a backend, and what a backend may be asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.errors import ArtifactError, nearest
+
+BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
+STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders
+STUDENT_BATCHES = (1, 63)
+DEVICES = {
+    "tensorrt": "auto, cuda or cuda:0",
+    "openvino": "auto or cpu",
+    "torch": "auto, cpu, cuda or cuda:N",
+    "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N",
+}
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a device
+Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
+Pictures = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # images (B, H, W, 3); finite (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest.
+    threads: processor threads of a network call; None leaves it to the backend, which takes all it may use.
+
+    Raises ArtifactError for an unknown precision, or less than one thread.
+    """
+
+    device: str = "auto"
+    precision: str = "auto"
+    batches: tuple[int, ...] = (1,)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ArtifactError(f"no precision {self.precision!r}{nearest(self.precision, PRECISIONS)}; known: {known}")
+        if self.threads is not None and self.threads < 1:
+            raise ArtifactError(f"threads must be at least 1, got {self.threads}")
+
+
+class Backend(Protocol):
+    """The stages of a model as functions of arrays. Called by one thread at a time, `prepare` and `describe` excepted."""
+
+    name: str
+
+    def describe(self) -> str:
+        """One line: library, device, precision, threads."""
+        ...
+
+    def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
+        """Load these graphs now, so that the first request does not wait for them."""
+        ...
+
+    def upload(self, values: NDArray[np.float32]) -> Array:
+        """A copy of the values as the backend's array."""
+        ...
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """One batch out of several."""
+        ...
+
+    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> Conditions:
+        """Token ids and masks (B, L) by input name -> the conditions of the denoiser, each (B, ...)."""
+        ...
+
+    def encode_image(self, images: NDArray[np.uint8]) -> Array:
+        """Images (B, H, W, 3) -> latents (B, C, h, w); asked of artifacts with an image encoder only."""
+        ...
+
+    def denoise(self, x: Array, timestep: NDArray[np.float32], conditions: Conditions) -> Array:
+        """x (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
+        ...
+
+    def update(self, x: Array, m: Array, a: NDArray[np.float32], b: NDArray[np.float32]) -> Array:
+        """a x + b m with one coefficient per image: a, b (B,). x stays as it is, since a failing turn is tried again."""
+        ...
+
+    def finite(self, x: Array) -> NDArray[np.bool_]:
+        """Which of the images (B, ...) hold neither NaN nor Inf; waits for the device."""
+        ...
+
+    def decode(self, x: Array) -> Pictures:
+        """Latents (B, C, h, w) -> images (B, H, W, 3) on the host, and which of them came without NaN and Inf."""
+        ...
+
+    def sample(self, graph: str, inputs: Sequence[Array], noise: Array) -> Pictures:
+        """A whole-sampler graph in one call: what it reads of the prompt, and x_T (B, C, h, w) -> as `decode`."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; the backend is not called again."""
+        ...
+
+
+def check_device(backend: str, device: str) -> None:
+    """Raises ArtifactError for a device that no machine's backend of this name runs on."""
+    known = [name.replace("N", r"\d+") for name in re.split(", | or ", DEVICES[backend])]
+    if not any(re.fullmatch(name, device) for name in known):
+        raise ArtifactError(f"device must be {DEVICES[backend]} for the backend {backend}, got {device!r}")
