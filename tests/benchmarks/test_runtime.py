@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,20 +16,16 @@ from imagine_flash.benchmarks.runtime import bare_calls, draw_group
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.engine import Engine
 from imagine_flash.folders.reading import read_artifact_manifest
+from imagine_flash.tests.commands import fails, start
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-CODE = "from imagine_flash.cli import main; main()"
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CODE, "bench", "runtime", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
 
 
 @pytest.mark.slow
 def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "runtime"
-    done = run("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    done = start("bench", "runtime", *options, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "times as fast as" in done.stdout and "overhead ms" in done.stdout
     rows = {
@@ -73,10 +67,8 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
 )
 def test_bad_input_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
     given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    done = run(*given, *([] if "-o" in given else ["-o", str(tmp_path / "r")]))
-    line = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and line.startswith("error: ") and says in line, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert says in fails("bench", "runtime", *given, *([] if "-o" in given else ["-o", str(tmp_path / "r")]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(params=[("onnxruntime", "stages"), ("onnxruntime", "sampler"), ("openvino", "stages")])

@@ -2,6 +2,7 @@
 
 import weakref
 
+import pytest
 import torch
 
 from imagine_flash.export.onnx import export_denoiser, export_text_encoder
@@ -12,6 +13,7 @@ from imagine_flash.pipelines.loading import load_stages
 SIZE = (64, 64)
 
 
+@pytest.mark.slow
 def test_no_weight_outlives_its_network(student, tmp_path):
     """onnxscript's rules remember the last graph that they saw: the weights folded in it filled memory during the gate."""
     with torch.inference_mode():

@@ -18,6 +18,7 @@ from websockets.sync.client import connect
 
 from imagine_flash.core.errors import RequestError
 from imagine_flash.engine.server.settings import RaySettings, ServerSettings, read_keys
+from imagine_flash.tests.commands import fails
 
 KEY = "0123456789abcdef-key"
 
@@ -86,6 +87,7 @@ def test_the_url_of_a_server_for_everybody_leads_to_it(start_server, tiny_artifa
     assert f"{server.url}\n" in log and "everybody who reaches 0.0.0.0 may draw" in log
 
 
+@pytest.mark.slow
 def test_sigkill_and_restart(start_server, tiny_artifact: Path) -> None:
     server = start_server("--model", tiny_artifact)
     server.kill()
@@ -139,20 +141,20 @@ def test_what_cannot_be_served(tiny_artifact: Path, tmp_path: Path) -> None:
         (["--allow-origin", "example.org"], f"{ORIGIN} 'example.org'"),
         (["--allow-origin", "https://example.org", "--allow-origin", "*"], f"{ORIGIN} '*'"),
     ):
-        line = run("--model", tiny_artifact, *([] if "--port" in options else ["--port", "0"]), *options)
+        line = fails("serve", "--model", tiny_artifact, *([] if "--port" in options else ["--port", "0"]), *options)
         assert says in line, line
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        line = run("--model", tiny_artifact, "--port", str(port))
+        line = fails("serve", "--model", tiny_artifact, "--port", str(port))
         assert f"cannot listen at 127.0.0.1:{port} (" in line and line.count("(") == 1, line
 
 
 def test_a_wrong_device_or_batch_is_said_before_the_url(tiny_artifact: Path) -> None:
     wrong = ("--model", tiny_artifact, "--backend", "onnxruntime", "--port", "0")
-    assert "--device must be auto" in run(*wrong, "--device", "tpu")
-    assert "--max-batch must be" in run(*wrong, "--max-batch", "9999")
+    assert "--device must be auto" in fails("serve", *wrong, "--device", "tpu")
+    assert "--max-batch must be" in fails("serve", *wrong, "--max-batch", "9999")
 
 
 def test_what_only_loading_finds_is_said_once(tiny_artifact: Path) -> None:
@@ -160,6 +162,7 @@ def test_what_only_loading_finds_is_said_once(tiny_artifact: Path) -> None:
     assert "cuda:7" in run(*wrong, url=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_what_ray_cannot_serve(tiny_artifact: Path) -> None:
     """Before a Ray is started: nobody waits for its warnings."""
