@@ -178,7 +178,8 @@ def test_kernels_has_no_init():
 def test_the_package_list_equals_the_tree():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     assert listed == sorted(set(listed))
-    assert set(listed) == {".".join(("imagine_flash", *file.parent.parts)) for file in package_files()}
+    there = {".".join(("imagine_flash", *file.parent.parts)) for file in package_files()}
+    assert set(listed) == there - {"imagine_flash.benchmarks.full_size"}  # of records alone: in a checkout, in no wheel
     for file in package_files():
         if file.parts[0] != "kernels":
             assert (ROOT / file.parent / "__init__.py").exists(), f"{file.parent} has no __init__.py"

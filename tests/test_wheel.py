@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_package_and_the_artifact_only(wheel):
     inside = {name.split("/", 1)[1] for name in names}
     rooms = {name.split("/")[0] for name in inside}
     assert not rooms & {"tests", "docs", "runs", "build"}, rooms
-    assert not [name for name in inside if "/teacher/" in name or "/student/" in name]
+    assert not [name for name in inside if "/teacher/" in name or "/student/" in name or "full_size" in name]
     assert {"__init__.py", "cli/__init__.py", "core/schedule.py", "engine/__init__.py", "licenses/LICENSE"} <= inside
     assert any(name.startswith("distill/recipes/") for name in inside)
     assert "licenses/assets/emoji/FONT_LICENSE.txt" in inside

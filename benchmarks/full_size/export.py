@@ -1,6 +1,6 @@
 """Does the export of a large model fit? Time and memory of `imagine-flash export` on full-size networks of random weights.
 
-    python -m imagine_flash.benchmarks.export_full_size sd-turbo docs/results/export_sd_turbo.json
+    python -m imagine_flash.benchmarks.full_size.export sd-turbo docs/results/export_sd_turbo.json
 
 Neither depends on the values of the weights. The tokenizer is the embedded model's; its ids are a small part of CLIP's.
 """
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from ..core.plan import StepPlan
-from ..folders.files import atomic_file, hash_folder
-from ..folders.manifests import StudentManifest
-from ..folders.reading import write_manifest
-from .environment import git_of, hardware_of, installed_versions
+from ...core.plan import StepPlan
+from ...folders.files import atomic_file, hash_folder
+from ...folders.manifests import StudentManifest
+from ...folders.reading import write_manifest
+from ..environment import git_of, hardware_of, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "assets/emoji/student/tokenizer"
@@ -186,7 +186,7 @@ def _random_weights(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def main() -> None:
-    """python -m imagine_flash.benchmarks.export_full_size KIND OUT.json [SIZE]"""
+    """python -m imagine_flash.benchmarks.full_size.export KIND OUT.json [SIZE]"""
     if len(sys.argv) not in (3, 4) or sys.argv[1] not in SHAPES:
         raise SystemExit(
             f"give one of {', '.join(SHAPES)}, the record to write and, if you like, a size such as 512x512"
