@@ -146,6 +146,7 @@ def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
         "timings": result.timings.stages(),
         "unknown_words": result.unknown_words,
         "replaced_words": result.replaced_words,
+        "cut": result.cut,
     }
 
 
@@ -155,6 +156,8 @@ def notes(result: GenerateResult) -> list[str]:
     if result.unknown_words:
         words = ", ".join(result.unknown_words)
         found.append(f"note: this model has no word for {words}; drawn without; what it knows: imagine-flash inspect")
+    if result.cut:
+        found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
     return found
 
 

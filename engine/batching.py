@@ -7,6 +7,7 @@ first step is next. A request that was cancelled or has expired is dropped befor
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from .work import Chunk, Job, PlanTables
 
 T = TypeVar("T")
 CLOSED = "the engine is closed; load it again with Engine.load"
+FORKED = "this process was forked after the engine was loaded, and has not its thread: load it here, or spawn processes"
 
 
 class Batcher:
@@ -60,6 +62,7 @@ class Batcher:
         self._closed = False
         self._wake = threading.Condition()  # guards all of these
         self._share = FairShare()  # of the thread alone
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._loop, name="imagine-flash", daemon=True)
         self._thread.start()
 
@@ -71,6 +74,8 @@ class Batcher:
     def submit(self, chunks: list[Chunk]) -> None:
         """Takes up a job's chunks. Raises EngineError after `close`; where the job has no reserved place, BusyError where too
         much waits already, RequestError for more than may ever wait."""
+        if self._was_forked:
+            raise EngineError(FORKED)
         with self._wake:
             if self._closed:
                 raise EngineError(CLOSED)
@@ -79,6 +84,11 @@ class Batcher:
             self._arrived.append(chunks)
             self._count(chunks)
             self._wake.notify()
+
+    @property
+    def _was_forked(self) -> bool:
+        """Whether this is a copy in a process that was forked, where there is no thread, and locks may be held for ever."""
+        return os.getpid() != self._process
 
     def _admit(self, client: str, rows: int) -> None:
         """Where all places are taken, a client may still have its share of them: nobody keeps others out."""
@@ -126,6 +136,8 @@ class Batcher:
 
     def close(self) -> None:
         """Ends the thread after the call in progress, fails what waits, frees the backend. Waits for the thread."""
+        if self._was_forked:
+            return
         with self._wake:
             self._closed = True
             self._wake.notify()

@@ -68,14 +68,29 @@ class GenerateRequest(Checked):
         given = _described(value) if name in ("image", "mask") else "nothing" if kind == "missing" else repr(value)
         return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {given}"
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any) -> Any:
+        """NumPy's numbers are numbers."""
+        return value.item() if isinstance(value, (np.integer, np.floating)) else value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GenerateRequest):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in type(self).model_fields)
+
+    def __hash__(self) -> int:
+        return hash((self.prompt, self.steps, self.seed, self.count, self.height, self.width))
+
     @field_validator("image", mode="before")
     @classmethod
     def _is_a_picture(cls, image: Any) -> Any:
         if image is None:
             return None
-        pixels = np.asarray(image)
+        pixels = np.array(image)  # the caller may go on drawing into theirs
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError("no picture")
+        pixels.setflags(write=False)
         return pixels
 
     @field_validator("mask", mode="before")
@@ -86,7 +101,7 @@ class GenerateRequest(Checked):
         shares = np.asarray(mask)
         if shares.dtype.kind not in "bfu" or shares.ndim != 2 or not shares.size:
             raise ValueError("no mask")
-        shares = shares.astype(np.float32)
+        shares = shares.astype(np.float32)  # a copy
         if not (shares.min() >= 0 and shares.max() <= 1):
             raise ValueError("no mask")
         return shares
@@ -102,6 +117,7 @@ class GenerateRequest(Checked):
     def _says_something(cls, prompt: str) -> str:
         if not prompt.strip():
             raise ValueError("empty")
+        prompt.encode()  # half of a pair, as JSON may hold it, is no character: UnicodeEncodeError is a ValueError
         return prompt.strip()
 
 

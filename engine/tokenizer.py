@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,11 @@ _SHORTEST = 4  # letters of a word in which a typo is mended: below, every word 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """A prompt as the model is given it. unknown: words and signs left out. replaced: typos by the words they stand for."""
+    """A prompt as the model is given it. unknown: words and signs left out. replaced: typos by the words they stand for. cut: the
+    end of a long prompt, which the model has no room for."""
 
     text: str
+    cut: str = ""
     unknown: list[str] = field(default_factory=list)
     replaced: dict[str, str] = field(default_factory=dict)
 
@@ -58,7 +60,7 @@ class PromptTokenizer:
 
     def encode(self, prompt: str) -> Tokens:
         """What the text encoder takes: int64 (1, L) by input name. RequestError for a prompt that does not fit the
-        context; nothing is cut silently (but where another encoder reads all of it)."""
+        context, which `read` would have cut; nothing is cut silently (but where another encoder reads all of it)."""
         tokens: Tokens = {}
         for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
             found = tokenizer.encode(prompt)
@@ -74,9 +76,26 @@ class PromptTokenizer:
         return tokens
 
     def read(self, prompt: str) -> Reading:
-        """The prompt in known words, where the model lists its words: others are mended within one letter, or left out."""
-        if not self.known_words:
-            return Reading(text=prompt)
+        """The prompt as far as the model reads it; in known words, where it lists its words: others are mended within one
+        letter, or left out."""
+        reading = self._in_known_words(prompt) if self.known_words else Reading(text=prompt)
+        text = self._beginning(reading.text)
+        return replace(reading, text=text, cut=reading.text[len(text) :].strip())
+
+    def _beginning(self, text: str) -> str:
+        """As many of its words as all encoders read that do not cut by themselves."""
+        for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
+            room = spec.context_length - tokenizer.num_special_tokens_to_add(False)
+            while len(text.encode()) > room and tokenizer.truncation is None:  # a token is a byte at least
+                found = tokenizer.encode(text, add_special_tokens=False)
+                if sum(found.attention_mask) <= room:
+                    break
+                end = min(found.offsets[room - 1][1], len(text) - 1)
+                words = text[:end] if text[end].isspace() else (text[:end].rsplit(None, 1) or [""])[0]
+                text = (words or text[:end]).rstrip()
+        return text
+
+    def _in_known_words(self, prompt: str) -> Reading:
         kept, unknown, replaced = [], dict[str, None](), dict[str, str]()
         for piece in _PIECE.findall(_SELECTORS.sub("", _POSSESSIVE.sub("", prompt)).lower()):
             if piece in self.known_words:

@@ -51,7 +51,7 @@ class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
     unknown_words: of the prompt, those that training never showed, which were left out; replaced_words: typos, and what was
-    read instead.
+    read instead; cut: the end of a long prompt, which the model does not read.
     """
 
     images: NDArray[np.uint8]
@@ -60,6 +60,7 @@ class GenerateResult:
     seed: int
     unknown_words: list[str]
     replaced_words: dict[str, str] = field(default_factory=dict)
+    cut: str = ""
     cached: bool = False
 
 
@@ -154,6 +155,7 @@ class Job:
             seed=self.request.seed,
             unknown_words=self.prepared.reading.unknown,
             replaced_words=self.prepared.reading.replaced,
+            cut=self.prepared.reading.cut,
             cached=self.cached,
         )
         with suppress(InvalidStateError):  # cancelled meanwhile

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
+from ..processors import processors
 from .base import BackendOptions, check_device
 from .graphs import GraphBackend, Run
 
@@ -34,17 +35,17 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
                 f"onnxruntime computes in the graphs' own precision, {manifest.precision}; for {options.precision} run "
                 f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
-        self.threads = options.threads
+        self.threads = options.threads or processors()
         self.device, self._providers = _providers(onnxruntime, options.device)
 
     def describe(self) -> str:
-        threads = "" if self.threads is None else f", {self.threads} threads"
+        threads = f", {self.threads} threads" if self.device == "cpu" else ""
         return f"onnxruntime {self._library.__version__} on {self.device}, {self.manifest.precision}{threads}"
 
     def open(self, graph: str, batch: int) -> Run:
         options = self._library.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or 0  # 0: as many as there are cores
+        options.intra_op_num_threads = self.threads
         large = max(map(_size, self.folder.glob("*.bin")), default=0) > LARGE
         options.enable_mem_reuse = large  # planning it takes five sixths of loading an unrolled graph: decision 004
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too

@@ -6,7 +6,6 @@ kept in a cache folder, whose keys are OpenVINO's own: the model's content, shap
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.files import cache_folder
 from ...folders.manifests import ArtifactManifest
+from ..processors import processors
 from .base import BackendOptions, check_device
 from .graphs import GraphBackend, Run
 
@@ -46,11 +46,10 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         if self.precision not in HINTS or (self.precision == "bf16" and "BF16" not in native):
             there = "fp32, bf16" if "BF16" in native else "fp32"
             raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {self.precision}")
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
-            "INFERENCE_NUM_THREADS": options.threads or allowed,
+            "INFERENCE_NUM_THREADS": options.threads or processors(),
         }
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)

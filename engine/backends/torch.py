@@ -29,6 +29,7 @@ except ImportError:
 from ...pipelines.loading import load_stages
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
+from ..processors import processors
 from ..tokenizer import PromptTokenizer
 from .base import STUDENT_BATCHES, BackendOptions, Pictures, check_device
 from .graphs import GraphBackend, Run
@@ -47,8 +48,8 @@ def load_student(
     """
     student = read_student_manifest(folder)
     device = device_of(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    if options.threads is not None or processors() < torch.get_num_threads():
+        torch.set_num_threads(options.threads or processors())
     precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if options.precision == "auto" else options.precision
     stages = load_stages(folder, dtype=DTYPES[precision])
     for size in sizes or ():

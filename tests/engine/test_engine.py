@@ -1,5 +1,7 @@
 """The equivalences of the engine: routes, batches, repetitions and threads all draw the same picture."""
 
+import os
+import select
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagine_flash.core.errors import ArtifactError, PlanError, RequestError
+from imagine_flash.core.errors import ArtifactError, EngineError, PlanError, RequestError
 from imagine_flash.core.noise import initial_noise
 from imagine_flash.engine import Engine, GenerateRequest
 
@@ -101,6 +103,7 @@ def test_noise_is_a_function_of_the_seed() -> None:
         ({"height": 0}, "height must be a whole number of pixels, got 0"),
         ({"width": "64"}, "width must be a whole number of pixels, got '64'"),
         ({"cuont": 1}, "no 'cuont'"),
+        ({"prompt": "a \ud800 cat"}, "prompt must be a text"),
     ],
 )
 def test_bad_requests(values: dict, says: str) -> None:
@@ -112,14 +115,65 @@ def test_bad_requests(values: dict, says: str) -> None:
 def test_what_the_model_cannot_draw(engine: Engine, tiny_artifact: Path) -> None:
     with pytest.raises(PlanError, match=r"steps must be 1, 2 or 3, got 4"):
         engine.generate(GenerateRequest(prompt="a cat", steps=4))
-    with pytest.raises(RequestError, match=r"tokens.*shorten"):
-        engine.generate(GenerateRequest(prompt="a cat on pink " * 9))
     with pytest.raises(RequestError, match=r"draws 64x64 \(width x height\), got 96x64"):
         engine.generate(GenerateRequest(prompt="a cat", width=96))
     with pytest.raises(ArtifactError, match="no backend 'cuda'"):
         Engine.load(tiny_artifact, backend="cuda")
     with pytest.raises(ArtifactError, match="no route"):
         Engine.load(tiny_artifact, route="fast")  # type: ignore[arg-type]
+
+
+def test_a_long_prompt_is_cut_and_says_so(engine: Engine) -> None:
+    """It was refused, though every other server cuts."""
+    long = engine.generate(GenerateRequest(prompt="a cat on pink " * 9, seed=7))
+    words = ("a cat on pink " * 9).split()
+    kept = len(words) - len(long.cut.split())
+    assert 0 < kept < len(words) and long.cut == " ".join(words[kept:])
+    short = engine.generate(GenerateRequest(prompt=" ".join(words[:kept]), seed=7))
+    assert short.cut == "" and np.array_equal(long.images, short.images)
+    one_more = engine.generate(GenerateRequest(prompt=" ".join(words[: kept + 1]), seed=7))
+    assert one_more.cut == words[kept], "no more is cut than has to be"
+
+
+def test_one_endless_word_is_cut_too(engine: Engine) -> None:
+    assert engine.generate(GenerateRequest(prompt="\U0001f98a" * 500, seed=7)).images.shape[0] == 1
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    request = GenerateRequest(
+        prompt="a cat", steps=np.int64(2), seed=np.uint32(7), count=np.int8(1), timeout=np.float32(2)
+    )
+    assert request == GenerateRequest(prompt="a cat", steps=2, seed=7, count=1, timeout=2.0)
+
+
+def test_requests_with_pictures_are_compared_by_them() -> None:
+    """NumPy's == made it an error; and a request changed with the array that it was given."""
+    pixels = np.full((64, 64, 3), 90, np.uint8)
+    request = GenerateRequest(prompt="a cat", seed=7, image=pixels)
+    same = GenerateRequest(prompt="a cat", seed=7, image=pixels.copy())
+    pixels[:] = 0
+    assert request == same and hash(request) == hash(same)
+    assert request != GenerateRequest(prompt="a cat", seed=7, image=pixels)
+    assert request != GenerateRequest(prompt="a cat", seed=7) != "a cat"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_engine_in_a_forked_process_says_so_instead_of_hanging(engine: Engine) -> None:
+    engine.generate(GenerateRequest(prompt="a cat"))
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.submit(GenerateRequest(prompt="a cat"))
+        except EngineError as error:
+            os.write(write, str(error).encode())
+        engine.close()
+        os._exit(0)
+    assert select.select([read], [], [], 20)[0], "it hangs"
+    assert b"forked after the engine was loaded" in os.read(read, 1000)
+    os.waitpid(child, 0)
+    assert engine.generate(GenerateRequest(prompt="a cat")).images.any()
 
 
 def test_seed_none_draws_one() -> None:

@@ -183,7 +183,7 @@ def test_a_request_that_cannot_be_drawn_leaves_the_one_before(engine: Engine) ->
     with pytest.raises(PlanError):
         session.submit(ask(steps=7))
     with pytest.raises(RequestError):
-        session.submit(ask("a cat on pink " * 9))
+        session.submit(ask(width=96))
     assert inbox.until(1).result is not None and session.submit(ask()) == 2
 
 
