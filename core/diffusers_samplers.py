@@ -16,6 +16,7 @@ from .schedule import SCM_CLASS, shifted
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 FLOW, FLOW_LCM = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
 DDIM, LCM, TCD = "DDIMScheduler", "LCMScheduler", "TCDScheduler"
+EVEN = ("FluxPipeline",)  # pipelines that give the noise levels 1, (n - 1) / n, ... 1 / n to their scheduler
 KNOWN = (DDIM, EULER, ANCESTRAL, LCM, TCD, FLOW, FLOW_LCM, SCM_CLASS)
 _SPACING = {DDIM: "leading", EULER: "linspace", ANCESTRAL: "linspace"}  # where the config leaves it out
 _UNREAD = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "invert_sigmas")
@@ -37,8 +38,10 @@ def sampler_of(config: Mapping[str, Any]) -> Sampler:
     return Sampler(kind="renoise" if name != FLOW or config.get("stochastic_sampling") else "deterministic")
 
 
-def plan_of(config: Mapping[str, Any], steps: int) -> StepPlan:
-    """The timesteps that the class in a diffusers scheduler config visits in so many steps. Raises PlanError, ScheduleError."""
+def plan_of(config: Mapping[str, Any], steps: int, pipeline: str = "") -> StepPlan:
+    """The timesteps that the class in a diffusers scheduler config visits in so many steps, in a pipeline of that class: some
+    say themselves where a flow begins and ends. Raises PlanError, ScheduleError.
+    """
     name, total = _known_class(config), int(config.get("num_train_timesteps", 1000))
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < total:
         raise PlanError(f"a plan has between 1 and {total - 1} steps, got {steps!r}", param="steps")
@@ -49,7 +52,8 @@ def plan_of(config: Mapping[str, Any], steps: int) -> StepPlan:
         return _of_sigmas(np.sin(angles) / (np.cos(angles) + np.sin(angles)), 1.0, total)
     if name in (FLOW, FLOW_LCM):
         shift = float(config.get("shift", 1.0))
-        u = np.linspace(1.0, shifted(1.0 / total, shift), steps)  # diffusers shifts the ends, and then all once more
+        least = 1.0 / steps if pipeline in EVEN else shifted(1.0 / total, shift)  # shifted, then all once more
+        u = np.linspace(1.0, least, steps)
         return _of_sigmas(shifted(u, shift), shift, total)
     spacing, offset = _spacing(config), int(config.get("steps_offset", 0))
     if spacing == "linspace":
@@ -70,8 +74,10 @@ def _known_class(config: Mapping[str, Any]) -> str:
     for key in _UNREAD:
         if config.get(key):
             raise ScheduleError(f"the scheduler's {key} is not supported; choose --timesteps instead")
-    if config.get("thresholding"):
-        raise ScheduleError("the scheduler's thresholding is not supported: its step is not linear")
+    if config.get("thresholding") or config.get("clip_sample", name == DDIM):
+        raise ScheduleError(
+            f"this {name} clips x0 (clip_sample, thresholding), which is no linear step; set them false"
+        )
     if config.get("final_sigmas_type", "zero") != "zero":
         raise ScheduleError(f"this {name} ends on a noise level (final_sigmas_type); choose --timesteps instead")
     if config.get("interpolation_type", "linear") != "linear" or config.get("timestep_type", "discrete") != "discrete":

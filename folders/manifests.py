@@ -90,6 +90,19 @@ class ReferencePicture(_Frozen):
     size: Size
 
 
+class Guidance(_Frozen):
+    """How strongly a prompt pulls: diffusers' guidance_scale, 1 is none.
+
+    default: of a request that says nothing. range: what the model was made for, as far as its card says; others are drawn
+    with a note. embedded: the network is told the scale; else the prompt's prediction is weighed against that of the
+    negative prompt, in two rows a picture.
+    """
+
+    default: float = Field(default=1.0, ge=0)
+    range: tuple[float, float] | None = None
+    embedded: bool = False
+
+
 class StudentManifest(_Frozen):
     """`imagine_flash.json`: what diffusers' own files do not say about a student."""
 
@@ -135,6 +148,8 @@ class ModelDescription(_Frozen):
     plans: Plans
     noise_correction: bool
     sampler: Sampler = DETERMINISTIC
+    guidance: Guidance = Guidance()
+    sources: dict[str, str] = {}  # what was taken from where, of a model that somebody else trained
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1)  # pixels of an image's side per latent
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default

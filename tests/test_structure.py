@@ -16,10 +16,11 @@ MAY_IMPORT = {  # room -> the rooms it may import; the top-level files are the r
     "core": {"core"},
     "folders": {"core", "folders"},
     "kernels": {"core", "kernels"},
-    "pipelines": {"core", "folders", "kernels", "pipelines"},
-    "engine": {"core", "folders", "kernels", "pipelines", "engine"},
+    "models": {"core", "folders", "models"},
+    "pipelines": {"core", "folders", "kernels", "models", "pipelines"},
+    "engine": {"core", "folders", "kernels", "models", "pipelines", "engine"},
     "distill": {"core", "folders", "pipelines", "distill"},
-    "export": {"core", "folders", "pipelines", "export"},
+    "export": {"core", "folders", "models", "pipelines", "export"},
 }
 HALF_OPEN = {  # circles that are left
     ("imagine_flash", "engine", "precision"),
