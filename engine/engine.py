@@ -41,7 +41,7 @@ class Engine:
     them, and the thread that asks only waits.
 
     route "stages" runs text encoder, denoiser and decoder one after another with core's update in between; "sampler" runs
-    the whole sampler as one graph. The same seed gives the same picture by both, and in any company, up to the last bits
+    the whole sampler as one graph. The same seed gives the same picture by both, whatever shares its calls, up to the last bits
     of float arithmetic (one of 255 levels). An artifact that holds the graphs of one route alone takes that one.
     """
 

@@ -63,7 +63,7 @@ def _check_nothing_is_unlisted(folder: Path, manifest: ArtifactManifest) -> None
         name = path.relative_to(folder).as_posix()
         if path.suffix in GRAPH_FILES and path.is_file() and name not in manifest.files:
             raise ArtifactError(
-                f"{folder}: {name} is not listed in {ARTIFACT_FILE}, so nobody vouches for it; remove it or export again"
+                f"{folder}: {name} is not listed in {ARTIFACT_FILE}, so its hash cannot be checked; remove it or export again"
             )
 
 
