@@ -1,8 +1,11 @@
 """pyproject.toml: each bound in one place, and extras that can stand together."""
 
+import ast
 import re
+import sys
 import tomllib
 from collections import Counter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,35 @@ def test_a_newcomers_tests_need_no_ray_no_browser_and_no_tensorrt() -> None:
 def test_the_version_is_said_once_more_where_it_is_cited() -> None:
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {PROJECT['version']}\n" in cited
+
+
+def imported() -> dict[str, str]:
+    """The top-level modules that the package imports, also inside functions, each with a file that does."""
+    found = {}
+    for file in ROOT.rglob("*.py"):
+        inside = file.relative_to(ROOT)
+        if inside.parts[0] in ("tests", "deploy", "build") or inside.parts[0].startswith("."):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0]: str(inside) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                found[node.module.split(".")[0]] = str(inside)
+    return {name: file for name, file in found.items() if name not in (*sys.stdlib_module_names, "imagine_flash")}
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    """What another library happens to install today is not there tomorrow."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    declared = {plain(name_of(one)) for one in PROJECT["dependencies"]}
+    declared |= {plain(name) for extra in EXTRAS for name in libraries(extra)}
+    distributions = packages_distributions()
+    missing = {
+        name: file
+        for name, file in imported().items()
+        if not {plain(one) for one in (name, *distributions.get(name, ()))} & declared
+    }
+    assert not missing
