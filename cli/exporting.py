@@ -58,6 +58,12 @@ def export_command(
     tiny_decoder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="An AutoencoderTiny to decode with instead.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]", help="A LoRA to add, of diffusers, peft or kohya's format; may be repeated."
+        ),
+    ] = None,
     image_encoder: Annotated[
         bool, flag("--image-encoder/--no-image-encoder", help="Also the graph that image-to-image and inpainting need.")
     ] = True,
@@ -88,6 +94,7 @@ def export_command(
     needs("export", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "filelock")
     from ..export import export_student
     from ..export.options import ExportOptions, parse_batch, parse_sizes, parse_steps, read_prompts
+    from ..pipelines.lora import parse_lora
 
     chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision}  # names not yet checked
     options = ExportOptions(
@@ -98,6 +105,7 @@ def export_command(
         sizes=parse_sizes(sizes),
         batch=parse_batch(batch),
         tiny_decoder=tiny_decoder,
+        loras=tuple(map(parse_lora, lora or ())),
         psnr=min_psnr,
         error=max_error,
         image_encoder=image_encoder,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,9 @@ class Ledger:
                 f"{graph}: {kind} differ from torch by {rms:.2%} RMS, more than {self.limits.rms:.2%}", graph, case
             )
 
-    def compare_images(self, graph: str, got: NDArray[Any], finite: NDArray[np.bool_], case: Case, steps: int) -> None:
-        """uint8 images, and whether the graph found them finite, as torch's are."""
+    def compare_images(self, graph: str, pictures: Sequence[NDArray[Any]], case: Case, steps: int) -> None:
+        """pictures: uint8 images, and whether the graph found them finite, as torch's are."""
+        got, finite = pictures
         expected = case.images[steps]
         levels, _ = _difference(got, expected)
         db = min((psnr(one, other) for one, other in zip(got, expected.numpy(), strict=True)), default=0.0)

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from ..core.checked import Checked
 from ..core.errors import ArtifactError, nearest
 from ..folders.manifests import Size
+from ..pipelines.lora import Lora
 from .ledger import LIMITS, Limits
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -32,7 +33,8 @@ class ExportOptions(Checked):
     name: what the model is called; None takes the folder's. sizes: of the images, (height, width); the first is the default;
     None takes the student's. batch: the smallest and the largest that is checked and built for. steps: the plans; None
     takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an AutoencoderTiny folder that
-    replaces the student's decoder. image_encoder: also the graph that drawing from a picture needs. prompts: what the
+    replaces the student's decoder. loras: are added to its weights, in this
+    order. image_encoder: also the graph that drawing from a picture needs. prompts: what the
     gate draws. psnr (dB) and error replace the precision's limits.
     """
 
@@ -46,6 +48,7 @@ class ExportOptions(Checked):
     batch: tuple[int, int] = (1, 4)
     forms: Forms = "both"
     tiny_decoder: Path | None = None
+    loras: tuple[Lora, ...] = ()
     prompts: tuple[str, ...] | None = None
     opset: int = 23
     psnr: float | None = Field(default=None, gt=0)

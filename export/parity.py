@@ -126,9 +126,9 @@ def check_parity(
         with _session(graphs[name]) as run:
             for i in here:
                 for steps in manifest.plans:
-                    ledger.compare_images(name, *run(cases[i].latents[steps]), cases[i], steps)
+                    ledger.compare_images(name, run(cases[i].latents[steps]), cases[i], steps)
                     loop = manifest.graph_name(f"stages_{steps}", size)
-                    ledger.compare_images(loop, *run(walked[i, steps]), cases[i], steps)
+                    ledger.compare_images(loop, run(walked[i, steps]), cases[i], steps)
         name = manifest.graph_name(IMAGE_ENCODER, size)
         if name in graphs:
             progress(name)
@@ -145,7 +145,7 @@ def check_parity(
                 with _session(graphs[name]) as run:
                     for i in here:
                         given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
-                        ledger.compare_images(name, *run(*given, cases[i].noise), cases[i], steps)
+                        ledger.compare_images(name, run(*given, cases[i].noise), cases[i], steps)
     return ledger
 
 

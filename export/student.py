@@ -23,6 +23,7 @@ from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_fil
 from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, Size, StudentManifest, graph_name
 from ..folders.reading import read_student_manifest, signed, write_manifest
 from ..pipelines.loading import load_stages, student_folder
+from ..pipelines.lora import fused_records
 from ..pipelines.stages import IMAGES, LATENTS, Stages
 from .ledger import Ledger
 from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder, save_graph
@@ -126,7 +127,7 @@ def _trace(
 ) -> _Traced:
     """Torch's part: the networks' answers and their graphs."""
     progress("loading the student")
-    stages = load_stages(folder, tiny_decoder=options.tiny_decoder)
+    stages = load_stages(folder, tiny_decoder=options.tiny_decoder, loras=options.loras)
     sizes = options.sizes or (stages.default_size,)
     for size in sizes:
         stages.check_size(size)
@@ -147,6 +148,7 @@ def _trace(
         "vocabulary": described.vocabulary,
         "tokenizers": write_tokenizers(target, stages, described.known_words),
         "created_with": {package: version(package) for package in VERSIONED} | {"onnxruntime": onnxruntime.__version__},
+        "loras": [record for lora in options.loras for record in fused_records(lora)],
         "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},
     }
     check_tokenizers(target, facts["tokenizers"], stages, prompts)
@@ -288,7 +290,7 @@ def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: 
 
 def _sampling(
     described: StudentManifest, stages: Stages, options: ExportOptions
-) -> tuple[Sampling, dict[int, list[int]]]:
+) -> tuple[Sampling, dict[int, list[float]]]:
     """The plans asked for: coefficients and schedule, and the timesteps by number of steps."""
     schedule = NoiseSchedule.from_scheduler_config(stages.scheduler)
     plans = plans_by_steps(described.plans, schedule.num_train_timesteps)

@@ -103,6 +103,14 @@ class Guidance(_Frozen):
     embedded: bool = False
 
 
+class FusedLora(_Frozen):
+    """A LoRA that was added to the student's weights at export. sha256: of its tensors' file."""
+
+    name: str
+    weight: float
+    sha256: str
+
+
 class StudentManifest(_Frozen):
     """`imagine_flash.json`: what diffusers' own files do not say about a student."""
 
@@ -233,6 +241,7 @@ class ArtifactManifest(ModelDescription):
     references: list[ReferencePicture] = []
     formats: dict[str, dict[str, Any]] = {}  # what lies beside the ONNX graphs, by format
     student_sha256: str
+    loras: list[FusedLora] = []
     sha256: str = ""  # of all other fields; `write_manifest` sets it
 
     @field_validator("files")

@@ -27,9 +27,11 @@ def read_student_manifest(folder: str | Path) -> StudentManifest:
     """The manifest of a student folder. Raises ArtifactError."""
     folder = Path(folder)
     manifest = _read(folder, STUDENT_FILE, StudentManifest)
-    needed = PIPELINE_FILE if manifest.base is None else LORA_FILE
-    if not (folder / needed).is_file():
-        kind = "diffusers pipeline" if manifest.base is None else f"LoRA of {manifest.base}"
+    needed, kind = PIPELINE_FILE, "diffusers pipeline"
+    if manifest.base is not None:  # whichever name its file has
+        needed = next((file.name for file in folder.rglob("*.safetensors")), LORA_FILE)
+        kind = f"LoRA of {manifest.base}"
+    if not any(folder.rglob(needed)):
         raise ArtifactError(f"{folder}: {needed} is missing, so it is no {kind}; copy the folder again")
     return manifest
 

@@ -10,20 +10,23 @@ import torch
 
 from ..core.errors import ArtifactError, nearest
 from ..folders.manifests import Size
+from .networks import SD3, ClipAndT5Texts, ClipText, PixArt, T5Text, TwoClipTexts, UNet, UNetXL
 from .stages import Decoder, ImageEncoder, Stages, TokenInput, downscale_of
 
 EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"
-Conditions = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one pipeline class becomes stages. text: (pipeline) -> (module, tokenizers, names of the conditions)."""
+    """How one pipeline class becomes stages. text: (pipeline) -> (module, tokenizers, names of the conditions). heeds: what
+    the class reads of the vae's config beside scaling_factor. told: the network's addition_embed_type."""
 
     network: str  # the denoiser's component
     parts: tuple[str, ...]  # the other components it needs
     text: Callable[[Any], tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]]
     denoiser: Callable[[Any, Size], torch.nn.Module]
+    heeds: tuple[str, ...] = ()
+    told: str | None = None
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -51,21 +54,20 @@ def stages_of(pipeline: Any) -> Stages:
         if isinstance(module := getattr(pipeline, part), torch.nn.Module):
             module.eval().requires_grad_(False)
     network = getattr(pipeline, architecture.network)
-    decoder = Decoder(pipeline.vae)
+    decoder = Decoder(pipeline.vae, architecture.heeds)
     channels, latent_channels = network.config.in_channels, decoder.vae.config.latent_channels
     if channels != latent_channels:
         raise ArtifactError(
             f"the {architecture.network} takes {channels} channels and the vae has {latent_channels}; "
             "only text-to-image students are read"
         )
-    if network.config.get("time_cond_proj_dim"):
-        raise ArtifactError(
-            f"the {architecture.network} is told a guidance scale (time_cond_proj_dim); students are not"
-        )
+    _check_network(network, architecture)
     downscale = downscale_of(decoder, channels)
     side = network.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
     text, tokens, conditions = architecture.text(pipeline)
+    if architecture is _SDXL:
+        _check_projection(network, pipeline.text_encoder_2.config.projection_dim)
     scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     return Stages(
         pipeline=name,
@@ -83,133 +85,35 @@ def stages_of(pipeline: Any) -> Stages:
     )
 
 
-class ClipText(torch.nn.Module):
-    """input_ids (B, L) -> embeddings (B, L, D): the last hidden state."""
-
-    def __init__(self, text_encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: torch.Tensor) -> Conditions:
-        return (self.text_encoder(input_ids).last_hidden_state,)
-
-
-class TwoClipTexts(torch.nn.Module):
-    """Two ids (B, L) -> embeddings (B, L, D1 + D2) of the layers before the last, pooled (B, P): the second's projection,
-    or, with both_pooled, both side by side (Stable Diffusion 3)."""
-
-    def __init__(self, first: torch.nn.Module, second: torch.nn.Module, *, both_pooled: bool = False) -> None:
-        super().__init__()
-        self.first, self.second, self.both_pooled = first, second, both_pooled
-
-    def forward(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> Conditions:
-        one = self.first(input_ids, output_hidden_states=True)
-        two = self.second(input_ids_2, output_hidden_states=True)
-        embeddings = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-        pooled = torch.cat([one.text_embeds, two.text_embeds], dim=-1) if self.both_pooled else two.text_embeds
-        return embeddings, pooled
+def _check_network(network: Any, architecture: Architecture) -> None:
+    """Raises ArtifactError for a network that is told, or that gives, something else than its pipeline class passes on."""
+    name, config = architecture.network, network.config
+    if config.get("time_cond_proj_dim"):
+        raise ArtifactError(f"the {name} is told a guidance scale (time_cond_proj_dim); students are not")
+    for key, known in (
+        ("class_embed_type", None),
+        ("num_class_embeds", None),
+        ("addition_embed_type", architecture.told),
+    ):
+        if config.get(key) != known:
+            raise ArtifactError(
+                f"the {name} is told more than its text ({key}={config.get(key)!r}); such networks are not read"
+            )
+    channels, given = config.in_channels, config.get("out_channels") or config.in_channels
+    if given != channels and architecture.denoiser is not PixArt:
+        raise ArtifactError(
+            f"the {name} gives {given} channels for {channels}, a variance perhaps; only its prediction is drawn with"
+        )
 
 
-class ClipAndT5Texts(torch.nn.Module):
-    """Three ids -> embeddings (B, L + L_T5, D_T5): both CLIPs, padded with zeros to T5's width, then T5; pooled (B, P)."""
-
-    def __init__(self, first: torch.nn.Module, second: torch.nn.Module, third: torch.nn.Module) -> None:
-        super().__init__()
-        self.clip, self.t5 = TwoClipTexts(first, second, both_pooled=True), third
-
-    def forward(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor, input_ids_3: torch.Tensor) -> Conditions:
-        clip, pooled = self.clip(input_ids, input_ids_2)
-        t5 = self.t5(input_ids_3)[0]
-        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-        return torch.cat([clip, t5], dim=-2), pooled
-
-
-class T5Text(torch.nn.Module):
-    """input_ids, attention_mask (B, L) -> embeddings (B, L, D), attention_mask float32 (B, L)."""
-
-    def __init__(self, text_encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Conditions:
-        return self.text_encoder(input_ids, attention_mask=attention_mask)[0], attention_mask.to(torch.float32)
-
-
-class UNet(torch.nn.Module):
-    """latents (B, C, h, w), timestep float32 (B,), embeddings (B, L, D) -> m (B, C, h, w)."""
-
-    def __init__(self, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.unet(latents, timestep, embeddings, return_dict=False)[0]
-
-
-class UNetXL(torch.nn.Module):
-    """As UNet, with pooled (B, P); the network is told the image's size, uncropped."""
-
-    time_ids: torch.Tensor
-
-    def __init__(self, unet: torch.nn.Module, size: Size) -> None:
-        super().__init__()
-        self.unet = unet
-        self.register_buffer("time_ids", torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32), persistent=False)
-
-    def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, pooled: torch.Tensor
-    ) -> torch.Tensor:
-        added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(latents.shape[0], -1)}
-        return self.unet(latents, timestep, embeddings, added_cond_kwargs=added, return_dict=False)[0]
-
-
-class PixArt(torch.nn.Module):
-    """As UNet, with attention_mask (B, L); of a network that also predicts a variance, the mean alone."""
-
-    resolution: torch.Tensor
-    aspect_ratio: torch.Tensor
-
-    def __init__(self, transformer: Any, size: Size) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.learned_sigma = transformer.config.out_channels == 2 * transformer.config.in_channels
-        self.told_size = transformer.config.sample_size == 128  # as diffusers' pipeline decides
-        self.register_buffer("resolution", torch.tensor([size], dtype=torch.float32), persistent=False)
-        self.register_buffer("aspect_ratio", torch.tensor([[size[0] / size[1]]]), persistent=False)
-
-    def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        told = {"resolution": self.resolution, "aspect_ratio": self.aspect_ratio}
-        added = {name: v.expand(latents.shape[0], -1) if self.told_size else None for name, v in told.items()}
-        m = self.transformer(
-            latents,
-            encoder_hidden_states=embeddings,
-            encoder_attention_mask=attention_mask,
-            timestep=timestep,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return m.chunk(2, dim=1)[0] if self.learned_sigma else m
-
-
-class SD3(torch.nn.Module):
-    """As UNet, with pooled (B, P)."""
-
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, pooled: torch.Tensor
-    ) -> torch.Tensor:
-        return self.transformer(
-            hidden_states=latents,
-            encoder_hidden_states=embeddings,
-            pooled_projections=pooled,
-            timestep=timestep,
-            return_dict=False,
-        )[0]
+def _check_projection(unet: Any, pooled: int) -> None:
+    """Raises ArtifactError for a UNet of XL's family that is told other numbers than size, crop and size again."""
+    each, wanted = unet.config.addition_time_embed_dim, unet.config.projection_class_embeddings_input_dim
+    if wanted != 6 * each + pooled:
+        raise ArtifactError(
+            f"the unet is told {(wanted - pooled) / each:g} numbers beside the text (projection_class_embeddings_input_dim="
+            f"{wanted}), not size, crop and size again: a refiner is no text-to-image model"
+        )
 
 
 def _clip_length(pipeline: Any, suffix: str = "") -> int:
@@ -257,12 +161,18 @@ def _pixart(length: int) -> Architecture:
 
 _TWO = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _SD = Architecture("unet", ("text_encoder", "tokenizer"), _sd_text, lambda unet, size: UNet(unet))
+_SDXL = Architecture("unet", _TWO, _sdxl_text, UNetXL, ("latents_mean", "latents_std"), "text_time")
+_SD3 = Architecture(
+    "transformer",
+    (*_TWO, "text_encoder_3", "tokenizer_3"),
+    _sd3_text,
+    lambda transformer, size: SD3(transformer),
+    ("shift_factor",),
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "StableDiffusionPipeline": _SD,
-    "StableDiffusionXLPipeline": Architecture("unet", _TWO, _sdxl_text, UNetXL),
-    "StableDiffusion3Pipeline": Architecture(
-        "transformer", (*_TWO, "text_encoder_3", "tokenizer_3"), _sd3_text, lambda transformer, size: SD3(transformer)
-    ),
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusion3Pipeline": _SD3,
     "PixArtAlphaPipeline": _pixart(120),
     "PixArtSigmaPipeline": _pixart(300),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from ..core.errors import ArtifactError, missing_extra
 from ..core.schedule import NoiseSchedule
 from ..folders.hub import local_folder
-from ..folders.manifests import LORA_FILE, PIPELINE_FILE, StudentManifest
+from ..folders.manifests import PIPELINE_FILE, StudentManifest
 from ..folders.reading import read_student_manifest
 from .architectures import architecture_of, stages_of
+from .lora import Lora, fuse
 from .stages import Stages, prediction_type_of, quiet
 
 UPCASTS = ("StableDiffusionXLPipeline",)  # diffusers' pipelines that heed the vae's force_upcast
@@ -24,8 +26,14 @@ def student_folder(student: str | Path) -> Path:
     return local_folder(student, ignore=["*.onnx*", "*.bin"])
 
 
-def load_stages(student: str | Path, *, tiny_decoder: Path | None = None, dtype: torch.dtype = torch.float32) -> Stages:
-    """Loads a student folder's diffusers pipeline; LoRA weights are fused into their base, in float32.
+def load_stages(
+    student: str | Path,
+    *,
+    tiny_decoder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    loras: Sequence[Lora] = (),
+) -> Stages:
+    """Loads a student folder's diffusers pipeline; its own LoRA weights and then `loras` are fused, in float32.
 
     tiny_decoder: an AutoencoderTiny folder that takes the decoder's place. dtype: of the networks, but for what diffusers
     and transformers keep in float32 because half precision does not hold it.
@@ -45,9 +53,11 @@ def load_stages(student: str | Path, *, tiny_decoder: Path | None = None, dtype:
         if not part.startswith("_") and part not in architecture.components
         if isinstance(index[part], list)
     }
-    pipeline = _load(base, unused, dtype if described.base is None else torch.float32)
-    if described.base is not None:
-        _fuse(pipeline, folder, described.base)
+    loras = [*([Lora(str(folder))] if described.base is not None else []), *loras]
+    pipeline = _load(base, unused, torch.float32 if loras else dtype)
+    for lora in loras:
+        fuse(pipeline, architecture.network, lora)
+    if loras:
         pipeline.to(dtype)
     if tiny_decoder is not None:
         pipeline.vae = _load_tiny(tiny_decoder)
@@ -89,20 +99,6 @@ def _load_tiny(folder: Path) -> Any:
             )
     except Exception as error:
         raise ArtifactError(f"{folder} is no AutoencoderTiny: {_first_line(error)}") from error
-
-
-def _fuse(pipeline: Any, folder: Path, base: str) -> None:
-    try:
-        with quiet():
-            pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, local_files_only=True)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
-    except ImportError:
-        raise missing_extra("peft", "export") from None
-    except Exception as error:
-        if "PEFT backend" in str(error):
-            raise missing_extra("peft", "export") from None
-        raise ArtifactError(f"{folder / LORA_FILE} does not fit {base}: {_first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from numpy.typing import NDArray
 
 from ..core.errors import PlanError, ScheduleError
 from ..core.plan import StepPlan
@@ -38,7 +39,7 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["LCMScheduler", "TCDScheduler", FLOW_CLASS]
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["LCMScheduler", "TCDScheduler"]  # flows have no betas
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -57,7 +58,10 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         flow = {} if shift is None else {"_class_name": FLOW_CLASS}
         self.schedule = NoiseSchedule.from_scheduler_config({**dict(self.config), **flow})
-        self.alphas_cumprod = torch.from_numpy(self.schedule.alpha**2).float()  # read by pipelines that inspect it
+        self.alphas_cumprod = torch.from_numpy(
+            self.schedule.alpha**2
+        ).float()  # these are read by pipelines and trainers
+        self.betas = _betas(self.schedule.alpha**2) if trained_betas is None else torch.tensor(trained_betas).float()
         self._use(StepPlan.trailing(3, num_train_timesteps), None)
 
     def __len__(self) -> int:
@@ -104,14 +108,20 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
+        eta: float = 0.0,
+        *,
         return_dict: bool = True,
         **_: Any,
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """x_s from x_t (`sample`) and the network's output, and the x0 that it implies: as DDIMScheduler.step.
 
         Computed in float32, returned in the sample's dtype; at the last step the two are one tensor. Waits for the device
-        that `timestep` is on.
+        that `timestep` is on. eta, which diffusers' pipelines pass on, must be 0: nothing is drawn anew.
         """
+        if eta != 0.0:
+            raise ScheduleError(
+                f"eta must be 0, got {eta:g}: these steps are deterministic; take DDIMScheduler for others"
+            )
         t = float(timestep)
         if t not in self._positions:
             plan = self.timesteps.tolist()
@@ -163,6 +173,11 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         if self._coefficients is None or self._coefficients.rows.device != device:
             self._coefficients = coefficients_on(device, *self._tables)
         return self._coefficients
+
+
+def _betas(alpha_bar: NDArray[np.float64]) -> torch.Tensor:
+    """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, float32 (T,)."""
+    return torch.from_numpy(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])).float()
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

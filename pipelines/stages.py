@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,21 +42,21 @@ class Decoder(torch.nn.Module):
     and finite bool (B,): whether the latents and what was decoded hold neither NaN nor Inf. Some networks (ReLU, tanh) make
     a picture of NaN or Inf, and bytes show neither.
 
-    The unscaling is vae.config's: z / scaling_factor + shift_factor, or z std / scaling_factor + mean where it has
-    latents_mean and latents_std. The vae computes in its own dtype, all else in float32.
+    The unscaling is z / scaling_factor, with what the pipeline's class `heeds` of vae.config: + shift_factor; or z std /
+    scaling_factor + mean with latents_mean and latents_std. The vae computes in its own dtype, all else in float32.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, heeds: Collection[str] = ()) -> None:
         super().__init__()
         self.vae = vae
-        config = vae.config
-        self.scaling_factor = float(config.scaling_factor)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self.scaling_factor = float(vae.config.scaling_factor)
+        known = {key: vae.config.get(key) for key in heeds}
+        mean, std = known.get("latents_mean"), known.get("latents_std")
         per_channel = mean is not None and std is not None
-        shift = torch.tensor(mean if per_channel else [float(config.get("shift_factor") or 0.0)])
+        shift = torch.tensor(mean if per_channel else [float(known.get("shift_factor") or 0.0)])
         scale = torch.tensor(std if per_channel else [1.0]) / self.scaling_factor
         self.register_buffer("scale", scale.reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.reshape(1, -1, 1, 1), persistent=False)
@@ -192,8 +192,11 @@ def downscale_of(decoder: Decoder, latent_channels: int) -> int:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the libraries' notes (missing torchvision, deprecated names, progress bars) while we call them."""
+def quiet(*, diffusers_warns: bool = False) -> Iterator[None]:
+    """Silences the libraries' notes (missing torchvision, deprecated names, progress bars) while we call them.
+
+    diffusers_warns: its warnings are heard, where they tell what was left out.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -202,7 +205,7 @@ def quiet() -> Iterator[None]:
     levels_of_hub = (diffusers_logging.get_verbosity(), transformers_logging.get_verbosity())
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    diffusers_logging.set_verbosity_error()
+    (diffusers_logging.set_verbosity_warning if diffusers_warns else diffusers_logging.set_verbosity_error)()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

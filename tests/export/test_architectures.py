@@ -1,6 +1,7 @@
 """Every pipeline class: the denoiser is asked what diffusers' own pipeline asks, and its export draws the same images."""
 
 import inspect
+import re
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,63 @@ def test_the_network_is_asked_what_diffusers_asks(kind: str) -> None:
     for name, expected in theirs.items():
         got = torch.as_tensor(ours[name], dtype=torch.float32)
         assert torch.allclose(got, torch.as_tensor(expected, dtype=torch.float32).expand_as(got), atol=1e-6), name
+
+
+def changed(kind: str, part: str, **config: Any) -> Any:
+    """A pipeline with one component built anew, of another config."""
+    pipeline = architectures.BUILDERS[kind]()
+    old = getattr(pipeline, part)
+    values = {key: value for key, value in old.config.items() if key != "_use_default_values"}
+    setattr(pipeline, part, type(old).from_config({**values, **config}))
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "config", "message"),
+    [
+        ("sd15", "unet", {"class_embed_type": "timestep"}, "told more than its text (class_embed_type='timestep')"),
+        ("sd15", "unet", {"num_class_embeds": 3}, "told more than its text (num_class_embeds=3)"),
+        ("sd15", "unet", {"out_channels": 8}, "the unet gives 8 channels for 4, a variance perhaps"),
+        ("sdxl", "unet", {"projection_class_embeddings_input_dim": 5 * 8 + 16}, "the unet is told 5 numbers beside"),
+        ("sd15", "unet", {"time_cond_proj_dim": 8}, "is told a guidance scale (time_cond_proj_dim)"),
+    ],
+)
+def test_a_network_that_is_told_something_else_is_refused_by_name(kind, part, config, message) -> None:
+    with pytest.raises(ArtifactError, match=re.escape(message)) as raised:
+        stages_of(changed(kind, part, **config))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pixart_that_says_itself_whether_it_is_told_its_size() -> None:
+    """diffusers' pipeline looks at sample_size instead, and fails with this network."""
+    stages = stages_of(changed("pixart", "transformer", use_additional_conditions=True))
+    with torch.inference_mode():
+        conditions = stages.text_encoder(*stages.encode_prompts([PROMPT]).values())
+        x, t = torch.randn(1, 4, 8, 12), torch.tensor([999.0])
+        assert not torch.equal(
+            stages.denoiser((64, 96))(x, t, *conditions), stages.denoiser((96, 64))(x, t, *conditions)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "heeded"),
+    [("sd15", ()), ("sdxl", ("latents_mean", "latents_std")), ("sd3", ("shift_factor",)), ("pixart", ())],
+)
+def test_latents_are_unscaled_as_the_class_does(kind: str, heeded: tuple[str, ...]) -> None:
+    """Of one vae, StableDiffusionPipeline ignores what StableDiffusionXLPipeline heeds."""
+    config = {"latents_mean": [0.5, -1.0, 0.3, 0.1], "latents_std": [1.5, 0.7, 1.1, 2.0], "shift_factor": 0.4}
+    pipeline = changed(kind, "vae", **config)
+    stages, scale = stages_of(pipeline), pipeline.vae.config.scaling_factor
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(config[key]).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
+    z = x * std / scale + mean if "latents_mean" in heeded else x / scale + (0.4 if "shift_factor" in heeded else 0.0)
+    with torch.inference_mode():
+        torch.testing.assert_close(stages.decoder.decode(x), pipeline.vae.decode(z).sample)
+        image = stages.decoder(x)[0]
+        encoded = pipeline.vae.encode(image.permute(0, 3, 1, 2) / 127.5 - 1.0).latent_dist.mode()
+        back = stages.image_encoder(image) * (std if "latents_mean" in heeded else 1.0) / scale
+        shift = mean if "latents_mean" in heeded else 0.4 if "shift_factor" in heeded else 0.0
+        torch.testing.assert_close(back + shift, encoded)
 
 
 @pytest.fixture(scope="module", params=[kind for kind in architectures.BUILDERS if kind != "sd15"])

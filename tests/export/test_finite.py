@@ -1,5 +1,7 @@
 """The decoder says which of its pictures came without NaN and Inf, however they look."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import numpy as np
 import onnx
 import onnxruntime

@@ -132,6 +132,21 @@ def test_add_noise_is_the_forward_process(pipeline: Any) -> None:
         torch.testing.assert_close(noisy[row], alpha * x0[row] + sigma * eps[row])
 
 
+def test_it_is_what_diffusers_expects_of_a_scheduler(pipeline: Any) -> None:
+    """The fourth argument of `step` is eta, there are betas, and no compatible scheduler is a flow, which has none."""
+    ours = scheduler_of(pipeline.scheduler.config)
+    ours.set_timesteps(2)
+    m, x = (torch.from_numpy(initial_noise(seed, 1, (4, 8, 8))) for seed in (1, 2))
+    assert torch.equal(ours.step(m, 999, x, 0.0).prev_sample, ours.step(m, 999, x).prev_sample)
+    with pytest.raises(ScheduleError, match=r"eta must be 0, got 0\.5"):
+        ours.step(m, 999, x, 0.5)
+    torch.testing.assert_close(ours.betas, DDIMScheduler.from_config(ours.config).betas)
+    trained = np.linspace(1e-4, 0.02, 1000)
+    torch.testing.assert_close(ImagineFlashScheduler(trained_betas=trained).betas, torch.tensor(trained).float())
+    assert DDIMScheduler in ours.compatibles
+    assert not [other for other in ours.compatibles if other.__name__.startswith("FlowMatch")]
+
+
 def test_half_precision_stays_half_precision(pipeline: Any) -> None:
     scheduler = scheduler_of(pipeline.scheduler.config)
     scheduler.set_timesteps(timesteps=[999, 500])
@@ -213,14 +228,3 @@ def test_a_layout_changes_nothing(pipeline: Any, layout: str) -> None:
         other = x.transpose(2, 3).contiguous().transpose(2, 3)
     a, b = (scheduler.step(m, 999, v).prev_sample for v in (x, other))
     torch.testing.assert_close(a, b)
-
-
-def test_the_pages_lines_run(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand in docs/diffusers.md, where `student` is a student's folder."""
-    page = (Path(__file__).parents[2] / "docs/diffusers.md").read_text(encoding="utf-8")
-    (tmp_path / "student").symlink_to(tiny_student)
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {}
-    exec("\n".join(line[4:] for line in page.splitlines() if line.startswith("    ")), scope)
-    assert scope["image"].size == (64, 64)
-    assert isinstance(scope["redraw"].scheduler, ImagineFlashScheduler)

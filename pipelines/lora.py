@@ -1,0 +1,186 @@
+"""LoRA weights, fused into a pipeline's networks: files of diffusers, of peft and of kohya's scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import ArtifactError, missing_extra
+from ..folders.files import known_sha256
+from ..folders.hub import local_folder
+from ..folders.manifests import LORA_FILE, FusedLora
+from .stages import quiet
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."  # of what peft's own save_pretrained writes
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER = "imagine_flash"
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, folder or hub id, and the weight that it is added with."""
+
+    name: str
+    weight: float = 1.0
+
+
+def parse_lora(text: str) -> Lora:
+    """ "style.safetensors" or "style.safetensors:0.8" -> the LoRA and its weight. Raises ArtifactError."""
+    found = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", text.strip())
+    try:
+        if found is None:
+            raise ValueError
+        return Lora(found[1], float(found[2] or 1.0))
+    except ValueError:
+        raise ArtifactError(f"a LoRA is PATH or PATH:WEIGHT such as style.safetensors:0.8, got {text!r}") from None
+
+
+def fuse(pipeline: Any, network: str, lora: Lora) -> None:
+    """Adds a LoRA to the weights of the pipeline's networks; none of its tensors may be left over.
+
+    network: the denoiser's component, which names without a component belong to. Raises ArtifactError for what does not
+    fit or changes no weight, MissingExtraError.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise missing_extra("peft", "export") from None
+    files = lora_files(lora.name)
+    try:
+        with quiet(diffusers_warns=True):
+            count = sum(_inject(pipeline, network, component, file) for component, file in files.items())
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever a file of another model makes the libraries raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise _misfit(lora, pipeline, reason) from error
+    placed = sum(f".{ADAPTER}" in name for _, module in _modules(pipeline) for name, _ in module.named_parameters())
+    if placed < count:
+        none = "none" if not placed else f"only {placed}"
+        raise _misfit(lora, pipeline, f"{none} of its {count} tensors have a place there")
+    if not _merge(pipeline, lora.weight):
+        raise ArtifactError(f"the LoRA {lora.name} changes no weight: its own, or the weight {lora.weight:g}, are zero")
+
+
+def lora_files(name: str) -> dict[str, Path]:
+    """The safetensors files of a LoRA, by the component that they are for ("" where the tensors' names say it).
+
+    A file; or a folder or hub id with diffusers' or peft's usual name, one file of another name, or a folder a component.
+    Raises ArtifactError.
+    """
+    path = local_folder(name)
+    if path.is_file():
+        return {"": _not_pickled(path)}
+    if not path.is_dir():
+        raise ArtifactError(f"there is no LoRA {name}; give a .safetensors file, a folder or a hub id")
+    for usual in (LORA_FILE, PEFT_FILE):
+        if (path / usual).is_file():
+            return {"": path / usual}
+    if parts := {file.parent.name: file for file in sorted(path.glob(f"*/{PEFT_FILE}"))}:
+        return parts
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+        if pickled:
+            _not_pickled(pickled[0])
+        raise ArtifactError(f"{path} holds no .safetensors file, so it is no LoRA")
+    if len(files) > 1:
+        raise ArtifactError(f"{path} holds {', '.join(file.name for file in files)}; give the path of one of them")
+    return {"": files[0]}
+
+
+def fused_records(lora: Lora) -> list[FusedLora]:
+    """What a manifest says of a LoRA: one entry a file."""
+    files = lora_files(lora.name).values()
+    return [FusedLora(name=file.name, weight=lora.weight, sha256=known_sha256(file)) for file in files]
+
+
+def _not_pickled(file: Path) -> Path:
+    if file.suffix in PICKLES:
+        raise ArtifactError(
+            f"{file} is a pickle, which can run any code and is not read; save it again as .safetensors "
+            "(safetensors.torch.save_file)"
+        )
+    return file
+
+
+def _inject(pipeline: Any, network: str, component: str, file: Path) -> int:
+    """Adds a file's tensors beside the weights that they change; how many they are."""
+    from safetensors.torch import load_file
+
+    tensors = {name: values for name, values in load_file(file).items() if not name.endswith("alpha")}
+    first = {name.removeprefix(PEFT_PREFIX).split(".")[0] for name in tensors}
+    module: Any = getattr(pipeline, component or network, None)
+    if any(name.startswith(PEFT_PREFIX) for name in tensors):
+        if module is None:
+            raise ArtifactError(f"{file.parent}: the {type(pipeline).__name__} has no {component}")
+        _inject_peft(module, {name.removeprefix(PEFT_PREFIX): values for name, values in tensors.items()}, file)
+    elif all(hasattr(module, name) for name in first):  # of `unet.save_lora_adapter`: names without the component
+        module.load_lora_adapter(str(file), prefix=None, adapter_name=ADAPTER)
+    elif hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, local_files_only=True)
+    else:
+        raise ArtifactError(f"{file}: diffusers reads no LoRA of a {type(pipeline).__name__}; save it with peft")
+    return len(tensors)
+
+
+def _inject_peft(module: torch.nn.Module, tensors: Tensors, file: Path) -> None:
+    """As peft loads what its save_pretrained wrote. Without its config, alpha is the rank, as diffusers takes it."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    if not hasattr(module, "text_model"):  # transformers 5 took this level out of CLIP's text models
+        tensors = {name.removeprefix("text_model."): values for name, values in tensors.items()}
+    ranks = {
+        name.removesuffix(".lora_B.weight"): values.shape[1]
+        for name, values in tensors.items()
+        if name.endswith(".lora_B.weight")
+    }
+    if (file.parent / PEFT_CONFIG).is_file():
+        kind = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        if kind != "LORA":
+            raise ArtifactError(f"{file.parent} is a {kind} of peft; only LORA is read")
+        config = LoraConfig.from_pretrained(str(file.parent))
+    else:
+        config = LoraConfig(rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks))
+    inject_adapter_in_model(config, module, adapter_name=ADAPTER, state_dict=tensors)
+    set_peft_model_state_dict(module, tensors, adapter_name=ADAPTER)
+
+
+def _merge(pipeline: Any, weight: float) -> bool:
+    """Makes one weight of each two; whether any is another than before."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    changed = False
+    for _, module in _modules(pipeline):
+        layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in layers:
+            kept: torch.Tensor = layer.get_base_layer().weight
+            before = torch.hash_tensor(kept.detach())
+            layer.scale_layer(weight)
+            layer.merge(adapter_names=[ADAPTER])
+            changed |= bool(torch.hash_tensor(kept.detach()) != before)
+        if layers:
+            recurse_remove_peft_layers(module)
+            for left in ("peft_config", "_hf_peft_config_loaded"):
+                module.__dict__.pop(left, None)
+    return changed
+
+
+def _modules(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    components: Mapping[str, Any] = pipeline.components
+    return ((name, part) for name, part in components.items() if isinstance(part, torch.nn.Module))
+
+
+def _misfit(lora: Lora, pipeline: Any, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"the LoRA {lora.name} does not fit this {type(pipeline).__name__}: {reason}; was it made for another model?"
+    )
