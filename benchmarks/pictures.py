@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import ImagineFlashError
 from ..engine import Engine, GenerateRequest
-from ..engine.precision import ENOUGH
+from ..engine.precision import MIN_PSNR
 from ..folders.manifests import ArtifactManifest
 from .harness import Check, compare
 
@@ -76,7 +76,7 @@ def precision_of(engine: Engine) -> str:
 def limits_of(manifest: ArtifactManifest, precision: str) -> Limits:
     """What a picture may differ by: the artifact's recorded limit, or 35 dB where a backend computes in less than it."""
     if precision != manifest.precision:
-        return {"psnr": ENOUGH}
+        return {"psnr": MIN_PSNR}
     return {name: manifest.limits[name] for name in ("levels", "psnr") if manifest.limits.get(name)}
 
 

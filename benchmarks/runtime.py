@@ -22,7 +22,7 @@ from ..core.errors import ImagineFlashError
 from ..core.noise import initial_noise
 from ..engine import Engine, GenerateRequest, Timings
 from ..engine.backends.choosing import choose, installed
-from ..engine.engine import EMBEDDED, Route
+from ..engine.loading import EMBEDDED, Route
 from ..folders.manifests import ArtifactManifest
 from ..folders.reading import read_artifact_manifest
 from . import diffusers_student, processes

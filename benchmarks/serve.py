@@ -14,7 +14,7 @@ from rich.progress import track
 from ..core.errors import ImagineFlashError
 from ..engine import Engine
 from ..engine.backends.choosing import choose
-from ..engine.engine import EMBEDDED
+from ..engine.loading import EMBEDDED
 from ..folders.reading import read_artifact_manifest
 from .harness import FEWEST_ROUNDS, Case, Record, new_record, write_record
 from .pictures import drawn_by_torch

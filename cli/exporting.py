@@ -242,11 +242,10 @@ def _print_parity(manifest: ArtifactManifest, *, stderr: bool = False) -> None:
 
 def _verify(folder: Path) -> None:
     from ..engine import Engine
-    from ..engine.verify import verify
     from ..folders.reading import read_artifact_manifest
 
     failed: list[Any] = []
-    for found in verify(Engine.load(folder, precision=read_artifact_manifest(folder).precision)):
+    for found in Engine.load(folder, precision=read_artifact_manifest(folder).precision).verify():
         reference = found.reference
         say(
             f"{'ok  ' if found.passed else 'FAIL'} {reference.prompt!r}, seed {reference.seed}, {reference.steps} steps, "

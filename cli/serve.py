@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPTIONS = {  # what errors call a setting -> what the user typed
     "host": "--host",
     "device": "--device",
-    "max_queue": "--max-queue",
+    "max_waiting": "--max-queue",
     "max_batch": "--max-batch",
     "timeout": "--timeout",
     "threads": "--threads",
@@ -103,7 +103,7 @@ def serve_command(
         "backend": backend,
         "device": device,
         "precision": precision,
-        "max_queue": max_queue,
+        "max_waiting": max_queue,
         "max_batch": max_batch,
         "threads": threads,
     }
@@ -179,7 +179,7 @@ def _serve_on_ray(settings: RaySettings, host: str, port: int, replicas: int | N
 
 @contextmanager
 def _options_as_typed() -> Iterator[None]:
-    """A setting that cannot be is called by its option: --max-queue, not max_queue."""
+    """A setting that cannot be is called by its option: --max-queue, not max_waiting."""
     try:
         yield
     except ImagineFlashError as error:

@@ -5,35 +5,37 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
-from ..core.errors import ArtifactError, RequestError, nearest
+from ..core.errors import ArtifactError, RequestError
 from ..core.noise import initial_noise
 from ..core.plan import select
-from ..folders.files import ARTIFACT_FILE, cache_folder, sha256_file
-from ..folders.hub import local_folder
 from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
-from ..folders.reading import read_artifact_manifest
-from .backends.base import STUDENT_BATCHES, Backend, BackendOptions
-from .backends.choosing import choose, load_backend, runs_student
+from .backends.base import Backend
 from .batching import Batcher
 from .editing import check_picture
-from .precision import bears
-from .prompt_cache import DEFAULT_BYTES, PromptCache
+from .loading import (
+    MAX_WAITING,
+    LoadOptions,
+    Route,
+    batch_buckets,
+    check_max_batch,
+    check_route,
+    check_sizes,
+    load_model,
+)
+from .prompt_cache import PromptCache
 from .request import GenerateRequest
+from .stats import EngineStats
 from .tokenizer import PromptTokenizer
+from .verify import Verified, verify
 from .work import Chunk, Client, Drawing, GenerateResult, Job, Prepared
 
-Route = Literal["stages", "sampler"]
-ROUTES = ("stages", "sampler")
-EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "artifact"
 DEFAULT_DEADLINE = 60.0  # seconds: how a request without a timeout ranks among those that have one
-MAX_WAITING = 1024  # pictures
 RESULT_BYTES = 2**30  # of one request's pictures
-STUDENT_BATCH = 4  # pictures of one network call, where a student runs in torch and nothing else is said
 
 
 class Engine:
@@ -59,9 +61,9 @@ class Engine:
         folder: Path | None = None,
     ) -> None:
         self.backend, self.tokenizer, self.manifest = backend, tokenizer, manifest
-        self.route = _route(route, manifest)
+        self.route = check_route(route, manifest)
         self.max_batch = check_max_batch(max_batch, manifest.batch)
-        self.sizes = _sizes(sizes, manifest)
+        self.sizes = check_sizes(sizes, manifest)
         self.folder = Path() if folder is None else folder
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self._plans = manifest.step_plans
@@ -76,76 +78,27 @@ class Engine:
         weakref.finalize(self, self.batcher.close)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path | None = None,
-        *,
-        backend: str = "auto",
-        device: str = "auto",
-        precision: str = "auto",
-        route: Route = "stages",
-        sizes: Sequence[Size] | None = None,
-        max_batch: int | None = None,
-        max_waiting: int = MAX_WAITING,
-        prompt_cache_bytes: int = DEFAULT_BYTES,
-        threads: int | None = None,
-    ) -> Engine:
+    def load(cls, path: str | Path | None = None, options: LoadOptions | None = None, **changes: Any) -> Engine:
         """Load an artifact, by default the embedded model, after checking every file's hash; or a student, which runs in
-        torch. path: a folder, or a hub id ("owner/name") that is downloaded.
+        torch. path: a folder, or a hub id ("owner/name") that is downloaded. options: how; or its fields as arguments, such
+        as Engine.load("folder", backend="openvino", max_batch=4): see LoadOptions.
 
-        backend, device, precision: "auto" takes what is fastest of what is installed and present; `describe` says what
-        that was. sizes: of the artifact's, (height, width), those that will be asked for; None takes all, of a student the
-        networks' own. max_batch: pictures of one network call; None takes the most that the artifact was checked with, of
-        a student 4. max_waiting: pictures that may wait before requests are refused. prompt_cache_bytes: room for
-        embeddings of the prompts seen last; 0 encodes every time. threads: of the processor, for one network call; None
-        takes all that this process may use.
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
-        backend that is not installed.
+        backend that is not installed, RequestError for options that the model does not have.
         """
-        folder = EMBEDDED if path is None else local_folder(path)
-        if path is None and not folder.is_dir():
-            raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
-        cache = PromptCache(prompt_cache_bytes)
-        model: ModelDescription
-        if runs_student(backend, folder):
-            from .backends.torch import load_student
-
-            max_batch = check_max_batch(STUDENT_BATCH if max_batch is None else max_batch, STUDENT_BATCHES)
-            wanted = BackendOptions(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
-            loaded, tokenizer, model = load_student(folder, backend, wanted, sizes)
-        else:
-            model = manifest = read_artifact_manifest(folder)
-            route, max_batch = _route(route, manifest), check_max_batch(max_batch, manifest.batch)
-            backend = choose(backend, manifest, device, folder)
-            if precision == "auto" and backend == "openvino" and cls._bears_bf16(folder):
-                precision = "bf16"
-            wanted = BackendOptions(device=device, precision=precision, batches=buckets(max_batch), threads=threads)
-            loaded = load_backend(backend, folder, manifest, wanted)
-            tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
-        engine = cls(
-            loaded,
-            tokenizer,
-            model,
-            route=route,
-            max_batch=max_batch,
-            max_waiting=max_waiting,
-            sizes=sizes,
-            prompt_cache=cache,
-            folder=folder,
+        options = options or LoadOptions(**changes)
+        loaded = load_model(path, options)
+        return cls(
+            loaded.backend,
+            loaded.tokenizer,
+            loaded.manifest,
+            route=loaded.route,
+            max_batch=loaded.max_batch,
+            max_waiting=options.max_waiting,
+            sizes=options.sizes,
+            prompt_cache=PromptCache(options.prompt_cache_bytes),
+            folder=loaded.folder,
         )
-        loaded.prepare(STAGES if engine.route == "stages" else [f"sampler_{max(engine.steps)}"])
-        return engine
-
-    @classmethod
-    def _bears_bf16(cls, folder: Path) -> bool:
-        from .backends.openvino import processor_with_bf16
-
-        processor = processor_with_bf16()
-        if processor is None:
-            return False
-        key = f"{processor} {sha256_file(folder / ARTIFACT_FILE)}"
-        cache = cache_folder("precision")
-        return bears("bf16", lambda: cls.load(folder, backend="openvino", precision="bf16"), key=key, cache=cache)
 
     @property
     def artifact(self) -> ArtifactManifest:
@@ -161,15 +114,29 @@ class Engine:
         """The step counts that the model was distilled for."""
         return sorted(self._plans)
 
+    def __repr__(self) -> str:
+        return f"<Engine {self.describe()}>"
+
     def describe(self) -> str:
         """One line: what draws, on what, how."""
         return f"{self.manifest.name}: {self.backend.describe()}, batches of up to {self.max_batch}"
+
+    def stats(self) -> EngineStats:
+        """What has happened so far, and what waits."""
+        return EngineStats.of(self.batcher, self.prompt_cache)
+
+    def verify(self) -> Iterator[Verified]:
+        """Draws every reference picture of the artifact, and compares it with what torch drew at the export.
+
+        Raises ArtifactError for a student, an artifact without pictures or one that cannot be read.
+        """
+        return verify(self.folder, self.artifact, lambda request: self.generate(request).images[0])
 
     def warm_up(self) -> None:
         """Load every graph of every size and batch, so that no request waits for one."""
         kinds = STAGES if self.route == "stages" else [f"sampler_{steps}" for steps in self.steps]
         names = dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)
-        self.backend.prepare(list(names), buckets(self.max_batch))
+        self.backend.prepare(list(names), batch_buckets(self.max_batch))
 
     def submit(self, request: GenerateRequest, *, client: Client | None = None) -> Drawing:
         """Accept a request; its pictures come with the future. Cancelling the future stops the work before the next call.
@@ -271,34 +238,3 @@ class Engine:
                 param="n",
             )
         return size
-
-
-def buckets(max_batch: int) -> tuple[int, ...]:
-    """The batch sizes that are compiled for where a backend compiles for fixed ones: 1, 2, 4, ... and the largest."""
-    powers = [2**i for i in range(max_batch.bit_length())]
-    return tuple(sorted({*powers, max_batch}))
-
-
-def _route(route: Route, manifest: ModelDescription) -> Route:
-    if route not in ROUTES:
-        raise ArtifactError(f"no route {route!r}{nearest(route, ROUTES)}; known: {', '.join(ROUTES)}")
-    if "denoiser" not in manifest.graph_names:
-        return "sampler"
-    return route if f"sampler_{max(manifest.plans)}" in manifest.graph_names else "stages"
-
-
-def check_max_batch(max_batch: int | None, batch: tuple[int, int]) -> int:
-    """The pictures of one network call: those asked for, or the most there may be. Raises RequestError."""
-    low, high = batch
-    chosen = high if max_batch is None else max_batch
-    if isinstance(chosen, bool) or not isinstance(chosen, int) or not low <= chosen <= high:
-        raise RequestError(f"max_batch must be {low} to {high} for this model, got {max_batch!r}")
-    return chosen
-
-
-def _sizes(sizes: Sequence[Size] | None, manifest: ModelDescription) -> list[Size]:
-    for size in sizes or ():
-        if tuple(size) not in manifest.sizes:
-            known = ", ".join(map(size_name, manifest.sizes))
-            raise RequestError(f"the artifact has the sizes {known} (width x height), got {size_name(size)}")
-    return [(size[0], size[1]) for size in sizes or manifest.sizes]

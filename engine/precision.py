@@ -1,4 +1,4 @@
-"""Which precision "auto" is: bfloat16 where the processor computes in it and the model bears it, by its own pictures."""
+"""Whether a model draws well in bfloat16 on this processor: judged by its own reference pictures, once."""
 
 from __future__ import annotations
 
@@ -6,44 +6,63 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..core.errors import ImagineFlashError
-from ..folders.files import atomic_file
+from ..folders.files import ARTIFACT_FILE, atomic_file, cache_folder, known_sha256
+from ..folders.manifests import ArtifactManifest
+from .backends.base import BackendOptions
+from .reference import reference_generate
+from .request import GenerateRequest
+from .tokenizer import PromptTokenizer
+from .verify import verify
 
-if TYPE_CHECKING:
-    from .engine import Engine
-
-ENOUGH = 35.0  # dB of the worst reference picture, as the export's gate asks of float16
+MIN_PSNR = 35.0  # dB of the worst reference picture, as the export's gate asks of float16
 
 
-def bears(precision: str, load: Callable[[], Engine], *, key: str, cache: Path | None) -> bool:
-    """Whether the engine that `load` gives draws the reference pictures of its artifact with a PSNR of 35 dB or more.
+def bf16_is_accurate(folder: Path, manifest: ArtifactManifest) -> bool:
+    """Whether OpenVINO computes in bfloat16 here, and draws every reference picture with a PSNR of 35 dB or more.
 
-    The answer is kept in the folder `cache` under `key`, which names artifact, library and processor; without a folder to
-    keep it in nothing is drawn, and the answer is no.
+    The answer is kept in the cache folder, by artifact, library and processor; without such a folder nothing is drawn, and
+    the answer is no.
     """
-    if cache is None:
+    from .backends.openvino import OpenvinoBackend, processor_with_bf16
+
+    processor, cache = processor_with_bf16(), cache_folder("precision")
+    if processor is None or cache is None:
         return False
-    file = cache / f"{hashlib.sha256(f'{precision} {key}'.encode()).hexdigest()[:32]}.json"
+
+    def lowest() -> float:
+        backend = OpenvinoBackend(folder, manifest, BackendOptions(precision="bf16"))
+        tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
+        return lowest_psnr(folder, manifest, lambda asked: reference_generate(backend, tokenizer, manifest, asked)[0])
+
+    return is_remembered(cache, f"bf16 {processor} {known_sha256(folder / ARTIFACT_FILE)}", lowest)
+
+
+def is_remembered(cache: Path, key: str, measure: Callable[[], float]) -> bool:
+    """Whether the PSNR is high enough that `measure` gave under this key, now or when it was last asked."""
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["psnr"]) >= ENOUGH
+        return float(json.loads(file.read_text(encoding="utf-8"))["psnr"]) >= MIN_PSNR
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or damaged: measure
-    psnr = _worst(load)
+    psnr = measure()
     try:
         with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps({"psnr": psnr, "precision": precision}), encoding="utf-8")
+            temporary.write_text(json.dumps({"psnr": psnr, "key": key}), encoding="utf-8")
     except (OSError, ImagineFlashError):
         return False
-    return psnr >= ENOUGH
+    return psnr >= MIN_PSNR
 
 
-def _worst(load: Callable[[], Engine]) -> float:
-    from .verify import verify
-
+def lowest_psnr(
+    folder: Path, manifest: ArtifactManifest, draw: Callable[[GenerateRequest], NDArray[np.uint8]]
+) -> float:
+    """Of the reference pictures, dB; 0 where there is none to compare with, or nothing is drawn."""
     try:
-        with load() as engine:
-            return min(found.psnr for found in verify(engine))
-    except ImagineFlashError:  # no pictures to compare with, or NaN
+        return min(found.psnr for found in verify(folder, manifest, draw))
+    except ImagineFlashError:
         return 0.0

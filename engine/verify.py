@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ArtifactError
 from ..core.images import psnr
-from ..folders.manifests import ReferencePicture
-from .engine import Engine
+from ..folders.manifests import ArtifactManifest, ReferencePicture
 from .request import GenerateRequest
 
 
@@ -25,38 +25,35 @@ class Verified:
     passed: bool
 
 
-def verify(engine: Engine) -> Iterator[Verified]:
-    """Draws every reference picture of the engine's artifact and applies the limits of its manifest.
+def verify(
+    folder: Path, manifest: ArtifactManifest, draw: Callable[[GenerateRequest], NDArray[np.uint8]]
+) -> Iterator[Verified]:
+    """Has every reference picture of an artifact drawn, (H, W, 3), and applies the limits of its manifest.
 
     Raises ArtifactError for an artifact without pictures or one that cannot be read.
     """
-    manifest = engine.artifact
     if not manifest.references:
-        raise ArtifactError(f"{engine.folder} holds no reference pictures; export the student again")
+        raise ArtifactError(f"{folder} holds no reference pictures; export the student again")
     limits = manifest.limits
     for reference in manifest.references:
         height, width = reference.size
         request = GenerateRequest(
             prompt=reference.prompt, steps=reference.steps, seed=reference.seed, height=height, width=width
         )
-        got, expected = engine.generate(request).images[0], _read(engine, reference)
+        got, expected = draw(request), _read(folder, reference)
         levels, likeness = int(np.abs(got.astype(np.int64) - expected).max()), psnr(got, expected)
         passed = levels <= limits.get("levels", 255) and likeness >= limits.get("psnr", 0.0)
         yield Verified(reference=reference, psnr=likeness, levels=levels, passed=passed)
 
 
-def _read(engine: Engine, reference: ReferencePicture) -> NDArray[np.uint8]:
+def _read(folder: Path, reference: ReferencePicture) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
-        with Image.open(engine.folder / reference.file) as image:
+        with Image.open(folder / reference.file) as image:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"cannot read {reference.file} of {engine.folder} ({error}); export the student again"
-        ) from None
+        raise ArtifactError(f"cannot read {reference.file} of {folder} ({error}); export the student again") from None
     if pixels.shape != (*reference.size, 3):
-        raise ArtifactError(
-            f"{reference.file} of {engine.folder} has the size {pixels.shape[:2]}, not {reference.size}"
-        )
+        raise ArtifactError(f"{reference.file} of {folder} has the size {pixels.shape[:2]}, not {reference.size}")
     return pixels

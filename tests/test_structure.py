@@ -23,7 +23,6 @@ MAY_IMPORT = {  # room -> the rooms it may import; the top-level files are the r
     "export": {"core", "folders", "models", "pipelines", "export"},
 }
 HALF_OPEN = {  # circles that are left
-    ("imagine_flash", "engine", "precision"),
     ("imagine_flash", "engine", "server", "app"),
     ("imagine_flash", "export", "ledger"),
 }

@@ -32,7 +32,7 @@ class BackendOptions:
     """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest.
     threads: processor threads of a network call; None leaves it to the backend, which takes all it may use.
 
-    Raises ArtifactError for an unknown precision, or less than one thread.
+    Raises ArtifactError for an unknown precision.
     """
 
     device: str = "auto"
@@ -44,8 +44,6 @@ class BackendOptions:
         if self.precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ArtifactError(f"no precision {self.precision!r}{nearest(self.precision, PRECISIONS)}; known: {known}")
-        if self.threads is not None and self.threads < 1:
-            raise ArtifactError(f"threads must be at least 1, got {self.threads}")
 
 
 class Backend(Protocol):

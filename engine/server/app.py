@@ -173,7 +173,7 @@ def _operations(app: FastAPI, holder: Holder, metrics: Metrics) -> None:
 
 def check_ready(holder: Holder) -> None:
     """Raises EngineError while there is no model, and after three failures of the backend in a row until it draws again."""
-    if (failing := holder.get().batcher.failed_in_a_row) >= 3:
+    if (failing := holder.get().stats().failed_in_a_row) >= 3:
         holder.probe()
         raise EngineError(f"the last {failing} requests failed in the backend")
 

@@ -87,17 +87,19 @@ class Metrics(Collector):
         except EngineError:
             yield GaugeMetricFamily("imagine_flash_ready", "1 once the model is loaded.", value=0)
             return
-        counts, cache = dict(engine.batcher.counts), engine.prompt_cache
+        stats = engine.stats()
         yield GaugeMetricFamily("imagine_flash_ready", "1 once the model is loaded.", value=1)
         yield GaugeMetricFamily(
-            "imagine_flash_waiting_pictures", "Pictures asked for and not yet drawn.", value=engine.batcher.waiting
+            "imagine_flash_waiting_pictures", "Pictures asked for and not yet drawn.", value=stats.waiting
         )
         for name, what in ENGINE_COUNTS.items():
-            yield CounterMetricFamily(f"imagine_flash_{name}", what, value=counts.get(name, 0))
-        yield CounterMetricFamily("imagine_flash_cache_hits", "Prompts whose embeddings were known.", value=cache.hits)
-        yield CounterMetricFamily("imagine_flash_cache_misses", "Prompts that were encoded.", value=cache.misses)
-        yield GaugeMetricFamily("imagine_flash_cache_bytes", "Bytes of the prompt cache.", value=cache.used_bytes)
-        yield _batches(counts, engine.max_batch)
+            yield CounterMetricFamily(f"imagine_flash_{name}", what, value=getattr(stats, name))
+        yield CounterMetricFamily(
+            "imagine_flash_cache_hits", "Prompts whose embeddings were known.", value=stats.cache_hits
+        )
+        yield CounterMetricFamily("imagine_flash_cache_misses", "Prompts that were encoded.", value=stats.cache_misses)
+        yield GaugeMetricFamily("imagine_flash_cache_bytes", "Bytes of the prompt cache.", value=stats.cache_bytes)
+        yield _batches(stats.batches, engine.max_batch)
 
 
 ENGINE_COUNTS = {
@@ -108,9 +110,8 @@ ENGINE_COUNTS = {
 }
 
 
-def _batches(counts: dict[str, int], largest: int) -> HistogramMetricFamily:
+def _batches(sizes: dict[int, int], largest: int) -> HistogramMetricFamily:
     """Pictures per network call."""
-    sizes = {int(name.removeprefix("batch ")): n for name, n in counts.items() if name.startswith("batch ")}
     total, buckets = 0, []
     for size in range(1, largest + 1):
         total += sizes.get(size, 0)

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from ...core.checked import Checked
 from ...core.errors import RequestError
-from ...folders.hub import HUB_ID, local_folder
-from ...folders.reading import read_artifact_manifest
-from ..backends.base import STUDENT_BATCHES, BackendOptions, check_device
-from ..backends.choosing import choose, runs_student
-from ..engine import EMBEDDED, Engine, check_max_batch
+from ...folders.hub import local_folder
+from ..engine import Engine
+from ..loading import LoadOptions, check_loading
 
 SHORTEST_KEY = 16  # characters
 KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
@@ -40,28 +38,17 @@ def _origin(given: str) -> str:
 Origins = tuple[Annotated[str, AfterValidator(_origin)], ...]
 
 
-class EngineSettings(Checked):
-    """What `Engine.load` is asked for: by a server once, on Ray by every replica. max_queue: pictures that may wait."""
+class EngineSettings(LoadOptions):
+    """What is loaded, and how: by a server once, on Ray by every replica."""
+
+    model_config = ConfigDict(strict=False)  # YAML has no tuples
 
     model: Path | str | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    precision: str = "auto"
-    max_batch: int | None = Field(default=None, ge=1)
-    max_queue: int = Field(default=64, ge=1)
-    threads: int | None = Field(default=None, ge=1)
+    max_waiting: int = Field(default=64, ge=1)
 
     def load(self) -> Engine:
         """Raises ArtifactError, MissingExtraError."""
-        return Engine.load(
-            self.model,
-            backend=self.backend,
-            device=self.device,
-            precision=self.precision,
-            max_batch=self.max_batch,
-            max_waiting=self.max_queue,
-            threads=self.threads,
-        )
+        return Engine.load(self.model, self)
 
     def check(self, *, here: bool = True) -> None:
         """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted. here: it is
@@ -71,17 +58,7 @@ class EngineSettings(Checked):
             raise RequestError(
                 f"threads: must be 1 to {processors}, the processors of this machine, got {self.threads}"
             )
-        BackendOptions(precision=self.precision)
-        folder = EMBEDDED if self.model is None else Path(self.model)
-        if not folder.exists() and (self.model is None or HUB_ID.fullmatch(str(self.model))):
-            return
-        if runs_student(self.backend, folder):
-            check_device("torch", self.device)
-            check_max_batch(self.max_batch, STUDENT_BATCHES)
-        else:
-            manifest = read_artifact_manifest(folder)
-            check_device(choose(self.backend, manifest, self.device, folder), self.device)
-            check_max_batch(self.max_batch, manifest.batch)
+        check_loading(self.model, self)
 
 
 class ServerSettings(Checked):

@@ -23,7 +23,6 @@ from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.choosing import choose
 from imagine_flash.engine.backends.torch import TorchBackend, device_of, load_student
 from imagine_flash.engine.backends.torch_modes import OnGpu
-from imagine_flash.engine.verify import verify
 from imagine_flash.folders.files import ARTIFACT_FILE
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, pipelines
@@ -301,7 +300,7 @@ def test_plans_that_the_schedule_does_not_have(tiny_student: Path, tmp_path: Pat
 
 def test_what_only_an_artifact_has(engine: Engine) -> None:
     with pytest.raises(ArtifactError, match="is a student, not an artifact; run: imagine-flash export"):
-        next(verify(engine))
+        next(engine.verify())
     assert not (engine.folder / ARTIFACT_FILE).exists()
 
 

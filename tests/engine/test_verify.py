@@ -9,7 +9,6 @@ from PIL import Image
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.engine import Engine
-from imagine_flash.engine.verify import verify
 from imagine_flash.folders.files import sha256_file
 from imagine_flash.folders.manifests import ArtifactManifest
 from imagine_flash.folders.reading import write_manifest
@@ -28,7 +27,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("route", ["stages", "sampler"])
 def test_this_machine_draws_what_torch_drew(tiny_artifact: Path, route) -> None:
-    found = list(verify(Engine.load(tiny_artifact, route=route)))
+    found = list(Engine.load(tiny_artifact, route=route).verify())
     assert [one.reference.steps for one in found] == [1, 2, 3]
     assert all(one.passed and one.levels <= 1 and one.psnr > 50 for one in found)
 
@@ -39,7 +38,7 @@ def test_another_picture_is_found(copy: Path) -> None:
     pixels[:8] = 255 - pixels[:8]
     engine = Engine.load(copy)
     Image.fromarray(pixels).save(file)
-    assert [one.passed for one in verify(engine)] == [True, False, True]
+    assert [one.passed for one in engine.verify()] == [True, False, True]
 
 
 @pytest.mark.parametrize("damage", ["none listed", "another size", "no picture"])
@@ -55,4 +54,4 @@ def test_pictures_that_cannot_be_compared(damage: str, copy: Path) -> None:
         file.write_bytes(b"not a picture")
     says = {"none listed": "holds no reference pictures", "another size": "has the size", "no picture": "cannot read"}
     with pytest.raises(ArtifactError, match=says[damage]):
-        list(verify(engine))
+        list(engine.verify())

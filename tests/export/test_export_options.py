@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.engine.verify import verify
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.options import parse_batch, parse_sizes, parse_steps, read_prompts
 from imagine_flash.folders.reading import read_artifact_manifest
@@ -58,7 +57,7 @@ def test_fp16_runs_here_and_draws_the_reference_pictures(lowered):
         with pytest.raises(ArtifactError, match="onnxruntime cannot run"):
             Engine.load(folder)
         return
-    assert all(found.passed for found in verify(Engine.load(folder)))
+    assert all(found.passed for found in Engine.load(folder).verify())
 
 
 @pytest.mark.slow
@@ -105,7 +104,7 @@ def test_two_sizes_share_their_weights(tiny_student, tiny_artifact, tmp_path):
     assert engine.generate(GenerateRequest(**request, height=96)).images.shape == (1, 96, 64, 3)
     same = [e.generate(GenerateRequest(**request)).images.astype(int) for e in (engine, usual)]
     assert np.abs(same[0] - same[1]).max() <= 1
-    assert [found.reference.size for found in verify(engine)] == [(64, 64), (96, 64)]
+    assert [found.reference.size for found in engine.verify()] == [(64, 64), (96, 64)]
 
 
 BAD = {

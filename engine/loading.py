@@ -1,0 +1,163 @@
+"""From a folder or a hub id to what an engine is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from ..core.checked import Checked
+from ..core.errors import ArtifactError, RequestError, nearest
+from ..folders.hub import HUB_ID, local_folder
+from ..folders.manifests import STAGES, ModelDescription, Size, size_name
+from ..folders.reading import read_artifact_manifest
+from .backends.base import STUDENT_BATCHES, Backend, BackendOptions, check_device
+from .backends.choosing import choose, load_backend, runs_student
+from .precision import bf16_is_accurate
+from .prompt_cache import DEFAULT_BYTES
+from .tokenizer import PromptTokenizer
+
+Route = Literal["stages", "sampler"]
+ROUTES = ("stages", "sampler")
+EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "artifact"
+MAX_WAITING = 1024  # pictures
+STUDENT_BATCH = 4  # pictures of one network call, where a student runs in torch and nothing else is said
+
+
+class LoadOptions(Checked):
+    """How a model is loaded. Keyword-only, frozen; RequestError in one line for what cannot be.
+
+    backend, device, precision: "auto" takes what is fastest of what is installed and present; `Engine.describe` says what
+    that was. route: "stages" runs text encoder, denoiser and decoder one after another, "sampler" the whole sampler as one
+    graph; an artifact that holds the graphs of one alone takes that one. sizes: of the artifact's, (height, width), those
+    that will be asked for; None takes all, of a student the networks' own. max_batch: pictures of one network call; None
+    takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait before requests
+    are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time. threads: of the
+    processor, for one network call; None takes all that this process may use.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    backend: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    route: str = "stages"
+    sizes: Sequence[Size] | None = None
+    max_batch: int | None = None
+    max_waiting: int = Field(default=MAX_WAITING, ge=1)
+    prompt_cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+
+    def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:
+        """What the backend is told of it. Raises ArtifactError."""
+        known = {"device": self.device, "precision": self.precision, "threads": self.threads}
+        return BackendOptions(**{**known, **changes}, batches=batch_buckets(max_batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """What an engine is made of. max_batch: pictures of one network call."""
+
+    backend: Backend
+    tokenizer: PromptTokenizer
+    manifest: ModelDescription
+    folder: Path
+    route: Route
+    max_batch: int
+
+
+def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
+    """A model and what draws with it, after checking every file's hash; the graphs of the default size are loaded.
+
+    path: the folder of an artifact, or of a student, which runs in torch; a hub id ("owner/name") is downloaded; None is the
+    embedded model. Raises ArtifactError for a folder that is missing, damaged, newer or of another kind,
+    MissingExtraError for a backend that is not installed, RequestError for options that the model does not have.
+    """
+    folder = _embedded() if path is None else local_folder(path)
+    is_student = runs_student(options.backend, folder)
+    model = _load_student(folder, options) if is_student else _load_artifact(folder, options)
+    model.backend.prepare(STAGES if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"])
+    return model
+
+
+def check_loading(path: str | Path | None, options: LoadOptions) -> None:
+    """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted.
+
+    Raises ImagineFlashError."""
+    options.for_backend(1)
+    folder = EMBEDDED if path is None else Path(path)
+    if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
+        return
+    if runs_student(options.backend, folder):
+        check_device("torch", options.device)
+        check_max_batch(options.max_batch, STUDENT_BATCHES)
+    else:
+        manifest = read_artifact_manifest(folder)
+        check_device(choose(options.backend, manifest, options.device, folder), options.device)
+        check_max_batch(options.max_batch, manifest.batch)
+
+
+def _embedded() -> Path:
+    if not EMBEDDED.is_dir():
+        raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
+    return EMBEDDED
+
+
+def _load_student(folder: Path, options: LoadOptions) -> LoadedModel:
+    from .backends.torch import load_student
+
+    max_batch = STUDENT_BATCH if options.max_batch is None else options.max_batch
+    check_max_batch(max_batch, STUDENT_BATCHES)
+    backend, tokenizer, manifest = load_student(folder, options.backend, options.for_backend(max_batch), options.sizes)
+    return LoadedModel(
+        backend=backend, tokenizer=tokenizer, manifest=manifest, folder=folder, route="stages", max_batch=max_batch
+    )
+
+
+def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
+    manifest = read_artifact_manifest(folder)
+    route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
+    name, precision = choose(options.backend, manifest, options.device, folder), options.precision
+    if precision == "auto" and name == "openvino" and bf16_is_accurate(folder, manifest):
+        precision = "bf16"
+    backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))
+    tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
+    return LoadedModel(
+        backend=backend, tokenizer=tokenizer, manifest=manifest, folder=folder, route=route, max_batch=max_batch
+    )
+
+
+def batch_buckets(max_batch: int) -> tuple[int, ...]:
+    """The batch sizes that are compiled for where a backend compiles for fixed ones: 1, 2, 4, ... and the largest."""
+    powers = [2**i for i in range(max_batch.bit_length())]
+    return tuple(sorted({*powers, max_batch}))
+
+
+def check_route(route: str, manifest: ModelDescription) -> Route:
+    """The route of that name, or the only one that the model has. Raises ArtifactError."""
+    if route not in ROUTES:
+        raise ArtifactError(f"no route {route!r}{nearest(route, ROUTES)}; known: {', '.join(ROUTES)}")
+    if "denoiser" not in manifest.graph_names:
+        return "sampler"
+    return "sampler" if route == "sampler" and f"sampler_{max(manifest.plans)}" in manifest.graph_names else "stages"
+
+
+def check_max_batch(max_batch: int | None, batch: tuple[int, int]) -> int:
+    """The pictures of one network call: those asked for, or the most there may be. Raises RequestError."""
+    low, high = batch
+    chosen = high if max_batch is None else max_batch
+    if not low <= chosen <= high:
+        raise RequestError(f"max_batch must be {low} to {high} for this model, got {max_batch!r}")
+    return chosen
+
+
+def check_sizes(sizes: Sequence[Size] | None, manifest: ModelDescription) -> list[Size]:
+    """The sizes asked for, or all of the model. Raises RequestError."""
+    for size in sizes or ():
+        if tuple(size) not in manifest.sizes:
+            known = ", ".join(map(size_name, manifest.sizes))
+            raise RequestError(f"the artifact has the sizes {known} (width x height), got {size_name(size)}")
+    return [(size[0], size[1]) for size in sizes or manifest.sizes]
