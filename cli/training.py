@@ -57,10 +57,10 @@ def distill_command(
     writable(out, make=True)
     training()
     from ..distill.data.prompts import read_prompts
-    from ..distill.recipe import DistillRecipe, load_recipe
+    from ..distill.methods import load_distill_recipe
     from ..distill.student import distill
 
-    settings = load_recipe(recipe, DistillRecipe)
+    settings = load_distill_recipe(recipe)
     distill(teacher, out, settings, prompts=read_prompts(prompts) if prompts else None, start=start, font=font)
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")

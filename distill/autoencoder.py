@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from .data.emoji import EmojiScenes
 from .data.rendering import to_signed
-from .fit import identify, seeded
+from .fit import Task
 from .grids import grid, to_pixels
 from .recipe import TeacherRecipe
+from .reproducible import Part, fingerprint, part_of, rows_of, seeded
 
 _SCALING_FACTOR = 2.0  # the decoder's soft clamp at 3 then touches few latents
 _EDGE_WEIGHT = 1.0
@@ -111,14 +112,14 @@ class ReconstructionLoss(nn.Module):
         return error + _EDGE_WEIGHT * edges
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Fits the decoder on the stream of scenes; the encoder is set from the first of them."""
 
     name = "autoencoder"
 
     def __init__(self, recipe: TeacherRecipe, scenes: EmojiScenes) -> None:
         self.recipe, self.scenes = recipe, scenes
-        self.identity = identify(recipe.autoencoder, recipe.seed, recipe.image_size)
+        self.fingerprint = fingerprint(recipe.autoencoder, recipe.seed, recipe.image_size)
         torch.manual_seed(recipe.seed)
         self.autoencoder = build_autoencoder(recipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         first = to_signed(np.stack([scenes[10**9 + i].image for i in range(recipe.autoencoder.encoder_scenes)]))
@@ -127,12 +128,15 @@ class AutoencoderTask:
         self.autoencoder.encoder.requires_grad_(False)
         self.module: nn.Module = ReconstructionLoss(self.autoencoder, recipe.autoencoder.latent_noise)
 
-    def batch(self, step: int, rank: int) -> dict[str, Any]:
+    def batch(self, step: int, part: Part) -> dict[str, Any]:
         size, side = self.recipe.autoencoder.fit.batch, self.recipe.image_size // 8
-        first = (step * 64 + rank) * size
-        images = np.stack([self.scenes[first + i].image for i in range(size)])
-        noise = torch.randn(size, self.recipe.autoencoder.latent_channels, side, side, generator=seeded(1, step, rank))
-        return {"images": to_signed(images).contiguous(memory_format=torch.channels_last), "noise": noise}
+        rows = range(step * 64 * size, (step * 64 + 1) * size)[rows_of(size, part)]
+        images = np.stack([self.scenes[row].image for row in rows])
+        noise = torch.randn(size, self.recipe.autoencoder.latent_channels, side, side, generator=seeded(1, step, 0))
+        return {
+            "noise": part_of(noise, size, part),
+            "images": to_signed(images).contiguous(memory_format=torch.channels_last),
+        }
 
     @torch.no_grad()
     def preview(self) -> Image.Image:

@@ -5,22 +5,29 @@ Kohler et al. 2024 (arXiv 2405.05224), section 3. x_t = alpha_t x0 + sigma_t eps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..core.plan import StepPlan
+from ..core.sampler import DETERMINISTIC, Sampler
+from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, sample, update_table
-from .networks import Networks
-
-Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
+from ..pipelines.networks import Conditions
+from .models import Denoiser, Step
 
 
 @torch.no_grad()
-def rollout(denoiser: Denoiser, x_T: torch.Tensor, table: UpdateTable, steps: int) -> torch.Tensor:
-    """x_{T->t} = stopgrad(f_Theta(... f_Theta(x_T))): the state after the first `steps` steps of the student's plan."""
-    return sample(lambda x, t: denoiser(x, int(t)).float(), x_T, table, steps=steps)
+def rollout(
+    denoiser: Step, x_T: torch.Tensor, table: UpdateTable, steps: int, *, noises: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """x_{T->t} = stopgrad(f_Theta(... f_Theta(x_T))): the state after the first `steps` steps of the student's plan.
+
+    noises: fresh noise of each step, for a table that re-noises.
+    """
+    return sample(denoiser, x_T, table, steps=steps, noises=noises)
 
 
 def shifted_time(t: int, gamma: float) -> int:
@@ -33,39 +40,35 @@ def teacher_plan(t: int, k: int) -> StepPlan:
     return StepPlan(tuple(sorted({round(t * (k - i) / k) for i in range(k)}, reverse=True)))
 
 
-class TeacherTarget:
-    """x0hat(f_Phi^k(x), eps_Phi, .): k guided deterministic steps of the frozen teacher down to its clean estimate."""
-
-    def __init__(self, teacher: Networks, k: int) -> None:
-        self.teacher, self.k = teacher, k
-        self._tables: dict[int, UpdateTable] = {}
-
-    def table(self, t: int) -> UpdateTable:
-        if t not in self._tables:
-            teacher, plan = self.teacher, teacher_plan(t, self.k)
-            self._tables[t] = update_table(teacher.schedule, plan, teacher.prediction_type, noise_correction=False)
-        return self._tables[t]
-
-    @torch.no_grad()
-    def __call__(
-        self, x: torch.Tensor, t: int, text: torch.Tensor, uncond: torch.Tensor, guidance: torch.Tensor
-    ) -> torch.Tensor:
-        """x (B, C, h, w) at time t; text, uncond (B, L, D); guidance (B,). Returns x0 (B, C, h, w) without gradient."""
-        both = torch.cat([uncond, text])
-        w = guidance.view(-1, 1, 1, 1)
-
-        def guided(x_t: torch.Tensor, time: int) -> torch.Tensor:
-            m_u, m_c = self.teacher.predict(torch.cat([x_t, x_t]), time, both).float().chunk(2)
-            return m_u + w * (m_c - m_u)
-
-        table = self.table(t)
-        return rollout(guided, x, table, len(table.timesteps))
+@lru_cache(1024)
+def _table(
+    schedule: NoiseSchedule, timesteps: tuple[int, ...], prediction_type: str, correction: bool, sampler: Sampler
+) -> UpdateTable:
+    return update_table(schedule, StepPlan(timesteps), prediction_type, noise_correction=correction, sampler=sampler)
 
 
-def renoised(x0: torch.Tensor, noise: torch.Tensor, t: int, networks: Networks) -> torch.Tensor:
-    """chi = alpha_t stopgrad(x0) + sigma_t noise (shifted reconstruction loss), where t is the shifted time."""
-    alpha_t, sigma_t = networks.schedule.at(t)
-    return float(alpha_t) * x0.detach() + float(sigma_t) * noise.detach()
+def table_of(
+    denoiser: Denoiser, timesteps: Iterable[int], *, noise_correction: bool = False, sampler: Sampler = DETERMINISTIC
+) -> UpdateTable:
+    """The update table of a plan on the denoiser's schedule."""
+    return _table(denoiser.schedule, tuple(timesteps), denoiser.prediction_type, noise_correction, sampler)
+
+
+def teacher_target(
+    teacher: Denoiser,
+    x: torch.Tensor,
+    t: int,
+    k: int,
+    text: Conditions,
+    uncond: Conditions,
+    guidance: torch.Tensor | float,
+) -> torch.Tensor:
+    """x0hat(f_Phi^k(x), eps_Phi, .): k guided deterministic steps of the frozen teacher down to its clean estimate.
+
+    x (B, C, h, w) at time t; text, uncond (B, ...) each; guidance (B,). Returns x0 (B, C, h, w) without gradient.
+    """
+    table = table_of(teacher, teacher_plan(t, k).timesteps)
+    return rollout(teacher.guided(text, uncond, guidance), x, table, len(table))
 
 
 def choose_noise(kind: str, own: torch.Tensor, fresh: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:

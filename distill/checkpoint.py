@@ -14,18 +14,18 @@ from safetensors.torch import save_file
 from ..core.errors import ArtifactError
 from ..folders.files import atomic_file
 
-_VERSION = "2"
+_VERSION = "3"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What a checkpoint holds. `identity` is of all that makes two trainings different: recipe, seed, teacher, data."""
+    """What a checkpoint holds. `fingerprint` is of all that makes two trainings different: recipe, seed, teacher, data."""
 
     module: torch.nn.Module
     ema: EMAModel
     optimizers: Sequence[torch.optim.Optimizer]
     task: str
-    identity: str
+    fingerprint: str
 
 
 def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: float) -> None:
@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: flo
             tensors |= {f"moments{place}.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
     tensors = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
     numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
-    metadata = {"version": _VERSION, "task": state.task, "identity": state.identity}
+    metadata = {"version": _VERSION, "task": state.task, "fingerprint": state.fingerprint}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         save_file(tensors, str(temporary), metadata=metadata | {name: str(value) for name, value in numbers.items()})
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
         raise ArtifactError(
             f"{path} is not a readable checkpoint ({error}); delete it to start this stage again"
         ) from None
-    expected = {"version": _VERSION, "task": state.task, "identity": state.identity}
+    expected = {"version": _VERSION, "task": state.task, "fingerprint": state.fingerprint}
     if any(metadata.get(name) != value for name, value in expected.items()):
         raise ArtifactError(
             f"{path} belongs to another recipe, teacher or version; choose another OUT, or delete the folder {path.parents[1]}"

@@ -6,48 +6,85 @@ noise level chosen decides whether structure or detail is judged. Hinge loss, te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from ..pipelines.networks import Conditions
+from .models import Denoiser, Times
 
-class _Reached(Exception):
-    """The last layer that is listened to has answered: the rest of the network need not run."""
+
+class _LastFeature(Exception):
+    """The last layer whose output is kept has run: the rest of the network need not."""
 
 
-class Features:
-    """What the down blocks and the middle block of a UNet give for (x_t, t, text): (B, C, h, w) each, from fine to coarse."""
+@dataclass(frozen=True)
+class FeatureLayers:
+    """Where a network's features are read: layers, the channels of each, the width of the text, latents per token's side;
+    and what builds untrained heads for them."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
-        self.layers = [*unet.down_blocks, unet.mid_block]  # type: ignore[misc]
+    layers: tuple[nn.Module, ...]
+    channels: tuple[int, ...]
+    text_width: int
+    patch: int = 1
+    build_heads: Callable[[Sequence[int], int], nn.Module] = lambda channels, width: Discriminator(channels, width)
 
-    @property
-    def channels(self) -> list[int]:
-        widths: Any = self.unet.config.block_out_channels  # type: ignore[union-attr]
-        return [*widths, widths[-1]]
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> list[torch.Tensor]:
-        """Differentiable in x_t; the network runs as far as its middle."""
+def feature_layers(network: Any) -> FeatureLayers:
+    """Of a UNet the down blocks and the middle one; of a transformer a quarter, a half and three quarters of its blocks."""
+    if hasattr(network, "feature_layers"):
+        return network.feature_layers
+    if hasattr(network, "unet"):
+        unet = network.unet
+        widths = unet.config.block_out_channels
+        return FeatureLayers(
+            (*unet.down_blocks, unet.mid_block), (*widths, widths[-1]), unet.config.cross_attention_dim
+        )
+    config, blocks = network.transformer.config, network.transformer.transformer_blocks
+    chosen = tuple(blocks[i] for i in sorted({len(blocks) * k // 4 for k in (1, 2, 3)}))
+    width = config.num_attention_heads * config.attention_head_dim
+    text_width = config.get("joint_attention_dim") or config.caption_channels
+    return FeatureLayers(chosen, (width,) * len(chosen), text_width, config.patch_size)
+
+
+class NetworkFeatures:
+    """What layers inside a denoiser give for (x_t, t, text): float32 (B, C, h, w) each, in the order in which they run."""
+
+    def __init__(self, denoiser: Denoiser, *, deepest: bool = False) -> None:
+        """deepest: only the last of the layers, a UNet's middle block."""
+        places = feature_layers(denoiser.network)
+        if deepest:
+            places = replace(places, layers=places.layers[-1:], channels=places.channels[-1:])
+        self.denoiser, self.places = denoiser, places
+
+    def heads(self) -> nn.Module:
+        """Untrained heads for these features: heads(features, text) -> logits (B, M)."""
+        return self.places.build_heads(self.places.channels, self.places.text_width)
+
+    def __call__(self, x_t: torch.Tensor, t: Times, text: Conditions) -> list[torch.Tensor]:
+        """Differentiable in x_t; the network runs as far as the last of the layers."""
         found: list[torch.Tensor] = []
 
-        def listen(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            if len(found) == len(self.layers):
-                raise _Reached
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            features = output[-1] if self.places.patch > 1 and isinstance(output, tuple) else output
+            found.append(features[0] if isinstance(features, tuple) else features)
+            if len(found) == len(self.places.layers):
+                raise _LastFeature
 
-        handles = [layer.register_forward_hook(listen) for layer in self.layers]
+        handles = [layer.register_forward_hook(keep) for layer in self.places.layers]
         try:
-            self.unet(x_t, t, encoder_hidden_states=text)
-        except _Reached:
+            self.denoiser(x_t, t, text)
+        except _LastFeature:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return [features.float() for features in found]
+        height, width = (side // self.places.patch for side in x_t.shape[-2:])
+        return [(f if f.ndim == 4 else f.mT.unflatten(2, (height, width))).float() for f in found]
 
 
 class Discriminator(nn.Module):
@@ -77,10 +114,11 @@ class Discriminator(nn.Module):
             found.append((logit(seen) + match).flatten(1))
         return torch.cat(found, 1)
 
-    def frozen(self, features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
-        """The same logits, with a gradient to the features alone."""
-        weights = {name: value.detach() for name, value in self.named_parameters()}
-        return torch.func.functional_call(self, weights, (features, text))
+
+def frozen_logits(heads: nn.Module, features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+    """The logits of heads, with a gradient to the features alone."""
+    weights = {name: value.detach() for name, value in heads.named_parameters()}
+    return torch.func.functional_call(heads, weights, (features, text))
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -88,28 +126,31 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()
 
 
-def r1_penalty(discriminator: Discriminator, features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+def r1_penalty(heads: nn.Module, features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
     """The squared gradient of the real logits by the features that enter the heads (Mescheder et al. 2018; as ADD does)."""
     inputs = [level.detach().requires_grad_(True) for level in features]
-    logits = discriminator(inputs, text)
+    logits = heads(inputs, text)
     gradients = torch.autograd.grad(logits.mean(1).sum(), inputs, create_graph=True)
     return torch.stack([g.square().flatten(1).sum(1).mean() for g in gradients]).sum()
 
 
 def adversarial_gradient(
-    discriminator: Discriminator,
-    features: Features,
+    heads: nn.Module,
+    features: NetworkFeatures,
     x0: torch.Tensor,
     noise: torch.Tensor,
     levels: Any,
     t: torch.Tensor,
-    text: torch.Tensor,
+    text: Conditions,
+    loss: Callable[[torch.Tensor], torch.Tensor] = lambda logits: -logits.mean(),
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The gradient of -D(x0 noised to t) by x0, and the features it was judged by; levels: (alpha_t, sigma_t) as (B, 1, 1, 1)."""
+    """The gradient by x0 of a loss of D(x0 noised to t), and the features behind its logits, both without a graph.
+
+    levels: (alpha_t, sigma_t) as (B, 1, 1, 1). loss: of the logits (B, M); the hinge loss's by default.
+    """
     alpha_t, sigma_t = levels
     with torch.enable_grad():
         own = x0.detach().requires_grad_(True)
         seen = features(alpha_t * own + sigma_t * noise, t, text)
-        loss = -discriminator.frozen(seen, text).mean()
-        (gradient,) = torch.autograd.grad(loss, own)
+        (gradient,) = torch.autograd.grad(loss(frozen_logits(heads, seen, text[0])), own)
     return gradient, [level.detach() for level in seen]

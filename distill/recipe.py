@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,7 +25,8 @@ class Fit(Frozen):
     """How one network is fitted: updates, batch, optimiser, EMA, intervals."""
 
     steps: Positive
-    batch: Positive = 64
+    batch: Positive = 64  # of one update, over all processes
+    accumulate: Positive = 1  # parts of each process's share that are computed one after another
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the network, AdamW for the rest
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     muon_rate: Annotated[float, Field(gt=0)] = 5e-3
@@ -98,35 +99,15 @@ class TeacherRecipe(Frozen):
         return self
 
 
-class Adversarial(Frozen):
-    """The discriminator: heads on the frozen teacher's features of noised latents (its form is open in the paper)."""
-
-    share: Share = 0.3  # the length of its gradient by x0 over the regression's
-    ramp: Annotated[int, Field(ge=0)] = 500  # updates in which the share grows from 0, so that the heads learn first
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    r1: Annotated[float, Field(ge=0)] = 1e-2
-    noise: tuple[Share, Share] = (0.0, 0.75)  # noise levels t / T at which it looks
-
-
 class DistillRecipe(Frozen):
-    """`distill`: Imagine Flash (METHOD of the paper) with what it leaves open as fields."""
+    """`distill`: what every method has; its own fields stand in its file in `methods/`."""
 
+    method: str
     seed: Annotated[int, Field(ge=0)] = 0
     plans: Annotated[dict[int, tuple[int, ...]], Field(min_length=1)] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
-    plan_weights: dict[int, Annotated[float, Field(ge=0)]] = {1: 1.0, 2: 1.0, 3: 1.0}  # how often each plan is drawn
-    shifted: bool = True  # shifted reconstruction loss; False: the teacher starts from the student's own state
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
-    renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
-    teacher_steps: Positive = 4  # k
-    plain_share: Share = (
-        0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
-    )
-    loss_weight: Literal["x0", "v", "eps", "truncated_snr"] = "x0"  # an epsilon teacher needs another than x0
+    plan_weights: dict[int, Annotated[float, Field(ge=0)]] = {}  # how often each plan is drawn; none: all alike
     guidance: tuple[float, float] = (2.0, 2.0)  # drawn uniformly; in the teacher's target only
-    guidance_at_0: float | None = None  # what the guidance falls to, linearly in t; None: it stays
-    adversarial: Adversarial | None = None
-    noise_correction: bool = True  # at inference
-    rollout_noise_correction: bool = True  # in the training rollout
+    noise_correction: bool = False  # at inference: the true noise at t = T
     prompts: Positive = 60_000
     fit: Fit
 
@@ -136,6 +117,8 @@ class DistillRecipe(Frozen):
             if steps != len(timesteps):
                 raise ValueError(f"plans: {steps} steps must have {steps} timesteps, got {list(timesteps)}")
             StepPlan(timesteps)
+        if not self.plan_weights:
+            object.__setattr__(self, "plan_weights", dict.fromkeys(self.plans, 1.0))
         if set(self.plan_weights) != set(self.plans):
             raise ValueError(f"plan_weights must name the same steps as plans: {sorted(self.plans)}")
         if sum(self.plan_weights.values()) <= 0:
@@ -145,7 +128,7 @@ class DistillRecipe(Frozen):
         return self
 
 
-R = TypeVar("R", TeacherRecipe, DistillRecipe)
+R = TypeVar("R", bound=Frozen)
 
 
 def built_in_recipes() -> dict[str, Path]:
@@ -156,6 +139,12 @@ def built_in_recipes() -> dict[str, Path]:
 
 def load_recipe(name_or_path: str | Path, kind: type[R]) -> R:
     """Read a built-in recipe by name or any YAML file by path; RecipeError names the key and the nearest known one."""
+    values, path = read_recipe(name_or_path)
+    return parse_recipe(values, kind, path)
+
+
+def read_recipe(name_or_path: str | Path) -> tuple[dict[str, Any], Path]:
+    """Keys and values of a recipe as they stand in its file, and the file. RecipeError where there is none."""
     import yaml
 
     known = built_in_recipes()
@@ -171,10 +160,15 @@ def load_recipe(name_or_path: str | Path, kind: type[R]) -> R:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return values, path
+
+
+def parse_recipe(values: dict[str, Any], kind: type[R], source: str | Path) -> R:
+    """The validated recipe; RecipeError begins with `source`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_problem(error, kind)}") from None
+        raise RecipeError(f"{source}: {_first_problem(error, kind)}") from None
 
 
 def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:

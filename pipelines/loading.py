@@ -1,4 +1,4 @@
-"""From a student (a folder or a hub id, whole or a LoRA) to its stages."""
+"""From a student or a teacher (a folder or a hub id, whole or a LoRA) to its pipeline and its stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..folders.manifests import PIPELINE_FILE, StudentManifest
 from ..folders.reading import read_student_manifest
 from .architectures import architecture_of, stages_of
 from .lora import Lora, fuse
-from .stages import Stages, prediction_type_of, quiet
+from .stages import Stages, quiet
 
 UPCASTS = ("StableDiffusionXLPipeline",)  # diffusers' pipelines that heed the vae's force_upcast
 
@@ -42,30 +42,38 @@ def load_stages(
     """
     folder = Path(student)
     described = read_student_manifest(folder)
+    loras = [*([Lora(str(folder))] if described.base is not None else []), *loras]
     base = folder if described.base is None else _base_folder(folder, described)
-    index = _read_json(base / PIPELINE_FILE)
+    pipeline = load_pipeline(base, dtype=torch.float32 if loras else dtype)
+    name = type(pipeline).__name__
+    for lora in loras:
+        fuse(pipeline, architecture_of(name).network, lora)
+    if loras:
+        pipeline.to(dtype)
+    if tiny_decoder is not None:
+        pipeline.vae = _load_tiny(tiny_decoder)
+    if dtype == torch.float16 and name in UPCASTS and pipeline.vae.config.get("force_upcast"):
+        pipeline.vae.to(torch.float32)
+    return stages_of(pipeline)
+
+
+def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline of a folder or hub id, with those components alone that its stages are made of.
+
+    Raises ArtifactError for a folder that does not load or a class that is not known, ScheduleError for a schedule
+    without a closed form (before any weight is read), MissingExtraError.
+    """
+    folder = student_folder(source)
+    index = _read_json(folder / PIPELINE_FILE)
     architecture = architecture_of(str(index.get("_class_name")))
-    scheduler = _read_json(base / "scheduler" / "scheduler_config.json")
-    NoiseSchedule.from_scheduler_config(scheduler)
+    NoiseSchedule.from_scheduler_config(_read_json(folder / "scheduler" / "scheduler_config.json"))
     unused = {
         part: None
         for part in index
         if not part.startswith("_") and part not in architecture.components
         if isinstance(index[part], list)
     }
-    loras = [*([Lora(str(folder))] if described.base is not None else []), *loras]
-    pipeline = _load(base, unused, torch.float32 if loras else dtype)
-    for lora in loras:
-        fuse(pipeline, architecture.network, lora)
-    if loras:
-        pipeline.to(dtype)
-    if tiny_decoder is not None:
-        pipeline.vae = _load_tiny(tiny_decoder)
-    if dtype == torch.float16 and index["_class_name"] in UPCASTS and pipeline.vae.config.get("force_upcast"):
-        pipeline.vae.to(torch.float32)
-    stages = stages_of(pipeline)
-    assert stages.prediction_type == prediction_type_of(scheduler)
-    return stages
+    return _load(folder, unused, dtype)
 
 
 def _base_folder(folder: Path, described: StudentManifest) -> Path:
@@ -103,10 +111,13 @@ def _load_tiny(folder: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"cannot read {path}: {reason}; is {path.parent} part of a diffusers pipeline?") from None
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return values
 
 
 def _first_line(error: Exception) -> str:

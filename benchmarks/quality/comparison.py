@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...distill.data.captions import Caption, Scene
 from ...distill.grids import grid
-from .methods import Method
+from .method import Method
 from .prompts import Prompts
 
 SCENES: dict[str, Scene] = {

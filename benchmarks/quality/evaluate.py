@@ -15,14 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...core.errors import ImagineFlashError
-from ...distill.fit import identify
-from ...distill.networks import load_networks
+from ...core.sampler import DETERMINISTIC
+from ...distill.models import load_model
+from ...distill.reproducible import fingerprint
 from ...folders.files import atomic_file, hash_folder, sha256_file
 from ...folders.reading import read_student_manifest
 from .comparison import comparison_grid
 from .judge import FEATURES, Judge, load_judge
 from .measure import Measured, PictureStore
-from .methods import Method, table_of_methods
+from .method import Method
+from .methods import table_of_methods
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread, unbiased_frechet_distance
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
 from .tables import REFERENCE, as_rich
@@ -66,18 +68,19 @@ def evaluate(
     if split not in SPLITS:
         raise ImagineFlashError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     judge, judged = load_judge(judge_file)
-    teacher = load_networks(teacher_folder)
-    student, plans, default = None, {}, 2.0
+    teacher = load_model(teacher_folder)
+    student, plans, default, sampler = None, {}, 2.0, DETERMINISTIC
     if student_folder is not None:
         manifest = read_student_manifest(student_folder)
-        student, plans = load_networks(student_folder), manifest.step_plans
+        student, plans = load_model(student_folder), manifest.step_plans
+        sampler = manifest.sampler
         default = float(np.mean(manifest.recipe.get("guidance", [2.0])))
     weight = guidance if guidance is not None else default
-    methods = table_of_methods(teacher, student, plans, weight, font)
+    methods = table_of_methods(teacher, student, plans, weight, font, sampler)
     methods = choose(methods, only)
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
     hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
-    store = PictureStore(out.with_name(f"{out.name}.run"), identify(hashes, split, weight))
+    store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
     seen, unseen = (draw_prompts(n, split=split, held_out=h) for n, h in ((count, False), (held_out, True)))
     with Progress(*_COLUMNS, console=console, transient=True) as bar:
         found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -24,8 +23,9 @@ from ...distill.data.captions import Scene
 from ...distill.data.emoji import EmojiScenes
 from ...distill.data.rendering import rendered, to_signed
 from ...distill.data.vocabulary import AXES, BACKGROUND_NAMES, OBJECT_NAMES, PATTERN_NAMES
-from ...distill.fit import fit, identify, seeded
+from ...distill.fit import Task, fit
 from ...distill.recipe import Fit
+from ...distill.reproducible import Part, fingerprint, part_of, rows_of, seeded
 from ...folders.files import atomic_file
 
 FEATURES = 128
@@ -154,33 +154,30 @@ class _JudgeLoss(nn.Module):
 
 
 @dataclass
-class JudgeTask:
+class JudgeTask(Task):
     """Fits the judge on the stream of scenes, all combinations included, with a little noise on the pictures."""
 
     scenes: EmojiScenes
     held_out: EmojiScenes
     settings: Fit
     name: str = "judge"
-    identity: str = field(init=False)
+    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.identity = identify(self.settings, self.scenes.seed)
+        self.fingerprint = fingerprint(self.settings, self.scenes.seed)
         torch.manual_seed(0)
         self.judge = Judge()
         self.module: nn.Module = _JudgeLoss(self.judge)
 
-    def batch(self, step: int, rank: int) -> dict[str, Any]:
+    def batch(self, step: int, part: Part) -> dict[str, Any]:
         size = self.settings.batch
-        first = (step * 64 + rank) * size
-        examples = [(self.held_out if i % 8 == 0 else self.scenes)[first + i] for i in range(size)]
-        draw = seeded(4, step, rank)
+        first, draw = step * 64 * size, seeded(4, step, 0)
+        own = range(size)[rows_of(size, part)]
+        examples = [(self.held_out if i % 8 == 0 else self.scenes)[first + i] for i in own]
         images = to_signed(np.stack([e.image for e in examples]))
         strength = 0.08 * torch.rand(size, 1, 1, 1, generator=draw)
-        images = images + strength * torch.randn(images.shape, generator=draw)
-        return {"images": images, **labels([e.scene for e in examples])}
-
-    def preview(self) -> Image.Image | None:
-        return None
+        noise = strength * torch.randn(size, *images.shape[1:], generator=draw)
+        return {"images": images + part_of(noise, size, part), **labels([e.scene for e in examples])}
 
 
 def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> dict[str, float]:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from ...core.errors import ArtifactError
 from ...folders.files import atomic_file
 from .judge import Judge
-from .methods import Method
+from .method import Method
 from .metrics import sharpness
 from .prompts import Prompts, marks
 

@@ -62,7 +62,7 @@ def draw_prompts(count: int, *, split: str, held_out: bool) -> Prompts:
 def kept(caption: Caption, wanted: Scene, found: Scene) -> dict[str, bool]:
     """Which of the attributes that a caption states its picture shows; what it leaves to chance does not count.
 
-    A relation is right if the axis is, and the order too where it is stated and the objects are right.
+    A relation is right if the axis is, and, where the order is stated, the objects stand in it: with others there is no order.
     """
     matches = [
         order
@@ -73,7 +73,7 @@ def kept(caption: Caption, wanted: Scene, found: Scene) -> dict[str, bool]:
     stated = {"object": bool(matches)}
     if caption.states_axis:
         in_order = tuple(range(len(found.objects))) in matches
-        stated["relation"] = wanted.axis == found.axis and (in_order or not matches or not caption.states_order)
+        stated["relation"] = wanted.axis == found.axis and (in_order or not caption.states_order)
     if caption.states_background:
         stated["background"] = wanted.background == found.background
     if caption.states_pattern:

@@ -12,35 +12,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ...folders.files import atomic_file
-from ..fit import identify
+from ..reproducible import fingerprint
 from .emoji import EmojiScenes
-from .rendering import rendered, to_signed
+from .rendering import rendered
 
 if TYPE_CHECKING:
-    from ..networks import Networks
+    from ..models import Model
 
 _BATCH = 100
 
 
 @torch.no_grad()
 def encoded_scenes(
-    networks: Networks, path: Path, *, seed: int, size: int, count: int, font: Path | None = None
+    model: Model, path: Path, *, seed: int, size: int, count: int, font: Path | None = None
 ) -> torch.Tensor:
     """Latents (count, C, h, w) float16 of the first scenes of a seed, kept in `path` and used again while nothing changed."""
-    encoder = networks.vae.encoder.state_dict().values()
+    vae = model.pipeline.vae
+    encoder = vae.encoder.state_dict().values()
     weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
     scenes = EmojiScenes(seed=seed, size=size, font=font)
     probe = hashlib.sha256(
         b"".join(scenes[i].image.tobytes() for i in range(8))
     ).hexdigest()  # another font, other pictures
-    identity = identify(weights, probe, count)
+    identity = fingerprint(weights, probe, count)
     if path.exists() and _identity(path) == identity:
         return load_file(str(path))["latents"]
-    latents, device = [], networks.vae.device
+    latents = []
     pictures = rendered(scenes, count, batch=_BATCH)
     for images in track(pictures, description="encoding scenes", total=-(-count // _BATCH)):
-        signed = to_signed(images).to(device, memory_format=torch.channels_last)
-        latents.append((networks.vae.encoder(signed) * networks.vae.config.scaling_factor).half().cpu().contiguous())
+        found = model.stages.image_encoder(torch.from_numpy(images).to(vae.device))
+        latents.append(found.half().cpu().contiguous())
     pool = torch.cat(latents)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:

@@ -6,45 +6,45 @@ import torch
 
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.update import sample, update_table
-from imagine_flash.distill.backward import TeacherTarget, choose_noise, renoised, rollout, shifted_time, teacher_plan
-from imagine_flash.distill.losses import ImagineFlashLoss, loss_weight
-from imagine_flash.distill.recipe import DistillRecipe
-from imagine_flash.tests.distill.toy import point_networks
+from imagine_flash.distill.backward import choose_noise, rollout, shifted_time, teacher_plan, teacher_target
+from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, loss
+from imagine_flash.distill.weighting import loss_weight
+from imagine_flash.tests.distill.toy import point_denoiser
 
 FIT = {"steps": 1}
 
 
-def loss_of(recipe: DistillRecipe, shift: float, plan: int, index: int):
-    teacher, student = point_networks(), point_networks(shift).unet
+def loss_of(recipe: ImagineFlashRecipe, shift: float, plan: int, index: int):
+    teacher, student = point_denoiser(), point_denoiser(shift)
     draw = torch.Generator().manual_seed(5)
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=draw)
-    text = torch.zeros(5, 2, 3)
-    loss = ImagineFlashLoss(student, teacher, recipe)
-    value = loss(x_T=x_T, text=text, uncond=text, guidance=torch.full((5,), 2.0), fresh=fresh, plan=plan, index=index)
-    return value, teacher, student
+    text = (torch.zeros(5, 2, 3),)
+    batch = {"x_T": x_T, "text": text, "uncond": text, "guidance": torch.full((5,), 2.0), "fresh": fresh}
+    value = loss(student, teacher, batch | {"plan": plan, "index": index, "shifted": recipe.shifted}, recipe, {})
+    return value, teacher.network, student.network
 
 
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("renoise", ["own", "fresh", "initial"])
 @pytest.mark.parametrize(("plan", "index"), [(1, 0), (2, 1), (3, 0), (3, 2)])
 def test_a_perfect_student_has_no_loss(shifted: bool, renoise: str, plan: int, index: int) -> None:
-    recipe = DistillRecipe.model_validate({"shifted": shifted, "renoise": renoise, "fit": FIT})
+    recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "renoise": renoise, "fit": FIT})
     value, _, _ = loss_of(recipe, 0.0, plan, index)
     assert value.item() < 1e-6
 
 
 @pytest.mark.parametrize("shifted", [True, False])
 def test_only_the_student_gets_a_gradient(shifted: bool) -> None:
-    recipe = DistillRecipe.model_validate({"shifted": shifted, "fit": FIT})
+    recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "fit": FIT})
     value, teacher, student = loss_of(recipe, 0.3, 3, 2)
     value.backward()
     assert student.shift.grad is not None and student.shift.grad.item() > 0
-    assert teacher.unet.shift.grad is None
+    assert teacher.shift.grad is None
 
 
 def test_the_gradient_is_that_of_the_last_prediction_alone() -> None:
     """d/dshift of mean (x0_student - target)^2 where only the last x0 = alpha x - sigma v depends on the shift."""
-    recipe = DistillRecipe.model_validate({"shifted": False, "fit": FIT})
+    recipe = ImagineFlashRecipe.model_validate({"shifted": False, "fit": FIT})
     value, teacher, student = loss_of(recipe, 0.3, 2, 1)
     value.backward()
     sigma = teacher.schedule.sigma[499]
@@ -56,40 +56,30 @@ def test_the_gradient_is_that_of_the_last_prediction_alone() -> None:
 @pytest.mark.parametrize("w", [1.0, 2.0, 3.5])
 def test_guidance_is_in_the_target_only(shifted: bool, w: float) -> None:
     """Text moves the point by c, no text by u: the guided teacher lands on u + w (c - u), the student on c."""
-    teacher, student = point_networks(), point_networks().unet
-    recipe = DistillRecipe.model_validate({"shifted": shifted, "fit": FIT})
-    text, uncond = torch.full((5, 2, 3), 0.7), torch.full((5, 2, 3), 0.3)
+    teacher, student = point_denoiser(), point_denoiser()
+    recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "fit": FIT})
+    text, uncond = (torch.full((5, 2, 3), 0.7),), (torch.full((5, 2, 3), 0.3),)
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    value = ImagineFlashLoss(student, teacher, recipe)(
-        x_T=x_T, text=text, uncond=uncond, guidance=torch.full((5,), w), fresh=fresh, plan=3, index=1
-    )
+    batch = {"x_T": x_T, "text": text, "uncond": uncond, "guidance": torch.full((5,), w), "fresh": fresh}
+    value = loss(student, teacher, batch | {"plan": 3, "index": 1, "shifted": shifted}, recipe, {})
     assert value.item() == pytest.approx(((w - 1) * 0.4) ** 2, abs=1e-5)
 
 
 def test_who_is_asked_when() -> None:
     """The student along its plan up to t; the teacher from gamma t in k steps, or from t where nothing is shifted."""
     for shifted, times in ((True, [500, 375, 250, 125]), (False, [666, 500, 333, 166])):
-        recipe = DistillRecipe.model_validate({"shifted": shifted, "gamma": 0.75, "teacher_steps": 4, "fit": FIT})
+        recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "gamma": 0.75, "teacher_steps": 4, "fit": FIT})
         _, teacher, student = loss_of(recipe, 0.0, 3, 1)
-        assert student.calls == [999, 666] and teacher.unet.calls == times
-
-
-@pytest.mark.parametrize("t", [749, 500, 250])
-def test_chi_is_the_prediction_at_the_shifted_time(t: int) -> None:
-    networks = point_networks()
-    x0, noise = torch.randn(2, 2, 3, 4, 4)
-    alpha, sigma = (float(table[t]) for table in (networks.schedule.alpha, networks.schedule.sigma))
-    torch.testing.assert_close(renoised(x0.requires_grad_(), noise, t, networks), alpha * x0.detach() + sigma * noise)
-    assert alpha**2 + sigma**2 == pytest.approx(1) and not renoised(x0, noise, t, networks).requires_grad
+        assert student.calls == [999, 666] and teacher.calls == times
 
 
 def test_the_rollout_keeps_no_graph_and_equals_the_reference() -> None:
-    networks = point_networks(0.2)
-    table = update_table(networks.schedule, StepPlan((999, 666, 333)), "v_prediction")
+    denoiser = point_denoiser(0.2)
+    table = update_table(denoiser.schedule, StepPlan((999, 666, 333)), "v_prediction")
     x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
     def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-        return networks.unet(x, torch.full((len(x),), t), encoder_hidden_states=torch.zeros(len(x), 2, 3)).sample
+        return denoiser(x, t, (torch.zeros(len(x), 2, 3),))
 
     x = rollout(denoise, x_T, table, 3)
     assert x.grad_fn is None and not x.requires_grad
@@ -98,11 +88,12 @@ def test_the_rollout_keeps_no_graph_and_equals_the_reference() -> None:
 
 
 def test_the_teacher_makes_k_steps_down_to_the_clean_estimate() -> None:
-    networks = point_networks()
+    denoiser = point_denoiser()
     x = torch.randn(2, 3, 4, 4)
-    target = TeacherTarget(networks, 4)(x, 500, torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), torch.ones(2))
-    assert networks.unet.calls == [500, 375, 250, 125]
-    torch.testing.assert_close(target, networks.unet.point.expand_as(target), atol=1e-4, rtol=0)
+    text = (torch.zeros(2, 1, 1),)
+    target = teacher_target(denoiser, x, 500, 4, text, text, torch.ones(2))
+    assert denoiser.network.calls == [500, 375, 250, 125]
+    torch.testing.assert_close(target, denoiser.network.point.expand_as(target), atol=1e-4, rtol=0)
 
 
 def test_times() -> None:
@@ -122,16 +113,15 @@ def test_chi_at_T_goes_on_with_the_true_noise_where_the_rollout_does() -> None:
     recipe = {"renoise": "own", "gamma": 0.75, "fit": FIT}
     seen: dict[bool, torch.Tensor] = {}
     for corrected in (True, False):
-        teacher, student = point_networks(), point_networks(0.5).unet
-        loss = ImagineFlashLoss(
-            student, teacher, DistillRecipe.model_validate({**recipe, "rollout_noise_correction": corrected})
-        )
+        teacher, student = point_denoiser(), point_denoiser(0.5)
+        settings = ImagineFlashRecipe.model_validate({**recipe, "rollout_noise_correction": corrected})
         first: list[torch.Tensor] = []
-        teacher.unet.register_forward_pre_hook(lambda _, args, kept=first: kept.append(args[0][:5].clone()))
-        x_T, text = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5)), torch.zeros(5, 2, 3)
-        loss(x_T=x_T, text=text, uncond=text, guidance=torch.ones(5), fresh=x_T, plan=1, index=0)
+        teacher.network.register_forward_pre_hook(lambda _, args, kept=first: kept.append(args[0][:5].clone()))
+        x_T, text = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5)), (torch.zeros(5, 2, 3),)
+        batch = {"x_T": x_T, "text": text, "uncond": text, "guidance": torch.ones(5), "fresh": x_T}
+        loss(student, teacher, batch | {"plan": 1, "index": 0, "shifted": True}, settings, {})
         seen[corrected] = first[0]
-        v = student(x_T, torch.full((5,), 999), text).sample
+        v = student(x_T, 999, text)
         alpha, sigma = (float(f) for f in teacher.schedule.at(999))
         low, noisy = (float(f) for f in teacher.schedule.at(749))
         noise = x_T if corrected else sigma * x_T + alpha * v
@@ -141,8 +131,8 @@ def test_chi_at_T_goes_on_with_the_true_noise_where_the_rollout_does() -> None:
 
 @pytest.mark.parametrize("t", [999, 499, 20])
 def test_the_weight_makes_an_error_of_x0_one_of_the_prediction(t: int) -> None:
-    networks = point_networks()
-    alpha, sigma = (float(f) for f in networks.schedule.at(t))
+    denoiser = point_denoiser()
+    alpha, sigma = (float(f) for f in denoiser.schedule.at(t))
     x_t, x0, wrong = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).unbind(0)
     eps, eps_wrong = ((x_t - alpha * x) / sigma for x in (x0, wrong))
     v, v_wrong = alpha * eps - sigma * x0, alpha * eps_wrong - sigma * wrong
@@ -154,21 +144,19 @@ def test_the_weight_makes_an_error_of_x0_one_of_the_prediction(t: int) -> None:
 
 def test_guidance_falls_with_t() -> None:
     """Text moves the point by c: at gamma(t) the guided target is u + w(gamma t) (c - u), w linear from 1 at 0 to w at T."""
-    teacher, student = point_networks(), point_networks().unet
-    recipe = DistillRecipe.model_validate({"guidance_at_0": 1.0, "gamma": 0.5, "fit": FIT})
-    text, uncond = torch.full((5, 2, 3), 0.7), torch.full((5, 2, 3), 0.3)
+    teacher, student = point_denoiser(), point_denoiser()
+    recipe = ImagineFlashRecipe.model_validate({"guidance_at_0": 1.0, "gamma": 0.5, "fit": FIT})
+    text, uncond = (torch.full((5, 2, 3), 0.7),), (torch.full((5, 2, 3), 0.3),)
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    value = ImagineFlashLoss(student, teacher, recipe)(
-        x_T=x_T, text=text, uncond=uncond, guidance=torch.full((5,), 3.0), fresh=fresh, plan=2, index=1
-    )
+    batch = {"x_T": x_T, "text": text, "uncond": uncond, "guidance": torch.full((5,), 3.0), "fresh": fresh}
+    value = loss(student, teacher, batch | {"plan": 2, "index": 1, "shifted": True}, recipe, {})
     assert value.item() == pytest.approx((2.0 * 250 / 999 * 0.4) ** 2, rel=1e-3)
 
 
 def test_a_plain_target_among_shifted_ones() -> None:
-    recipe = DistillRecipe.model_validate({"fit": FIT})
-    teacher, student = point_networks(), point_networks().unet
-    x_T, text = torch.randn(5, 3, 4, 4), torch.zeros(5, 2, 3)
-    ImagineFlashLoss(student, teacher, recipe)(
-        x_T=x_T, text=text, uncond=text, guidance=torch.ones(5), fresh=x_T, plan=3, index=1, shifted=False
-    )
-    assert teacher.unet.calls[0] == 666
+    recipe = ImagineFlashRecipe.model_validate({"fit": FIT})
+    teacher, student = point_denoiser(), point_denoiser()
+    x_T, text = torch.randn(5, 3, 4, 4), (torch.zeros(5, 2, 3),)
+    batch = {"x_T": x_T, "text": text, "uncond": text, "guidance": torch.ones(5), "fresh": x_T}
+    loss(student, teacher, batch | {"plan": 3, "index": 1, "shifted": False}, recipe, {})
+    assert teacher.network.calls[0] == 666

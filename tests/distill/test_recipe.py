@@ -3,15 +3,16 @@
 import pytest
 
 from imagine_flash.core.errors import RecipeError
-from imagine_flash.distill.recipe import DistillRecipe, TeacherRecipe, built_in_recipes, load_recipe
-
-KINDS = {"teacher": TeacherRecipe, "imagine_flash": DistillRecipe}
+from imagine_flash.distill.methods import METHODS, load_distill_recipe
+from imagine_flash.distill.recipe import TeacherRecipe, built_in_recipes, load_recipe
 
 
 def test_what_is_built_in_is_valid() -> None:
-    assert set(built_in_recipes()) == set(KINDS)
-    for name, kind in KINDS.items():
-        load_recipe(name, kind)
+    """A recipe for each method, of the same name."""
+    assert set(built_in_recipes()) == {"teacher", *METHODS}
+    load_recipe("teacher", TeacherRecipe)
+    for name in METHODS:
+        assert load_distill_recipe(name).method == name
 
 
 @pytest.mark.parametrize(
@@ -25,9 +26,9 @@ def test_what_is_built_in_is_valid() -> None:
         ("renoise: mine\nfit: {steps: 1}", "renoise = 'mine'"),
         ("plans: {2: [999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "2 steps must have 2 timesteps"),
         ("plans: {2: [499, 999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "999"),
-        ("plans: {1: [999]}\nfit: {steps: 1}", "plan_weights"),
+        ("plans: {1: [999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "plan_weights"),
         ("seed: -1\nfit: {steps: 1}", "seed = -1"),
-        ("plans: {}\nplan_weights: {}\nfit: {steps: 1}", "plans = {}"),
+        ("plans: {}\nfit: {steps: 1}", "plans = {}"),
         ("plan_weights: {1: 0, 2: 0, 3: 0}\nfit: {steps: 1}", "must not all be 0"),
         ("plan_weights: {1: -1, 2: 1, 3: 1}\nfit: {steps: 1}", "plan_weights.1 = -1"),
         ("guidance: [.nan, 2]\nfit: {steps: 1}", "guidance.0 = nan"),
@@ -36,22 +37,23 @@ def test_what_is_built_in_is_valid() -> None:
         ("- 1", "must hold keys and values"),
         ("a: [", "is not YAML"),
         ("fit: 3", "fit = 3"),
+        ("method: lmc\nfit: {steps: 1}", "no method 'lmc'"),
     ],
 )
 def test_bad_recipes(tmp_path, text: str, says: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as error:
-        load_recipe(path, DistillRecipe)
+        load_distill_recipe(path)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(RecipeError, match=r"did you mean 'imagine_flash'.*built in"):
-        load_recipe("imagine_flsh", DistillRecipe)
+        load_distill_recipe("imagine_flsh")
 
 
 def test_a_recipe_is_frozen() -> None:
-    recipe = load_recipe("imagine_flash", DistillRecipe)
+    recipe = load_distill_recipe("imagine_flash")
     with pytest.raises(ValueError, match="frozen"):
         recipe.gamma = 0.5  # type: ignore[misc]

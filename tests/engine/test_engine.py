@@ -59,15 +59,14 @@ def test_the_engine_equals_the_torch_student(engine: Engine, tiny_student: Path)
     import torch
 
     from imagine_flash.core.update import update_table
-    from imagine_flash.distill.grids import to_pixels
-    from imagine_flash.distill.networks import load_networks
+    from imagine_flash.distill.models import load_model
     from imagine_flash.folders.reading import read_student_manifest
 
-    networks, manifest = load_networks(tiny_student), read_student_manifest(tiny_student)
-    noise = torch.from_numpy(initial_noise(7, 2, networks.latent_shape))
+    model, manifest = load_model(tiny_student), read_student_manifest(tiny_student)
+    noise = torch.from_numpy(initial_noise(7, 2, model.latent_shape))
     for steps, plan in manifest.step_plans.items():
-        table = update_table(networks.schedule, plan, "v_prediction", noise_correction=manifest.noise_correction)
-        expected = to_pixels(networks.decode(networks.sample(noise, networks.embed(["a cat"] * 2), table)))
+        table = update_table(model.denoiser.schedule, plan, "v_prediction", noise_correction=manifest.noise_correction)
+        expected = model.decode(model.sample(noise, model.embed(["a cat"] * 2), table))
         assert np.abs(images(engine, steps=steps, count=2).astype(int) - expected.astype(int)).max() <= 1
 
 

@@ -21,7 +21,7 @@ from imagine_flash.core.noise import initial_noise
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.prediction import x0_and_eps
 from imagine_flash.core.update import update_table
-from imagine_flash.distill.networks import load_networks
+from imagine_flash.distill.models import load_model
 from imagine_flash.pipelines.scheduler import ImagineFlashScheduler
 
 
@@ -45,12 +45,12 @@ def latents_of(pipe: Any, steps: int, noise: torch.Tensor, **more: Any) -> np.nd
 @pytest.mark.parametrize("noise_correction", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_pipeline_samples_as_we_do(pipeline: Any, tiny_student: Path, steps: int, noise_correction: bool) -> None:
-    networks = load_networks(tiny_student)
-    noise = torch.from_numpy(initial_noise(7, 2, networks.latent_shape))
+    model = load_model(tiny_student)
+    noise = torch.from_numpy(initial_noise(7, 2, model.latent_shape))
     pipeline.scheduler = scheduler_of(pipeline.scheduler.config, noise_correction=noise_correction)
     plan = StepPlan.trailing(steps)
-    table = update_table(networks.schedule, plan, networks.prediction_type, noise_correction=noise_correction)
-    expected = networks.sample(noise, networks.embed(["a cat"] * 2), table).numpy()
+    table = update_table(model.denoiser.schedule, plan, model.stages.prediction_type, noise_correction=noise_correction)
+    expected = model.sample(noise, model.embed(["a cat"] * 2), table).numpy()
     np.testing.assert_allclose(latents_of(pipeline, steps, noise), expected, rtol=0, atol=2e-5)
     assert pipeline.scheduler.timesteps.tolist() == list(plan)
 

@@ -1,0 +1,130 @@
+"""Imagine Flash (Kohler et al. 2024, arXiv 2405.05224, section 3): backward distillation and the shifted reconstruction loss.
+
+    x_{T->t} = stopgrad(f_Theta(... f_Theta(x_T)))                               the student's own state, from pure noise
+    chi = alpha_{gamma(t)} stopgrad(x0_Theta) + sigma_{gamma(t)} eps'            its prediction, re-noised to a shifted time
+    L = w(t) || x0hat(f_Phi^k(chi), eps_Phi, gamma(t)) - x0_Theta ||^2  (- share x D(x0_Theta))
+
+f is one deterministic step, Phi the guided teacher, Theta the student, x0_Theta its prediction at x_{T->t}. What the paper
+leaves open (gamma, k, eps', the discriminator's form) is a field of the recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from ...pipelines.networks import Conditions
+from ..backward import choose_noise, rollout, shifted_time, table_of, teacher_target
+from ..discriminator import NetworkFeatures, adversarial_gradient, hinge_loss, r1_penalty
+from ..models import Denoiser
+from ..recipe import DistillRecipe, Frozen, Positive, Share
+from ..weighting import loss_weight
+from .contract import Batch, Companion, Companions, Draws, Method
+
+
+class Adversarial(Frozen):
+    """The discriminator: heads on the frozen teacher's features of noised latents (its form is open in the paper)."""
+
+    share: Share = 0.3  # the length of its gradient by x0 over the regression's
+    ramp: Annotated[int, Field(ge=0)] = 500  # updates in which the share grows from 0, so that the heads learn first
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    r1: Annotated[float, Field(ge=0)] = 1e-2
+    noise: tuple[Share, Share] = (0.0, 0.75)  # noise levels t / T at which it looks
+
+
+class ImagineFlashRecipe(DistillRecipe):
+    method: Literal["imagine_flash"] = "imagine_flash"
+    shifted: bool = True  # shifted reconstruction loss; False: the teacher starts from the student's own state
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
+    renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
+    teacher_steps: Positive = 4  # k
+    plain_share: Share = (
+        0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
+    )
+    loss_weight: Literal["x0", "v", "eps", "truncated_snr"] = "x0"  # an epsilon teacher needs another than x0
+    guidance_at_0: float | None = None  # what the guidance falls to, linearly in t; None: it stays
+    adversarial: Adversarial | None = None
+    noise_correction: bool = True
+    rollout_noise_correction: bool = True  # in the training rollout, as at inference
+
+
+def companions(student: Denoiser, teacher: Denoiser, recipe: ImagineFlashRecipe) -> dict[str, Companion]:
+    """The discriminator's heads, where the recipe has one."""
+    if recipe.adversarial is None:
+        return {}
+    heads = NetworkFeatures(teacher).heads()
+    return {"discriminator": Companion(network=heads, learning_rate=recipe.adversarial.learning_rate)}
+
+
+def draw(draws: Draws, recipe: ImagineFlashRecipe) -> Batch:
+    """x_T, a step of a plan, the guidance, the noise of chi; and what the discriminator sees."""
+    plan, index = draws.step_of_plan(recipe)
+    plain = bool(draws.shared.random() < recipe.plain_share)
+    batch: Batch = {"x_T": draws.noise(), "fresh": draws.noise(), "guidance": draws.uniform(*recipe.guidance)}
+    batch |= {"plan": plan, "index": index, "shifted": recipe.shifted and not plain}
+    if (settings := recipe.adversarial) is not None:
+        batch["real"] = draws.data()
+        batch["t"] = draws.times(*(share * draws.last_time for share in settings.noise))
+        batch |= {"noise": draws.noise(), "noise_real": draws.noise()}
+        batch["share"] = settings.share * min(1.0, draws.step / max(1, settings.ramp))
+    return batch
+
+
+def loss(
+    student: Denoiser, teacher: Denoiser, batch: Batch, recipe: ImagineFlashRecipe, companions: Companions
+) -> torch.Tensor:
+    """batch: x_T, fresh (B, C, h, w) unit noise; guidance (B,); plan, index: the step; shifted: whether the target is."""
+    x_T, text, index = batch["x_T"], batch["text"], batch["index"]
+    table = table_of(student, recipe.plans[batch["plan"]], noise_correction=recipe.rollout_noise_correction)
+    t = int(table.timesteps[index])
+    x_t = rollout(lambda x, time: student(x, time, text), x_T, table, index)
+    x0, eps = student.x0_eps(x_t, t, text)
+    start, start_t = x_t, t
+    if batch["shifted"]:
+        start_t = shifted_time(t, recipe.gamma)
+        own = x_T if index == 0 and recipe.rollout_noise_correction else eps  # what its own step goes on with
+        noise = choose_noise(recipe.renoise, own, batch["fresh"], x_T)
+        start = teacher.noised(x0.detach(), noise.detach(), start_t)  # chi
+    guidance = batch["guidance"]
+    if (least := recipe.guidance_at_0) is not None:
+        guidance = least + (guidance - least) * (start_t / teacher.last_time)
+    target = teacher_target(teacher, start, start_t, recipe.teacher_steps, text, batch["uncond"], guidance)
+    value = loss_weight(recipe.loss_weight, *teacher.scales(t, x0)) * (x0 - target).square().mean()
+    if recipe.adversarial is not None:
+        (regression,) = torch.autograd.grad(value, x0, retain_graph=True)
+        value = value + adversarial_loss(x0, regression, text, batch, teacher, companions, recipe.adversarial)
+    return value
+
+
+def adversarial_loss(
+    x0: torch.Tensor,
+    regression: torch.Tensor,
+    text: Conditions,
+    batch: Batch,
+    teacher: Denoiser,
+    companions: Companions,
+    settings: Adversarial,
+) -> torch.Tensor:
+    """The student's adversarial term, whose gradient by x0 is `share` times as long as the regression's, and the heads' loss.
+
+    batch: real (B, C, h, w) latents of pictures with the same prompts; noise, noise_real unit noise; t (B,) noise levels.
+    """
+    heads: Any = companions["discriminator"]
+    features, levels, t = NetworkFeatures(teacher), teacher.scales(batch["t"], x0), batch["t"]
+    gradient, fake = adversarial_gradient(heads, features, x0, batch["noise"], levels, t, text)
+    with torch.no_grad():
+        real = features(levels[0] * batch["real"] + levels[1] * batch["noise_real"], t, text)
+    scale = batch["share"] * regression.norm() / gradient.norm().clamp_min(1e-12)
+    value = hinge_loss(heads(real, text[0]), heads(fake, text[0])) + settings.r1 * r1_penalty(heads, real, text[0])
+    return (scale * gradient * x0).sum() + value
+
+
+METHOD = Method(
+    recipe=ImagineFlashRecipe,
+    draw=draw,
+    loss=loss,
+    companions=companions,
+    pictures=lambda recipe: recipe.adversarial is not None,
+)

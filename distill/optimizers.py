@@ -1,0 +1,64 @@
+"""Optimisers and learning rates of a recipe's `fit`."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import nn
+
+from .muon import Muon
+from .recipe import Fit
+
+_FIRST_AND_LAST = re.compile(r"(^|\.)conv_(in|out)\.")  # layers whose rows are no features: not for Muon
+
+
+def rate_factor(step: int, fit: Fit) -> float:
+    """The share of the recipe's rates at a step: linear warm-up, then constant, linear to 0, or half a cosine down to 2 %."""
+    warm = min(1.0, (step + 1) / max(1, fit.warmup))
+    if fit.schedule == "constant":
+        return warm
+    if fit.schedule == "linear":
+        return warm * (1 - step / fit.steps)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / fit.steps)))
+
+
+def special_parts(module: nn.Module) -> dict[str, tuple[nn.Module, float, tuple[float, float]]]:
+    """Submodules by name that have a learning rate and betas of their own."""
+    return module.parameter_groups() if hasattr(module, "parameter_groups") else {}  # type: ignore[operator]
+
+
+def clipped_together(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The trainable parameters in the groups whose gradients are clipped by one norm: one per special part, and the rest."""
+    special = special_parts(module)
+    prefixes = tuple(f"{name}." for name in special)
+    rest = [p for name, p in module.named_parameters() if p.requires_grad and not name.startswith(prefixes)]
+    return [rest, *([p for p in part.parameters() if p.requires_grad] for part, _, _ in special.values())]
+
+
+def build_optimizers(module: nn.Module, fit: Fit) -> list[torch.optim.Optimizer]:
+    """AdamW for every trainable weight; or Muon for the matrices inside the network and AdamW for the rest."""
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    special = special_parts(module)
+    groups = [{"params": list(part.parameters()), "lr": lr, "betas": betas} for part, lr, betas in special.values()]
+    common = {name: p for name, p in trainable.items() if not name.startswith(tuple(f"{part}." for part in special))}
+    inner: set[str] = set()
+    if fit.optimizer == "muon":
+        tables = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
+        inner = {
+            name
+            for name, p in common.items()
+            if p.ndim >= 2 and name not in tables and not _FIRST_AND_LAST.search(name)
+        }
+    groups.insert(0, {"params": [p for name, p in common.items() if name not in inner]})
+    adamw = torch.optim.AdamW(
+        groups, lr=fit.learning_rate, betas=fit.betas, weight_decay=fit.weight_decay, eps=1e-8, fused=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if inner:
+        optimizers.append(Muon([common[name] for name in sorted(inner)], lr=fit.muon_rate))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers

@@ -1,0 +1,63 @@
+"""What makes a training repeatable: its fingerprint, random numbers by position, and batches that any number of processes share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel
+
+from ..core.errors import RecipeError
+
+
+class Part(NamedTuple):
+    """One of `count` equal parts of a batch: each process takes its own, and each of its accumulation steps."""
+
+    index: int = 0
+    count: int = 1
+
+
+def rows_of(size: int, part: Part) -> slice:
+    """The rows of a batch of `size` that belong to a part. RecipeError where they cannot be equal."""
+    if size % part.count:
+        raise RecipeError(
+            f"fit.batch {size} cannot be split into {part.count} equal parts (processes x fit.accumulate); "
+            f"take {-(-size // part.count) * part.count}"
+        )
+    rows = size // part.count
+    return slice(part.index * rows, (part.index + 1) * rows)
+
+
+def part_of(batch: Any, size: int, part: Part) -> Any:
+    """The rows of every tensor of `size` rows in a batch (dicts and tuples of tensors); everything else as it is."""
+    if isinstance(batch, dict):
+        return {name: part_of(value, size, part) for name, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(part_of(value, size, part) for value in batch)
+    if isinstance(batch, torch.Tensor) and batch.ndim and len(batch) == size:
+        return batch[rows_of(size, part)]
+    return batch
+
+
+def _may_change(recipe: BaseModel) -> set[str]:
+    """What a run may change and go on: intervals, and the length where no rate depends on it."""
+    open_ended = getattr(getattr(recipe, "fit", recipe), "schedule", "") == "constant"
+    return {"checkpoint_minutes", "preview_every"} | ({"steps"} if open_ended else set())
+
+
+def fingerprint(*parts: Any) -> str:
+    """A SHA-256 of recipes (without what only says how long and how often) and other values."""
+    plain = [
+        p.model_dump(mode="json", exclude={"fit": _may_change(p)}) if isinstance(p, BaseModel) else p for p in parts
+    ]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def seeded(seed: int, *position: int) -> torch.Generator:
+    """A CPU generator that depends on the seed and on every number of the position (step, ...)."""
+    state = 0x9E3779B97F4A7C15 ^ seed
+    for number in position:
+        state = (state * 6364136223846793005 + number * 2 + 1) % 2**63
+    return torch.Generator().manual_seed(state)

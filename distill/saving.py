@@ -1,0 +1,71 @@
+"""Writing a model as a diffusers folder that stock diffusers draws with."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
+from torch import nn
+
+from ..core.sampler import DETERMINISTIC, Sampler
+from ..folders.files import atomic_folder
+from ..pipelines.architectures import architecture_of
+from ..pipelines.stages import quiet
+from .models import Model
+
+
+def save_pipeline(
+    model: Model,
+    out: Path,
+    *,
+    extra: Mapping[str, str] = {},
+    replaces: Sequence[str] = (),
+    scheduler: Mapping[str, Any] = {},
+    sampler: Sampler = DETERMINISTIC,
+) -> None:
+    """Write the model's diffusers folder in half precision, in one atomic rename, from the first process.
+
+    extra: further files by name. replaces: an old folder with one of these files gives way. scheduler: keys of its config
+    that ImagineFlashScheduler reads; stock classes pass over them. sampler: what decides the stock class.
+    """
+    if not PartialState().is_main_process:
+        return
+    parts = {**model.pipeline.components, architecture_of(model.stages.pipeline).network: model.network}
+    with quiet(), atomic_folder(out, replaces=replaces) as temporary:
+        half = {n: copy.deepcopy(p).cpu().to(torch.float16) for n, p in parts.items() if isinstance(p, nn.Module)}
+        parts |= half | {"scheduler": stock_scheduler(model, sampler, scheduler.get("plans", {}))}
+        type(model.pipeline)(**parts, **settings_of(model.pipeline)).save_pretrained(str(temporary))
+        config = temporary / "scheduler" / "scheduler_config.json"
+        values = json.loads(config.read_text(encoding="utf-8")) | dict(scheduler)
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, text in extra.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def stock_scheduler(model: Model, sampler: Sampler, plans: Mapping[str, Sequence[int]]) -> Any:
+    """diffusers' own scheduler on the model's schedule whose steps are the sampler's, at trailing times.
+
+    A re-noising student's visits a longest plan's times where they are trailing, since it takes every so many of them.
+    """
+    config, flow = dict(model.pipeline.scheduler.config), model.denoiser.schedule.kind == "flow"
+    if sampler.kind == "renoise":
+        if flow:
+            return FlowMatchLCMScheduler.from_config(config)
+        longest = max(map(int, plans), default=4)
+        return LCMScheduler.from_config(config, original_inference_steps=longest, clip_sample=False)
+    if flow:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    return DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+
+
+def settings_of(pipeline: Any) -> dict[str, Any]:
+    """The arguments of the pipeline's class that are no components, such as `requires_safety_checker`."""
+    names = inspect.signature(type(pipeline).__init__).parameters.keys() - pipeline.components.keys()
+    return {name: pipeline.config[name] for name in names if name in pipeline.config}

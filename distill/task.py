@@ -1,0 +1,99 @@
+"""A distillation as a task of `fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..core.update import UpdateTable
+from .backward import table_of
+from .fit import Task
+from .grids import grid
+from .methods import method_named
+from .methods.contract import DistillationLoss, Draws
+from .models import Denoiser, Model, noise_of, noises_of, plain_attention
+from .recipe import DistillRecipe
+from .reproducible import Part, fingerprint, part_of, rows_of, seeded
+from .teacher import PREVIEW_PROMPTS
+
+
+class DistillTask(Task):
+    """Fits the student's network by the recipe's method."""
+
+    name = "student"
+
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        teacher: Model,
+        prompts: list[str],
+        teacher_sha256: str,
+        *,
+        pictures: torch.Tensor | None = None,
+        start: tuple[Model, str] | None = None,
+    ) -> None:
+        """pictures: latents of the pictures that `prompts` describe, for a method that asks for them. start: a student to
+        begin with instead of the teacher, and the hash of its folder."""
+        self.recipe, self.teacher, self.pictures = recipe, teacher, pictures
+        self.method = method_named(recipe.method)
+        if recipe.fit.mixed_precision == "bf16":
+            plain_attention(teacher)
+        begin, begin_sha256 = start or (teacher, "")
+        self.fingerprint = fingerprint(recipe, teacher_sha256, prompts, begin_sha256)
+        self.student = teacher.with_network(begin.network).trainable_copy()
+        if recipe.fit.mixed_precision == "bf16":
+            plain_attention(self.student)
+        torch.manual_seed(recipe.seed)  # the first weights of a discriminator
+        self.module = DistillationLoss(self.method, self.student.denoiser, teacher.denoiser, recipe)
+        parts = [teacher.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)]
+        self.tokens, self.count = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, len(prompts)
+        self.uncond = teacher.embed([""])
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.student.network
+
+    def batch(self, step: int, part: Part) -> dict[str, Any]:
+        seed, size = self.recipe.seed, self.recipe.fit.batch
+        generator = seeded(seed, 3, step, 0)
+        rows = torch.randint(self.count, (size,), generator=generator)
+        draws = Draws(
+            step=step,
+            size=size,
+            latent_shape=self.teacher.latent_shape,
+            last_time=self.teacher.denoiser.last_time,
+            generator=generator,
+            shared=np.random.default_rng([seed, step]),
+            pictures=None if self.pictures is None else self.pictures[rows],
+        )
+        batch = part_of(self.method.draw(draws, self.recipe), size, part)
+        own = rows[rows_of(size, part)]
+        batch["text"] = self.teacher.embed_tokens({name: ids[own] for name, ids in self.tokens.items()})
+        batch["uncond"] = tuple(u.expand(len(own), *u.shape[1:]) for u in self.uncond)
+        return batch
+
+    def after_update(self, step: int) -> None:
+        self.module.after_update(step)
+
+    @torch.no_grad()
+    def preview(self) -> Image.Image:
+        """Rows of 1, 2 and 3 steps from the same noise."""
+        prompts, rows = list(PREVIEW_PROMPTS), []
+        device = next(self.student.network.parameters()).device
+        seeds, shape = list(range(len(prompts))), self.student.latent_shape
+        noise = noise_of(seeds, shape).to(device)
+        text = self.student.embed(prompts)
+        for table in inference_tables(self.teacher.denoiser, self.recipe).values():
+            fresh = [each.to(device) for each in noises_of(seeds, shape, table)]
+            rows.append(self.student.decode(self.student.sample(noise, text, table, noises=fresh)))
+        return grid(np.concatenate(rows), columns=len(prompts))
+
+
+def inference_tables(denoiser: Denoiser, recipe: DistillRecipe) -> dict[int, UpdateTable]:
+    """The update table of each plan, as inference uses it."""
+    how: dict[str, Any] = {"noise_correction": recipe.noise_correction, "sampler": method_named(recipe.method).sampler}
+    return {steps: table_of(denoiser, times, **how) for steps, times in recipe.plans.items()}

@@ -1,0 +1,25 @@
+"""What an error counts at a noise level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+KINDS = ("x0", "v", "eps", "truncated_snr")
+
+
+def loss_weight(kind: str, alpha_t: Any, sigma_t: Any) -> Any:
+    """What a squared error of x0 counts: as it is, or as the error of v, or of eps, that it stands for, or at least 1.
+
+    From x_t = alpha x0 + sigma eps: an error d of x0 is one of d / sigma in v and of alpha d / sigma in eps, whose square is
+    the signal-to-noise ratio. truncated_snr: max(snr, 1) (Salimans & Ho 2022, section 4). Numbers or tensors.
+    """
+    if kind == "x0":
+        return 1.0
+    if kind == "v":
+        return 1.0 / sigma_t**2
+    snr = (alpha_t / sigma_t) ** 2
+    if kind == "eps":
+        return snr
+    return snr.clamp_min(1.0) if isinstance(snr, torch.Tensor) else max(1.0, snr)
