@@ -129,6 +129,12 @@ class Model:
         """What the network is told of the prompts: (B, ...) each."""
         return self.embed_tokens(self.tokens(prompts))
 
+    def embed_negative(self, prompt: str = "") -> Conditions:
+        """What guidance leads away from, (1, ...) each: as the pipeline's class embeds it, XL's zeros for no prompt."""
+        text = self.embed([prompt])
+        zeros = not prompt and self.pipeline.config.get("force_zeros_for_empty_prompt", False)
+        return tuple(torch.zeros_like(each) for each in text) if zeros else text
+
     @torch.no_grad()
     def embed_tokens(self, tokens: dict[str, torch.Tensor]) -> Conditions:
         """The same from token ids."""

@@ -107,6 +107,7 @@ class DistillRecipe(Frozen):
     plans: Annotated[dict[int, tuple[int, ...]], Field(min_length=1)] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
     plan_weights: dict[int, Annotated[float, Field(ge=0)]] = {}  # how often each plan is drawn; none: all alike
     guidance: tuple[float, float] = (2.0, 2.0)  # drawn uniformly; in the teacher's target only
+    negative_prompt: str = ""  # what the guidance leads away from
     noise_correction: bool = False  # at inference: the true noise at t = T
     prompts: Positive = 60_000
     fit: Fit

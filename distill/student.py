@@ -11,6 +11,7 @@ from rich.console import Console
 from ..core.errors import ArtifactError, RecipeError
 from ..folders.files import STUDENT_FILE, hash_folder, refuse_foreign
 from ..folders.manifests import StudentManifest
+from ..pipelines.loading import student_folder
 from .data.latents import encoded_scenes
 from .data.prompts import emoji_prompts
 from .data.vocabulary import all_words, vocabulary
@@ -20,6 +21,7 @@ from .models import load_model
 from .recipe import DistillRecipe
 from .saving import save_pipeline
 from .task import DistillTask
+from .teacher import PREVIEW_PROMPTS
 
 
 def distill(
@@ -43,7 +45,8 @@ def distill(
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
-    teacher, teacher_sha256 = load_model(teacher_folder), hash_folder(teacher_folder)
+    folder = student_folder(teacher_folder)
+    teacher, teacher_sha256 = load_model(folder), hash_folder(folder)
     last = teacher.denoiser.last_time
     for timesteps in recipe.plans.values():
         if timesteps[0] != last:
@@ -60,7 +63,8 @@ def distill(
         )
     begun = (load_model(start), hash_folder(start)) if start else None
     captions = prompts or emoji_prompts(recipe.prompts, recipe.seed)
-    task = DistillTask(recipe, teacher, captions, teacher_sha256, pictures=pictures, start=begun)
+    shown = () if prompts else PREVIEW_PROMPTS
+    task = DistillTask(recipe, teacher, captions, teacher_sha256, pictures=pictures, start=begun, shown=shown)
     device: Any = PartialState().device  # where accelerate puts the student
     teacher.to(device)
     task.uncond = tuple(u.to(device) for u in task.uncond)

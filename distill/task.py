@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .methods.contract import DistillationLoss, Draws
 from .models import Denoiser, Model, noise_of, noises_of, plain_attention
 from .recipe import DistillRecipe
 from .reproducible import Part, fingerprint, part_of, rows_of, seeded
-from .teacher import PREVIEW_PROMPTS
+from .teacher import draw
 
 
 class DistillTask(Task):
@@ -35,9 +36,10 @@ class DistillTask(Task):
         *,
         pictures: torch.Tensor | None = None,
         start: tuple[Model, str] | None = None,
+        shown: Sequence[str] = (),
     ) -> None:
         """pictures: latents of the pictures that `prompts` describe, for a method that asks for them. start: a student to
-        begin with instead of the teacher, and the hash of its folder."""
+        begin with instead of the teacher, and the hash of its folder. shown: prompts of the preview, else the first ones."""
         self.recipe, self.teacher, self.pictures = recipe, teacher, pictures
         self.method = method_named(recipe.method)
         if recipe.fit.mixed_precision == "bf16":
@@ -51,7 +53,8 @@ class DistillTask(Task):
         self.module = DistillationLoss(self.method, self.student.denoiser, teacher.denoiser, recipe)
         parts = [teacher.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)]
         self.tokens, self.count = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, len(prompts)
-        self.uncond = teacher.embed([""])
+        self.uncond = teacher.embed_negative(recipe.negative_prompt)
+        self.shown, self._teacher_row = list(shown or prompts[:8]), None
 
     @property
     def averaged(self) -> nn.Module:
@@ -79,18 +82,18 @@ class DistillTask(Task):
     def after_update(self, step: int) -> None:
         self.module.after_update(step)
 
-    @torch.no_grad()
     def preview(self) -> Image.Image:
-        """Rows of 1, 2 and 3 steps from the same noise."""
-        prompts, rows = list(PREVIEW_PROMPTS), []
+        """A row of the guided teacher in 25 steps, then one for each plan of the student, all from the same noises."""
+        seeds, shape = list(range(len(self.shown))), self.student.latent_shape
         device = next(self.student.network.parameters()).device
-        seeds, shape = list(range(len(prompts))), self.student.latent_shape
-        noise = noise_of(seeds, shape).to(device)
-        text = self.student.embed(prompts)
+        if self._teacher_row is None:
+            guidance = sum(self.recipe.guidance) / 2
+            self._teacher_row = draw(self.teacher, self.shown, seeds, steps=25, guidance=guidance, negative=self.uncond)
+        rows, noise, text = [self._teacher_row], noise_of(seeds, shape).to(device), self.student.embed(self.shown)
         for table in inference_tables(self.teacher.denoiser, self.recipe).values():
             fresh = [each.to(device) for each in noises_of(seeds, shape, table)]
             rows.append(self.student.decode(self.student.sample(noise, text, table, noises=fresh)))
-        return grid(np.concatenate(rows), columns=len(prompts))
+        return grid(np.concatenate(rows), columns=len(self.shown))
 
 
 def inference_tables(denoiser: Denoiser, recipe: DistillRecipe) -> dict[int, UpdateTable]:

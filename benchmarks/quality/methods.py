@@ -57,7 +57,7 @@ def sampled(
 
     def draw(prompts: Prompts) -> tuple[np.ndarray, Latents]:
         text = model.embed(prompts.texts)
-        uncond = model.embed([""]) if guidance is not None else None
+        uncond = model.embed_negative() if guidance is not None else None
         noise = noise_of(prompts.seeds, model.latent_shape)
         fresh = noises_of(prompts.seeds, model.latent_shape, table)
         latents = model.sample(noise, text, table, uncond=uncond, guidance=guidance or 1.0, noises=fresh)
@@ -94,7 +94,7 @@ def solver_row(teacher: Model, solver: str, steps: int, guidance: float) -> Meth
     def draw(prompts: Prompts) -> tuple[np.ndarray, Latents]:
         scheduler = classes[solver].from_config(teacher.stages.scheduler, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
-        step = teacher.denoiser.guided(teacher.embed(prompts.texts), teacher.embed([""]), guidance)
+        step = teacher.denoiser.guided(teacher.embed(prompts.texts), teacher.embed_negative(), guidance)
         x = noise_of(prompts.seeds, teacher.latent_shape) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             x = scheduler.step(step(x, int(t)), t, x).prev_sample
