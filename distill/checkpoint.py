@@ -26,11 +26,13 @@ class TrainingState:
     optimizers: Sequence[torch.optim.Optimizer]
     task: str
     fingerprint: str
+    frozen: frozenset[str] = frozenset()  # weights that are the same before and after, and not stored
 
 
 def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: float) -> None:
     """Write the state after `step` updates; a kill while writing leaves the previous file whole."""
-    tensors = {f"weight.{name}": value for name, value in state.module.state_dict().items()}
+    weights = state.module.state_dict().items()
+    tensors = {f"weight.{name}": value for name, value in weights if name not in state.frozen}
     tensors |= {f"ema.{i}": value for i, value in enumerate(state.ema.shadow_params)}
     for place, optimizer in enumerate(state.optimizers):
         for index, moments in optimizer.state_dict()["state"].items():
@@ -58,7 +60,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
         raise ArtifactError(
             f"{path} belongs to another recipe, teacher or version; choose another OUT, or delete the folder {path.parents[1]}"
         )
-    state.module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("weight.")})
+    weights = {name[7:]: value for name, value in tensors.items() if name.startswith("weight.")}
+    unknown = state.module.load_state_dict(weights, strict=False)
+    assert not unknown.unexpected_keys and set(unknown.missing_keys) <= state.frozen
     for i, shadow in enumerate(state.ema.shadow_params):
         shadow.copy_(tensors[f"ema.{i}"])
     state.ema.optimization_step = int(metadata["ema_updates"])

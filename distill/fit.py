@@ -56,6 +56,11 @@ class Task:
         """The part whose weights are averaged over the updates, and left in it at the end."""
         return self.module
 
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of weights of `module` that no update changes: a checkpoint does without them."""
+        return frozenset()
+
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         """The rows of a step's batch that belong to `part`: a pure function of its arguments."""
         raise NotImplementedError
@@ -91,7 +96,12 @@ class _Run:
         self.ema.to(self.accelerator.device)
         self.wrapped, *self.optimizers = self.accelerator.prepare(task.module, *optimizers)
         self.state = TrainingState(
-            module=task.module, ema=self.ema, optimizers=self.optimizers, task=task.name, fingerprint=task.fingerprint
+            module=task.module,
+            ema=self.ema,
+            optimizers=self.optimizers,
+            task=task.name,
+            fingerprint=task.fingerprint,
+            frozen=task.frozen,
         )
         self.skipped = 0
 

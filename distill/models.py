@@ -17,8 +17,9 @@ from ..core.noise import step_noise
 from ..core.prediction import x0_and_eps
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, sample
+from ..folders.files import STUDENT_FILE
 from ..pipelines.architectures import architecture_of, stages_of
-from ..pipelines.loading import load_pipeline
+from ..pipelines.loading import load_pipeline, load_student_pipeline
 from ..pipelines.networks import Conditions
 from ..pipelines.stages import Stages
 
@@ -42,8 +43,9 @@ class Denoiser:
         return self.schedule.num_train_timesteps - 1
 
     def __call__(self, x_t: torch.Tensor, t: Times, text: Conditions) -> torch.Tensor:
-        """m in float32 at timestep index t."""
-        return self.network(x_t, self._network_time(t, x_t), *text).float()
+        """m in float32 at timestep index t; the network computes in its own dtype."""
+        dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
+        return self.network(x_t.to(dtype), self._network_time(t, x_t), *(each.to(dtype) for each in text)).float()
 
     def x0_eps(self, x_t: torch.Tensor, t: Times, text: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
         """The estimates of x0 and eps, float32."""
@@ -117,8 +119,8 @@ class Model:
         return replace(self, network=network, denoiser=replace(self.denoiser, network=wrapped))
 
     def trainable_copy(self) -> Model:
-        """The same stages around a copy of the network whose weights train."""
-        return self.with_network(copy.deepcopy(self.network).requires_grad_(True))
+        """The same stages around a float32 copy of the network whose weights train."""
+        return self.with_network(copy.deepcopy(self.network).float().requires_grad_(True))
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """int64 (B, L) for every input of the text encoders."""
@@ -181,8 +183,9 @@ def model_of(pipeline: Any) -> Model:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Model:
-    """The model of a pipeline folder or hub id, frozen. Raises ArtifactError in one line for what is not one."""
-    return model_of(load_pipeline(folder, dtype=dtype))
+    """The model of a pipeline folder or hub id, or of a student, frozen. Raises ArtifactError for what is not one."""
+    is_student = (Path(folder) / STUDENT_FILE).is_file()
+    return model_of((load_student_pipeline if is_student else load_pipeline)(folder, dtype=dtype))
 
 
 def plain_attention(model: Model) -> None:

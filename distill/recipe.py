@@ -99,6 +99,14 @@ class TeacherRecipe(Frozen):
         return self
 
 
+class LoraSettings(Frozen):
+    """Low-rank adapters instead of the whole network."""
+
+    rank: Positive = 64
+    alpha: Annotated[float, Field(gt=0)] | None = None  # None: the rank, so that the scale is 1
+    targets: Literal["all", "attention"] | tuple[str, ...] = "all"  # layers, or the ends of their names
+
+
 class DistillRecipe(Frozen):
     """`distill`: what every method has; its own fields stand in its file in `methods/`."""
 
@@ -110,6 +118,9 @@ class DistillRecipe(Frozen):
     negative_prompt: str = ""  # what the guidance leads away from
     noise_correction: bool = False  # at inference: the true noise at t = T
     prompts: Positive = 60_000
+    lora: LoraSettings | None = None  # None: the whole network trains
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of all that does not train
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass
     fit: Fit
 
     @model_validator(mode="after")

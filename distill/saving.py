@@ -18,6 +18,7 @@ from ..core.sampler import DETERMINISTIC, Sampler
 from ..folders.files import atomic_folder
 from ..pipelines.architectures import architecture_of
 from ..pipelines.stages import quiet
+from .lora import save_adapters
 from .models import Model
 
 
@@ -45,6 +46,16 @@ def save_pipeline(
         config = temporary / "scheduler" / "scheduler_config.json"
         values = json.loads(config.read_text(encoding="utf-8")) | dict(scheduler)
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, text in extra.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def save_lora(model: Model, out: Path, *, extra: Mapping[str, str], replaces: Sequence[str] = ()) -> None:
+    """Write the folder of a student that is adapters alone, in one atomic rename, from the first process."""
+    if not PartialState().is_main_process:
+        return
+    with quiet(), atomic_folder(out, replaces=replaces) as temporary:
+        save_adapters(model, temporary)
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from .fit import fit
 from .methods import method_named
 from .models import load_model
 from .recipe import DistillRecipe
-from .saving import save_pipeline
+from .saving import save_lora, save_pipeline
 from .task import DistillTask
 from .teacher import PREVIEW_PROMPTS
 
@@ -46,7 +47,10 @@ def distill(
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
     folder = student_folder(teacher_folder)
-    teacher, teacher_sha256 = load_model(folder), hash_folder(folder)
+    dtype: torch.dtype = getattr(torch, recipe.teacher_dtype)
+    teacher, teacher_sha256 = load_model(folder, dtype), hash_folder(folder)
+    if recipe.lora is not None and start is not None:
+        raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
     last = teacher.denoiser.last_time
     for timesteps in recipe.plans.values():
         if timesteps[0] != last:
@@ -77,14 +81,21 @@ def distill(
         sampler=sampler,
         recipe=recipe.model_dump(mode="json"),
         teacher_sha256=teacher_sha256,
+        base=None
+        if recipe.lora is None
+        else str(folder.resolve() if Path(teacher_folder).exists() else teacher_folder),
         training=figures,
         known_words=[] if prompts else all_words(),
         vocabulary={} if prompts else vocabulary(),
     )
+    extra = {STUDENT_FILE: manifest.model_dump_json(indent=2)}
+    if recipe.lora is not None:
+        save_lora(task.student, out, extra=extra, replaces=(STUDENT_FILE,))
+        return manifest
     save_pipeline(
         task.student,
         out,
-        extra={STUDENT_FILE: manifest.model_dump_json(indent=2)},
+        extra=extra,
         replaces=(STUDENT_FILE,),
         sampler=sampler,
         scheduler={

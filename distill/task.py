@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..core.update import UpdateTable
 from .backward import table_of
 from .fit import Task
 from .grids import grid
+from .lora import WithoutAdapters, add_adapters
 from .methods import method_named
 from .methods.contract import DistillationLoss, Draws
 from .models import Denoiser, Model, noise_of, noises_of, plain_attention
@@ -46,11 +48,19 @@ class DistillTask(Task):
             plain_attention(teacher)
         begin, begin_sha256 = start or (teacher, "")
         self.fingerprint = fingerprint(recipe, teacher_sha256, prompts, begin_sha256)
-        self.student = teacher.with_network(begin.network).trainable_copy()
+        torch.manual_seed(recipe.seed)  # the first weights of adapters
+        if recipe.lora is None:
+            self.student, denoiser = teacher.with_network(begin.network).trainable_copy(), teacher.denoiser
+        else:
+            self.student = add_adapters(teacher, recipe.lora)
+            denoiser = teacher.denoiser.with_network(WithoutAdapters(teacher.denoiser.network, teacher.network))
         if recipe.fit.mixed_precision == "bf16":
             plain_attention(self.student)
+        if recipe.gradient_checkpointing:
+            self.student.network.enable_gradient_checkpointing()
         torch.manual_seed(recipe.seed)  # the first weights of a discriminator
-        self.module = DistillationLoss(self.method, self.student.denoiser, teacher.denoiser, recipe)
+        self.module = DistillationLoss(self.method, self.student.denoiser, denoiser, recipe)
+        self.reference = replace(teacher, denoiser=denoiser)
         parts = [teacher.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)]
         self.tokens, self.count = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, len(prompts)
         self.uncond = teacher.embed_negative(recipe.negative_prompt)
@@ -59,6 +69,11 @@ class DistillTask(Task):
     @property
     def averaged(self) -> nn.Module:
         return self.student.network
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        parameters = self.module.student.named_parameters(prefix="student")
+        return frozenset(name for name, p in parameters if not p.requires_grad)
 
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         seed, size = self.recipe.seed, self.recipe.fit.batch
@@ -88,7 +103,9 @@ class DistillTask(Task):
         device = next(self.student.network.parameters()).device
         if self._teacher_row is None:
             guidance = sum(self.recipe.guidance) / 2
-            self._teacher_row = draw(self.teacher, self.shown, seeds, steps=25, guidance=guidance, negative=self.uncond)
+            self._teacher_row = draw(
+                self.reference, self.shown, seeds, steps=25, guidance=guidance, negative=self.uncond
+            )
         rows, noise, text = [self._teacher_row], noise_of(seeds, shape).to(device), self.student.embed(self.shown)
         for table in inference_tables(self.teacher.denoiser, self.recipe).values():
             fresh = [each.to(device) for each in noises_of(seeds, shape, table)]

@@ -33,6 +33,17 @@ def load_stages(
     dtype: torch.dtype = torch.float32,
     loras: Sequence[Lora] = (),
 ) -> Stages:
+    """The stages of `load_student_pipeline`."""
+    return stages_of(load_student_pipeline(student, tiny_decoder=tiny_decoder, dtype=dtype, loras=loras))
+
+
+def load_student_pipeline(
+    student: str | Path,
+    *,
+    tiny_decoder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    loras: Sequence[Lora] = (),
+) -> Any:
     """Loads a student folder's diffusers pipeline; its own LoRA weights and then `loras` are fused, in float32.
 
     tiny_decoder: an AutoencoderTiny folder that takes the decoder's place. dtype: of the networks, but for what diffusers
@@ -54,7 +65,7 @@ def load_stages(
         pipeline.vae = _load_tiny(tiny_decoder)
     if dtype == torch.float16 and name in UPCASTS and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)
-    return stages_of(pipeline)
+    return pipeline
 
 
 def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:

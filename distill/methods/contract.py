@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...core.errors import RecipeError
 from ...core.sampler import DETERMINISTIC, Sampler
 from ..models import Denoiser
 from ..recipe import DistillRecipe
@@ -105,6 +106,11 @@ class DistillationLoss(nn.Module):
         self._method, self._recipe, self._denoisers = method, recipe, (student, teacher)
         self._companions = method.companions(student, teacher, recipe)
         for name, companion in self._companions.items():
+            if recipe.lora is not None and isinstance(companion.network, type(teacher.network) | type(student.network)):
+                raise RecipeError(
+                    f"the method {recipe.method} keeps a second network ({name}), so 'lora' saves nothing; "
+                    "leave it out, or take imagine_flash, add, flash, or lcm with target_decay: 0"
+                )
             self.add_module(name, companion.network)
 
     @property
