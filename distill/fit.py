@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.console import Console
@@ -27,11 +27,13 @@ from torch import nn
 from ..core.errors import ImagineFlashError, Interrupted
 from ..folders.files import atomic_file
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from .optimizers import build_optimizers, clipped_together, rate_factor
+from .optimizers import build_optimizers, clipped_together, rate_factor, special_parts
+from .processes import on_cpu
 from .recipe import Fit
 from .reproducible import Part
 
 _MOST_SKIPPED = 50
+_PLAIN = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
 _COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -87,7 +89,15 @@ class _Run:
 
     def __init__(self, task: Task, fit: Fit) -> None:
         self.task, self.fit = task, fit
-        self.accelerator = Accelerator(mixed_precision=fit.mixed_precision)
+        parts = DistributedDataParallelKwargs(
+            find_unused_parameters=bool(special_parts(task.module))
+        )  # not all learn at once
+        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts])
+        if self.accelerator.distributed_type not in (*_PLAIN, DistributedType.NO):
+            raise ImagineFlashError(
+                f"{self.accelerator.distributed_type} shards weights, which checkpoints here do not follow; "
+                "launch plain processes (DDP), with 'lora', 'teacher_dtype' and 'gradient_checkpointing' for memory"
+            )
         self.clipped = clipped_together(task.module)
         self.averaged = [p for p in task.averaged.parameters() if p.requires_grad]
         optimizers = build_optimizers(task.module, fit)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
 from torch import nn
 
@@ -20,6 +19,7 @@ from ..pipelines.architectures import architecture_of
 from ..pipelines.stages import quiet
 from .lora import save_adapters
 from .models import Model
+from .processes import processes
 
 
 def save_pipeline(
@@ -36,7 +36,7 @@ def save_pipeline(
     extra: further files by name. replaces: an old folder with one of these files gives way. scheduler: keys of its config
     that ImagineFlashScheduler reads; stock classes pass over them. sampler: what decides the stock class.
     """
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     parts = {**model.pipeline.components, architecture_of(model.stages.pipeline).network: model.network}
     with quiet(), atomic_folder(out, replaces=replaces) as temporary:
@@ -52,7 +52,7 @@ def save_pipeline(
 
 def save_lora(model: Model, out: Path, *, extra: Mapping[str, str], replaces: Sequence[str] = ()) -> None:
     """Write the folder of a student that is adapters alone, in one atomic rename, from the first process."""
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     with quiet(), atomic_folder(out, replaces=replaces) as temporary:
         save_adapters(model, temporary)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from ..core.errors import ArtifactError, RecipeError
@@ -19,6 +18,7 @@ from .data.vocabulary import all_words, vocabulary
 from .fit import fit
 from .methods import method_named
 from .models import load_model
+from .processes import processes
 from .recipe import DistillRecipe
 from .saving import save_lora, save_pipeline
 from .task import DistillTask
@@ -62,18 +62,20 @@ def distill(
                 "this recipe needs pictures, which prompts alone have not; leave out 'adversarial', or take another method"
             )
         side = teacher.stages.default_size[0]
-        pictures = encoded_scenes(
-            teacher, run / "latents.safetensors", seed=recipe.seed, size=side, count=recipe.prompts, font=font
-        )
+        with processes().main_process_first():
+            pictures = encoded_scenes(
+                teacher, run / "latents.safetensors", seed=recipe.seed, size=side, count=recipe.prompts, font=font
+            )
     begun = (load_model(start), hash_folder(start)) if start else None
     captions = prompts or emoji_prompts(recipe.prompts, recipe.seed)
     shown = () if prompts else PREVIEW_PROMPTS
     task = DistillTask(recipe, teacher, captions, teacher_sha256, pictures=pictures, start=begun, shown=shown)
-    device: Any = PartialState().device  # where accelerate puts the student
+    device: Any = processes().device  # where accelerate puts the student
     teacher.to(device)
     task.uncond = tuple(u.to(device) for u in task.uncond)
     figures = fit(task, recipe.fit, run)
-    console.print(f"student: {figures}")
+    if processes().is_main_process:
+        console.print(f"student: {figures}")
     sampler = method_named(recipe.method).sampler
     manifest = StudentManifest(
         plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
@@ -30,6 +29,7 @@ from .data.vocabulary import all_words
 from .fit import Task, fit
 from .grids import grid
 from .models import Model, load_model, model_of, noise_of, plain_attention
+from .processes import processes
 from .recipe import TeacherRecipe
 from .reproducible import Part, fingerprint, part_of, seeded
 from .saving import save_pipeline
@@ -236,7 +236,7 @@ def train_teacher(
         console.print(f"weights from {start}: {figures['start']}")
         run.mkdir(parents=True, exist_ok=True)
     model.pipeline.vae.requires_grad_(False)
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         latents = encoded_scenes(
             model, run / "latents.safetensors", seed=recipe.seed, size=recipe.image_size, count=recipe.scenes, font=font
         )

@@ -1,0 +1,17 @@
+"""The processes of a training, as accelerate and torch's launcher start them."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def on_cpu() -> bool:
+    """Whether it computes on the CPU: where there is nothing else, or ACCELERATE_USE_CPU says so."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def processes() -> PartialState:
+    """This process among the others. accelerate joins processes of a CPU only where it is told of the CPU at first."""
+    return PartialState(cpu=on_cpu())

@@ -1,0 +1,80 @@
+"""Several processes compute what one does: the batch is of all of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagine_flash.core.errors import RecipeError
+from imagine_flash.distill.methods import distill_recipe
+from imagine_flash.distill.models import load_model
+from imagine_flash.distill.reproducible import Part, part_of, rows_of
+from imagine_flash.distill.student import distill
+from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+
+FIT = {"steps": 3, "batch": 4, "learning_rate": 1e-3, "warmup": 0, "preview_every": 0}
+
+
+def losses(run: Path) -> list[float]:
+    return [float(line.split(",")[1]) for line in (run / "logs" / "student.csv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    build_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.mark.parametrize("method", [{}, {"method": "dmd2", "gan_weight": 0, "ratio": 2}])
+def test_accumulation_computes_what_one_batch_does(method: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
+    for name, accumulate in (("whole", 1), ("parts", 2)):
+        recipe = distill_recipe({**method, "fit": {**FIT, "accumulate": accumulate}})
+        distill(teacher, tmp_path / name, recipe, prompts=list(CAPTIONS))
+    assert losses(tmp_path / "parts.run") == pytest.approx(losses(tmp_path / "whole.run"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_of_one(teacher: Path, tmp_path: Path) -> None:
+    """Two processes with gloo, by torch's launcher and the command; the student is theirs together."""
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("fit: " + str(FIT).replace("'", ""), encoding="utf-8")
+    arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--prompts", str(tmp_path / "prompts.txt")]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--standalone",
+    ]
+    command = [*launch, "-m", "imagine_flash", "distill", str(teacher), str(tmp_path / "two"), *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    distill(teacher, tmp_path / "one", distill_recipe({"fit": FIT}), prompts=list(CAPTIONS))
+    assert losses(tmp_path / "two.run") == pytest.approx(losses(tmp_path / "one.run"), rel=1e-4)
+    one, two = (load_model(tmp_path / name).network.state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=3e-3, rtol=0)  # Adam makes a step of a rounding error
+
+
+def test_parts_of_a_batch() -> None:
+    batch = {
+        "x": torch.arange(6),
+        "plan": 3,
+        "text": (torch.arange(12).view(6, 2),),
+        "fresh": (),
+        "one": torch.tensor(1),
+    }
+    parts = [part_of(batch, 6, Part(i, 3)) for i in range(3)]
+    assert torch.cat([part["x"] for part in parts]).tolist() == list(range(6))
+    assert parts[1]["text"][0].tolist() == [[4, 5], [6, 7]] and parts[1]["plan"] == 3
+    with pytest.raises(RecipeError, match=r"cannot be split into 4 equal parts .* take 8"):
+        rows_of(6, Part(0, 4))
