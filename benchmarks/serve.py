@@ -1,5 +1,5 @@
-"""`bench serve`: what the server adds to the engine, what latest wins saves while somebody types, and what load and
-malformed input do to it. A real server process on loopback; its clients' prompts are warm.
+"""`bench serve`: what the server adds to the engine, what latest wins saves while somebody types, what load and a
+greedy client do to it. A real server process on loopback; its clients' prompts are warm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .pictures import drawn_by_torch
 from .records import plot
 from .serving.bench import Bench
 from .serving.clients import serving
-from .serving.fuzz import fuzz
+from .serving.greedy import beside_a_greedy_client
 from .serving.load import CLIENTS, load
 from .serving.overhead import overhead
 from .serving.replicas import load_on_ray, overhead_on_ray, ray_server
@@ -29,8 +29,8 @@ from .serving.typing import typing
 
 SENTENCE, SHORT = "a fox on a pink background", "a fox"
 QUESTION = (
-    "What does the server add to the engine, what does latest wins save while somebody types, and what do load and "
-    "malformed input do to it?"
+    "What does the server add to the engine, what does latest wins save while somebody types, and what do load and a "
+    "greedy client do to it?"
 )
 
 
@@ -38,7 +38,7 @@ def bench_serve(
     out: Path, *, model: Path | None = None, backend: str = "auto", rounds: int = 200, quick: bool = False
 ) -> Record:
     """Check and time everything, write `out`.json and `out`.png, return the record. rounds: of single pictures; a twentieth
-    as many sentences are typed. Raises ImagineFlashError for a wrong picture, and for malformed input that is not refused."""
+    as many sentences are typed. Raises ImagineFlashError for a wrong picture."""
     if rounds < FEWEST_ROUNDS:
         raise ImagineFlashError(f"--rounds must be at least {FEWEST_ROUNDS}, got {rounds}; quantiles need them")
     folder = EMBEDDED if model is None else model
@@ -67,7 +67,7 @@ def _parts(bench: Bench, rounds: int, quick: bool) -> list[Callable[[], Iterable
         *(lambda n=n: [overhead(bench, n, rounds)] for n in steps),
         *(lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)] for n in ((1, 4) if quick else (1, 4, 16))),
         lambda: [load(bench, CLIENTS if quick else 1500)],
-        lambda: [fuzz(bench, 200 if quick else 10_000)],
+        lambda: [beside_a_greedy_client(bench, rounds)],
         lambda: on_ray(bench, rounds, CLIENTS if quick else 300),
     ]
 

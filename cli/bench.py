@@ -92,7 +92,7 @@ def bench_serve_command(
     ] = 200,
     quick: Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")] = False,
 ) -> None:
-    """Time the server: overhead, typing, 64 clients at once, malformed requests, two replicas on Ray Serve."""
+    """Time the server: overhead, typing, 64 clients at once, a greedy client, two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib")

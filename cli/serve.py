@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,21 +17,11 @@ from .common import Quiet, flag, needs, note, say
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings
-
-
-OPTIONS = {  # what errors call a setting -> what the user typed
-    "host": "--host",
-    "device": "--device",
-    "max_waiting": "--max-queue",
-    "max_batch": "--max-batch",
-    "timeout": "--timeout",
-    "threads": "--threads",
-    "allowed_origins": "--allow-origin",
-}
+    from ..engine.server.settings import ServerSettings
 
 
 def serve_command(
+    context: typer.Context,
     model: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="An artifact or student folder; by default the embedded model."),
@@ -62,15 +52,36 @@ def serve_command(
         typer.Option(metavar="INTEGER", help="Most pictures of one network call; by default the artifact's most."),
     ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The longest that a request may take.")] = 60.0,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings in YAML by the names of these options, which go before it."),
+    ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The keys of those who may draw, one a line; by default everybody may."),
+        typer.Option(
+            metavar="FILE",
+            help="The keys of those who may draw, one a line, a name after each; by default everybody may.",
+        ),
+    ] = None,
+    quota: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PICTURES",
+            help="Of each key, or without keys of each address, such as '100/minute; 5000/day'; by default any number.",
+        ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ORIGIN", help="A web page's origin that may call, such as https://example.org; may be repeated."
         ),
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="A proxy whose x-forwarded-for says who asks; may be repeated."),
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further name of the model; may be repeated.")
     ] = None,
     threads: Annotated[
         int | None,
@@ -88,54 +99,44 @@ def serve_command(
             metavar="INTEGER", help="With --ray; by default as many as the load needs, up to one per GPU or machine."
         ),
     ] = None,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(metavar="NAME", help="json or text.")] = "json",
     quiet: Quiet = False,
 ) -> None:
     """Serve the model: a page that draws while you type, and an OpenAI-style image API."""
-    needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
-    from ..engine.server.settings import EngineSettings, RaySettings, ServerSettings, read_keys
+    needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart", "limits", "yaml")
+    from ..engine.server.settings import read_settings
 
-    if not 0 <= port <= 65535:
-        raise RequestError(f"--port must be 0 to 65535, got {port}")
-    if replicas is not None and (replicas < 1 or not ray):
-        raise RequestError(f"--replicas must be at least 1 and go with --ray, got {replicas}")
-    engine: dict[str, Any] = {
-        "model": model,
-        "backend": backend,
-        "device": device,
-        "precision": precision,
-        "max_waiting": max_queue,
-        "max_batch": max_batch,
-        "threads": threads,
-    }
-    origins = tuple(allow_origin or ())
-    with _options_as_typed():
-        if not _is_loopback(host) and api_key_file is None:
-            note(f"note: everybody who reaches {host} may draw; --api-key-file limits that")
-        if ray:
+    given = {name: value for name, value in context.params.items() if _is_given(context, name)}
+    with _options_as_typed(set(given)):
+        settings = read_settings(config, given)
+        if not _is_loopback(settings.host) and not settings.api_keys:
+            note(f"note: everybody who reaches {settings.host} may draw; --api-key-file limits that")
+        if settings.ray:
             needs("ray", "ray")
-            asked = RaySettings(**engine, api_key_file=api_key_file, timeout=timeout, allowed_origins=origins)
-            _serve_on_ray(asked, host, port, replicas)
+            _serve_on_ray(settings)
         else:
-            keys = () if api_key_file is None else read_keys(api_key_file)
-            settings = ServerSettings(api_keys=keys, timeout=timeout, allowed_origins=origins)
-            _serve_here(EngineSettings(**engine), settings, host, port)
+            _serve_here(settings)
 
 
-def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, port: int) -> None:
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, and is a setting."""
+    source = context.get_parameter_source(name)
+    return name not in ("config", "quiet") and source is not None and source.name != "DEFAULT"
+
+
+def _serve_here(settings: ServerSettings) -> None:
     """Until a signal ends it. Raises what loading the model raises."""
     import uvicorn
 
-    from ..engine.server import create_app, logs
-    from ..engine.server.heads import LimitedHeads
+    from ..engine.server import connections, create_app, logs
 
-    engine.check()
+    settings.check_model()
     failed: list[ImagineFlashError] = []
 
     def load() -> Engine:
         try:
-            loaded = engine.load()
-            loaded.warm_up()
-            return loaded
+            return settings.load_engine()
         except Exception as error:
             ours = isinstance(error, ImagineFlashError)
             failed.append(error if ours else EngineError(f"the model could not be loaded: {error!r}"))
@@ -144,11 +145,9 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
 
     config = uvicorn.Config(
         create_app(load, settings),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
-        http=LimitedHeads,
+        http=connections.at_most(settings.max_connections),
         ws="websockets-sansio",
         ws_max_size=settings.max_body,
         ws_ping_interval=20,
@@ -156,37 +155,38 @@ def _serve_here(engine: EngineSettings, settings: ServerSettings, host: str, por
         timeout_keep_alive=75,
         timeout_graceful_shutdown=30,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(settings.trusted_proxy),
+        forwarded_allow_ips=list(settings.trusted_proxy),
     )
     server = uvicorn.Server(config)
-    listening = _listen(host, port)
-    say(_url(host, listening))
-    logs.configure()
+    listening = _listen(settings.host, settings.port)
+    say(_url(settings.host, listening))
+    logs.configure(settings.log_level, settings.log_format)
     logging.getLogger(logs.SERVER).addFilter(lambda record: not failed)  # the command says it itself
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
 
 
-def _serve_on_ray(settings: RaySettings, host: str, port: int, replicas: int | None) -> None:
+def _serve_on_ray(settings: ServerSettings) -> None:
     """Until a signal ends it; the URL is said once it draws. Raises ImagineFlashError."""
-    from ..engine.server.ray_run import run
+    from ..engine.replicas.run import run
 
-    with _listen(host, port) as free:  # what listens in the end is a process of Ray's
-        url, port = _url(host, free), free.getsockname()[1]
-    run(settings, host=host, port=port, replicas=replicas, ready=lambda: say(url))
+    with _listen(settings.host, settings.port) as free:  # what listens in the end is a process of Ray's
+        url, port = _url(settings.host, free), free.getsockname()[1]
+    run(settings.model_copy(update={"port": port}), ready=lambda: say(url))
 
 
 @contextmanager
-def _options_as_typed() -> Iterator[None]:
-    """A setting that cannot be is called by its option: --max-queue, not max_waiting."""
+def _options_as_typed(given: set[str]) -> Iterator[None]:
+    """A setting that cannot be is called by its option: --max-queue, not max_queue."""
     try:
         yield
     except ImagineFlashError as error:
         name = str(error).partition(" ")[0].rstrip(":")
-        if name not in OPTIONS:
+        if name not in given:
             raise
-        raise type(error)(OPTIONS[name] + str(error).removeprefix(name)) from None
+        raise type(error)("--" + name.replace("_", "-") + str(error).removeprefix(name)) from None
 
 
 def _url(host: str, listening: socket.socket) -> str:

@@ -137,7 +137,8 @@ class Answer:
 class HttpClient:
     """One connection that is kept; opened again after an error."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, key: str = "") -> None:
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=NO_ANSWER_AFTER)
 
     def get(self, path: str) -> tuple[int, bytes]:
@@ -151,8 +152,7 @@ class HttpClient:
         asked = {"prompt": request.prompt, "seed": request.seed, "steps": request.steps}
         started = time.perf_counter()
         try:
-            headers = {"Content-Type": "application/json"}
-            self._connection.request("POST", GENERATIONS, json.dumps(asked), headers)
+            self._connection.request("POST", GENERATIONS, json.dumps(asked), self._headers)
             answer = self._connection.getresponse()
             body = answer.read()
             if answer.status != 200:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from ...core.errors import BusyError, EngineError, ExpiredError, ImagineFlashError, LoadingError
+from .clients import QuotaError
+from .model import ServedModel, retry_headers
 
 
 class Error(BaseModel):
@@ -35,7 +41,7 @@ def error_body(message: str, *, code: str | None, status: int, param: str | None
 def status_of(error: ImagineFlashError) -> tuple[int, str]:
     """The HTTP status and code of an engine's error."""
     if isinstance(error, BusyError):
-        return 429, "busy"
+        return 429, "rate_limit_exceeded" if isinstance(error, QuotaError) else "busy"
     if isinstance(error, ExpiredError):
         return 504, "timeout"
     if isinstance(error, EngineError):
@@ -57,3 +63,27 @@ def one_line(problem: Mapping[str, Any]) -> tuple[str, str | None]:
         return f"{param}: there is no such field", param
     got = "" if kind == "missing" else f", got {str(given)[:100]!r}"
     return f"{param}: {problem['msg']}{got}", param
+
+
+def handle_errors(app: FastAPI, model: ServedModel) -> None:
+    """Answers for what routes raise."""
+
+    @app.exception_handler(ImagineFlashError)
+    async def ours(request: Request, error: ImagineFlashError) -> JSONResponse:
+        status, code = status_of(error)
+        headers = {}
+        if status in (429, 503):
+            after = error.after if isinstance(error, QuotaError) else model.retry_after() if status == 429 else 1.0
+            headers = retry_headers(after)
+        return JSONResponse(error_body(str(error), code=code, status=status, param=error.param), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        message, param = one_line(error.errors()[0])
+        return JSONResponse(error_body(message, code=error.errors()[0]["type"], status=400, param=param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 503: "busy"}
+        body = error_body(str(error.detail), code=codes.get(error.status_code), status=error.status_code)
+        return JSONResponse(body, error.status_code, error.headers)

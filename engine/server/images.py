@@ -4,235 +4,200 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import re
+import json
 import time
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Form, Request, Response
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.responses import StreamingResponse
 
-from ...core.errors import RequestError
-from ...folders.manifests import Size, size_name
-from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
+from ...core.errors import ImagineFlashError, RequestError
+from ...folders.manifests import size_name
+from ..pictures.files import beside
+from ..request import GenerateRequest
 from ..work import GenerateResult
-from .errors import ErrorBody
-from .metrics import Metrics
-from .pictures import Format, Unpacking, beside, encode_all, read_image, read_mask
-from .settings import ServerSettings
+from .drawing import Studio, Wish, client_of, warnings_of
+from .errors import ErrorBody, error_body, status_of
+from .schemas import EditRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
+from .stored import StoredPictures
 
-if TYPE_CHECKING:
-    from .app import Holder
-
-Ignored = Annotated[str | None, Field(max_length=200, description="taken and ignored")]  # what OpenAI has beside
-MAX_PROMPT = 4000  # characters; the model's own limit, in tokens, is lower
-
-
-class ImageRequest(BaseModel):
-    """The body of /v1/images/generations: OpenAI's fields, then ours. Fields of OpenAI that have no meaning here are taken
-    and ignored, unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
-    model: str | None = Field(default=None, max_length=200)
-    n: int = Field(default=1, ge=1, le=MAX_COUNT)
-    size: str | None = Field(default=None, max_length=20, description="WIDTHxHEIGHT or auto")
-    response_format: Literal["b64_json"] | None = None
-    output_format: Format = "png"
-    user: Ignored = None
-    quality: Ignored = None
-    style: Ignored = None
-    background: Ignored = None
-    moderation: Ignored = None
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    steps: int | None = Field(default=None, ge=1, le=1000)
-
-
-class EditRequest(ImageRequest):
-    """The form of /v1/images/edits; likewise."""
-
-    image: UploadFile | None = Field(default=None, description="PNG, JPEG or WebP")
-    images: list[UploadFile] | None = Field(default=None, alias="image[]", description="the same, as a list of one")
-    mask: UploadFile | None = Field(default=None, description="transparent or white is drawn anew")
-    strength: float | None = Field(default=None, gt=0, le=1)
-    input_fidelity: Ignored = None
-
-
-class ImageData(BaseModel):
-    """One picture, base64."""
-
-    b64_json: str
-    seed: int
-
-
-class ImageResponse(BaseModel):
-    """OpenAI's response; steps, timings (seconds by stage), unknown_words and replaced_words are ours."""
-
-    created: int
-    data: list[ImageData]
-    output_format: Format
-    size: str
-    steps: int
-    timings: dict[str, float]
-    unknown_words: list[str]
-    replaced_words: dict[str, str]
-
-
-class Model(BaseModel):
-    """A model as OpenAI lists it, and what it draws."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = 0
-    owned_by: str = "imagine-flash"
-    sizes: list[str]
-    steps: list[int]
-    backend: str
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-def images_router(holder: Holder, settings: ServerSettings, metrics: Metrics) -> APIRouter:
-    """The routes of one engine."""
-    errors = {code: {"description": text, "model": ErrorBody} for code, text in ERRORS.items()}
-    asked = [Depends(HTTPBearer(auto_error=False, description="One of the server's keys."))]
-    reader = Unpacking()
-    router = APIRouter(tags=["images"], responses=errors, dependencies=asked if settings.api_keys else [])
-
-    @router.post("/v1/images/generations", response_model=ImageResponse)
-    async def generations(asked: ImageRequest, request: Request) -> Response:
-        """Draw a prompt."""
-        check_model(holder, asked.model)
-        return await _draw(GenerateRequest(**_values(asked, settings)), asked.output_format, request)
-
-    @router.post("/v1/images/edits", response_model=ImageResponse)
-    async def edits(
-        asked: Annotated[EditRequest, Form(media_type="multipart/form-data")], request: Request
-    ) -> Response:
-        """Draw a prompt from a picture, everywhere or where the mask says."""
-        check_model(holder, asked.model)
-        uploads = [*([] if asked.image is None else [asked.image]), *(asked.images or [])]
-        if len(uploads) != 1:
-            raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}", param="image")
-        values = _values(asked, settings)
-        _, target = holder.get().check(GenerateRequest(**values))
-        masked = None if asked.mask is None else asked.mask.file
-        pixels = await reader.run(lambda: _read(uploads[0].file, masked, target, settings.max_pixels))
-        wanted = GenerateRequest(**values, **pixels, strength=asked.strength)
-        return await _draw(wanted, asked.output_format, request)
-
-    @router.get("/v1/models", response_model=ModelList)
-    async def models() -> ModelList:
-        """The one model that is loaded."""
-        return ModelList(data=[_model(holder)])
-
-    @router.get("/v1/models/{name}", response_model=Model)
-    async def one_model(name: str) -> Model:
-        """That model, by its name."""
-        check_model(holder, name)
-        return _model(holder)
-
-    async def _draw(wanted: GenerateRequest, kind: Format, request: Request) -> Response:
-        engine = holder.get()
-        _, (height, width) = engine.check(wanted)
-        pixels = 3 * height * width * wanted.count
-        prepared = await beside(lambda: engine.prepare(wanted), pixels)
-        result = await _until_gone(asyncio.wrap_future(engine.start(prepared)), request)
-        metrics.observe(result)
-        body = await beside(
-            lambda: _response(result, kind).model_dump_json(), pixels
-        )  # the largest was 2 seconds' work
-        return Response(body, media_type="application/json")
-
-    return router
-
-
+MultiPartParser.spool_max_size = 2**40  # uploads stay in memory, whose limit is `max_memory`, and never reach a disk
 ERRORS: dict[int | str, str] = {
     400: "a value that cannot be drawn",
     401: "no valid key",
     403: "a page of another host",
     404: "no such model",
+    408: "the body does not come",
     413: "too large",
-    429: "too many wait: see Retry-After",
+    429: "too many wait, or the quota is used up: see Retry-After",
     503: "loading or failing: see Retry-After",
     504: "not in time",
     "4XX": "what else a request may have wrong",
 }
 
 
-def _values(asked: ImageRequest, settings: ServerSettings) -> dict[str, Any]:
-    """Of a GenerateRequest."""
-    values = {"prompt": asked.prompt, "count": asked.n, "steps": asked.steps, "seed": asked.seed}
-    return {**values, **sides(asked.size), "timeout": settings.timeout}
+def images_router(studio: Studio) -> APIRouter:
+    """The routes of one engine."""
+    errors = {code: {"description": text, "model": ErrorBody} for code, text in ERRORS.items()}
+    locked = [Depends(HTTPBearer(auto_error=False, description="One of the server's keys."))]
+    stored = StoredPictures(studio.settings.max_memory)
+    router = APIRouter(tags=["images"], responses=errors, dependencies=locked if studio.settings.api_keys else [])
+
+    @router.post("/v1/images/generations", response_model=ImageResponse)
+    async def generations(asked: ImageRequest, request: Request) -> Response:
+        """Draw a prompt."""
+        _check_model(studio, asked.model)
+        return await _answer(studio, stored, asked, _wish(studio, asked, client_of(request)), request)
+
+    @router.post("/v1/images/edits", response_model=ImageResponse)
+    async def edits(
+        asked: Annotated[EditRequest, Form(media_type="multipart/form-data")], request: Request
+    ) -> Response:
+        """Draw a prompt from a picture, everywhere or where the mask says."""
+        _check_model(studio, asked.model)
+        uploads = [*([] if asked.image is None else [asked.image]), *(asked.images or [])]
+        if len(uploads) != 1:
+            raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}", param="image")
+        wish = _wish(studio, asked, client_of(request))
+        _, size = studio.engine.check(wish.request)
+        pixels: dict[str, Any] = {"image": await studio.uploads.image(await uploads[0].read(), size)}
+        if asked.mask is not None:
+            pixels["mask"] = await studio.uploads.mask(await asked.mask.read(), size)
+        wish = _wish(studio, asked, client_of(request), seed=wish.request.seed, strength=asked.strength, **pixels)
+        return await _answer(studio, stored, asked, wish, request)
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def models() -> ModelList:
+        """The one model that is loaded."""
+        return ModelList(data=[_model(studio)])
+
+    @router.get("/v1/models/{name}", response_model=Model)
+    async def one_model(name: str) -> Model:
+        """That model, by its name or an alias."""
+        _check_model(studio, name)
+        return _model(studio)
+
+    @router.get("/pictures/{name}", include_in_schema=False)
+    async def picture(name: str) -> Response:
+        """What response_format=url gave the address of."""
+        if (file := stored.find(name)) is None:
+            raise HTTPException(404, "no such picture; they are kept for an hour")
+        return Response(file, media_type=f"image/{name.rpartition('.')[2]}")
+
+    return router
 
 
-def sides(size: str | None) -> dict[str, int]:
-    """{"width": ..., "height": ...} of a size such as 512x768. Raises RequestError."""
-    if size is None or size == "auto":
-        return {}
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
-    if not found:
-        raise RequestError(f"size must be WIDTHxHEIGHT such as 512x512, or auto, got {size!r}", param="size")
-    return {"width": int(found[1]), "height": int(found[2])}
+def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> Wish:
+    (height, width), scaled = studio.size(size_of(asked.size), asked.n or 1)
+    values = {**asked.drawing, "height": height, "width": width, "timeout": studio.settings.timeout, **further}
+    warnings = [f"{name} has no meaning here" for name in asked.ignored]
+    kind = asked.output_format or "png"
+    return Wish(
+        request=GenerateRequest(**values),
+        client=client,
+        size=scaled,
+        kind=kind,
+        quality=asked.output_compression,
+        warnings=warnings,
+    )
 
 
-def check_model(holder: Holder, name: str | None) -> None:
-    """Raises 404 for a model that is not the one loaded; a request may leave it out."""
-    loaded = holder.get().manifest.name
-    if name is not None and name != loaded:
-        raise HTTPException(404, f"no model {name!r}; this server has {loaded!r}")
+async def _answer(
+    studio: Studio, stored: StoredPictures, asked: ImageRequest, wish: Wish, request: Request
+) -> Response:
+    headers = {"x-ignored": ", ".join(asked.ignored)} if asked.ignored else {}
+    if wish.size is not None:
+        headers["x-drawn-size"] = size_name((wish.request.height or 0, wish.request.width or 0))
+    if asked.stream:
+        return await _streamed(studio, asked, wish, headers)
+    result = await studio.draw(wish, request)
+    files = await studio.files(result, wish)
+    by_url = asked.response_format == "url" or (
+        asked.response_format is None and (asked.model or "").startswith("dall-e")
+    )
+
+    def body() -> str:
+        data = []
+        for i, file in enumerate(files):
+            if not by_url:
+                where = {"b64_json": base64.b64encode(file).decode()}
+            elif studio.settings.image_urls == "data":
+                where = {"url": f"data:image/{wish.kind};base64,{base64.b64encode(file).decode()}"}
+            else:
+                where = {"url": f"{str(request.base_url).rstrip('/')}/pictures/{stored.keep(file, wish.kind)}"}
+            data.append(ImageData(seed=result.seed + i, **where))
+        return _response(result, wish, data).model_dump_json(exclude_none=True)
+
+    return Response(await beside(body, sum(map(len, files))), media_type="application/json", headers=headers)
 
 
-async def _until_gone(drawing: asyncio.Future[GenerateResult], request: Request) -> GenerateResult:
-    """The result; a client that hangs up cancels the work."""
-    gone = asyncio.ensure_future(_disconnected(request))
-    gone.add_done_callback(lambda _: drawing.cancel())
-    try:
-        return await drawing
-    except asyncio.CancelledError:
-        if not drawing.cancelled() or not gone.done():
-            raise  # the server's own end
-        raise HTTPException(499, "the client hung up") from None
-    finally:
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _read(image: BinaryIO, mask: BinaryIO | None, size: Size, max_pixels: int) -> dict[str, Any]:
-    found = {"image": read_image(image.read(), size, max_pixels=max_pixels)}
-    return found if mask is None else {**found, "mask": read_mask(mask.read(), size, max_pixels=max_pixels)}
-
-
-def _response(result: GenerateResult, kind: Format) -> ImageResponse:
-    height, width = result.images.shape[1:3]
-    files = encode_all(result.images, kind)
-    data = [ImageData(b64_json=base64.b64encode(file).decode(), seed=result.seed + i) for i, file in enumerate(files)]
+def _response(result: GenerateResult, wish: Wish, data: list[ImageData]) -> ImageResponse:
     return ImageResponse(
         created=int(time.time()),
         data=data,
-        output_format=kind,
-        size=size_name((height, width)),
+        output_format=wish.kind,  # type: ignore[arg-type]
+        size=size_name(wish.size or (result.images.shape[1], result.images.shape[2])),
         steps=result.steps,
         timings=result.timings.stages(),
         unknown_words=result.unknown_words,
         replaced_words=result.replaced_words,
+        warnings=warnings_of(result, wish),
     )
 
 
-def _model(holder: Holder) -> Model:
-    engine = holder.get()
+async def _streamed(studio: Studio, asked: ImageRequest, wish: Wish, headers: dict[str, str]) -> Response:
+    """Server-sent events as OpenAI's API has them: the picture in one step, if partial_images is more than 0, then the whole."""
+    prepared = await studio.prepare(wish)
+    preview = studio.engine.preview(prepared) if asked.partial_images else None
+    first = studio.start(preview or prepared, wish.client)  # refused with a status, as without a stream
+    name = "image_edit" if isinstance(asked, EditRequest) else "image_generation"
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            if preview is not None:
+                async for event in _pictures(studio, await asyncio.wrap_future(first), wish, f"{name}.partial_image"):
+                    yield event
+            last = first if preview is None else studio.start(prepared, wish.client)
+            result = studio.drawn(await asyncio.wrap_future(last), wish.client)
+            async for event in _pictures(studio, result, wish, f"{name}.completed"):
+                yield event
+        except ImagineFlashError as error:
+            status, code = status_of(error)
+            yield _event("error", error_body(str(error), code=code, status=status, param=error.param))
+        finally:
+            first.cancel()
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={**headers, "x-accel-buffering": "no"})
+
+
+async def _pictures(studio: Studio, result: GenerateResult, wish: Wish, kind: str) -> AsyncIterator[str]:
+    for i, file in enumerate(await studio.files(result, wish)):
+        found = _response(result, wish, []).model_dump(exclude={"data", "created"})
+        number = {"partial_image_index": i} if kind.endswith("partial_image") else {}
+        data = {"b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), "seed": result.seed + i}
+        yield _event(kind, {**data, **number, **found, "quality": "auto", "background": "opaque"})
+
+
+def _event(kind: str, data: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
+
+
+def _check_model(studio: Studio, name: str | None) -> None:
+    """Raises 404 for a model that is not the one loaded; a request may leave it out."""
+    if not studio.knows(name):
+        raise HTTPException(404, f"no model {name!r}; this server has {studio.engine.manifest.name!r}")
+
+
+def _model(studio: Studio) -> Model:
+    engine = studio.engine
     return Model(
         id=engine.manifest.name,
         sizes=[size_name(size) for size in engine.sizes],
         steps=engine.steps,
         backend=engine.backend.describe(),
+        vocabulary=sorted(engine.tokenizer.known_words),
     )

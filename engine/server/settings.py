@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, ConfigDict, Field
+import limits
+import yaml
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ...core.checked import Checked
 from ...core.errors import RequestError
@@ -35,84 +38,170 @@ def _origin(given: str) -> str:
     return origin.rpartition(":")[0] if default else origin
 
 
-Origins = tuple[Annotated[str, AfterValidator(_origin)], ...]
+def _quota(given: str | None) -> str | None:
+    if given is not None:
+        try:
+            limits.parse_many(given)
+        except ValueError:
+            raise ValueError("must be NUMBER/minute, /hour or /day, several with ; between them") from None
+    return given
 
 
-class EngineSettings(LoadOptions):
-    """What is loaded, and how: by a server once, on Ray by every replica."""
+Quota = Annotated[str | None, AfterValidator(_quota)]
 
-    model_config = ConfigDict(strict=False)  # YAML has no tuples
 
-    model: Path | str | None = None
-    max_waiting: int = Field(default=64, ge=1)
+class ApiKey(Checked):
+    """Somebody who may draw. name: in the log and in metrics; weight: of their share of the engine; quota: of pictures, such as
+    "100/minute; 5000/day", instead of the server's."""
 
-    def load(self) -> Engine:
-        """Raises ArtifactError, MissingExtraError."""
-        return Engine.load(self.model, self)
+    key: str
+    name: str = Field(default="", max_length=40, pattern=r"^[\w.@-]*$")
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    quota: Quota = None
 
-    def check(self, *, here: bool = True) -> None:
-        """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted. here: it is
-        this machine that draws. Raises ImagineFlashError."""
-        processors = os.cpu_count() or 1
-        if here and self.threads is not None and self.threads > processors:
-            raise RequestError(
-                f"threads: must be 1 to {processors}, the processors of this machine, got {self.threads}"
+    @field_validator("key")
+    @classmethod
+    def _can_be_sent(cls, key: str) -> str:
+        if not KEY.fullmatch(key):
+            raise ValueError(
+                f"must have {SHORTEST_KEY} or more letters, digits or !#$%&'*+.^_`|~-, which is all that a browser can send "
+                "with a WebSocket; make one with: openssl rand -hex 32"
             )
-        check_loading(self.model, self)
+        return key
+
+    @classmethod
+    def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:
+        """As of any setting, but a key is never shown."""
+        return super().one_line(name, kind, message, "***" if name == "key" else value).removesuffix(", got '***'")
 
 
 class ServerSettings(Checked):
-    """Keyword-only, frozen; RequestError in one line for what cannot be.
+    """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
-    api_keys: who may draw; none means everybody who reaches the port. timeout: seconds that a request may take.
-    max_body: bytes of a JSON request; max_upload: of an edit's pictures; max_pixels: of each of these, once unpacked.
-    max_streams: WebSockets that may be open.
-    allowed_origins: web pages of other hosts that may call, such as https://example.org.
+    model, backend, device, precision, max_batch, threads: as of `Engine.load`. max_queue: pictures that may wait.
+    api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
+    keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
+    trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
+    alias: further names of the model. image_urls: whether response_format=url gives an address of this server, where the picture
+    is for an hour, or a data: URL.
+    timeout: seconds that a request may take; body_timeout: until all of it is here. max_body: bytes of a JSON request;
+    max_upload: of an edit's pictures; max_pixels: of each of these, once unpacked. max_memory: bytes of all requests that are
+    on their way, and of pictures behind URLs. max_streams: WebSockets that may be open; max_connections: all connections.
     """
 
-    api_keys: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    model: Path | str | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    max_batch: int | None = Field(default=None, ge=1)
+    max_queue: int = Field(default=64, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    ray: bool = False
+    replicas: int | None = Field(default=None, ge=1)
+    api_key_file: Path | None = None
+    api_keys: tuple[ApiKey, ...] = ()
+    quota: Quota = None
+    allow_origin: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    trusted_proxy: tuple[str, ...] = ()
+    alias: tuple[str, ...] = ()
+    image_urls: Literal["stored", "data"] = "stored"
     timeout: float = Field(default=60.0, gt=0, le=3600)
+    body_timeout: float = Field(default=60.0, gt=0, le=3600)
     max_body: int = Field(default=65_536, ge=1024)
     max_upload: int = Field(default=20_000_000, ge=1024)
     max_pixels: int = Field(default=16_777_216, ge=4096)
+    max_memory: int = Field(default=2**28, ge=2**20)
     max_streams: int = Field(default=512, ge=1)
-    allowed_origins: Origins = ()
+    max_connections: int = Field(default=1024, ge=8)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "text"] = "json"
 
+    @field_validator("allow_origin", "trusted_proxy", "alias", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given or ()
 
-class RaySettings(EngineSettings):
-    """The arguments of one replica on Ray. api_key_file: as all files, at the same place on every machine."""
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _plain_keys(cls, given: Any) -> Any:
+        plain: Any = ({"key": one} if isinstance(one, str) else one for one in given or ())
+        return tuple(one if isinstance(one, ApiKey) else ApiKey(**one) for one in plain)
 
-    api_key_file: Path | None = None
-    timeout: float = Field(default=60.0, gt=0, le=3600)
-    allowed_origins: Origins = ()
+    @model_validator(mode="after")
+    def _replicas_need_ray(self) -> Self:
+        if self.replicas is not None and not self.ray:
+            raise ValueError(f"replicas: go with ray, got {self.replicas}")
+        return self
 
-    def server(self) -> ServerSettings:
-        """Raises RequestError."""
-        keys = () if self.api_key_file is None else read_keys(self.api_key_file)
-        return ServerSettings(api_keys=keys, timeout=self.timeout, allowed_origins=self.allowed_origins)
+    def with_keys(self) -> ServerSettings:
+        """The same with the keys of its key file. Raises RequestError."""
+        if self.api_key_file is None:
+            return self
+        return self.model_copy(
+            update={"api_keys": (*self.api_keys, *read_keys(self.api_key_file)), "api_key_file": None}
+        )
 
-    def check(self, *, here: bool = True) -> None:
-        """As of EngineSettings, and the keys; a hub id is fetched once, not by every replica. Raises ImagineFlashError."""
-        self.server()
-        super().check(here=here)
+    @property
+    def loading(self) -> LoadOptions:
+        """As of `Engine.load`. Raises RequestError."""
+        values = {name: getattr(self, name) for name in ("backend", "device", "precision", "max_batch", "threads")}
+        return LoadOptions(**values, max_waiting=self.max_queue)
+
+    def load_engine(self) -> Engine:
+        """Raises ArtifactError, MissingExtraError."""
+        return Engine.load(self.model, self.loading)
+
+    def check_model(self, *, here: bool = True) -> None:
+        """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted. here: it is
+        this machine that draws. Raises ImagineFlashError."""
+        most = os.cpu_count() or 1
+        if here and self.threads is not None and self.threads > most:
+            raise RequestError(f"threads: must be 1 to {most}, the processors of this machine, got {self.threads}")
+        check_loading(self.model, self.loading)
+
+    def fetch_model(self) -> None:
+        """A hub id's files, once instead of by every replica. Raises ArtifactError."""
         if self.model is not None:
             local_folder(self.model)
 
 
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys in a file, one a line; lines that begin with # are skipped. Raises RequestError."""
+def read_settings(file: Path | None, given: Mapping[str, Any]) -> ServerSettings:
+    """The settings of a YAML file, names as of the options, those that were `given` before them; with the keys of the key
+    file. Raises RequestError."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            read = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        except yaml.YAMLError as error:
+            raise RequestError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(read, dict):
+            raise RequestError(f"{file} must hold names and values, such as 'max-queue: 64', got {type(read).__name__}")
+        values = {str(name).replace("-", "_"): value for name, value in read.items()}
+        try:
+            ServerSettings(**values)
+        except RequestError as error:
+            raise RequestError(f"{file}: {error}") from None
+    return ServerSettings(**{**values, **given}).with_keys()
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The keys in a file, one a line, a name after it if it has one; lines that begin with # are skipped. Raises RequestError."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise RequestError(f"cannot read the keys in {path}: {reason}") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
-    if not keys:
+    given = [line.split(maxsplit=1) for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not given:
         raise RequestError(f"{path} holds no key; write one a line, such as the output of: openssl rand -hex 32")
-    for number, key in enumerate(keys, 1):
-        if not KEY.fullmatch(key):
-            raise RequestError(
-                f"key {number} of {path} must have {SHORTEST_KEY} or more letters, digits or !#$%&'*+.^_`|~-, which is all "
-                "that a browser can send with a WebSocket; make one with: openssl rand -hex 32"
-            )
-    return keys
+    keys = []
+    for number, (key, *name) in enumerate(given, 1):
+        try:
+            keys.append(ApiKey(key=key, name=name[0].strip() if name else ""))
+        except RequestError as error:
+            raise RequestError(f"key {number} of {path}: {error}") from None
+    return tuple(keys)

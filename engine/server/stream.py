@@ -6,26 +6,22 @@ import asyncio
 import json
 import logging
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import size_name
+from ..pictures.files import FORMATS, Format, beside, encode
 from ..request import MAX_SEED, GenerateRequest
 from ..session import Mailbox, Session, SessionResult
 from ..work import GenerateResult
+from .clients import KEY_PROTOCOL
+from .drawing import Studio, client_of
 from .errors import error_body, status_of
-from .guard import KEY_PROTOCOL
-from .images import MAX_PROMPT, sides
 from .logs import SERVER
-from .metrics import Metrics
-from .pictures import FORMATS, Format, beside, encode_all
-from .settings import ServerSettings
-
-if TYPE_CHECKING:
-    from .app import Holder
+from .schemas import MAX_PROMPT, size_of
 
 PROTOCOL = "imagine-flash"
 LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
@@ -48,11 +44,11 @@ class StreamRequest(BaseModel):
     preview: bool = False
 
 
-def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) -> APIRouter:
+def stream_router(studio: Studio) -> APIRouter:
     """The route of one engine."""
     router = APIRouter()
-    open_now: set[WebSocket] = set()
-    metrics.sessions.set_function(lambda: len(open_now))
+    streams: set[WebSocket] = set()  # that are open
+    studio.metrics.sessions.set_function(lambda: len(streams))
 
     @router.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:
@@ -61,20 +57,18 @@ def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
             PROTOCOL if PROTOCOL in offered or any(p.startswith(KEY_PROTOCOL) for p in offered) else None
         )
         try:
-            engine = holder.get()
+            connection = _Connection(socket, studio)
         except EngineError as error:
             await socket.close(TRY_AGAIN_LATER, str(error)[:120])
             return
-        if len(open_now) >= settings.max_streams:
-            await socket.close(
-                TRY_AGAIN_LATER, f"{len(open_now)} streams are open, at most {settings.max_streams} may be"
-            )
+        if len(streams) >= (most := studio.settings.max_streams):
+            await socket.close(TRY_AGAIN_LATER, f"{len(streams)} streams are open, at most {most} may be")
             return
-        open_now.add(socket)
+        streams.add(socket)
         try:
-            await _Connection(socket, engine, settings, metrics).run()
+            await connection.run()
         finally:
-            open_now.discard(socket)
+            streams.discard(socket)
 
     return router
 
@@ -82,10 +76,10 @@ def stream_router(holder: Holder, settings: ServerSettings, metrics: Metrics) ->
 class _Connection:
     """One socket: a session that keeps the newest request, and a writer that sends the newest result."""
 
-    def __init__(self, socket: WebSocket, engine: Any, settings: ServerSettings, metrics: Metrics) -> None:
-        self.socket, self.engine, self.settings, self.metrics = socket, engine, settings, metrics
+    def __init__(self, socket: WebSocket, studio: Studio) -> None:
+        self.socket, self.studio, self.client = socket, studio, client_of(socket)
         self.mailbox = Mailbox()
-        self.session = Session(engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER)
+        self.session = Session(studio.engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER, client=self.client)
         self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
 
@@ -106,16 +100,16 @@ class _Connection:
         while (message := await self.socket.receive())["type"] != "websocket.disconnect":
             if (text := message.get("text")) is None:
                 return await self.socket.close(UNSUPPORTED, "messages are JSON text")
-            if len(text.encode()) > self.settings.max_body:  # uvicorn counts before; Ray's proxies do not
-                return await self.socket.close(TOO_BIG, f"messages have at most {self.settings.max_body} bytes")
+            if len(text.encode()) > self.studio.settings.max_body:  # uvicorn counts before; Ray's proxies do not
+                return await self.socket.close(TOO_BIG, f"messages have at most {self.studio.settings.max_body} bytes")
             await self._take(text)
             self._count()
 
     def _count(self) -> None:
         """What became stale or was skipped since the last time."""
         now = self.session.replaced, self.mailbox.skipped
-        self.metrics.stale.inc(now[0] - self._counted[0])
-        self.metrics.skipped.inc(now[1] - self._counted[1])
+        self.studio.metrics.stale.inc(now[0] - self._counted[0])
+        self.studio.metrics.skipped.inc(now[1] - self._counted[1])
         self._counted = now
 
     async def _take(self, text: str) -> None:
@@ -125,8 +119,15 @@ class _Connection:
             raw = json.loads(text)
             seq = raw.get("seq") if isinstance(raw, dict) else None
             asked = StreamRequest.model_validate(raw)
-            drawing = {"prompt": asked.prompt, "seed": asked.seed or 0, "steps": asked.steps, **sides(asked.size)}
-            wanted = GenerateRequest(**drawing, timeout=self.settings.timeout)
+            self.studio.clients.check(self.client, 1)
+            height, width = size_of(asked.size) or (None, None)
+            drawing = {
+                "prompt": asked.prompt,
+                "seed": asked.seed or 0,
+                "steps": asked.steps,
+                "timeout": self.studio.settings.timeout,
+            }
+            wanted = GenerateRequest(**drawing, height=height, width=width)
             self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked.format)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -143,9 +144,9 @@ class _Connection:
                 if found.result is None:
                     await self._tell(_failure(found.seq, found.error or EngineError("no result")))
                     continue
-                images, kind = found.result.images[:1], str(found.label)
-                (data,) = await beside(lambda images=images, kind=kind: encode_all(images, kind), images.nbytes)
-                self.metrics.observe(found.result)
+                pixels, kind = found.result.images[0], str(found.label)
+                data = await beside(lambda pixels=pixels, kind=kind: encode(pixels, kind), pixels.nbytes)
+                self.studio.drawn(found.result, self.client)
                 await self._send(_frame(found, found.result, data))
         except _Gone:
             pass
@@ -165,7 +166,7 @@ class _Connection:
                 raise _Gone from None
 
     def _hello(self) -> dict[str, Any]:
-        engine = self.engine
+        engine = self.studio.engine
         return {
             "type": "ready",
             "model": engine.manifest.name,
@@ -173,6 +174,7 @@ class _Connection:
             "steps": engine.steps,
             "formats": list(FORMATS),
             "backend": engine.backend.describe(),
+            "vocabulary": sorted(engine.tokenizer.known_words),
         }
 
 
@@ -195,6 +197,7 @@ def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
         "cached": result.cached,
         "unknown_words": result.unknown_words,
         "replaced_words": result.replaced_words,
+        "cut": result.cut,
         "timings": result.timings.stages(),
     }
     encoded = json.dumps(header).encode()

@@ -68,19 +68,19 @@ def test_openais_client_edits_a_list_of_one(client: openai.OpenAI) -> None:
 def test_openais_client_lists_the_model(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id
-    with pytest.raises(openai.NotFoundError, match="no model 'dall-e-9'"):
-        client.images.generate(prompt="a cat", model="dall-e-9")
+    with pytest.raises(openai.NotFoundError, match="no model 'flux'"):
+        client.images.generate(prompt="a cat", model="flux")
 
 
 def test_openais_client_raises_what_people_know(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="steps must be 1, 2 or 3, got 9") as steps:
         client.images.generate(prompt="a cat", extra_body={"steps": 9})
-    with pytest.raises(openai.BadRequestError, match="draws 64x64") as size:
-        client.images.generate(prompt="a cat", size="1024x1024")
+    with pytest.raises(openai.BadRequestError, match="size must be WIDTHxHEIGHT up to 4096") as size:
+        client.images.generate(prompt="a cat", size="99999x1024")  # type: ignore[arg-type]
     with pytest.raises(openai.BadRequestError, match="response_format") as form:
-        client.images.generate(prompt="a cat", response_format="url")
-    with pytest.raises(openai.BadRequestError, match="tokens") as prompt:
-        client.images.generate(prompt="a cat " * 500)
+        client.images.generate(prompt="a cat", response_format="file")  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError, match="prompt") as prompt:
+        client.images.generate(prompt="a" * 40_000)
     assert [one.value.param for one in (steps, size, form, prompt)] == ["steps", "size", "response_format", "prompt"]
 
 
@@ -150,8 +150,8 @@ BODIES = {
     "deeply nested": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", ""),
     "a bad size": (b'{"prompt": "a", "size": "big"}', "size must be WIDTHxHEIGHT"),
     "an empty prompt": (b'{"prompt": " "}', "prompt must be"),
-    "a long prompt": (json.dumps({"prompt": "a cat " * 500}).encode(), "tokens"),
-    "a longer one": (json.dumps({"prompt": "a" * 5000}).encode(), "prompt"),
+    "far too long a prompt": (json.dumps({"prompt": "a" * 33_000}).encode(), "prompt"),
+    "half a character": (b'{"prompt": "a \\ud800 cat"}', "prompt"),
     "NaN": (b'{"prompt": "a", "seed": NaN}', ""),
 }
 
@@ -208,7 +208,7 @@ def test_many_at_once_are_neither_lost_nor_mixed(server) -> None:
                 answer = http.post("/v1/images/generations", json=body)
                 if answer.status_code != 429:
                     break
-                assert answer.headers["retry-after"] == "1"
+                assert float(answer.headers["retry-after"]) >= 1
             assert answer.status_code == 200, answer.text
             return base64.b64decode(answer.json()["data"][0]["b64_json"])
 

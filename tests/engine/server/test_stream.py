@@ -89,7 +89,6 @@ BAD = [
     ('{"seq": 1, "prompt": "a", "size": "8x8"}', "draws 64x64"),
     ('{"seq": 1, "prompt": "a", "format": "gif"}', "format"),
     ('{"seq": 1, "prompt": "a", "sead": 3}', "sead"),
-    ('{"seq": 1, "prompt": "' + "a " * 1900 + '"}', "tokens"),
     ("[" * 30_000, "no JSON"),
     ("nul\x00l", "no JSON"),
 ]

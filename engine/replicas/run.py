@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ...core.errors import EngineError, RequestError, missing_extra
-from .settings import RaySettings
+from ..server.settings import ServerSettings
 
 ENVIRONMENT = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__package__}.ray_app:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__package__}.application:middlewares",
     "RAY_DEDUP_LOGS": "0",  # one line per request, as without Ray
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 are too few where the replicas load at the same time
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody, unless the user wants it
@@ -38,29 +38,29 @@ for name, value in (ENVIRONMENT if cluster() else ENVIRONMENT | OWN_RAY).items()
     os.environ.setdefault(name, value)  # read when ray is imported
 
 try:
-    import grpc
     import ray
     from ray import serve
     from ray.exceptions import RayError
 except ImportError:
     raise missing_extra("ray", "ray") from None
 
-from .ray_app import NAME, QUIET, deployment  # noqa: E402
+from .application import NAME, QUIET, deployment  # noqa: E402
 
 CONNECT_TIMEOUT = 3  # seconds, until somebody answers at RAY_ADDRESS
 PER_REPLICA = 16  # requests and open WebSockets of a replica, above which another is started
 
 
-def run(settings: RaySettings, *, host: str, port: int, replicas: int | None = None, ready: Callable[[], None]) -> None:
+def run(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, in a Ray of its own, or in the cluster that RAY_ADDRESS names; what was accepted is
-    drawn before it ends. replicas: None scales with the load, up to one per GPU, or per machine where there is none.
-    ready: called once requests are answered. Raises RequestError for what the machines cannot hold, EngineError where no
-    replica starts, KeyboardInterrupt for a signal before `ready`.
+    drawn before it ends. Without settings.replicas, as many as the load needs, up to one per GPU, or per machine where there
+    is none. ready: called once requests are answered. Raises RequestError for what the machines cannot hold, EngineError where
+    no replica starts, KeyboardInterrupt for a signal before `ready`.
     """
-    settings.check(here=cluster() is None)
-    with _ray(host, port):
+    settings.check_model(here=cluster() is None)
+    settings.fetch_model()
+    with _ray(settings.host, settings.port):
         machines = sum(bool(node["Alive"]) for node in ray.nodes())
-        options = placement(ray.cluster_resources(), machines, settings, replicas)
+        options = placement(ray.cluster_resources(), machines, settings)
         try:
             serve.run(deployment(settings, **options), name=NAME)
         except RuntimeError:
@@ -82,7 +82,7 @@ def _interrupt() -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _signals_deferred() -> Iterator[None]:
     """A signal waits until this is over; Ray's own handler is kept out. `ray.init` cut short leaves processes for a minute."""
     came, real = threading.Event(), signal.signal
     _on_signals(came.set)
@@ -96,11 +96,10 @@ def _undisturbed() -> Iterator[None]:
         _interrupt()
 
 
-def placement(
-    resources: Mapping[str, float], machines: int, settings: RaySettings, replicas: int | None
-) -> dict[str, Any]:
+def placement(resources: Mapping[str, float], machines: int, settings: ServerSettings) -> dict[str, Any]:
     """How many replicas, and what each is given of the cluster's resources: a GPU where there are any, else a share of the
     processors. Raises RequestError where they do not fit."""
+    replicas = settings.replicas
     cpus, gpus = resources.get("CPU", 1), int(resources.get("GPU", 0))
     on_gpu = gpus > 0 and settings.device != "cpu"
     most = gpus if on_gpu else machines
@@ -124,7 +123,7 @@ def _reason() -> str:
 
 
 def check_address(address: str) -> None:
-    """That a Ray answers there and lets us in; Ray itself would try for 40 seconds. Raises RequestError."""
+    """That somebody listens there; Ray itself would try for 40 seconds. Raises RequestError."""
     if address == "auto":  # Ray looks for it on this machine, and says at once where there is none
         return
     host, _, port = address.rpartition(":")
@@ -132,27 +131,9 @@ def check_address(address: str) -> None:
         raise RequestError(f"RAY_ADDRESS must be HOST:PORT as `ray start` says it, auto or local, got {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
-        reason = _refusal(address)
     except OSError as error:
         reason = error.strerror or error
-    if reason:
-        raise RequestError(f"no Ray answers at RAY_ADDRESS={address} ({reason}); unset it to start one here")
-
-
-def _refusal(address: str) -> str:
-    """Why Ray's first call there would fail; "" if it would not, or only its own library can tell."""
-    if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return ""
-    try:
-        with grpc.insecure_channel(address) as channel:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=CONNECT_TIMEOUT)
-    except grpc.RpcError as error:
-        code = error.code() if isinstance(error, grpc.Call) else None
-        if code == grpc.StatusCode.UNAUTHENTICATED and os.environ.get("RAY_AUTH_MODE") != "token":
-            return "it wants a token: set RAY_AUTH_MODE=token"
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return "something else does"
-    return ""
+        raise RequestError(f"no Ray answers at RAY_ADDRESS={address} ({reason}); unset it to start one here") from None
 
 
 @contextmanager
@@ -164,7 +145,7 @@ def _ray(host: str, port: int) -> Iterator[None]:
     with ExitStack() as ends:
         ends.callback(ray.shutdown)
         try:
-            with _undisturbed():
+            with _signals_deferred():
                 ray.init(address or "local", logging_level=logging.WARNING, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise EngineError(f"Ray does not start: {str(error).splitlines()[0]}") from None

@@ -10,13 +10,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...core.errors import missing_extra
-from .app import Holder, check_ready, create_app
-from .logs import configure
-from .metrics import Metrics
-from .ray_proxy import SecondTry
-from .settings import RaySettings
+from ..server.access import refuse
+from ..server.app import create_app
+from ..server.logs import configure
+from ..server.metrics import Metrics
+from ..server.settings import ServerSettings
 
 try:
     import ray
@@ -29,6 +30,7 @@ except ImportError:
 NAME = "imagine-flash"
 OPEN_REQUESTS = 1000  # of one replica, open WebSockets among them; its engine's own queue refuses before
 PUBLISHED_EVERY = 5.0  # seconds
+SERVICE_RESTART = 1012
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # the application logs every request itself
 
 
@@ -39,25 +41,26 @@ class Replica:
 
     def check_health(self) -> None:
         """Raises EngineError where /readyz is 503: Ray then puts another replica in its place."""
-        holder: Holder = self.app.state.holder
-        check_ready(holder)
+        self.app.state.model.check_ready()
 
 
 def application(args: dict[str, Any]) -> Application:
-    """The deployment, as the import_path of a Serve config names it; args: the fields of RaySettings. Raises RequestError."""
-    return deployment(RaySettings(**args))
+    """The deployment, as the import_path of a Serve config names it; args: the options of `imagine-flash serve`. Raises
+    RequestError."""
+    return deployment(ServerSettings(**args))
 
 
-def deployment(settings: RaySettings, **options: Any) -> Application:
+def deployment(settings: ServerSettings, **options: Any) -> Application:
     """The deployment; options: of `serve.deployment`, such as num_replicas. A replica that is to end draws what it has
     accepted; WebSockets, which do not end by themselves, are closed with it after 10 seconds."""
+    settings = settings.model_copy(update={"image_urls": "data"})  # another replica may be asked for a stored one
 
     def build() -> FastAPI:
-        configure()
+        configure(settings.log_level, settings.log_format)
         share = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
-        engine = settings.model_copy(update={"threads": settings.threads or share or None}).load()
+        engine = settings.model_copy(update={"threads": settings.threads or share or None}).load_engine()
         engine.warm_up()
-        app = create_app(engine, settings.server())
+        app = create_app(engine, settings)
         threading.Thread(target=publish, args=(app.state.metrics,), daemon=True).start()
         return app
 
@@ -76,7 +79,37 @@ def deployment(settings: RaySettings, **options: Any) -> Application:
 
 def middlewares() -> list[Middleware]:
     """Of Ray's proxies, where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function."""
-    return [Middleware(SecondTry)]
+    return [Middleware(Unanswered)]
+
+
+class Unanswered:
+    """ASGI middleware. Ray's proxy says nothing where a replica ended before its answer, which uvicorn makes a bare 500, and
+    closes a WebSocket without a reason: here these are a 503 with Retry-After, and a 1012, so that clients ask again."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        said = ""  # the type of the last message, of either side where it is the client's end
+
+        async def heard() -> Message:
+            nonlocal said
+            message = await receive()
+            said = message["type"] if message["type"].endswith(".disconnect") else said
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal said
+            if message["type"] == "http.response.start" and message["status"] == 503:
+                message["headers"] = [*message["headers"], (b"retry-after", b"1")]
+            said = message["type"]
+            await send(message)
+
+        await self.app(scope, heard, answer)
+        if scope["type"] == "http" and not said:
+            await refuse(scope, answer, 503, "no_replica", "the replica that drew it ended; try again in a moment")
+        elif scope["type"] == "websocket" and said in ("websocket.accept", "websocket.send", ""):
+            await send({"type": "websocket.close", "code": SERVICE_RESTART})
 
 
 def publish(metrics: Metrics) -> None:

@@ -3,65 +3,55 @@
 An answer of 200 is the server's fault, as is 5xx, or silence where an answer is due.
 """
 
-from __future__ import annotations
-
 import json
 import socket
 import struct
-import time
 from collections import Counter
 from typing import BinaryIO
 
-from ...core.errors import ImagineFlashError
-from ..harness import FEWEST_ROUNDS, Case, case_of
-from ..pictures import drawn_by_torch
-from .bench import Bench
-from .clients import Answer, HttpClient
-from .malformed import Malformed, handshake, malformed
+import httpx
+import pytest
 
-BEFORE, BETWEEN = "before", "between malformed requests"
+from imagine_flash.engine.server.schemas import ImageRequest
+from imagine_flash.tests.engine.server.malformed import KINDS, Malformed, handshake, malformed
+
 SILENCE = 20.0  # seconds without the answer that is due
 HUNG_UP = "hung up"  # the client did, in the middle of something, or the server before it had read all of too much
 
 
-def fuzz(bench: Bench, count: int) -> Case:
-    """So many malformed requests and frames in turn, a good request on a new connection after every 100th; and as many
-    good ones before, to compare with. Raises ImagineFlashError for one that is not refused as it should be."""
-    _, (request, _) = min(drawn_by_torch(bench.folder, bench.engine.artifact).items())
-    every = min(100, count // FEWEST_ROUNDS)
-    drawn: dict[str, list[tuple[float, Answer]]] = {BEFORE: [], BETWEEN: []}
-
-    def draw() -> tuple[float, Answer]:
-        started = time.perf_counter()
-        with HttpClient(bench.server.port) as client:
-            answer = client.draw(request)
-        return time.perf_counter() - started, answer
-
-    draw()
-    drawn[BEFORE] = [draw() for _ in range(count // every)]
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_each_is_refused_and_good_requests_are_answered_between(server, count: int) -> None:
     outcomes: Counter[str] = Counter()
-    for number, sent in enumerate(malformed(count, seed=0), 1):
-        outcomes[outcome(bench.server.port, sent)] += 1
-        if number % every == 0:
-            drawn[BETWEEN].append(draw())
-    if bench.server.process.poll() is not None:
-        raise ImagineFlashError(f"the server ended: {bench.server.last_words()}")
-    checks = {
-        name: bench.check([answer.pixels() for _, answer in own], [request] * len(own)) for name, own in drawn.items()
-    }
-    case = case_of(
-        {name: [seconds for seconds, _ in own] for name, own in drawn.items()},
-        baseline=BEFORE,
-        checks=checks,
-        case=bench.about("malformed requests", requests=count),
-    )
-    return case.with_extra({BETWEEN: {name: outcomes[name] for name in sorted(outcomes)}})
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        for number, sent in enumerate(malformed(count, seed=0), 1):
+            outcomes[outcome(server.port, sent)] += 1
+            if number % 100 == 0:
+                answer = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1, "seed": number})
+                assert answer.status_code == 200
+    assert server.process.poll() is None and "Traceback" not in server.log.read_text()
+    assert {"400", "413", "closed 1002", "error message"} < outcomes.keys(), outcomes
+
+
+def test_the_same_seed_makes_the_same_malformed_requests() -> None:
+    assert list(malformed(60, 3)) == list(malformed(60, 3)) != list(malformed(60, 4))
+
+
+def test_no_json_of_a_malformed_request_could_be_drawn() -> None:
+    """9e18 once was a "huge number", and is a seed like any other."""
+    for sent in list(malformed(600 * len(KINDS), 5))[:: len(KINDS)]:
+        body = sent.data.partition(b"\r\n\r\n")[2]
+        try:
+            found = ImageRequest.model_validate(json.loads(body))
+        except (ValueError, RecursionError):
+            continue
+        assert sent.what == "impossible value", sent
+        assert found.size not in (None, "64x64") or found.steps == 999 or not found.prompt.strip()
 
 
 def outcome(port: int, sent: Malformed) -> str:
     """What the server does: "400" and the like, "closed 1002" and the like, "error message" or HUNG_UP.
 
-    Raises ImagineFlashError for anything that is neither a refusal nor allowed silence.
+    Fails for anything that is neither a refusal nor allowed silence.
     """
     try:
         with socket.create_connection(("127.0.0.1", port), SILENCE) as connection, connection.makefile("rb") as reader:
@@ -72,7 +62,7 @@ def outcome(port: int, sent: Malformed) -> str:
         found = f"no answer in {SILENCE:g} s"
     refused = found == "error message" or found.startswith("closed 1") or (len(found) == 3 and found[0] == "4")
     if not (refused or (found == HUNG_UP and not sent.answer_due)):
-        raise ImagineFlashError(f"{sent.what} was answered with {found!r}; the bytes begin with {sent.data[:300]!r}")
+        pytest.fail(f"{sent.what} was answered with {found!r}; the bytes begin with {sent.data[:300]!r}")
     return found
 
 

@@ -1,0 +1,59 @@
+"""One client asks for 64 pictures in a loop: what that does to another, who asks for one at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from http.client import HTTPConnection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event, Thread
+
+from ..harness import Case, case_of
+from ..pictures import drawn_by_torch
+from .bench import Bench
+from .clients import GENERATIONS, NO_ANSWER_AFTER, Answer, HttpClient, serving
+
+ALONE, BESIDE = "alone", "beside a greedy client"
+GREEDY, MODEST = "greedy-client-of-bench", "modest-client-of-bench"  # their keys
+
+
+def beside_a_greedy_client(bench: Bench, rounds: int) -> Case:
+    """Seconds of one picture in the most steps, alone and while somebody with another key has 64 drawn again and again."""
+    request, _ = drawn_by_torch(bench.folder, bench.engine.artifact)[max(bench.engine.steps)]
+    with ExitStack() as opened:
+        keys = Path(opened.enter_context(TemporaryDirectory())) / "keys"
+        keys.write_text(f"{GREEDY}\n{MODEST}\n")
+        backend = bench.engine.backend.name
+        server = opened.enter_context(serving(bench.folder, backend, "--api-key-file", str(keys), max_queue=64))
+        seconds: dict[str, list[float]] = {ALONE: [], BESIDE: []}
+        answers: dict[str, list[Answer]] = {ALONE: [], BESIDE: []}
+        with HttpClient(server.port, MODEST) as client:
+            client.draw(request)
+            for name in (ALONE, BESIDE):
+                over = Event()
+                other = Thread(target=_ask_for_much, args=(server.port, over))
+                if name == BESIDE:
+                    other.start()
+                    time.sleep(0.5)
+                for _ in range(rounds):
+                    started = time.perf_counter()
+                    answers[name].append(client.draw(request))
+                    seconds[name].append(time.perf_counter() - started)
+                over.set()
+                if name == BESIDE:
+                    other.join()
+    checks = {name: bench.check([one.pixels() for one in own[:3]], [request] * 3) for name, own in answers.items()}
+    about = bench.about("a greedy client", steps=max(bench.engine.steps), pictures=64)
+    return case_of(seconds, baseline=ALONE, checks=checks, case=about)
+
+
+def _ask_for_much(port: int, over: Event) -> None:
+    connection = HTTPConnection("127.0.0.1", port, timeout=NO_ANSWER_AFTER)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {GREEDY}"}
+    while not over.is_set():
+        connection.request("POST", GENERATIONS, json.dumps({"prompt": "a fox", "n": 64}), headers)
+        if (answer := connection.getresponse()).read() and answer.status == 429:
+            time.sleep(0.05)
+    connection.close()

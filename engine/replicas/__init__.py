@@ -1,0 +1,1 @@
+"""Several servers of one engine each behind one address, by Ray Serve."""

@@ -1,0 +1,96 @@
+"""Who asks: by their key, or without keys by their address; and how much they may have."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from limits import RateLimitItem, parse_many
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from starlette.types import Scope
+
+from ...core.errors import BusyError
+from ..work import Client
+from .settings import ServerSettings
+
+KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
+
+
+class QuotaError(BusyError):
+    """A client has had the pictures of its quota. after: seconds until there are more."""
+
+    def __init__(self, message: str, after: float) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+@dataclass(frozen=True)
+class KnownClient(Client):
+    """One that was let in. label: the name of its key, in the log and in metrics; "" without keys."""
+
+    label: str = ""
+    quotas: tuple[RateLimitItem, ...] = ()
+
+
+class Clients:
+    """Those of one server."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._keys = settings.api_keys
+        self._quota = settings.quota
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def identify(self, scope: Scope, headers: Mapping[str, str]) -> KnownClient | None:
+        """None where a key is wanted and none is given; the names of the headers in lower case."""
+        if not self._keys:
+            return KnownClient(_network((scope.get("client") or ("",))[0]), quotas=_parsed(self._quota))
+        given = _given_key(headers).encode()
+        same = [
+            hmac.compare_digest(given, key.key.encode()) for key in self._keys
+        ]  # all of them: the time says nothing
+        if True not in same:
+            return None
+        number = same.index(True)
+        key = self._keys[number]
+        name = key.name or f"key {number + 1}"
+        return KnownClient(name, key.weight, name, _parsed(key.quota or self._quota))
+
+    def check(self, client: KnownClient, pictures: int) -> None:
+        """Raises QuotaError where a client may not have so many now."""
+        for quota in client.quotas:
+            if not self._limiter.test(quota, client.name, cost=pictures):
+                reset, left = self._limiter.get_window_stats(quota, client.name)
+                message = f"the quota of {quota} pictures has {left} left, {pictures} were asked for; try again later"
+                raise QuotaError(message, reset - time.time())
+
+    def count(self, client: KnownClient, pictures: int) -> None:
+        """Pictures that a client was given."""
+        for quota in client.quotas:
+            self._limiter.hit(quota, client.name, cost=pictures)
+
+
+def _given_key(headers: Mapping[str, str]) -> str:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip()
+    offered = [part.strip() for part in headers.get("sec-websocket-protocol", "").split(",")]
+    return next((part.removeprefix(KEY_PROTOCOL) for part in offered if part.startswith(KEY_PROTOCOL)), "")
+
+
+@cache
+def _parsed(quota: str | None) -> tuple[RateLimitItem, ...]:
+    return tuple(parse_many(quota)) if quota else ()
+
+
+def _network(address: str) -> str:
+    """An address, of IPv6 the network that one customer has."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((found, 64), strict=False)) if found.version == 6 else address

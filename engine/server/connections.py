@@ -1,0 +1,145 @@
+"""uvicorn's HTTP connections with what it has no settings for: an end to headers, how many there are, half-closed ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import time
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .logs import SERVER
+
+MOST_HEADER_BYTES = 65_536  # of a request's line and headers
+MOST_HEADER_SECONDS = 10.0  # from their first byte to their last
+LOOK_EVERY = 0.25  # seconds, whether a client that has stopped sending is still there
+SAY_EVERY = 10.0  # seconds
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+LOG = logging.getLogger(SERVER)
+
+
+class Connection(HttpToolsProtocol):
+    """Closed where its request does not begin within the keep-alive time, or its headers do not end. Where too many are open,
+    the one goes that has been without a whole request for longest; slow ones keep nobody out."""
+
+    most: ClassVar[int] = 1024
+    unasked: ClassVar[dict[Connection, None]] = {}  # without a whole request, the longest first
+    _said: ClassVar[float] = 0.0
+
+    _timer: asyncio.TimerHandle | None = None
+    _in_headers, _bytes, _half_closed = False, 0, False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self._make_room()
+        self.unasked[self] = None
+        self._close_in(self.timeout_keep_alive)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.unasked.pop(self, None)
+        self._close_in(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_headers and not self.transport.is_closing():
+            self._bytes += len(data)
+            if self._bytes > MOST_HEADER_BYTES:
+                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers, self._bytes = True, 0
+        self._close_in(MOST_HEADER_SECONDS)
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._close_in(None)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self.unasked.pop(self, None)
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.cycle.response_complete:
+            self.unasked[self] = None
+
+    def handle_websocket_upgrade(self) -> None:
+        self.unasked.pop(self, None)
+        super().handle_websocket_upgrade()
+
+    def send_400_response(self, msg: str) -> None:
+        LOG.warning("invalid request of %s", (self.client or ("nobody",))[0])
+        super().send_400_response(msg)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Who sends no more may still read: `nc` and scripts do. Who has closed altogether looks the same until they are sent
+        something, so they are: an interim answer, which clients skip."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or not hasattr(select, "poll"):
+            return False
+        cycle.keep_alive = False
+        if not cycle.response_started and cycle.scope["http_version"] == "1.1":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._look_whether_there()
+        return True
+
+    def _look_whether_there(self) -> None:
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), 0)  # errors and hang-ups are always told
+        if poll.poll(0):
+            self.transport.abort()
+        elif not self.cycle.response_complete:
+            self._close_in(None)
+            self._timer = self.loop.call_later(LOOK_EVERY, self._look_whether_there)
+
+    def _make_room(self) -> None:
+        cls = type(self)
+        if time.monotonic() > cls._said + SAY_EVERY:
+            cls._said = time.monotonic()
+            LOG.warning(
+                "%d connections are open, the most there may be: the slowest is closed for each new one", self.most
+            )
+        oldest = next(iter(self.unasked), None)
+        if oldest is None:
+            self.transport.write(FULL)
+            self.transport.close()
+        else:
+            oldest.transport.abort()
+
+    def _close_in(self, seconds: float | None) -> None:
+        """None: not any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
+
+
+def at_most(connections: int) -> type[Connection]:
+    """The protocol of one server; fewer where the system gives this process fewer files, so that accepting never fails."""
+    return type("Connection", (Connection,), {"most": min(connections, _files() - SPARE_FILES), "unasked": {}})
+
+
+SPARE_FILES = 64  # of the model, its workers, the log
+
+
+def _files() -> int:
+    """That this process may open, raised as far as it may raise it."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 2**30
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != soft:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (min(hard, 2**20) if hard != resource.RLIM_INFINITY else 2**16, hard)
+            )
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**30 if soft == resource.RLIM_INFINITY else soft

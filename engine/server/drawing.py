@@ -1,0 +1,134 @@
+"""From what a client asks for to files of pictures: the part that every door of the server shares."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
+
+from ...core.errors import RequestError
+from ...folders.manifests import Size, size_name
+from ..engine import Engine
+from ..pictures.files import beside, encode, resize
+from ..pictures.uploads import UploadReader
+from ..request import GenerateRequest
+from ..work import Drawing, GenerateResult, Prepared
+from .clients import Clients, KnownClient
+from .metrics import Metrics
+from .model import ServedModel
+from .schemas import OPENAI_MODELS
+from .settings import ServerSettings
+
+MOST_SCALED = 2**26  # pixels of one answer that are not the model's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be drawn, and how it is handed over. size: of the pictures, where it is not what the model draws."""
+
+    request: GenerateRequest
+    client: KnownClient
+    size: Size | None = None
+    kind: str = "png"
+    quality: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Studio:
+    """What the routes draw with."""
+
+    def __init__(self, model: ServedModel, settings: ServerSettings, clients: Clients, metrics: Metrics) -> None:
+        self.model, self.settings, self.clients, self.metrics = model, settings, clients, metrics
+        self.uploads = UploadReader(settings.max_pixels)
+
+    @property
+    def engine(self) -> Engine:
+        """Raises EngineError while there is none."""
+        return self.model.engine
+
+    def knows(self, name: str | None) -> bool:
+        """Whether a request for the model of that name is answered here."""
+        return name in (None, self.engine.manifest.name, *self.settings.alias) or bool(
+            OPENAI_MODELS.fullmatch(name or "")
+        )
+
+    def size(self, asked: Size | None, count: int) -> tuple[Size, Size | None]:
+        """The size to draw, and the one to scale to: of the model's sizes the one whose shape is nearest, the largest of them.
+        Raises RequestError."""
+        sizes = self.engine.sizes
+        if asked is None or asked in sizes:
+            return asked or sizes[0], None
+        if asked[0] * asked[1] * count > MOST_SCALED:
+            raise RequestError(f"{count} pictures of {size_name(asked)} are too much at once; ask for fewer", param="n")
+        shape = np.log(asked[0] / asked[1])
+        return min(
+            sizes, key=lambda size: (round(abs(np.log(size[0] / size[1]) - shape), 3), -size[0] * size[1])
+        ), asked
+
+    async def prepare(self, wish: Wish) -> Prepared:
+        """A request made ready. Raises RequestError, PlanError, QuotaError."""
+        self.clients.check(wish.client, wish.request.count)
+        _, size = self.engine.check(wish.request)
+        return await beside(lambda: self.engine.prepare(wish.request), 3 * size[0] * size[1] * wish.request.count)
+
+    def start(self, prepared: Prepared, client: KnownClient) -> Drawing:
+        """Raises BusyError."""
+        return self.engine.start(prepared, client=client)
+
+    async def draw(self, wish: Wish, request: Request) -> GenerateResult:
+        """Its pictures; a client that hangs up cancels the work."""
+        drawing = asyncio.wrap_future(self.start(await self.prepare(wish), wish.client))
+        gone = asyncio.ensure_future(_disconnected(request))
+        gone.add_done_callback(lambda _: drawing.cancel())
+        try:
+            return self.drawn(await drawing, wish.client)
+        except asyncio.CancelledError:
+            if not drawing.cancelled() or not gone.done():
+                raise  # the server's own end
+            raise HTTPException(499, "the client hung up") from None
+        finally:
+            gone.cancel()
+
+    def drawn(self, result: GenerateResult, client: KnownClient) -> GenerateResult:
+        """Counts it."""
+        self.clients.count(client, len(result.images))
+        self.metrics.observe(result, client.label)
+        self.model.line.drawn(result)
+        return result
+
+    async def files(self, result: GenerateResult, wish: Wish) -> list[bytes]:
+        """The pictures as files of the kind and size that were asked for."""
+        pixels: NDArray[np.uint8] = result.images
+
+        def work() -> list[bytes]:
+            sized = pixels if wish.size is None else [resize(one, wish.size) for one in pixels]
+            return [encode(one, wish.kind, wish.quality) for one in sized]
+
+        return await beside(work, pixels.nbytes if wish.size is None else 3 * wish.size[0] * wish.size[1] * len(pixels))
+
+
+def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:
+    """What was not done as asked, a sentence each."""
+    found = list(wish.warnings)
+    if wish.size is not None:
+        found.append(
+            f"drawn at {size_name((result.images.shape[1], result.images.shape[2]))} and scaled to {size_name(wish.size)}"
+        )
+    if result.cut:
+        found.append(f"the prompt is longer than this model reads; left out: {result.cut[:200]}")
+    return found
+
+
+def client_of(request: Any) -> KnownClient:
+    """Who sends it, as the access check found."""
+    return request.scope.get("state", {}).get("client") or KnownClient("")
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,107 @@
+"""The engine of a server, once it is there: a server listens before its model is loaded, and says so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from ...core.errors import EngineError, ImagineFlashError, LoadingError
+from ..engine import Engine
+from ..request import GenerateRequest
+from ..work import GenerateResult
+from .logs import SERVER
+
+PROBE_EVERY = 5.0  # seconds
+RECENTLY = 10.0  # seconds, in which the pace of drawing is measured
+FAILURES = 3  # in a row: the server is not ready
+LOG = logging.getLogger(SERVER)
+
+
+class ServedModel:
+    """An engine, or what loads one: then it is loaded in the background, and closed with the server."""
+
+    def __init__(self, engine: Engine | Callable[[], Engine]) -> None:
+        self._engine = engine if isinstance(engine, Engine) else None
+        self._load = None if isinstance(engine, Engine) else engine
+        self._failure = ""
+        self._probed = -PROBE_EVERY
+        self.line = WaitingLine()
+
+    @property
+    def engine(self) -> Engine:
+        """Raises LoadingError while there is none, EngineError if there will be none."""
+        if self._engine is None:
+            raise (
+                EngineError(self._failure)
+                if self._failure
+                else LoadingError("the model is still being loaded; try again in a moment")
+            )
+        return self._engine
+
+    async def load(self) -> None:
+        """Load and warm what is to be loaded; a failure is logged, and said to whoever asks."""
+        if self._load is None:
+            return
+        try:
+            engine = await asyncio.to_thread(self._load)
+            await asyncio.to_thread(engine.warm_up)
+            self._engine = engine
+            LOG.info(engine.describe())
+        except Exception as error:
+            ours = isinstance(error, ImagineFlashError)
+            self._failure = f"the model could not be loaded: {error if ours else repr(error)}"
+            LOG.error(self._failure, exc_info=None if ours else error)
+
+    async def close(self) -> None:
+        """Of an engine that was loaded here."""
+        if self._load is not None and self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+            self._engine = None
+
+    def check_ready(self) -> None:
+        """Raises EngineError while there is no engine, and after three failures of the backend in a row until it draws again."""
+        failing = self.engine.stats().failed_in_a_row
+        if failing >= FAILURES:
+            self._probe()
+            raise EngineError(f"the last {failing} requests failed in the backend")
+
+    def _probe(self) -> None:
+        """Has a failing engine draw something, every few seconds, since nobody else may ask it any more."""
+        if time.monotonic() >= self._probed + PROBE_EVERY:
+            self._probed = time.monotonic()
+            with suppress(ImagineFlashError):
+                self.engine.submit(GenerateRequest(prompt="a", steps=self.engine.steps[0], timeout=PROBE_EVERY))
+
+    def retry_after(self, pictures: int = 1) -> float:
+        """Seconds after which somebody who was refused finds room, if those refused before come back as they were told."""
+        return self.line.join(self.engine.stats().waiting if self._engine is not None else 0, pictures)
+
+
+class WaitingLine:
+    """When whoever was refused shall come back: one after the other, as fast as pictures are drawn."""
+
+    def __init__(self) -> None:
+        self._drawn: deque[tuple[float, int]] = deque(maxlen=256)  # when, how many
+        self._end = 0.0  # of the line, by the monotonic clock
+
+    def drawn(self, result: GenerateResult) -> None:
+        self._drawn.append((time.monotonic(), len(result.images)))
+
+    def join(self, waiting: int, pictures: int) -> float:
+        """1 to 60 seconds: clients of OpenAI's API believe no more."""
+        now = time.monotonic()
+        recent = [(when, count) for when, count in self._drawn if when > now - RECENTLY]
+        drawn = sum(count for _, count in recent[1:])
+        pace = (recent[-1][0] - recent[0][0]) / drawn if drawn else 0.0  # seconds per picture
+        self._end = max(self._end, now + waiting * pace) + pictures * pace
+        return min(max(self._end - now, 1.0), 60.0)
+
+
+def retry_headers(seconds: float) -> dict[str, str]:
+    """Whole seconds as HTTP has it, and milliseconds as OpenAI's clients prefer them."""
+    return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(round(1000 * seconds))}

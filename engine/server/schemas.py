@@ -1,0 +1,138 @@
+"""Requests and answers as the OpenAI API has them, with fields of our own beside."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ...core.errors import RequestError
+from ...folders.manifests import Size
+from ..pictures.files import Format
+from ..request import MAX_COUNT, MAX_SEED
+
+MAX_PROMPT = 32_000  # characters; the model reads fewer, and says what it left out
+MAX_SIDE = 4096  # of a picture that is scaled to what was asked for
+OPENAI_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
+IGNORED = (
+    "user", "quality", "style", "background", "moderation", "input_fidelity", "guidance_scale", "negative_prompt",
+)  # fmt: skip
+Text = Annotated[str | None, Field(max_length=4000, description="taken and ignored")]
+
+
+class ImageRequest(BaseModel):
+    """The body of /v1/images/generations: OpenAI's fields, then ours. Null is as if it was not there; fields of others that have
+    no meaning here are taken and named in the header x-ignored, unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
+    model: str | None = Field(default=None, max_length=200, description="this one, an alias, or a name of OpenAI's")
+    n: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    size: str | None = Field(
+        default=None, max_length=20, description="WIDTHxHEIGHT or auto; others than the model's are scaled to"
+    )
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Format | None = None
+    output_compression: int | None = Field(default=None, ge=0, le=100, description="of jpeg and webp")
+    stream: bool | None = Field(default=None, description="server-sent events")
+    partial_images: int | None = Field(
+        default=None, ge=0, le=3, description="with stream: more than 0 sends the picture in one step first"
+    )
+    seed: int | None = Field(default=None, ge=-1, le=MAX_SEED, description="-1 is a random one; picture i has seed + i")
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000, description="another name of steps")
+    user: Text = None
+    quality: Text = None
+    style: Text = None
+    background: Text = None
+    moderation: Text = None
+    negative_prompt: Text = None
+    guidance_scale: float | None = Field(default=None, description="taken and ignored: it is distilled into the model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None and (value != "" or name == "prompt")}
+
+    @property
+    def ignored(self) -> list[str]:
+        """The fields that were given and have no meaning here."""
+        return [name for name in IGNORED if getattr(self, name, None) is not None]
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Of a GenerateRequest."""
+        seed = None if self.seed == -1 else self.seed
+        return {
+            "prompt": self.prompt,
+            "count": self.n or 1,
+            "steps": self.steps or self.num_inference_steps,
+            "seed": seed,
+        }
+
+
+class EditRequest(ImageRequest):
+    """The form of /v1/images/edits; likewise."""
+
+    image: UploadFile | None = Field(default=None, description="PNG, JPEG or WebP")
+    images: list[UploadFile] | None = Field(default=None, alias="image[]", description="the same, as a list of one")
+    mask: UploadFile | None = Field(default=None, description="transparent or white is drawn anew")
+    strength: float | None = Field(default=None, gt=0, le=1)
+    input_fidelity: Text = None
+
+
+class ImageData(BaseModel):
+    """One picture: base64, or where it is."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImageResponse(BaseModel):
+    """OpenAI's response; what follows `size` is ours. timings: seconds by stage; warnings: what was not done as asked."""
+
+    created: int
+    data: list[ImageData]
+    output_format: Format
+    size: str
+    steps: int
+    timings: dict[str, float]
+    unknown_words: list[str]
+    replaced_words: dict[str, str]
+    warnings: list[str]
+
+
+class Model(BaseModel):
+    """A model as OpenAI lists it, and what it draws. vocabulary: the words that it knows, where it lists them."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "imagine-flash"
+    sizes: list[str]
+    steps: list[int]
+    backend: str
+    vocabulary: list[str]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def size_of(text: str | None) -> Size | None:
+    """(height, width) of a size such as 512x768; None for none or auto. Raises RequestError."""
+    if text is None or text == "auto":
+        return None
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not found or not 1 <= min(int(found[1]), int(found[2])) <= max(int(found[1]), int(found[2])) <= MAX_SIDE:
+        raise RequestError(
+            f"size must be WIDTHxHEIGHT up to {MAX_SIDE}, such as 512x512, or auto, got {text!r}", param="size"
+        )
+    return int(found[2]), int(found[1])

@@ -1,0 +1,26 @@
+"""Pictures that have an address for an hour."""
+
+from __future__ import annotations
+
+import secrets
+
+from cachetools import TTLCache
+
+KEPT_FOR = 3600  # seconds
+
+
+class StoredPictures:
+    """Files by names that nobody guesses, for an hour; the oldest go where there is no room. max_bytes: of all of them."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._files: TTLCache[str, bytes] = TTLCache(max_bytes, KEPT_FOR, getsizeof=len)
+
+    def keep(self, file: bytes, kind: str) -> str:
+        """Its name."""
+        name = f"{secrets.token_urlsafe(24)}.{kind}"
+        if len(file) <= self._files.maxsize:
+            self._files[name] = file
+        return name
+
+    def find(self, name: str) -> bytes | None:
+        return self._files.get(name)

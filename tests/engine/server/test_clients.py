@@ -1,0 +1,216 @@
+"""Clients that people have, as they are: OpenAI's in Python and Node, LangChain's wrapper, what Open WebUI and LibreChat send."""
+
+import base64
+import concurrent.futures
+import io
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+
+def picture(data: str | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [("1024x1024", (1024, 1024)), ("1792x1024", (1792, 1024)), ("auto", (64, 64)), ("64x64", (64, 64))],
+)
+def test_another_size_is_drawn_at_the_models_and_scaled(
+    client: openai.OpenAI, size: str, drawn: tuple[int, int]
+) -> None:
+    """It was refused, and every client's default is one of OpenAI's sizes."""
+    raw = client.images.with_raw_response.generate(prompt="a cat", size=size, extra_body={"seed": 7})  # type: ignore[arg-type]
+    body = raw.parse()
+    assert body.data and picture(body.data[0].b64_json or "").size == drawn
+    assert body.size == f"{drawn[0]}x{drawn[1]}"  # type: ignore[comparison-overlap]
+    assert raw.headers.get("x-drawn-size") == (None if drawn == (64, 64) else "64x64")
+    assert any("scaled to" in one for one in body.warnings) == (drawn != (64, 64))  # type: ignore[attr-defined]
+
+
+def test_a_picture_has_a_url_for_an_hour(client: openai.OpenAI, http: httpx.Client) -> None:
+    got = client.images.generate(
+        prompt="a cat", model="dall-e-2", n=2, extra_body={"seed": 7}
+    )  # where OpenAI's default is a URL
+    assert got.data is not None and all(one.url and one.b64_json is None for one in got.data)
+    first, second = (http.get(one.url or "") for one in got.data)
+    assert first.headers["content-type"] == "image/png" and picture(first.content).size == (64, 64)
+    assert first.content != second.content
+    same = client.images.generate(prompt="a cat", model="gpt-image-1", extra_body={"seed": 7})
+    assert same.data and base64.b64decode(same.data[0].b64_json or "") == first.content
+    assert http.get("/pictures/none.png").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "model", ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "chatgpt-image-latest", None]
+)
+def test_openais_models_are_this_one(client: openai.OpenAI, model: str | None) -> None:
+    assert client.images.generate(prompt="a cat", model=model).data
+
+
+def test_what_is_ignored_is_named(client: openai.OpenAI) -> None:
+    raw = client.images.with_raw_response.generate(
+        prompt="a cat",
+        quality="hd",
+        style="vivid",
+        background="transparent",
+        moderation="low",
+        user="somebody",
+        extra_body={"guidance_scale": 7.5, "negative_prompt": "blurry", "num_inference_steps": 2, "seed": -1},
+    )
+    ignored = set(raw.headers["x-ignored"].split(", "))
+    assert ignored == {"quality", "style", "background", "moderation", "user", "guidance_scale", "negative_prompt"}
+    assert raw.parse().steps == 2  # type: ignore[attr-defined]
+
+
+def test_nulls_are_absent(http: httpx.Client) -> None:
+    names = ("model", "n", "size", "response_format", "output_format", "user", "seed", "steps", "stream", "quality")
+    answer = http.post("/v1/images/generations", json={"prompt": "a cat", **dict.fromkeys(names)})
+    assert answer.status_code == 200, answer.text
+
+
+def test_compression_is_that_of_the_file(client: openai.OpenAI) -> None:
+    def size(quality: int) -> int:
+        got = client.images.generate(
+            prompt="a cat", output_format="jpeg", output_compression=quality, extra_body={"seed": 7}
+        )
+        assert got.data
+        return len(got.data[0].b64_json or "")
+
+    assert size(5) < size(95)
+
+
+def test_a_stream_of_events_ends_with_the_picture(client: openai.OpenAI) -> None:
+    whole = client.images.generate(prompt="a cat", extra_body={"seed": 7})
+    events = list(client.images.generate(prompt="a cat", stream=True, partial_images=1, extra_body={"seed": 7}))
+    assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
+    assert whole.data and events[-1].b64_json == whole.data[0].b64_json != events[0].b64_json
+    (only,) = client.images.generate(prompt="a cat", stream=True, extra_body={"seed": 7})
+    assert only.b64_json == events[-1].b64_json
+    start = png(np.full((64, 64, 3), 90, np.uint8))
+    edited = list(
+        client.images.edit(image=start, prompt="a cat", stream=True, partial_images=2, extra_body={"seed": 7})
+    )
+    assert [event.type for event in edited] == ["image_edit.partial_image", "image_edit.completed"]
+    with pytest.raises(openai.BadRequestError, match="steps must be"):
+        client.images.generate(prompt="a cat", stream=True, extra_body={"steps": 9})
+
+
+def test_a_long_prompt_is_cut_with_a_warning(client: openai.OpenAI) -> None:
+    got = client.images.generate(prompt="a cat " * 2000, extra_body={"seed": 7})
+    assert any("longer than this model reads" in one for one in got.warnings)  # type: ignore[attr-defined]
+
+
+def test_many_calls_at_once_with_the_clients_own_retries(start_server, tiny_artifact: Path) -> None:
+    """Most of them failed: all were told to come again in a second, and met the same queue."""
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--max-queue", "32")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+
+        def draw(seed: int) -> bool:
+            try:
+                return bool(client.images.generate(prompt="a cat", extra_body={"seed": seed}).data)
+            except openai.RateLimitError:
+                return False
+
+        with concurrent.futures.ThreadPoolExecutor(150) as pool:
+            assert sum(pool.map(draw, range(150))) >= 145
+
+
+OPEN_WEBUI = {"model": "dall-e-3", "prompt": "a cat", "n": 1, "size": "1024x1024", "response_format": "b64_json"}
+LIBRECHAT = {
+    "model": "dall-e-3",
+    "prompt": "a cat",
+    "n": 1,
+    "size": "1024x1792",
+    "quality": "standard",
+    "style": "vivid",
+}
+LIBRECHAT_GPT = {
+    "model": "gpt-image-1",
+    "prompt": "a cat",
+    "n": 1,
+    "background": "auto",
+    "output_format": "webp",
+    "output_compression": 100,
+    "quality": "auto",
+    "size": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    "body", [OPEN_WEBUI, LIBRECHAT, LIBRECHAT_GPT], ids=["Open WebUI", "LibreChat", "LibreChat's GPT Image"]
+)
+def test_what_chat_programs_send(http: httpx.Client, body: dict) -> None:
+    """As their sources have it: open_webui/routers/images.py, app/clients/tools/structured/DALLE3.js and OpenAIImageTools.js."""
+    answer = http.post("/v1/images/generations", json=body, headers={"authorization": "Bearer none"})
+    (one,) = answer.json()["data"]
+    file = http.get(one["url"]).content if "url" in one else base64.b64decode(one["b64_json"])
+    wanted = (64, 64) if body["size"] == "auto" else tuple(map(int, body["size"].split("x")))
+    assert picture(file).size == wanted
+
+
+def test_what_librechat_sends_to_edit(http: httpx.Client) -> None:
+    file = ("image[]", ("a.png", png(np.full((64, 64, 3), 90, np.uint8)), "image/png"))
+    form = {"model": "gpt-image-1", "prompt": "a cat", "quality": "auto", "size": "auto"}
+    answer = http.post("/v1/images/edits", files=[file], data=form)
+    assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"]
+
+
+def test_langchains_wrapper(server) -> None:
+    wrapper = pytest.importorskip(
+        "langchain_community.utilities.dalle_image_generator", reason="langchain-community is not installed"
+    )
+    urls = wrapper.DallEAPIWrapper(base_url=f"{server.url}/v1", api_key="none", n=2).run("a cat").split("\n")
+    assert [picture(httpx.get(url).content).size for url in urls if url] == [(1024, 1024)] * 2
+
+
+NODE = """
+import OpenAI, { toFile } from "openai";
+const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none" });
+const one = await client.images.generate({ model: "gpt-image-1", prompt: "a cat", size: "1024x1024" });
+const url = await client.images.generate({ model: "dall-e-3", prompt: "a cat" });
+const events = [];
+const stream = await client.images.generate({ prompt: "a cat", stream: true, partial_images: 1 });
+for await (const event of stream) events.push(event.type);
+const file = await toFile(Buffer.from(one.data[0].b64_json, "base64"), "a.png", { type: "image/png" });
+const edit = await client.images.edit({ image: file, prompt: "a cat" });
+console.log(JSON.stringify([one.data[0].b64_json.length > 1000, url.data[0].url, events, edit.data[0].b64_json.length > 1000]));
+"""
+
+
+@pytest.mark.slow
+def test_openais_client_for_node(server, tmp_path: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None or subprocess.run([npm, "install", "--prefix", tmp_path, "openai"], capture_output=True).returncode:
+        pytest.skip("needs npm and its registry")
+    (tmp_path / "draw.mjs").write_text(NODE)
+    done = subprocess.run(
+        ["node", "draw.mjs", f"{server.url}/v1"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'true,"{server.url}/pictures/' in done.stdout and done.stdout.strip().endswith(",true]")
+    assert '["image_generation.partial_image","image_generation.completed"]' in done.stdout
