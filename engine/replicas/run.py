@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ...core.errors import EngineError, RequestError, missing_extra
+from ...folders.hub import local_folder
 from ..server.settings import ServerSettings
 
 ENVIRONMENT = {
@@ -57,7 +58,8 @@ def run(settings: ServerSettings, *, ready: Callable[[], None]) -> None:
     no replica starts, KeyboardInterrupt for a signal before `ready`.
     """
     settings.check_model(here=cluster() is None)
-    settings.fetch_model()
+    if settings.model is not None:
+        local_folder(settings.model)  # a hub id's files, once instead of by every replica
     with _ray(settings.host, settings.port):
         machines = sum(bool(node["Alive"]) for node in ray.nodes())
         options = placement(ray.cluster_resources(), machines, settings)

@@ -7,10 +7,10 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
 from ...core.errors import EngineError, missing_extra
 from ...folders.manifests import IMAGE_ENCODER
 from ..engine import Engine
@@ -65,7 +65,7 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
 
     app = FastAPI(
         title="Imagine Flash",
-        version=_version(),
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -141,10 +141,3 @@ def _operations(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _version() -> str:
-    try:
-        return version("imagine-flash")
-    except PackageNotFoundError:
-        return "0"

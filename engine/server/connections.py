@@ -104,9 +104,7 @@ class Connection(HttpToolsProtocol):
         cls = type(self)
         if time.monotonic() > cls._said + SAY_EVERY:
             cls._said = time.monotonic()
-            LOG.warning(
-                "%d connections are open, the most there may be: the slowest is closed for each new one", self.most
-            )
+            LOG.warning("%d connections are open, the most there may be: a new one ends the slowest", self.most)
         oldest = next(iter(self.unasked), None)
         if oldest is None:
             self.transport.write(FULL)
@@ -134,12 +132,10 @@ def _files() -> int:
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return 2**30
+        return 2**20
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != soft:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE, (min(hard, 2**20) if hard != resource.RLIM_INFINITY else 2**16, hard)
-            )
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**30 if soft == resource.RLIM_INFINITY else soft
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**20)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        soft = max(soft, most)
+    return 2**20 if soft == resource.RLIM_INFINITY else soft

@@ -51,6 +51,12 @@ class Studio:
         """Raises EngineError while there is none."""
         return self.model.engine
 
+    @property
+    def vocabulary(self) -> dict[str, list[str]]:
+        """What the model can draw, in groups of words; empty for one that knows every word."""
+        words = sorted(word for word in self.engine.tokenizer.known_words if word.isalnum())
+        return self.engine.manifest.vocabulary or ({"words": words} if words else {})
+
     def knows(self, name: str | None) -> bool:
         """Whether a request for the model of that name is answered here."""
         return name in (None, self.engine.manifest.name, *self.settings.alias) or bool(

@@ -18,12 +18,12 @@ from starlette.responses import StreamingResponse
 from ...core.errors import ImagineFlashError, RequestError
 from ...folders.manifests import size_name
 from ..pictures.files import beside
+from ..pictures.stored import StoredPictures
 from ..request import GenerateRequest
 from ..work import GenerateResult
 from .drawing import Studio, Wish, client_of, warnings_of
 from .errors import ErrorBody, error_body, status_of
 from .schemas import EditRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
-from .stored import StoredPictures
 
 MultiPartParser.spool_max_size = 2**40  # uploads stay in memory, whose limit is `max_memory`, and never reach a disk
 ERRORS: dict[int | str, str] = {
@@ -94,16 +94,10 @@ def images_router(studio: Studio) -> APIRouter:
 def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> Wish:
     (height, width), scaled = studio.size(size_of(asked.size), asked.n or 1)
     values = {**asked.drawing, "height": height, "width": width, "timeout": studio.settings.timeout, **further}
+    kind, quality = asked.output_format or "png", asked.output_compression
     warnings = [f"{name} has no meaning here" for name in asked.ignored]
-    kind = asked.output_format or "png"
-    return Wish(
-        request=GenerateRequest(**values),
-        client=client,
-        size=scaled,
-        kind=kind,
-        quality=asked.output_compression,
-        warnings=warnings,
-    )
+    request = GenerateRequest(**values)
+    return Wish(request=request, client=client, size=scaled, kind=kind, quality=quality, warnings=warnings)
 
 
 async def _answer(
@@ -199,5 +193,5 @@ def _model(studio: Studio) -> Model:
         sizes=[size_name(size) for size in engine.sizes],
         steps=engine.steps,
         backend=engine.backend.describe(),
-        vocabulary=sorted(engine.tokenizer.known_words),
+        vocabulary=studio.vocabulary,
     )

@@ -16,10 +16,8 @@ from ..request import MAX_COUNT, MAX_SEED
 MAX_PROMPT = 32_000  # characters; the model reads fewer, and says what it left out
 MAX_SIDE = 4096  # of a picture that is scaled to what was asked for
 OPENAI_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
-IGNORED = (
-    "user", "quality", "style", "background", "moderation", "input_fidelity", "guidance_scale", "negative_prompt",
-)  # fmt: skip
-Text = Annotated[str | None, Field(max_length=4000, description="taken and ignored")]
+IGNORED = "taken and ignored"
+Text = Annotated[str | None, Field(max_length=4000, description=IGNORED)]
 
 
 class ImageRequest(BaseModel):
@@ -31,16 +29,12 @@ class ImageRequest(BaseModel):
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
     model: str | None = Field(default=None, max_length=200, description="this one, an alias, or a name of OpenAI's")
     n: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    size: str | None = Field(
-        default=None, max_length=20, description="WIDTHxHEIGHT or auto; others than the model's are scaled to"
-    )
+    size: str | None = Field(default=None, max_length=20, description="WIDTHxHEIGHT, scaled to if need be, or auto")
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
     output_compression: int | None = Field(default=None, ge=0, le=100, description="of jpeg and webp")
     stream: bool | None = Field(default=None, description="server-sent events")
-    partial_images: int | None = Field(
-        default=None, ge=0, le=3, description="with stream: more than 0 sends the picture in one step first"
-    )
+    partial_images: int | None = Field(default=None, ge=0, le=3, description="streamed before: one step's, if not 0")
     seed: int | None = Field(default=None, ge=-1, le=MAX_SEED, description="-1 is a random one; picture i has seed + i")
     steps: int | None = Field(default=None, ge=1, le=1000)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000, description="another name of steps")
@@ -50,7 +44,7 @@ class ImageRequest(BaseModel):
     background: Text = None
     moderation: Text = None
     negative_prompt: Text = None
-    guidance_scale: float | None = Field(default=None, description="taken and ignored: it is distilled into the model")
+    guidance_scale: float | None = Field(default=None, description=IGNORED)
 
     @model_validator(mode="before")
     @classmethod
@@ -62,18 +56,14 @@ class ImageRequest(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """The fields that were given and have no meaning here."""
-        return [name for name in IGNORED if getattr(self, name, None) is not None]
+        fields = type(self).model_fields.items()
+        return [name for name, field in fields if field.description == IGNORED and getattr(self, name) is not None]
 
     @property
     def drawing(self) -> dict[str, Any]:
         """Of a GenerateRequest."""
-        seed = None if self.seed == -1 else self.seed
-        return {
-            "prompt": self.prompt,
-            "count": self.n or 1,
-            "steps": self.steps or self.num_inference_steps,
-            "seed": seed,
-        }
+        steps, seed = self.steps or self.num_inference_steps, None if self.seed == -1 else self.seed
+        return {"prompt": self.prompt, "count": self.n or 1, "steps": steps, "seed": seed}
 
 
 class EditRequest(ImageRequest):
@@ -109,7 +99,7 @@ class ImageResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """A model as OpenAI lists it, and what it draws. vocabulary: the words that it knows, where it lists them."""
+    """A model as OpenAI lists it, and what it draws. vocabulary: the words that it knows, in groups, where it lists them."""
 
     id: str
     object: Literal["model"] = "model"
@@ -118,7 +108,7 @@ class Model(BaseModel):
     sizes: list[str]
     steps: list[int]
     backend: str
-    vocabulary: list[str]
+    vocabulary: dict[str, list[str]]
 
 
 class ModelList(BaseModel):

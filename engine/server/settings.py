@@ -15,7 +15,6 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ...core.checked import Checked
 from ...core.errors import RequestError
-from ...folders.hub import local_folder
 from ..engine import Engine
 from ..loading import LoadOptions, check_loading
 
@@ -160,11 +159,6 @@ class ServerSettings(Checked):
         if here and self.threads is not None and self.threads > most:
             raise RequestError(f"threads: must be 1 to {most}, the processors of this machine, got {self.threads}")
         check_loading(self.model, self.loading)
-
-    def fetch_model(self) -> None:
-        """A hub id's files, once instead of by every replica. Raises ArtifactError."""
-        if self.model is not None:
-            local_folder(self.model)
 
 
 def read_settings(file: Path | None, given: Mapping[str, Any]) -> ServerSettings:

@@ -174,7 +174,7 @@ class _Connection:
             "steps": engine.steps,
             "formats": list(FORMATS),
             "backend": engine.backend.describe(),
-            "vocabulary": sorted(engine.tokenizer.known_words),
+            "vocabulary": self.studio.vocabulary,
         }
 
 

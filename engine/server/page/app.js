@@ -101,7 +101,7 @@ stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
   refusals = 0;
   seconds = header.timings.total - (header.timings.queue ?? 0);
   say(stream.state);
-  unknown(header.unknown_words);
+  unknown(header.unknown_words, header.cut);
   if (!settling) settle(); // it was drawn slowly
   const shown = await new Promise((painted) => requestAnimationFrame(() => painted(performance.now())));
   if (picture.shown?.header === header) figures.shown(spent, { key: mine.at, sent: mine.sent, received: at, shown });
@@ -122,6 +122,7 @@ stream.addEventListener("ready", ({ detail }) => {
   hello = detail;
   fillSteps();
   fillSizes();
+  fillVocabulary();
   if (keyed) prompt.focus();
   keyed = false;
   find("model").textContent = `${hello.model} · ${hello.backend}`;
@@ -133,10 +134,11 @@ stream.addEventListener("state", () => say(stream.state, stream.why));
 // Saying
 
 /** Below the text: that the seed is none, or words that the model never saw, but for the one that is being typed. */
-function unknown(words) {
+function unknown(words, cut = "") {
   const typing = asked.typed && performance.now() - asked.sent < SETTLED ? prompt.value.split(/[\s,]/).at(-1) : "";
   const seen = words.filter((word) => word !== typing.toLowerCase());
   let text = seen.length ? `The model never saw: ${seen.join(", ")}` : "";
+  if (!text && cut) text = `Too long for the model, left out: ${cut}`;
   if (seed.ariaInvalid === "true") text = `A seed is a whole number, 0 to ${seed.max}`;
   if (note.textContent !== text) note.textContent = note.title = text; // the line may be too short for it
 }
@@ -145,7 +147,7 @@ function unknown(words) {
 function settle() {
   share();
   if (picture.shown?.header.seq !== asked.seq) return;
-  unknown(picture.shown.header.unknown_words);
+  unknown(picture.shown.header.unknown_words, picture.shown.header.cut);
   find("said").textContent = `Drawn: ${picture.shown.prompt}`;
   keep();
 }
@@ -211,6 +213,28 @@ function fillSizes() {
   if (hello.sizes.includes(before)) size.value = before;
   find("size-field").hidden = hello.sizes.length < 2;
   if (!picture.shown) picture.shape(size.value);
+}
+
+/** The words of a model that knows only some, in groups; a click adds one to the text. */
+function fillVocabulary() {
+  const groups = Object.entries(hello.vocabulary ?? {});
+  const lines = groups.map(([name, words]) => {
+    const line = document.createElement("p");
+    const buttons = words.map((word) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: word });
+      button.addEventListener("click", ({ timeStamp }) => {
+        prompt.value = `${prompt.value.trimEnd()} ${word}`.trimStart();
+        fit();
+        draw(timeStamp);
+      });
+      return button;
+    });
+    line.append(...(groups.length > 1 ? [Object.assign(document.createElement("b"), { textContent: name })] : []), ...buttons);
+    return line;
+  });
+  const place = find("vocabulary");
+  place.replaceChildren(place.firstElementChild, ...lines);
+  place.hidden = !lines.length;
 }
 
 /** As high as its text. */

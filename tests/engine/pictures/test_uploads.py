@@ -105,8 +105,8 @@ def repeated_scans(times: int, side: int = 4000) -> bytes:
 
 def animation(frames: int) -> bytes:
     file = io.BytesIO()
-    rest = [Image.new("RGB", (16, 16), (i % 256, 0, 0)) for i in range(1, frames)]
-    Image.new("RGB", (16, 16)).save(file, "WEBP", save_all=True, append_images=rest)
+    rest = [Image.new("RGB", (16, 16), (0, 3 * i, 0)) for i in range(1, frames)]
+    Image.new("RGB", (16, 16)).save(file, "WEBP", save_all=True, append_images=rest, lossless=True)
     return file.getvalue()
 
 
@@ -120,7 +120,7 @@ BOMBS = {
         lambda: png((b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000))), width=8, height=8),
         "no PNG, JPEG or WebP",
     ),
-    "repeated scans": (lambda: repeated_scans(100), "scans; at most 64"),
+    "repeated scans": (lambda: repeated_scans(100, 200), "scans; at most 64"),
     "many frames": (lambda: animation(80), "80 frames; at most 64"),
     "another format": (lambda: upload(Image.new("RGB", (8, 8)), "GIF"), "no PNG, JPEG or WebP"),
     "nothing": (lambda: b"", "no PNG, JPEG or WebP"),

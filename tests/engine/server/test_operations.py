@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from imagine_flash.core.errors import RequestError
-from imagine_flash.engine.server.settings import ApiKey, ServerSettings, read_keys
+from imagine_flash.engine.server.settings import ApiKey, ServerSettings, read_keys, read_settings
 from imagine_flash.tests.commands import fails
 
 KEY = "0123456789abcdef-key"
@@ -176,6 +176,83 @@ def test_what_ray_cannot_serve(tiny_artifact: Path) -> None:
     ):
         line = run("--ray", "--model", tiny_artifact, "--port", "0", *options, RAY_ADDRESS=address)
         assert says in line, line
+
+
+def test_a_settings_file_has_the_options_names(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        f"max-queue: 7\ntimeout: 5\nallow_origin: https://a.example\napi-keys: [{{key: {KEY}, name: ann, weight: 2}}]\n"
+    )
+    settings = read_settings(file, {"timeout": 9.0})
+    assert (settings.max_queue, settings.timeout, settings.allow_origin) == (7, 9.0, ("https://a.example",))
+    assert settings.api_keys == (ApiKey(key=KEY, name="ann", weight=2.0),)
+    for text, says in (
+        ("max-quue: 7", "there is no 'max_quue'; did you mean 'max_queue'?"),
+        ("max-queue: 0", "max_queue: Input should be greater than or equal to 1, got 0"),
+        ("- 1", "must hold names and values"),
+        ("a: [", "is no YAML"),
+        ("quota: many", "quota: must be NUMBER/minute"),
+        ("api-keys: [short-secret]", "key: must have 16 or more"),
+        ("replicas: 2", "replicas: go with ray"),
+        ("log-level: loud", "log_level: Input should be 'debug', 'info'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(RequestError) as error:
+            read_settings(file, {})
+        assert says in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+        assert "short-secret" not in str(error.value)
+    with pytest.raises(RequestError, match="cannot read"):
+        read_settings(tmp_path / "none", {})
+
+
+def test_the_options_defaults_are_the_settings() -> None:
+    import typer
+
+    from imagine_flash.cli import app
+
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    shown = {one.name: one.default for one in serve.params if one.name not in ("config", "quiet", "help")}
+    known = ServerSettings()
+    for name, default in shown.items():
+        assert (default or None) == (getattr(known, name) or None), name
+
+
+def test_keys_have_names_quotas_and_metrics(tiny_artifact: Path, tmp_path: Path, start_server) -> None:
+    file = tmp_path / "settings.yaml"
+    other = "fedcba9876543210"
+    file.write_text(f"api-keys:\n- {{key: {KEY}, name: ann, quota: 3/hour}}\n- {{key: {other}}}\nlog-format: text\n")
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--config", file)
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+
+        def draw(key: str, n: int) -> httpx.Response:
+            body = {"prompt": "a cat", "n": n, "steps": 1}
+            return http.post("/v1/images/generations", json=body, headers={"authorization": f"Bearer {key}"})
+
+        assert draw(KEY, 2).status_code == 200
+        refused = draw(KEY, 2)
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert "3 per 1 hour" in refused.json()["error"]["message"] and 1 <= int(refused.headers["retry-after"]) <= 7200
+        assert draw(KEY, 1).status_code == 200 and draw(other, 5).status_code == 200
+        counts = http.get("/metrics").text
+    assert 'imagine_flash_key_pictures_total{key="ann"} 3.0' in counts
+    assert 'imagine_flash_key_pictures_total{key="key 2"} 5.0' in counts
+    server.stop()
+    assert "POST /v1/images/generations 429" in server.log.read_text() and KEY not in server.log.read_text()
+
+
+def test_probes_are_not_in_the_log_and_invalid_requests_are_with_their_address(
+    start_server, tiny_artifact: Path
+) -> None:
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert httpx.get(server.url + path).status_code == 200
+    with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
+        raw.sendall(b"rubbish\r\n\r\n")
+        assert b" 400 " in raw.recv(1000)
+    server.stop()
+    log = server.log.read_text()
+    assert "/healthz" not in log and "/metrics" not in log and "invalid request of 127.0.0.1" in log
+    assert "Invalid HTTP request" not in log
 
 
 def test_origins_are_as_browsers_write_them() -> None:

@@ -55,6 +55,38 @@ def test_a_client_that_hangs_up_stops_its_work_in_one_line_of_the_log(http: http
         assert time.monotonic() < limit
 
 
+def test_who_has_only_stopped_sending_gets_the_answer(server) -> None:
+    """It was taken for somebody who had hung up."""
+    body = json.dumps({"prompt": "a cat", "steps": 1}).encode()
+    with raw_request(server, body, len(body)) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while more := connection.recv(9999):
+            answer += more
+    assert b"HTTP/1.1 200 OK" in answer and b"b64_json" in answer
+
+
+def test_a_body_that_drips_comes_to_an_end(start_server, tiny_artifact, tmp_path) -> None:
+    """One byte in eight seconds kept a connection open for ever."""
+    (tmp_path / "settings").write_text("body-timeout: 1\nmax-connections: 8\n")
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--config", tmp_path / "settings")
+    with raw_request(server, b"{", 1000) as connection:
+        answer, limit = b"", time.monotonic() + 20
+        while b"rest of the request" not in answer:
+            with suppress(OSError):
+                connection.sendall(b" ")
+            connection.settimeout(0.2)
+            with suppress(TimeoutError):
+                answer += connection.recv(2000)
+            assert time.monotonic() < limit
+    assert b" 408 " in answer and b"1 seconds without the rest" in answer
+    slow = [raw_request(server, b"{", 1000) for _ in range(20)]  # more than there may be: the slowest make room
+    assert httpx.get(f"{server.url}/healthz", timeout=10).text == "ok"
+    for connection in slow:
+        connection.close()
+    assert "8 connections are open, the most there may be" in server.log.read_text()
+
+
 def test_half_a_body_is_not_waited_for(start_server, tiny_artifact) -> None:
     server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--timeout", "1")
     with raw_request(server, b"{", 100) as connection:
