@@ -117,6 +117,11 @@ class ServerSettings(Checked):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "text"] = "json"
 
+    @classmethod
+    def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:
+        """As of any setting, but keys are never shown."""
+        return super().one_line(name, kind, message, value if name != "api_keys" else "them")
+
     @field_validator("allow_origin", "trusted_proxy", "alias", mode="before")
     @classmethod
     def _one_or_several(cls, given: Any) -> Any:

