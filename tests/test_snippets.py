@@ -141,7 +141,8 @@ def test_recipes_are_recipes(page: str, tmp_path: Path) -> None:
 
     for block in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(block.body, encoding="utf-8")
-        load_recipe(tmp_path / "recipe.yaml", TeacherRecipe if "autoencoder:" in block.body else DistillRecipe)
+        kind: Any = TeacherRecipe if "autoencoder:" in block.body else DistillRecipe
+        load_recipe(tmp_path / "recipe.yaml", kind)
 
 
 @pytest.mark.slow
