@@ -52,6 +52,13 @@ def note(line: str) -> None:
         typer.echo(line, err=True)
 
 
+def progress() -> Any:
+    """The console of progress bars, on standard error; --quiet silences it."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=_quiet)
+
+
 def examples(*lines: str) -> str:
     """What stands below a command's options in its help."""
     return "\n\n".join(["**Examples**", *(f"    $ imagine-flash {line}" for line in lines)])

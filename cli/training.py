@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import Font, Output, Quiet, flag, note, say, training, writable
+from .common import Font, Output, Quiet, flag, note, progress, say, training, writable
 
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="A built-in recipe or a YAML file.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+]
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
 
@@ -23,17 +26,20 @@ def train_teacher_command(
         Path | None,
         typer.Option(metavar="TEACHER", help="Begin with this teacher's weights, and keep its autoencoder."),
     ] = None,
+    device: Device = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a text-to-image teacher on emoji scenes, into a diffusers folder."""
     writable(out, make=True)
     training()
+    from ..distill.devices import use_device
     from ..distill.recipe import TeacherRecipe, load_recipe
     from ..distill.teacher import train_teacher
 
     settings = load_recipe(recipe, TeacherRecipe)
-    train_teacher(settings, out, start=start, font=font)
+    use_device(device)
+    train_teacher(settings, out, start=start, font=font, console=progress())
     say(str(out))
 
 
@@ -50,6 +56,7 @@ def distill_command(
     start: Annotated[
         Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights instead of the teacher's.")
     ] = None,
+    device: Device = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
@@ -57,17 +64,23 @@ def distill_command(
     writable(out, make=True)
     training()
     from ..distill.data.prompts import read_prompts
+    from ..distill.devices import use_device
     from ..distill.methods import load_distill_recipe
     from ..distill.student import distill
 
-    settings = load_distill_recipe(recipe)
-    distill(teacher, out, settings, prompts=read_prompts(prompts) if prompts else None, start=start, font=font)
+    settings, texts = load_distill_recipe(recipe), read_prompts(prompts) if prompts else None
+    use_device(device)
+    distill(teacher, out, settings, prompts=texts, start=start, font=font, console=progress())
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")
 
 
 def train_judge_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (safetensors).")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write (safetensors); the run is kept in OUT.run.")
+    ],
+    recipe: Recipe = "judge",
+    device: Device = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
@@ -76,9 +89,13 @@ def train_judge_command(
     if out.is_dir():
         raise ImagineFlashError(f"cannot write {out}: it is a folder; name a file such as {out / 'judge.safetensors'}")
     training()
-    from ..benchmarks.quality.judge import train_judge
+    from ..benchmarks.quality.judge import JudgeRecipe, train_judge
+    from ..distill.devices import use_device
+    from ..distill.recipe import load_recipe
 
-    figures = train_judge(out, font=font)
+    settings = load_recipe(recipe, JudgeRecipe)
+    use_device(device)
+    figures = train_judge(settings, out, font=font, console=progress())
     note(f"right on {figures['accuracy']['seen']['all']:.2%} of unseen scenes")
     say(str(out))
 
@@ -99,15 +116,28 @@ def evaluate_command(
         ),
     ] = None,
     output: Output = Path("evaluation"),
+    recipe: Recipe = "evaluation",
     split: Annotated[
-        str, typer.Option(metavar="NAME", help="validation: prompts to make choices on; test: prompts to report.")
-    ] = "test",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="validation: prompts to make choices on; test: prompts to report; by default the recipe's.",
+        ),
+    ] = None,
     count: Annotated[
-        int, typer.Option(metavar="INTEGER", help="Prompts of combinations seen in training, at least 258.")
-    ] = 10_000,
+        int | None,
+        typer.Option(
+            metavar="INTEGER",
+            help="Prompts of combinations seen in training, at least 258; by default the recipe's, 10,000.",
+        ),
+    ] = None,
     held_out: Annotated[
-        int, typer.Option(metavar="INTEGER", help="Prompts of combinations held out from training, at least 1.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            metavar="INTEGER",
+            help="Prompts of combinations held out from training, at least 1; by default the recipe's, 1,024.",
+        ),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(metavar="NUMBER", help="The teacher's guidance; by default that of the student's recipe."),
@@ -116,6 +146,7 @@ def evaluate_command(
         list[str] | None, typer.Option(metavar="NAME", help="Only this row of the table, by its name; may be repeated.")
     ] = None,
     teacher_only: Annotated[bool, flag("--teacher-only", help="Measure the teacher alone.")] = False,
+    device: Device = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
@@ -126,20 +157,29 @@ def evaluate_command(
     writable(output)
     training()
     teacher, student = teacher or _embedded("teacher"), student or (None if teacher_only else _embedded("student"))
-    from ..benchmarks.quality.evaluate import evaluate
+    from rich.console import Console
 
-    evaluate(
+    from ..benchmarks.quality.evaluate import EvaluationRecipe, evaluate
+    from ..benchmarks.quality.tables import as_rich
+    from ..distill.devices import use_device
+    from ..distill.recipe import load_recipe
+
+    settings = load_recipe(recipe, EvaluationRecipe)
+    record = evaluate(
         teacher,
         None if teacher_only else student,
         judge or _embedded("judge.safetensors"),
         output,
-        split=split,
-        count=count,
-        held_out=held_out,
-        guidance=guidance,
-        only=row,
+        split=split or settings.split,
+        count=settings.count if count is None else count,
+        held_out=settings.held_out if held_out is None else held_out,
+        guidance=settings.guidance if guidance is None else guidance,
+        only=row or list(settings.rows),
         font=font,
+        device=use_device(device),
+        console=progress(),
     )
+    Console().print(as_rich(record))
     say(f"{output}.json\n{output}.png")
 
 

@@ -187,12 +187,13 @@ def _asked_to_stop() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
+def fit(task: Task, settings: Fit, folder: Path, console: Console | None = None) -> dict[str, float]:
     """Train `task.module` in place and leave its EMA weights in it. Resumes from `folder`/checkpoints where there is one.
 
     Args:
         task: the network, its batches and its preview.
         settings: steps, optimiser, EMA and intervals.
+        console: of the progress bar; by default standard error.
         folder: the run's folder; `checkpoints/{task}.safetensors`, `previews/{task}-{step}.png` and `logs/{task}.csv` go there.
     Returns:
         {"steps", "seconds"} of all sittings, and "loss", the mean of the last hundred steps, where any were made.
@@ -205,7 +206,7 @@ def fit(task: Task, settings: Fit, folder: Path) -> dict[str, float]:
     log.parent.mkdir(parents=True, exist_ok=True)
     task.module.train()
     started = saved = time.monotonic()
-    progress = Progress(*_COLUMNS, console=Console(stderr=True), disable=not main)
+    progress = Progress(*_COLUMNS, console=console or Console(stderr=True), disable=not main)
     with _asked_to_stop() as stop, progress as bar, _single_threaded_worker() as ahead, log.open("a") as lines:
         shown = bar.add_task(task.name, total=last, completed=done)
         waiting = ahead.submit(run.batches, done)

@@ -104,6 +104,10 @@ class Model:
     denoiser: Denoiser
 
     @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.stages.latent_shape(self.stages.default_size)
 

@@ -73,7 +73,7 @@ def distill(
     device: Any = processes().device  # where accelerate puts the student
     teacher.to(device)
     task.uncond = tuple(u.to(device) for u in task.uncond)
-    figures = fit(task, recipe.fit, run)
+    figures = fit(task, recipe.fit, run, console)
     if processes().is_main_process:
         console.print(f"student: {figures}")
     sampler = method_named(recipe.method).sampler

@@ -216,7 +216,7 @@ def train_teacher(
     start: another teacher's folder; its autoencoder is kept, and the other networks begin with its weights where the shapes allow.
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
     """
-    console = console or Console()
+    console = console or Console(stderr=True)
     out = out.resolve()
     refuse_foreign(out, ())
     run = out.with_name(out.name + ".run")
@@ -227,7 +227,7 @@ def train_teacher(
         model = build_model(recipe, first.autoencoder)  # before the hours of training: it may not fit together
         first.autoencoder.decoder.requires_grad_(True)  # a model's stages are frozen
         run.mkdir(parents=True, exist_ok=True)
-        figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run)
+        figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run, console)
         console.print(f"autoencoder: {figures['autoencoder']}")
     else:
         earlier = load_model(start)
@@ -241,7 +241,7 @@ def train_teacher(
             model, run / "latents.safetensors", seed=recipe.seed, size=recipe.image_size, count=recipe.scenes, font=font
         )
     task = TeacherTask(recipe, model, latents, hash_folder(start) if start else "")
-    figures["teacher"] = fit(task, recipe.fit, run)
+    figures["teacher"] = fit(task, recipe.fit, run, console)
     console.print(f"teacher: {figures['teacher']}")
     save_pipeline(model, out)
     return figures

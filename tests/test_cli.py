@@ -195,7 +195,14 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
         (["train-teacher", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
         (["train-teacher", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
         (["train-judge", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
+        (["train-judge", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
+        (["train-judge", "{tmp}/out", "--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["evaluate", "{tmp}", "{tmp}", "--judge", "{tmp}/none", "-o", "{tmp}/e"], "train-judge"),
+        (
+            ["evaluate", "{tmp}", "{tmp}", "--judge", "{tmp}/none", "-o", "{tmp}/e", "--device", "cuda:99"],
+            "no 'cuda:99'",
+        ),
+        (["evaluate", "{tmp}", "{tmp}", "--recipe", "judge", "-o", "{tmp}/e"], "unknown key"),
     ],
 )
 def test_the_other_commands_refuse(

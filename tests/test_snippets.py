@@ -137,12 +137,15 @@ def test_commands_parse(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.title.endswith("yaml") for b in blocks(page))])
 def test_recipes_are_recipes(page: str, tmp_path: Path) -> None:
-    from imagine_flash.distill.recipe import DistillRecipe, TeacherRecipe, load_recipe
+    from imagine_flash.distill.methods import load_distill_recipe
+    from imagine_flash.distill.recipe import TeacherRecipe, load_recipe
 
     for block in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(block.body, encoding="utf-8")
-        kind: Any = TeacherRecipe if "autoencoder:" in block.body else DistillRecipe
-        load_recipe(tmp_path / "recipe.yaml", kind)
+        if "autoencoder:" in block.body:
+            load_recipe(tmp_path / "recipe.yaml", TeacherRecipe)
+        else:
+            load_distill_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.slow

@@ -7,32 +7,45 @@ import platform
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...core.errors import ImagineFlashError
 from ...core.sampler import DETERMINISTIC
 from ...distill.models import load_model
+from ...distill.recipe import Frozen, Positive
 from ...distill.reproducible import fingerprint
 from ...folders.files import atomic_file, hash_folder, sha256_file
 from ...folders.reading import read_student_manifest
 from .comparison import comparison_grid
-from .judge import FEATURES, Judge, load_judge
+from .judge import FEATURES, FEWEST, Judge, load_judge
 from .measure import Measured, PictureStore
 from .method import Method
 from .methods import table_of_methods
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread, unbiased_frechet_distance
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
-from .tables import REFERENCE, as_rich
+from .tables import REFERENCE
 
-FEWEST = 2 * (FEATURES + 1)
 RESAMPLES = 200
 NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 64, 8
+
+
+class EvaluationRecipe(Frozen):
+    """`evaluate`: on which prompts, and which rows of the table."""
+
+    split: str = "test"
+    count: Annotated[int, Field(ge=FEWEST)] = 10_000
+    held_out: Positive = 1024
+    guidance: Annotated[float, Field(gt=0)] | None = None  # of the teacher; none: that of the student's recipe
+    rows: tuple[str, ...] = ()  # by name; none: all
+
+
 _COLUMNS = (
     TextColumn("{task.description:46}"),
     BarColumn(),
@@ -54,12 +67,14 @@ def evaluate(
     guidance: float | None = None,
     only: list[str] | None = None,
     font: Path | None = None,
+    device: torch.device | str = "cpu",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure every row, print the table, write `out`.json and `out`.png; returns the record.
+    """Measure every row, write `out`.json and `out`.png; returns the record.
 
     split: "validation", on which choices are made, or "test", read once per committed model. only: names of rows, the
     teacher's at 25 steps among them always. Pictures are kept in `{out}.run`: the same call goes on where a killed one was.
+    console: of the progress bar; by default standard error.
     """
     if count < FEWEST or held_out < 1:
         raise ImagineFlashError(
@@ -68,11 +83,11 @@ def evaluate(
     if split not in SPLITS:
         raise ImagineFlashError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     judge, judged = load_judge(judge_file)
-    teacher = load_model(teacher_folder)
+    judge, teacher = judge.to(device), load_model(teacher_folder).to(device)
     student, plans, default, sampler = None, {}, 2.0, DETERMINISTIC
     if student_folder is not None:
         manifest = read_student_manifest(student_folder)
-        student, plans = load_model(student_folder), manifest.step_plans
+        student, plans = load_model(student_folder).to(device), manifest.step_plans
         sampler = manifest.sampler
         default = float(np.mean(manifest.recipe.get("guidance", [2.0])))
     weight = guidance if guidance is not None else default
@@ -82,7 +97,7 @@ def evaluate(
     hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
     store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
     seen, unseen = (draw_prompts(n, split=split, held_out=h) for n, h in ((count, False), (held_out, True)))
-    with Progress(*_COLUMNS, console=console, transient=True) as bar:
+    with Progress(*_COLUMNS, console=console or Console(stderr=True), transient=True) as bar:
         found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
     rows = compare(methods, found, judge)
     record = {
@@ -95,11 +110,10 @@ def evaluate(
         "sha256": hashes,
         "judge_accuracy": judged,
         "rows": rows,
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": str(device)},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }
     _write(record, methods, out)
-    (console or Console()).print(as_rich(record))
     return record
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -24,11 +27,12 @@ from ...distill.data.emoji import EmojiScenes
 from ...distill.data.rendering import rendered, to_signed
 from ...distill.data.vocabulary import AXES, BACKGROUND_NAMES, OBJECT_NAMES, PATTERN_NAMES
 from ...distill.fit import Task, fit
-from ...distill.recipe import Fit
+from ...distill.recipe import Fit, Frozen
 from ...distill.reproducible import Part, fingerprint, part_of, rows_of, seeded
 from ...folders.files import atomic_file
 
 FEATURES = 128
+FEWEST = 2 * (FEATURES + 1)  # pictures that a covariance of the features needs
 TOTAL_VARIANCE = (
     16_000.0  # about that of the first judge, which had no scale: its distances and later ones are of one size
 )
@@ -107,9 +111,10 @@ class Judge(nn.Module):
     def read(self, images: np.ndarray, batch: int = 256) -> tuple[np.ndarray, list[Scene]]:
         """(N, 64, 64, 3) uint8 -> features (N, 128) float64 and the scenes that it sees."""
         features, scenes = [], []
+        device = self.feature_scale.device
         for first in range(0, len(images), batch):
-            found, logits = self(to_signed(images[first : first + batch]))
-            features.append(found.double().numpy() * float(self.feature_scale))
+            found, logits = self(to_signed(images[first : first + batch]).to(device))
+            features.append(found.cpu().double().numpy() * float(self.feature_scale))
             scenes += _scenes(
                 {name: values.argmax(1).tolist() for name, values in logits.items()}, self.classes["second"] - 1
             )
@@ -194,30 +199,33 @@ def accuracy(judge: Judge, scenes: EmojiScenes, count: int, start: int = 0) -> d
     }
 
 
-DEFAULT_FIT = Fit(
-    steps=3000, batch=64, learning_rate=1.5e-3, warmup=100, ema_decay=0.995, mixed_precision="bf16", preview_every=0
-)
+class JudgeRecipe(Frozen):
+    """`train-judge`: how the judge is fitted, and how many scenes it is tested on and compares with."""
+
+    seed: Annotated[int, Field(ge=0)] = 11
+    test_scenes: Annotated[int, Field(ge=4)] = 4000  # seen ones; and a quarter as many held-out ones
+    reference_scenes: Annotated[int, Field(ge=FEWEST)] = 40_000  # what FD (judge) is measured against
+    fit: Fit
 
 
 def train_judge(
-    out: Path,
-    *,
-    font: Path | None = None,
-    settings: Fit = DEFAULT_FIT,
-    test_scenes: int = 4000,
-    reference_scenes: int = 40_000,
+    recipe: JudgeRecipe, out: Path, *, font: Path | None = None, console: Console | None = None
 ) -> dict[str, Any]:
     """Train the judge, test it on scenes of another seed, write `out` (safetensors, with the test's result inside)."""
-    task = JudgeTask(EmojiScenes(seed=11, font=font), EmojiScenes(seed=11, held_out=True, font=font), settings)
-    figures = fit(task, settings, out.with_name(out.name + ".run"))
+    seed, settings = recipe.seed, recipe.fit
+    task = JudgeTask(EmojiScenes(seed=seed, font=font), EmojiScenes(seed=seed, held_out=True, font=font), settings)
+    figures = fit(task, settings, out.with_name(out.name + ".run"), console)
     task.judge.half().float()  # as it will be loaded
+    console = console or Console(stderr=True)
+    console.print(f"reading {recipe.test_scenes} scenes that it has not seen")
     measured = {
-        "seen": accuracy(task.judge, EmojiScenes(seed=12, font=font), test_scenes),
-        "held_out": accuracy(task.judge, EmojiScenes(seed=12, held_out=True, font=font), test_scenes // 4),
+        "seen": accuracy(task.judge, EmojiScenes(seed=seed + 1, font=font), recipe.test_scenes),
+        "held_out": accuracy(task.judge, EmojiScenes(seed=seed + 1, held_out=True, font=font), recipe.test_scenes // 4),
     }
     judge = task.judge
-    reference = EmojiScenes(seed=13, font=font)
-    judge.refer_to(rendered(reference, reference_scenes, batch=500))
+    reference, batch = EmojiScenes(seed=seed + 2, font=font), min(500, recipe.reference_scenes)
+    batches = rendered(reference, recipe.reference_scenes, batch=batch)
+    judge.refer_to(track(batches, "reference scenes", recipe.reference_scenes // batch, console=console))
     state = judge.state_dict()
     weights = {
         name: (v if name.startswith(("reference", "feature_scale")) else v.half()).contiguous()

@@ -30,7 +30,7 @@ def reconstructions(model: Model, font: Path | None = None) -> Method:
 
     @torch.no_grad()
     def draw(prompts: Prompts) -> tuple[np.ndarray, Latents]:
-        latents = model.stages.image_encoder(torch.from_numpy(_scenes(prompts, font)))
+        latents = model.stages.image_encoder(torch.from_numpy(_scenes(prompts, font)).to(model.device))
         return model.decode(latents), latents
 
     return Method(name="autoencoder", network_calls=0, draw=draw)
@@ -58,8 +58,8 @@ def sampled(
     def draw(prompts: Prompts) -> tuple[np.ndarray, Latents]:
         text = model.embed(prompts.texts)
         uncond = model.embed_negative() if guidance is not None else None
-        noise = noise_of(prompts.seeds, model.latent_shape)
-        fresh = noises_of(prompts.seeds, model.latent_shape, table)
+        noise = noise_of(prompts.seeds, model.latent_shape).to(model.device)
+        fresh = [each.to(model.device) for each in noises_of(prompts.seeds, model.latent_shape, table)]
         latents = model.sample(noise, text, table, uncond=uncond, guidance=guidance or 1.0, noises=fresh)
         return model.decode(latents), latents
 
@@ -95,7 +95,7 @@ def solver_row(teacher: Model, solver: str, steps: int, guidance: float) -> Meth
         scheduler = classes[solver].from_config(teacher.stages.scheduler, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
         step = teacher.denoiser.guided(teacher.embed(prompts.texts), teacher.embed_negative(), guidance)
-        x = noise_of(prompts.seeds, teacher.latent_shape) * scheduler.init_noise_sigma
+        x = noise_of(prompts.seeds, teacher.latent_shape).to(teacher.device) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             x = scheduler.step(step(x, int(t)), t, x).prev_sample
         return teacher.decode(x), x

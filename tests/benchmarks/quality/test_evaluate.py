@@ -13,7 +13,8 @@ from imagine_flash.benchmarks.quality.prompts import ATTRIBUTES, draw_prompts, k
 from imagine_flash.benchmarks.quality.tables import as_markdown, more_as_markdown
 from imagine_flash.core.errors import ArtifactError, ImagineFlashError
 from imagine_flash.distill.data.captions import Caption, Scene
-from imagine_flash.distill.data.emoji import held_out_combinations
+from imagine_flash.distill.data.emoji import FONT_PLACES, held_out_combinations
+from imagine_flash.tests.commands import run
 
 SCENE = Scene(objects=("red heart", "dog"), axis="horizontal", background="pink", pattern="dots")
 SAID = Caption(
@@ -203,3 +204,17 @@ def test_an_unknown_row_names_the_known_ones(tiny_student: Path, untrained_judge
     with pytest.raises(ImagineFlashError, match="no row 'student'; there are: rendered scenes; "):
         evaluate(tiny_student, tiny_student, untrained_judge, tmp_path / "x", count=258, held_out=1, only=["student"])
     assert not (tmp_path / "x.run").exists()
+
+
+@pytest.mark.skipif(not any(Path(p).is_file() for p in FONT_PLACES), reason="no emoji font")
+def test_a_judge_by_a_recipe_from_the_command(tmp_path: Path) -> None:
+    """Its test and its reference are drawn, and its progress does not stand among the results."""
+    recipe, out = tmp_path / "small.yaml", tmp_path / "new" / "judge.safetensors"
+    recipe.write_text("test_scenes: 8\nreference_scenes: 258\nfit: {steps: 2, batch: 4, preview_every: 0}\n")
+    done = run("train-judge", out, "--recipe", recipe, "--device", "cpu")
+    assert done.returncode == 0 and done.stdout == f"{out}\n" and "reference scenes" in done.stderr, done
+    judge, accuracy = load_judge(out)
+    assert (
+        judge.reference_covariance.trace() == pytest.approx(16_000, rel=1e-3) and 0 <= float(accuracy["seen_all"]) <= 1
+    )
+    assert run("train-judge", out, "--recipe", recipe, "--quiet").stderr == ""
