@@ -136,13 +136,16 @@ def test_commands_parse(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.title.endswith("yaml") for b in blocks(page))])
-def test_recipes_are_recipes(page: str, tmp_path: Path) -> None:
+def test_recipes_and_settings_are_read(page: str, tmp_path: Path) -> None:
     from imagine_flash.distill.methods import load_distill_recipe
     from imagine_flash.distill.recipe import TeacherRecipe, load_recipe
+    from imagine_flash.engine.server.settings import read_settings
 
     for block in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(block.body, encoding="utf-8")
-        if "autoencoder:" in block.body:
+        if block.title == "settings.yaml":
+            read_settings(tmp_path / "recipe.yaml", {})
+        elif "autoencoder:" in block.body:
             load_recipe(tmp_path / "recipe.yaml", TeacherRecipe)
         else:
             load_distill_recipe(tmp_path / "recipe.yaml")
