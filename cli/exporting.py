@@ -58,6 +58,9 @@ def export_command(
     tiny_decoder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="An AutoencoderTiny to decode with instead.")
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The variant of the weights' files to read, such as fp16.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,6 +108,7 @@ def export_command(
         sizes=parse_sizes(sizes),
         batch=parse_batch(batch),
         tiny_decoder=tiny_decoder,
+        variant=variant,
         loras=tuple(map(parse_lora, lora or ())),
         psnr=min_psnr,
         error=max_error,

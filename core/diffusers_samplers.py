@@ -49,12 +49,12 @@ def plan_of(config: Mapping[str, Any], steps: int, pipeline: str = "") -> StepPl
         return _of_trained_steps(total, int(config.get("original_inference_steps") or 50), steps)
     if name == SCM_CLASS:  # angles of pi/2 at pure noise; the pipeline's middle one of two steps is 1.3
         angles = np.array([math.pi / 2, 1.3]) if steps == 2 else np.linspace(math.pi / 2, 0.0, steps + 1)[:-1]
-        return _of_sigmas(np.sin(angles) / (np.cos(angles) + np.sin(angles)), 1.0, total)
+        return plan_of_sigmas(np.sin(angles) / (np.cos(angles) + np.sin(angles)), 1.0, total)
     if name in (FLOW, FLOW_LCM):
         shift = float(config.get("shift", 1.0))
         least = 1.0 / steps if pipeline in EVEN else shifted(1.0 / total, shift)  # shifted, then all once more
         u = np.linspace(1.0, least, steps)
-        return _of_sigmas(shifted(u, shift), shift, total)
+        return plan_of_sigmas(shifted(u, shift), shift, total)
     spacing, offset = _spacing(config), int(config.get("steps_offset", 0))
     if spacing == "linspace":
         visited = np.linspace(0, total - 1, steps)[::-1]
@@ -100,7 +100,7 @@ def _of_trained_steps(total: int, trained: int, steps: int) -> StepPlan:
     return StepPlan(tuple(visited[np.floor(np.linspace(0, trained, steps, endpoint=False)).astype(int)].tolist()))
 
 
-def _of_sigmas(sigma: Any, shift: float, total: int) -> StepPlan:
+def plan_of_sigmas(sigma: Any, shift: float, total: int) -> StepPlan:
     """The indices, fractions included, at which a flow's table of that shift has these noise levels."""
     index = total * sigma / (shift - (shift - 1.0) * sigma) - 1.0
     return StepPlan(tuple(np.round(np.clip(index, 0.0, total - 1.0), 9).tolist()))

@@ -36,6 +36,7 @@ DTYPES: dict[int, str] = {
     TensorProto.UINT8: "uint8",
     TensorProto.BOOL: "bool",
 }
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 COUNTED = (
     "Attention",
     "GroupNormalization",
@@ -145,14 +146,22 @@ def _export(
 
 
 def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph:
-    """Moves large float32 initializers to the store, then strips names of files, stack traces and inferred shapes."""
+    """Moves large float initializers to the store, then strips names of files, stack traces and inferred shapes."""
     weights: dict[str, WeightRef] = {}
+    moved: set[str] = set()
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None, name
-        if tensor.dtype == ir.DataType.FLOAT and tensor.nbytes > INLINE_BYTES:
-            weights[name] = store.add(tensor.numpy())
-            value.const_value = ir.Tensor(np.zeros(0, np.float32), name=name)  # a place holder, dropped below
+        if tensor.dtype not in FLOATS or tensor.nbytes <= INLINE_BYTES:
+            continue
+        seen = {value.name: None} if tensor.dtype == ir.DataType.FLOAT else _widened(value)
+        for seen_name, axes in seen.items():
+            values = tensor.numpy()
+            weights[str(seen_name)] = store.add(
+                values if axes is None else np.ascontiguousarray(values.transpose(axes))
+            )
+        value.const_value = ir.Tensor(np.zeros(0, np.float32), name=name)  # a place holder, dropped below
+        moved.add(name)
     idle = {node.outputs[0].name for node in model.graph if _is_idle_squeeze(node)}
     masked = {node.outputs[0].name: rows for node in model.graph if (rows := _rows_of_mask(node)) > 1}
     proto = ir.to_proto(model)
@@ -160,6 +169,8 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         raise ArtifactError(f"torch left the function {proto.functions[0].name!r} in the graph; it must be plain ONNX")
     graph = onnx.GraphProto(name=proto.graph.name)
     for node in proto.graph.node:
+        if node.output[0] in weights:  # the Cast of a weight kept in half precision, or its Transpose
+            continue
         if node.domain not in ("", "ai.onnx"):
             raise ArtifactError(f"the graph uses {node.domain}.{node.op_type}, which is no standard ONNX operator")
         assert not any(attribute.HasField("g") for attribute in node.attribute), "subgraphs are not renamed"
@@ -179,8 +190,25 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         graph.input.append(_strip(value))
     for value in proto.graph.output:
         graph.output.append(_strip(value))
-    graph.initializer.extend(_strip(tensor) for tensor in proto.graph.initializer if tensor.name not in weights)
+    graph.initializer.extend(_strip(tensor) for tensor in proto.graph.initializer if tensor.name not in moved)
     return StageGraph(graph, weights, opset)
+
+
+def _widened(weight: ir.Value) -> dict[str | None, tuple[int, ...] | None]:
+    """The float32 values that a weight in half precision becomes, with the axes where it is transposed as well. The Casts
+    and Transposes go: the weight is stored as its readers see it. Raises ArtifactError for another reader."""
+    seen: dict[str | None, tuple[int, ...] | None] = {}
+    for cast, _ in weight.uses():
+        if cast.op_type != "Cast" or cast.attributes["to"].as_int() != ir.DataType.FLOAT:
+            raise ArtifactError(
+                f"torch reads the half weight {weight.name!r} in {cast.op_type}; it must be widened first"
+            )
+        for reader, _ in cast.outputs[0].uses():
+            if reader.op_type == "Transpose":
+                seen[reader.outputs[0].name] = tuple(reader.attributes["perm"].as_ints())
+            else:
+                seen[cast.outputs[0].name] = None
+    return seen
 
 
 def _strip(part: Any) -> Any:

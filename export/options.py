@@ -33,9 +33,9 @@ class ExportOptions(Checked):
     name: what the model is called; None takes the folder's. sizes: of the images, (height, width); the first is the default;
     None takes the student's. batch: the smallest and the largest that is checked and built for. steps: the plans; None
     takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an AutoencoderTiny folder that
-    replaces the student's decoder. loras: are added to its weights, in this
-    order. image_encoder: also the graph that drawing from a picture needs. prompts: what the
-    gate draws. psnr (dB) and error replace the precision's limits.
+    replaces the student's decoder. variant: of the student's files, such as fp16. loras: are added to its weights, in this
+    order. image_encoder: also the graph that drawing from a picture needs. prompts: what the gate draws. psnr (dB) and
+    error replace the precision's limits.
     """
 
     refusal = ArtifactError
@@ -49,6 +49,7 @@ class ExportOptions(Checked):
     forms: Forms = "both"
     tiny_decoder: Path | None = None
     loras: tuple[Lora, ...] = ()
+    variant: str | None = None
     prompts: tuple[str, ...] | None = None
     opset: int = 23
     psnr: float | None = Field(default=None, gt=0)

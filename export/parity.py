@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ..core.errors import ParityError, missing_extra
+from ..core.errors import ParityError
 from ..core.noise import initial_noise
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, sample
 from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..pipelines.stages import Stages
 from .ledger import Ledger, Limits
-from .weights import WEIGHTS_FILE
+from .sessions import GraphSession, Run
 
 SEEDS = (0, 1)
-LARGE = 200_000_000  # bytes of weights
 SATURATED = 0.99  # share of pixels at 0 or 255 beyond which an image shows nothing
-
-Run = Callable[..., list[NDArray[Any]]]  # run(*tensors) -> outputs
 
 
 @dataclass(frozen=True)
@@ -118,12 +109,12 @@ def check_parity(
         walked: dict[tuple[int, int], torch.Tensor] = {}
         name = manifest.graph_name("denoiser", size)
         progress(name)
-        with _session(graphs[name]) as run:
+        with GraphSession(graphs[name]) as run:
             for i in here:
                 walked |= {(i, n): x for n, x in _walk(run, name, ledger, manifest, cases[i], text[i]).items()}
         name = manifest.graph_name("decoder", size)
         progress(name)
-        with _session(graphs[name]) as run:
+        with GraphSession(graphs[name]) as run:
             for i in here:
                 for steps in manifest.plans:
                     ledger.compare_images(name, run(cases[i].latents[steps]), cases[i], steps)
@@ -132,7 +123,7 @@ def check_parity(
         name = manifest.graph_name(IMAGE_ENCODER, size)
         if name in graphs:
             progress(name)
-            with _session(graphs[name]) as run:
+            with GraphSession(graphs[name]) as run:
                 for i in here:
                     for steps, images in cases[i].images.items():
                         ledger.compare(name, "latents", run(images)[0], cases[i].encoded[steps], cases[i])
@@ -142,7 +133,7 @@ def check_parity(
                 if name not in graphs:
                     continue
                 progress(name)
-                with _session(graphs[name]) as run:
+                with GraphSession(graphs[name]) as run:
                     for i in here:
                         given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
                         ledger.compare_images(name, run(*given, cases[i].noise), cases[i], steps)
@@ -181,7 +172,7 @@ def _text(
     names = [spec.name for spec in manifest.graphs["text_encoder"].outputs]
     found = []
     progress("text_encoder")
-    with _session(graph) as run:
+    with GraphSession(graph) as run:
         for case in cases:
             got = run(*case.tokens.values())
             for name, value, expected in zip(names, got, case.conditions, strict=True):
@@ -208,51 +199,6 @@ def _walk(
         ledger.compare(loop, "latents", x_onnx.numpy(), case.latents[steps], case)
         walked[steps] = x_onnx
     return walked
-
-
-class _session:
-    """A graph's onnxruntime session as run(*tensors) -> outputs, closed at the end: large graphs do not fit side by side."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Run:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise missing_extra("onnxruntime", "cpu") from None
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        weights = self.path.parent / WEIGHTS_FILE
-        large = weights.stat().st_size > LARGE
-        options.enable_mem_reuse = large  # planning it is slow; its memory matters when large
-        options.add_session_config_entry("session.disable_prepacking", str(int(large)))  # a second copy of the weights
-        try:
-            session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's errors share no base of their own
-            raise ParityError(
-                f"onnxruntime does not load {self.path.name}: {' '.join(str(error).split())[:300]}"
-            ) from None
-        self._session = session
-        names = [value.name for value in session.get_inputs()]
-
-        def run(*tensors: torch.Tensor) -> list[NDArray[Any]]:
-            feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-            return [np.asarray(value) for value in self._session.run(None, feed)]
-
-        return run
-
-    def __exit__(self, *_: object) -> None:
-        del self._session
-        give_back_memory()
-
-
-def give_back_memory() -> None:
-    """Frees what is dead and hands it to the system: glibc would keep gigabytes of weights too small to be mapped singly."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
-    if trim is not None:
-        trim(0)
 
 
 def _finite(values: torch.Tensor, stage: str, case: Case) -> torch.Tensor:

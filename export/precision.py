@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from ..core.errors import ArtifactError, missing_extra
 from .lowering import LARGEST, MOVES, TYPES, UNBOUNDED, emulate, float_nodes, half_type, inferred_values, lower, trial
 from .onnx import StageGraph, save_graph
+from .sessions import open_session
 from .weights import WeightStore
 
 try:
     import onnx
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 except ImportError as error:
     raise missing_extra(error.name or "onnx", "export") from None
@@ -262,12 +262,10 @@ def _error(got: Arrays, want: Arrays) -> float:
 
 def run_graph(stage: StageGraph, store: WeightStore, feeds: Sequence[Arrays]) -> list[Arrays]:
     """All outputs of a graph, by name, for each feed, in onnxruntime on the CPU; leaves no file."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     path = store.path.parent / f".probe-{uuid.uuid4().hex}.onnx"  # external weights lie in the graph's folder
     try:
         save_graph(stage, path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = open_session(path)
     finally:
         path.unlink(missing_ok=True)
     names = [output.name for output in session.get_outputs()]

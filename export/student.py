@@ -6,7 +6,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from ..pipelines.stages import IMAGES, LATENTS, Stages
 from .ledger import Ledger
 from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder, save_graph
 from .options import ExportOptions
-from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, give_back_memory, make_cases
+from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, make_cases
 from .precision import emulate, find_islands, lower
 from .report import save_references, write_report
 from .sampler_graph import sampler_graph
+from .sessions import give_back_memory, is_large
 from .tokenizer import parity_prompts, write_tokenizers
 from .weights import WEIGHTS_FILE, WeightStore
 
@@ -96,7 +97,8 @@ def _export(
     with atomic_folder(out, replaces=(ARTIFACT_FILE,)) as target, torch.inference_mode():
         store = WeightStore(target / WEIGHTS_FILE)
         traced = _trace(folder, target, described, store, options, progress)
-        give_back_memory()
+        if is_large(store.path):
+            give_back_memory()
         stages = _lowered(traced, store, options, progress)
         whole = options.forms != "stages"  # what is not asked for is neither built nor checked
         graphs = stages | (_samplers(stages, traced) if whole else {})
@@ -127,7 +129,9 @@ def _trace(
 ) -> _Traced:
     """Torch's part: the networks' answers and their graphs."""
     progress("loading the student")
-    stages = load_stages(folder, tiny_decoder=options.tiny_decoder, loras=options.loras)
+    stages = load_stages(
+        folder, tiny_decoder=options.tiny_decoder, loras=options.loras, keep_half=True, variant=options.variant
+    )
     sizes = options.sizes or (stages.default_size,)
     for size in sizes:
         stages.check_size(size)
@@ -196,7 +200,13 @@ def _lowered(traced: _Traced, store: WeightStore, options: ExportOptions, progre
         feeds = [_feed(name, case, traced) for case in traced.cases if _is_of(name, case, traced)]
         islands = find_islands(graph, store, options.precision, feeds, limit=options.limits.rms / 2)
         graphs[name] = lower(graph, store, options.precision, islands.modules)
-    return graphs
+    moved = store.keep(ref for graph in graphs.values() for ref in graph.weights.values())
+
+    def at_its_place(graph: StageGraph) -> StageGraph:
+        weights = {name: replace(ref, offset=moved[ref.offset]) for name, ref in graph.weights.items()}
+        return replace(graph, weights=weights)
+
+    return {name: at_its_place(graph) for name, graph in graphs.items()}
 
 
 def _is_of(name: str, case: Case, traced: _Traced) -> bool:

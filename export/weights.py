@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,13 @@ class WeightStore:
         self._offsets: dict[str, int] = {}
         path.touch()
 
-    def add(self, values: NDArray[np.float32]) -> WeightRef:
-        """Stores a float32 tensor, as float16 if converting it and back changes no bit. Lossless either way."""
+    def add(self, values: NDArray[Any]) -> WeightRef:
+        """Stores a tensor for nodes that see float32: of half precision as it is, of float32 as float16 if converting it and
+        back changes no bit. Lossless either way."""
+        if values.dtype != np.float32:
+            return self._append(
+                values, next(kind for kind, dtype in NUMPY.items() if dtype == values.dtype), TensorProto.FLOAT
+            )
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
         lossless = half.astype(np.float32).tobytes() == np.ascontiguousarray(values, dtype=np.float32).tobytes()
@@ -68,6 +75,24 @@ class WeightStore:
         dtype = NUMPY[ref.stored]
         raw = np.fromfile(self.path, dtype=np.uint8, count=ref.length, offset=ref.offset)
         return raw.view(dtype).reshape(ref.shape).astype(np.float32)
+
+    def keep(self, weights: Iterable[WeightRef]) -> dict[int, int]:
+        """Rewrites the file with these weights alone, which half precision has left beside the float32 ones; where each of
+        them lies now, by its old offset."""
+        lengths = {ref.offset: ref.length for ref in weights}
+        old, moved = self.path.with_name(f".old-{self.path.name}"), dict[int, int]()
+        os.replace(self.path, old)
+        try:
+            with open(old, "rb") as source, open(self.path, "wb") as file:
+                for offset, length in sorted(lengths.items()):
+                    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                    moved[offset] = file.tell()
+                    source.seek(offset)
+                    file.write(source.read(length))
+        finally:
+            old.unlink()
+        self._offsets = {key: moved[offset] for key, offset in self._offsets.items() if offset in moved}
+        return moved
 
     def _append(self, values: NDArray[Any], stored: int, seen: int) -> WeightRef:
         data = np.ascontiguousarray(values).tobytes()

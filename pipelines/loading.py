@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from ..core.errors import ArtifactError, missing_extra
+from ..core.diffusers_samplers import sampler_of
+from ..core.errors import ArtifactError, ScheduleError, missing_extra
 from ..core.schedule import NoiseSchedule
+from ..folders.files import STUDENT_FILE
 from ..folders.hub import local_folder
 from ..folders.manifests import PIPELINE_FILE, StudentManifest
 from ..folders.reading import read_student_manifest
-from .architectures import architecture_of, stages_of
+from .architectures import Architecture, architecture_of, stages_of
+from .half import compute_in_float32, stored_dtype, variant_of
 from .lora import Lora, fuse
 from .stages import Stages, quiet
 
@@ -26,15 +29,9 @@ def student_folder(student: str | Path) -> Path:
     return local_folder(student, ignore=["*.onnx*", "*.bin"])
 
 
-def load_stages(
-    student: str | Path,
-    *,
-    tiny_decoder: Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    loras: Sequence[Lora] = (),
-) -> Stages:
-    """The stages of `load_student_pipeline`."""
-    return stages_of(load_student_pipeline(student, tiny_decoder=tiny_decoder, dtype=dtype, loras=loras))
+def load_stages(student: str | Path, **options: Any) -> Stages:
+    """The stages of `load_student_pipeline`, which takes the options."""
+    return stages_of(load_student_pipeline(student, **options))
 
 
 def load_student_pipeline(
@@ -43,11 +40,14 @@ def load_student_pipeline(
     tiny_decoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     loras: Sequence[Lora] = (),
+    keep_half: bool = False,
+    variant: str | None = None,
 ) -> Any:
     """Loads a student folder's diffusers pipeline; its own LoRA weights and then `loras` are fused, in float32.
 
     tiny_decoder: an AutoencoderTiny folder that takes the decoder's place. dtype: of the networks, but for what diffusers
-    and transformers keep in float32 because half precision does not hold it.
+    and transformers keep in float32 because half precision does not hold it. keep_half: what is stored in half precision
+    stays so in memory, and computes in float32; not where LoRAs are fused. variant: of the weights' files, such as "fp16".
     Raises ArtifactError for a folder that does not load or a class that is not known, ScheduleError for a schedule
     without a closed form (before any weight is read), MissingExtraError.
     """
@@ -55,7 +55,11 @@ def load_student_pipeline(
     described = read_student_manifest(folder)
     loras = [*([Lora(str(folder))] if described.base is not None else []), *loras]
     base = folder if described.base is None else _base_folder(folder, described)
-    pipeline = load_pipeline(base, dtype=torch.float32 if loras else dtype)
+    if (base / PIPELINE_FILE).is_file():
+        _check_sampler(described, _read_json(base / "scheduler" / "scheduler_config.json"))
+    pipeline = load_pipeline(
+        base, dtype=torch.float32 if loras else dtype, keep_half=keep_half and not loras, variant=variant
+    )
     name = type(pipeline).__name__
     for lora in loras:
         fuse(pipeline, architecture_of(name).network, lora)
@@ -68,9 +72,12 @@ def load_student_pipeline(
     return pipeline
 
 
-def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, keep_half: bool = False, variant: str | None = None
+) -> Any:
     """The diffusers pipeline of a folder or hub id, with those components alone that its stages are made of.
 
+    dtype, keep_half and variant as in `load_student_pipeline`.
     Raises ArtifactError for a folder that does not load or a class that is not known, ScheduleError for a schedule
     without a closed form (before any weight is read), MissingExtraError.
     """
@@ -84,7 +91,11 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         if not part.startswith("_") and part not in architecture.components
         if isinstance(index[part], list)
     }
-    return _load(folder, unused, dtype)
+    halves = _half_networks(folder, architecture, variant) if keep_half else {}
+    pipeline = _load(folder, unused, {"default": dtype, **halves}, variant)
+    for part in halves:
+        compute_in_float32(getattr(pipeline, part))
+    return pipeline
 
 
 def _base_folder(folder: Path, described: StudentManifest) -> Path:
@@ -94,7 +105,33 @@ def _base_folder(folder: Path, described: StudentManifest) -> Path:
     return beside if beside.is_dir() else student_folder(described.base)
 
 
-def _load(folder: Path, unused: dict[str, None], dtype: torch.dtype) -> Any:
+def _check_sampler(described: StudentManifest, scheduler: dict[str, Any]) -> None:
+    """A folder that somebody described by hand may name no sampler: then its scheduler must be a deterministic one.
+
+    Raises ArtifactError. A student of ours was trained for its sampler, whatever scheduler its teacher came with.
+    """
+    if described.recipe or "sampler" in described.model_fields_set:
+        return
+    name = scheduler.get("_class_name")
+    try:
+        sampler = sampler_of(scheduler)
+        if (sampler.kind, sampler.boundary) == ("deterministic", None):
+            return
+        known = json.dumps(sampler.model_dump(exclude_defaults=True))
+        reason = f'is {name}, whose steps are not those of DDIM: add "sampler": {known}'
+    except ScheduleError as error:
+        reason = f'does not tell which sampler the model was trained for ({error}): add "sampler": {{"kind": "deterministic"}}'
+    raise ArtifactError(f"the scheduler {reason}, or another one, to {STUDENT_FILE}")
+
+
+def _half_networks(folder: Path, architecture: Architecture, variant: str | None) -> dict[str, torch.dtype]:
+    """The denoiser and the text encoders, where they are stored in half precision. A vae is small beside its activations."""
+    networks = [architecture.network, *(part for part in architecture.parts if part.startswith("text_encoder"))]
+    found = {part: stored_dtype(folder / part, variant) for part in networks}
+    return {part: dtype for part, dtype in found.items() if dtype != torch.float32}
+
+
+def _load(folder: Path, unused: dict[str, None], dtype: dict[str, torch.dtype], variant: str | None) -> Any:
     try:
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError:
@@ -102,10 +139,12 @@ def _load(folder: Path, unused: dict[str, None], dtype: torch.dtype) -> Any:
     try:
         with quiet():
             return DiffusionPipeline.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **unused
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, variant=variant, **unused
             )
     except Exception as error:  # whatever a damaged folder makes the libraries raise
-        raise ArtifactError(f"{folder} does not load in diffusers: {_first_line(error)}") from error
+        there = sorted({found for path in folder.glob("*/*.safetensors") if (found := variant_of(path))})
+        hint = f"; it holds the variant {' and '.join(there)}: add --variant" if there and variant not in there else ""
+        raise ArtifactError(f"{folder} does not load in diffusers: {_first_line(error)}{hint}") from error
 
 
 def _load_tiny(folder: Path) -> Any:

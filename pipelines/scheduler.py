@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from numpy.typing import NDArray
 
+from ..core.diffusers_samplers import plan_of_sigmas
 from ..core.errors import PlanError, ScheduleError
 from ..core.plan import StepPlan
 from ..core.prediction import linear_coefficients
@@ -82,19 +83,31 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
-        """The plan: the student's own of `num_inference_steps`, else trailing, or the given, strictly decreasing `timesteps`."""
+        """The plan: the student's own of `num_inference_steps`, else trailing, or the given, strictly decreasing `timesteps`,
+        as the network is told them: of a flow T sigma, such as diffusers' own 1000, 857.1, 600."""
         given: Any = timesteps if timesteps is not None else num_inference_steps
         given = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or torch
         if given is None:
             raise PlanError("give num_inference_steps or timesteps")
         plans: Any = self.config.plans or {}  # type: ignore[attr-defined]
-        known = plans.get(str(given)) if timesteps is None else given
-        self._use(
-            StepPlan(known) if known is not None else StepPlan.trailing(given, self.schedule.num_train_timesteps),
-            device,
-        )
+        if timesteps is not None:
+            plan = self._plan_of_times(given)
+        elif (known := plans.get(str(given))) is not None:
+            plan = StepPlan(known)
+        else:
+            plan = StepPlan.trailing(given, self.schedule.num_train_timesteps)
+        self._use(plan, device)
+
+    def _plan_of_times(self, times: list[float]) -> StepPlan:
+        if self.schedule.kind != "flow":
+            return StepPlan(tuple(times))
+        T = self.schedule.num_train_timesteps
+        for time in times:
+            if not 0 < time <= T:
+                raise PlanError(f"the time of a flow must be in (0, {T}], got {time:g}")
+        return plan_of_sigmas(np.asarray(times) / T, dict(self.config)["shift"], T)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network reads x_t as it is."""
@@ -164,7 +177,8 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         self._tables = table, UpdateTable(a, b, np.zeros(len(plan)), table.timesteps)  # to x_s, to x0
         self._coefficients: Coefficients | None = None
         self.num_inference_steps = len(plan)
-        dtype = torch.float32 if flow else torch.int64
+        whole = all(isinstance(t, int) for t in plan)
+        dtype = torch.int64 if whole and not flow else torch.float32
         told = torch.tensor(self.schedule.network_time(table.timesteps), dtype=dtype)
         self._positions = {float(t): i for i, t in enumerate(told)}
         self.timesteps = told.to(device)

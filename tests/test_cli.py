@@ -243,6 +243,16 @@ def test_a_failing_export_exits_with_3_and_shows_the_pictures(tiny_student: Path
     assert shown == {".json", ".png"}
 
 
+def test_a_bf16_artifact_says_what_it_is_for(tiny_artifact: Path) -> None:
+    from imagine_flash.cli.exporting import _next_of
+    from imagine_flash.folders.reading import read_artifact_manifest
+
+    manifest = read_artifact_manifest(tiny_artifact)
+    assert _next_of(manifest, tiny_artifact) == f"imagine-flash generate PROMPT --model {tiny_artifact}"
+    half = manifest.model_copy(update={"precision": "bf16"})
+    assert "TensorRT or a GPU: no CPU runs bf16 graphs" in _next_of(half, tiny_artifact)
+
+
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom imagine_flash.cli import main\nsys.argv = ['imagine-flash', '--help']\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imagine_flash.export.onnx import export_denoiser, export_text_encoder
-from imagine_flash.export.parity import give_back_memory
+from imagine_flash.export.sessions import give_back_memory
 from imagine_flash.export.weights import WeightStore
 from imagine_flash.pipelines.loading import load_stages
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagine_flash.core.errors import ArtifactError, ParityError
+from imagine_flash.core.errors import ArtifactError, ImagineFlashError, ParityError
 from imagine_flash.core.update import sample
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.ledger import LIMITS
 from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
 from imagine_flash.export.student import _sampling
-from imagine_flash.folders.files import hash_folder
-from imagine_flash.folders.reading import read_artifact_manifest
+from imagine_flash.folders.files import hash_files, hash_folder
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import pipelines
 
@@ -297,6 +298,25 @@ def test_graphs_of_one_form_alone(student, artifact, tmp_path, forms):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_outside_the_folder_are_refused_in_one_line(artifact_copy, backend):
+    """Even with a manifest that vouches for the graph: nobody vouches for a file beside the folder."""
+    shutil.copy(artifact_copy / "weights.bin", artifact_copy.parent / "outside.bin")
+    model = onnx.load(artifact_copy / "denoiser.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside.bin"
+    (artifact_copy / "denoiser.onnx").write_bytes(model.SerializeToString())
+    manifest = read_artifact_manifest(artifact_copy, verify=False)
+    write_manifest(artifact_copy, manifest.model_copy(update={"files": hash_files(artifact_copy)}))
+    from imagine_flash.engine import Engine, GenerateRequest
+
+    with pytest.raises(ImagineFlashError, match="cannot run denoiser") as raised:
+        Engine.load(artifact_copy, backend=backend).generate(GenerateRequest(prompt="a fox"))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_killed_export_leaves_the_old_artifact_whole(student, artifact_copy):
     before = hash_folder(artifact_copy)
     code = f"from imagine_flash.export import export_student; export_student({str(student)!r}, {str(artifact_copy)!r})"

@@ -115,6 +115,23 @@ def test_it_keeps_the_shift_of_a_flow(settings: dict[str, Any], tmp_path: Path) 
         np.testing.assert_allclose(ours.timesteps, other.timesteps[[0, 333, 666]], rtol=1e-6)
 
 
+def test_a_flow_takes_diffusers_own_times() -> None:
+    """They are what the network is told, T sigma, between the entries of the table; each step is diffusers' own."""
+    theirs: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(4)
+    ours = scheduler_of(theirs.config, noise_correction=False)
+    ours.set_timesteps(timesteps=theirs.timesteps)
+    np.testing.assert_allclose(ours.timesteps, theirs.timesteps, rtol=1e-6)
+    x = y = torch.from_numpy(initial_noise(1, 1, (4, 8, 8)))
+    for i, (mine, other) in enumerate(zip(ours.timesteps, theirs.timesteps, strict=True)):
+        m = torch.from_numpy(initial_noise(10 + i, 1, (4, 8, 8)))
+        x, y = ours.step(m, mine, x).prev_sample, theirs.step(m, other, y).prev_sample
+        torch.testing.assert_close(x, y)
+    for times in ([1000.5, 3], [500, 0.0]):
+        with pytest.raises(PlanError, match=r"the time of a flow must be in \(0, 1000\]"):
+            ours.set_timesteps(timesteps=times)
+
+
 def test_its_config_survives_a_folder(pipeline: Any, tmp_path: Path) -> None:
     scheduler = scheduler_of(pipeline.scheduler.config, noise_correction=False)
     scheduler.save_pretrained(str(tmp_path))
@@ -162,7 +179,7 @@ def test_half_precision_stays_half_precision(pipeline: Any) -> None:
         (lambda s: s.set_timesteps(), PlanError, "give num_inference_steps or timesteps"),
         (lambda s: s.set_timesteps(2.5), PlanError, "between 1 and 999 steps, got 2.5"),
         (lambda s: s.set_timesteps(timesteps=[]), PlanError, "a plan needs at least one timestep"),
-        (lambda s: s.set_timesteps(timesteps=[999.5]), PlanError, "a timestep must be a whole number >= 0, got 999.5"),
+        (lambda s: s.set_timesteps(timesteps=[-1]), PlanError, "a timestep must be a number >= 0, got -1"),
         (lambda s: s.set_timesteps(timesteps=[1, 5]), PlanError, "timesteps must decrease strictly"),
         (lambda s: s.set_timesteps(timesteps=[1000]), PlanError, r"timestep 1000 is outside the schedule's 0\.\.999"),
         (

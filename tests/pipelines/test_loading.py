@@ -1,0 +1,142 @@
+"""Students as stages: half weights that stay half in memory, variants, and a sampler that nobody named."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
+from safetensors.torch import save_file
+
+from imagine_flash.core.errors import ArtifactError
+from imagine_flash.export.onnx import export_denoiser, export_text_encoder
+from imagine_flash.export.precision import run_graph
+from imagine_flash.export.weights import WEIGHTS_FILE, WeightStore
+from imagine_flash.pipelines.half import compute_in_float32, stored_dtype
+from imagine_flash.pipelines.loading import load_stages
+from imagine_flash.tests import pipelines
+from imagine_flash.tests.lowering_cases import export
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def both(tiny_student):
+    return load_stages(tiny_student), load_stages(tiny_student, keep_half=True)
+
+
+def feeds(stages):
+    tokens = stages.example_tokens(2)
+    with torch.inference_mode():
+        conditions = stages.text_encoder(*tokens.values())
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return tokens, {"latents": x, "timestep": torch.tensor([999.0, 10.0]), "embeddings": conditions[0]}
+
+
+def test_the_answers_are_the_same_to_the_bit(both):
+    wide, half = both
+    kept = [p for p in half.denoiser(SIZE).parameters() if p.dtype == torch.float16]
+    assert kept and not [p for p in wide.denoiser(SIZE).parameters() if p.dtype == torch.float16]
+    tokens, inputs = feeds(wide)
+    with torch.inference_mode():
+        assert torch.equal(half.text_encoder(*tokens.values())[0], wide.text_encoder(*tokens.values())[0])
+        assert torch.equal(half.denoiser(SIZE)(*inputs.values()), wide.denoiser(SIZE)(*inputs.values()))
+
+
+@pytest.mark.slow
+def test_the_graphs_are_the_same(both, tmp_path):
+    """The weights' Casts and Transposes are gone, the weights stored once and as before."""
+    graphs, sizes, outputs = [], [], []
+    for stages, name in zip(both, ("wide", "half"), strict=True):
+        (tmp_path / name).mkdir()
+        store = WeightStore(tmp_path / name / WEIGHTS_FILE)
+        with torch.inference_mode():
+            exported = [export_text_encoder(stages, store), export_denoiser(stages, store, SIZE)]
+        graphs.append([Counter(node.op_type for node in stage.graph.node) for stage in exported])
+        sizes.append(store.path.stat().st_size)
+        given = [{key: values.numpy() for key, values in feed.items()} for feed in feeds(stages)]
+        runs = [run_graph(stage, store, [feed])[0] for stage, feed in zip(exported, given, strict=True)]
+        outputs.append([next(iter(run.values())) for run in runs])
+    assert graphs[0] == graphs[1] and sizes[0] == sizes[1]
+    for one, other in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Shared(torch.nn.Module):
+    """One weight read by a Linear (transposed) and by a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = torch.nn.Linear(64, 64), torch.nn.Conv2d(64, 64, 1)
+
+    def forward(self, x):
+        return self.linear(x) + self.conv(x[:, :, None, None])[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bfloat16_is_stored_as_it_is_too(tmp_path, dtype):
+    torch.manual_seed(0)
+    module = compute_in_float32(Shared().to(dtype)).requires_grad_(False)
+    x = torch.randn(2, 64)
+    case = export(tmp_path, module, {"x": x})
+    large = [ref for ref in case.stage.weights.values() if len(ref.shape) > 1]
+    assert len(large) == 2 and {ref.length for ref in large} == {2 * 64 * 64}, "two bytes a number"
+    assert not [node for node in case.stage.graph.node if node.op_type in ("Cast", "Transpose")]
+    np.testing.assert_allclose(case.run(case.stage), module(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_folder_stores(tiny_student, tmp_path):
+    assert stored_dtype(tiny_student / "unet") == torch.float16
+    for name, tensors, expected in (
+        ("mixed", {"a": torch.zeros(1), "b": torch.zeros(1).half()}, torch.float32),
+        ("ids", {"a": torch.zeros(1, dtype=torch.bfloat16), "b": torch.zeros(1, dtype=torch.int64)}, torch.bfloat16),
+        ("none", {"b": torch.zeros(1, dtype=torch.int64)}, torch.float32),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        assert stored_dtype(tmp_path / name) == expected
+
+
+def test_a_variant_is_read_by_its_name(tmp_path):
+    """Files such as diffusion_pytorch_model.fp16.safetensors; without the option, the refusal says which there are."""
+    pipelines.build_pipeline().to(torch.float16).save_pretrained(tmp_path / "student", variant="fp16")
+    pipelines.describe(tmp_path / "student")
+    with pytest.raises(
+        ArtifactError, match=r"does not load in diffusers: .*; it holds the variant fp16: add --variant"
+    ):
+        load_stages(tmp_path / "student")
+    stages = load_stages(tmp_path / "student", variant="fp16", keep_half=True)
+    assert torch.float16 in {values.dtype for values in stages.denoiser(SIZE).parameters()}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        (LCMScheduler(), r'is LCMScheduler, whose steps .*"sampler": \{"kind": "renoise", "boundary": 10\.0\}'),
+        (EulerAncestralDiscreteScheduler(), r'is EulerAncestralDiscreteScheduler.*"kind": "ancestral"'),
+        (PNDMScheduler(), r"does not tell which sampler the model was trained for \(the scheduler PNDMScheduler"),
+        (DDIMScheduler(thresholding=True), "clips x0"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas is not supported"),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_a_sampler_that_nobody_named_is_asked_for(tmp_path, scheduler, says):
+    """They became DDIM without a word, 26-34 dB from what the pipeline itself draws."""
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    file = pipelines.describe(tmp_path) / "imagine_flash.json"
+    by_hand = {key: value for key, value in json.loads(file.read_text()).items() if key != "sampler"}
+    file.write_text(json.dumps(by_hand))
+    with pytest.raises(ArtifactError, match=says) as raised:
+        load_stages(tmp_path)
+    assert "\n" not in str(raised.value)
+    pipelines.describe(tmp_path, sampler={"kind": "deterministic"})
+    with pytest.raises(ArtifactError, match="does not load in diffusers"):
+        load_stages(tmp_path)  # it asks no more, and goes on to the weights, which are not there
