@@ -121,6 +121,7 @@ class DistillRecipe(Frozen):
     lora: LoraSettings | None = None  # None: the whole network trains
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of all that does not train
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass
+    cache_text: bool = False  # embeddings of all prompts once, on disk; the text encoders then leave the device
     fit: Fit
 
     @model_validator(mode="after")

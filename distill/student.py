@@ -51,6 +51,7 @@ def distill(
     teacher, teacher_sha256 = load_model(folder, dtype), hash_folder(folder)
     if recipe.lora is not None and start is not None:
         raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
+    teacher.to(processes().device)
     last = teacher.denoiser.last_time
     for timesteps in recipe.plans.values():
         if timesteps[0] != last:
@@ -66,13 +67,13 @@ def distill(
             pictures = encoded_scenes(
                 teacher, run / "latents.safetensors", seed=recipe.seed, size=side, count=recipe.prompts, font=font
             )
-    begun = (load_model(start), hash_folder(start)) if start else None
+    begun = (load_model(start).to(processes().device), hash_folder(start)) if start else None
     captions = prompts or emoji_prompts(recipe.prompts, recipe.seed)
     shown = () if prompts else PREVIEW_PROMPTS
-    task = DistillTask(recipe, teacher, captions, teacher_sha256, pictures=pictures, start=begun, shown=shown)
-    device: Any = processes().device  # where accelerate puts the student
-    teacher.to(device)
-    task.uncond = tuple(u.to(device) for u in task.uncond)
+    how: dict[str, Any] = {"pictures": pictures, "start": begun, "shown": shown}
+    with processes().main_process_first():
+        text_file = run / "text.safetensors" if recipe.cache_text else None
+        task = DistillTask(recipe, teacher, captions, teacher_sha256, **how, text_file=text_file)
     figures = fit(task, recipe.fit, run, console)
     if processes().is_main_process:
         console.print(f"student: {figures}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..core.update import UpdateTable
 from .backward import table_of
+from .data.embeddings import Embeddings
 from .fit import Task
 from .grids import grid
 from .lora import WithoutAdapters, add_adapters
@@ -39,9 +41,11 @@ class DistillTask(Task):
         pictures: torch.Tensor | None = None,
         start: tuple[Model, str] | None = None,
         shown: Sequence[str] = (),
+        text_file: Path | None = None,
     ) -> None:
         """pictures: latents of the pictures that `prompts` describe, for a method that asks for them. start: a student to
-        begin with instead of the teacher, and the hash of its folder. shown: prompts of the preview, else the first ones."""
+        begin with instead of the teacher, and the hash of its folder. shown: prompts of the preview, else the first ones.
+        text_file: where the prompts' embeddings are kept, if they are."""
         self.recipe, self.teacher, self.pictures = recipe, teacher, pictures
         self.method = method_named(recipe.method)
         if recipe.fit.mixed_precision == "bf16":
@@ -61,10 +65,9 @@ class DistillTask(Task):
         torch.manual_seed(recipe.seed)  # the first weights of a discriminator
         self.module = DistillationLoss(self.method, self.student.denoiser, denoiser, recipe)
         self.reference = replace(teacher, denoiser=denoiser)
-        parts = [teacher.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)]
-        self.tokens, self.count = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, len(prompts)
-        self.uncond = teacher.embed_negative(recipe.negative_prompt)
         self.shown, self._teacher_row = list(shown or prompts[:8]), None
+        self.shown_text, self.uncond = teacher.embed(self.shown), teacher.embed_negative(recipe.negative_prompt)
+        self.text = Embeddings(teacher, prompts, text_file, teacher_sha256)
 
     @property
     def averaged(self) -> nn.Module:
@@ -78,7 +81,7 @@ class DistillTask(Task):
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         seed, size = self.recipe.seed, self.recipe.fit.batch
         generator = seeded(seed, 3, step, 0)
-        rows = torch.randint(self.count, (size,), generator=generator)
+        rows = torch.randint(len(self.text), (size,), generator=generator)
         draws = Draws(
             step=step,
             size=size,
@@ -90,7 +93,7 @@ class DistillTask(Task):
         )
         batch = part_of(self.method.draw(draws, self.recipe), size, part)
         own = rows[rows_of(size, part)]
-        batch["text"] = self.teacher.embed_tokens({name: ids[own] for name, ids in self.tokens.items()})
+        batch["text"] = self.text[own]
         batch["uncond"] = tuple(u.expand(len(own), *u.shape[1:]) for u in self.uncond)
         return batch
 
@@ -104,9 +107,15 @@ class DistillTask(Task):
         if self._teacher_row is None:
             guidance = sum(self.recipe.guidance) / 2
             self._teacher_row = draw(
-                self.reference, self.shown, seeds, steps=25, guidance=guidance, negative=self.uncond
+                self.reference,
+                self.shown,
+                seeds,
+                steps=25,
+                guidance=guidance,
+                negative=self.uncond,
+                text=self.shown_text,
             )
-        rows, noise, text = [self._teacher_row], noise_of(seeds, shape).to(device), self.student.embed(self.shown)
+        rows, noise, text = [self._teacher_row], noise_of(seeds, shape).to(device), self.shown_text
         for table in inference_tables(self.teacher.denoiser, self.recipe).values():
             fresh = [each.to(device) for each in noises_of(seeds, shape, table)]
             rows.append(self.student.decode(self.student.sample(noise, text, table, noises=fresh)))

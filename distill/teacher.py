@@ -193,14 +193,16 @@ def draw(
     steps: int,
     guidance: float,
     negative: Conditions | None = None,
+    text: Conditions | None = None,
 ) -> np.ndarray:
-    """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8. negative: embedded; else of no prompt."""
+    """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8. text, negative: of the prompts, where they are
+    embedded already."""
     denoiser = model.denoiser
     plan = StepPlan.trailing(steps, denoiser.schedule.num_train_timesteps)
     table = update_table(denoiser.schedule, plan, denoiser.prediction_type, noise_correction=False)
     noise = noise_of(seeds, model.latent_shape).to(next(model.network.parameters()).device)
     uncond = (negative or model.embed_negative()) if guidance != 1 else None
-    return model.decode(model.sample(noise, model.embed(prompts), table, uncond=uncond, guidance=guidance))
+    return model.decode(model.sample(noise, text or model.embed(prompts), table, uncond=uncond, guidance=guidance))
 
 
 def train_teacher(

@@ -119,3 +119,25 @@ def test_targets() -> None:
     attention, everything = targets_in(network, "attention"), targets_in(network, "all")
     assert set(attention) < set(everything) and all(".attn" in name for name in attention)
     assert any(name.endswith("conv1") for name in everything)
+
+
+def test_kept_embeddings_are_those_of_the_prompts(tmp_path: Path) -> None:
+    """In half precision, encoded once; other prompts are encoded again."""
+    from imagine_flash.distill.data.embeddings import Embeddings
+
+    model, path, rows = model_of(BUILDERS["sdxl"]()), tmp_path / "text.safetensors", torch.tensor([4, 0, 2])
+    fresh, kept = Embeddings(model, PROMPTS), Embeddings(model, PROMPTS, path)
+    for ours, theirs in zip(kept[rows], fresh[rows], strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=2e-3, rtol=2e-3)
+    written = path.read_bytes()
+    Embeddings(model, PROMPTS, path)
+    assert path.read_bytes() == written
+    assert len(Embeddings(model, PROMPTS[:2], path)) == 2 and path.read_bytes() != written
+
+
+def test_a_distillation_with_kept_embeddings(tmp_path: Path) -> None:
+    BUILDERS["pixart"]().save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    recipe = distill_recipe({"cache_text": True, "loss_weight": "v", "fit": {**FIT, "preview_every": 2}})
+    distill(tmp_path / "teacher", tmp_path / "student", recipe, prompts=PROMPTS)
+    assert (tmp_path / "student.run" / "text.safetensors").is_file()
+    assert load_model(tmp_path / "student").stages.pipeline == "PixArtAlphaPipeline"

@@ -1,0 +1,63 @@
+"""What the network is told of the prompts: encoded as they are drawn, or once and kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from ...folders.files import atomic_file
+from ...pipelines.networks import Conditions
+from ..reproducible import fingerprint
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+_BATCH = 64
+
+
+class Embeddings:
+    """Row i is what the network is told of prompt i; with `path` all are encoded now, kept there in half precision, and the
+    text encoders leave the device. The same file serves again while prompts and encoders are the same."""
+
+    def __init__(self, model: Model, prompts: list[str], path: Path | None = None, source: str = "") -> None:
+        """source: the hash of the folder that the encoders are of."""
+        self.model = model
+        parts = [model.tokens(prompts[i : i + 1000]) for i in range(0, len(prompts), 1000)]
+        self.tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.count, self.kept = len(prompts), None
+        if path is not None:
+            self.kept = self._keep(path, fingerprint(source, prompts))
+            model.stages.text_encoder.to("cpu")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: torch.Tensor) -> Conditions:
+        """(len(rows), ...) each."""
+        if self.kept is not None:
+            return tuple(each[rows] for each in self.kept)
+        return self.model.embed_tokens({name: ids[rows] for name, ids in self.tokens.items()})
+
+    def _keep(self, path: Path, identity: str) -> Conditions:
+        names = self.model.stages.conditions
+        if not path.exists() or _identity(path) != identity:
+            rows = torch.arange(self.count).split(_BATCH)
+            batches = [tuple(each.half().cpu() for each in self[part]) for part in rows]
+            columns = {name: torch.cat(column) for name, column in zip(names, zip(*batches, strict=True), strict=True)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                save_file(columns, str(temporary), metadata={"identity": identity})
+        found = load_file(str(path))
+        return tuple(found[name] for name in names)
+
+
+def _identity(path: Path) -> str | None:
+    try:
+        with safe_open(str(path), "pt") as file:
+            return (file.metadata() or {}).get("identity")
+    except (SafetensorError, OSError):
+        return None
