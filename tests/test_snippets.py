@@ -162,7 +162,8 @@ def test_commands_run(page: str, desk: Path) -> None:
         shutil.rmtree(desk / "runs")
     for block, words in commands(page):
         if block.runs and words[:2] != ["imagine-flash", "serve"] and words[0] == "imagine-flash":
-            done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=_environment())
+            command = [sys.executable, "-m", "imagine_flash", *words[1:]]
+            done = subprocess.run(command, capture_output=True, text=True, env=_environment())
             assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
 
 

@@ -8,6 +8,7 @@ import torch
 from onnx import TensorProto, helper
 
 from imagine_flash.export.lowering import TYPES, emulate
+from imagine_flash.export.precision import CHECK
 from imagine_flash.tests.lowering_cases import (
     NUMPY,
     OPSETS,
@@ -35,7 +36,7 @@ def real(tmp_path_factory):
 def test_a_real_stage_is_typed_strongly_and_as_exact_as_torch(real, name, opset, precision):
     case = real(name, opset)
     islands = case.islands(precision)
-    assert set(islands) == ({"unet.time_proj"} if name == "denoiser" else set())
+    assert set(islands) == {"denoiser": {"unet.time_proj"}, "text_encoder": set()}.get(name, {CHECK})
     lowered = case.lower(precision, islands)
     types = inferred(lowered, case.store)
     for before, after in (
