@@ -65,7 +65,10 @@ def _parts(bench: Bench, rounds: int, quick: bool) -> list[Callable[[], Iterable
     sentences, text = max(FEWEST_ROUNDS, rounds // 20), SHORT if quick else SENTENCE
     return [
         *(lambda n=n: [overhead(bench, n, rounds)] for n in steps),
-        *(lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)] for n in ((1, 4) if quick else (1, 4, 16))),
+        *(
+            lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)]
+            for n in ((1, 4) if quick else (1, 4, 16, 100))
+        ),
         lambda: [load(bench, CLIENTS if quick else 1500)],
         lambda: [beside_a_greedy_client(bench, rounds)],
         lambda: on_ray(bench, rounds, CLIENTS if quick else 300),

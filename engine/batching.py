@@ -236,9 +236,9 @@ class Batcher:
         """The chunks of the next call: those that go with the first, as many as fit; with other clients about, no client
         takes all of it, since they would wait the longer for the next."""
         waiting = self._share.ordered(self._active)
-        most = self.max_batch
-        if self._share.has_company:
-            most = max(1, most // max(2, len({chunk.job.client.name for chunk in waiting})))
+        clients, most = {chunk.job.client.name for chunk in waiting}, self.max_batch
+        if company := self._share.has_company(clients):
+            most = max(1, most // max(4, len(clients)))
         else:
             waiting = [chunk for chunk in waiting if self._is_drawn(chunk)] or waiting
         group: list[Chunk] = []
@@ -246,11 +246,16 @@ class Batcher:
         for chunk in waiting:
             client = chunk.job.client.name
             fits = rows + chunk.rows <= self.max_batch and (own[client] + chunk.rows <= most or not own[client])
-            if fits and (not group or self._go_together(chunk, group[0])):
+            alike = not group or not company or self._is_large(chunk) == self._is_large(group[0])
+            if fits and alike and (not group or self._go_together(chunk, group[0])):
                 group.append(chunk)
                 rows += chunk.rows
                 own[client] += chunk.rows
         return group
+
+    def _is_large(self, chunk: Chunk) -> bool:
+        """With other clients about, a large request's pictures do not ride in the calls of small ones, which they make longer."""
+        return chunk.job.request.count > self.max_batch
 
     def _go_together(self, one: Chunk, other: Chunk) -> bool:
         return (

@@ -7,7 +7,7 @@ them goes first. Chunks of one client go by deadline. A client that was away has
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -41,14 +41,14 @@ class FairShare:
         if len(self._shares) > KEPT:
             self._shares = {name: share for name, share in self._shares.items() if share.used > self._now}
 
-    @property
-    def has_company(self) -> bool:
-        """Whether more than one client asks these days."""
+    def has_company(self, waiting: Collection[str]) -> bool:
+        """Whether there is more than one client: of those that have work here, and those that asked lately."""
         recent = time.perf_counter() - COMPANY_LASTS
-        return sum(share.asked > recent for share in self._shares.values()) > 1
+        return len({*waiting, *(name for name, share in self._shares.items() if share.asked > recent)}) > 1
 
     def ordered(self, chunks: Iterable[Chunk]) -> list[Chunk]:
-        """Those that have begun keep their turn; what waits gets turns by its client's share, in the order of deadlines."""
+        """Those that have begun keep their turn; what waits gets turns by its client's share, in the order of
+        deadlines. Of several whose turn it is, the smaller request goes first."""
         turns: dict[int, float] = {}
         by_deadline = sorted(chunks, key=lambda chunk: chunk.job.rank)
         used = {}
@@ -58,7 +58,7 @@ class FairShare:
                 share = self._shares.get(name)
                 used[name] = used.get(name, share.used if share else self._now) + chunk.cost
             turns[id(chunk)] = used[name] if chunk.turn is None else chunk.turn
-        return sorted(by_deadline, key=lambda chunk: turns[id(chunk)])
+        return sorted(by_deadline, key=lambda chunk: (turns[id(chunk)], chunk.job.request.count))
 
     def begin(self, group: Sequence[Chunk]) -> None:
         """These are drawn now; those that begin are charged to their clients."""

@@ -18,6 +18,7 @@ from ..server.settings import ServerSettings
 
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__package__}.application:middlewares",
+    "GRPC_ENABLE_FORK_SUPPORT": "0",  # or it says that it does not, whenever a process that reads uploads begins
     "RAY_DEDUP_LOGS": "0",  # one line per request, as without Ray
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 are too few where the replicas load at the same time
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody, unless the user wants it

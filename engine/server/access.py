@@ -22,6 +22,7 @@ OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/metrics")  # wit
 OPEN_FOLDERS = ("/page/", "/pictures/")
 PROBES = ("/healthz", "/readyz", "/metrics")  # not worth a line of the log
 MOST_SILENCE = 10.0  # seconds, while a body is on its way
+CLOSE = {"connection": "close"}  # the rest of the body is not wanted
 SAFE = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -162,9 +163,6 @@ class _Body:
         if self.size > self._limit:
             raise HTTPException(413, f"the request has more than {self._limit:,} bytes", CLOSE)
         return message
-
-
-CLOSE = {"connection": "close"}  # the rest of the body is not wanted
 
 
 def body_limit(path: str, headers: Mapping[str, str], settings: ServerSettings) -> int:

@@ -26,6 +26,7 @@ from .errors import ErrorBody, error_body, status_of
 from .schemas import EditRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
 
 MultiPartParser.spool_max_size = 2**40  # uploads stay in memory, whose limit is `max_memory`, and never reach a disk
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # with stream
 ERRORS: dict[int | str, str] = {
     400: "a value that cannot be drawn",
     401: "no valid key",
@@ -47,13 +48,13 @@ def images_router(studio: Studio) -> APIRouter:
     stored = StoredPictures(studio.settings.max_memory)
     router = APIRouter(tags=["images"], responses=errors, dependencies=locked if studio.settings.api_keys else [])
 
-    @router.post("/v1/images/generations", response_model=ImageResponse)
+    @router.post("/v1/images/generations", response_model=ImageResponse, responses=EVENTS)
     async def generations(asked: ImageRequest, request: Request) -> Response:
         """Draw a prompt."""
         _check_model(studio, asked.model)
         return await _answer(studio, stored, asked, _wish(studio, asked, client_of(request)), request)
 
-    @router.post("/v1/images/edits", response_model=ImageResponse)
+    @router.post("/v1/images/edits", response_model=ImageResponse, responses=EVENTS)
     async def edits(
         asked: Annotated[EditRequest, Form(media_type="multipart/form-data")], request: Request
     ) -> Response:

@@ -16,7 +16,7 @@ CLIENTS_FAULTS = (
 
 
 def configure(level: str = "info", style: str = "json") -> None:
-    """For the process that serves. style: json or text."""
+    """For the process that serves; style: json or text."""
     handler = logging.StreamHandler()
     if style == "json":
         fields = ["asctime", "levelname", "name", "message", "correlation_id"]

@@ -27,8 +27,7 @@ class Metrics(Collector):
         self.requests = Counter("imagine_flash_requests", "Requests that were drawn.", ["steps"], registry=registry)
         what = "Pictures that a key was given, by its name."
         self.by_key = Counter("imagine_flash_key_pictures", what, ["key"], registry=registry)
-        what = "Requests of sessions that a newer one replaced."
-        self.stale = Counter("imagine_flash_stale", what, registry=registry)
+        self.stale = Counter("imagine_flash_stale", "Requests that a session replaced.", registry=registry)
         self.sessions = Gauge("imagine_flash_sessions", "WebSockets that are open.", registry=registry)
         self.skipped = Counter("imagine_flash_skipped", "Results that a slow reader never saw.", registry=registry)
         self.registry.register(self)

@@ -52,7 +52,19 @@ def test_a_small_request_is_not_behind_a_large_one() -> None:
     share.arrive("bob", is_waiting=False)
     waiting += work(BOB, 2)
     order = list(drawn_by_turns(share, waiting))
-    assert [i for i, name in enumerate(order) if name == "bob"] == [0, 2] and len(order) == 56
+    assert [i for i, name in enumerate(order) if name == "bob"] == [0, 1] and len(order) == 56
+
+
+def test_a_small_request_does_not_wait_for_what_has_begun() -> None:
+    """It waited for all steps of the picture that was being drawn when it came, at each of its own pictures."""
+    share, large = FairShare(), work(ALICE, 64, steps=3)
+    share.arrive("alice", is_waiting=False)
+    for begun in large[:5]:
+        share.begin([begun])
+        share.arrive("bob", is_waiting=False)
+        (small,) = work(BOB, 1, steps=3)
+        assert share.ordered([begun, *large[5:], small])[0] is small
+        share.begin([small])
 
 
 def test_shares_are_by_weight_whatever_is_asked_for() -> None:
