@@ -11,9 +11,6 @@ import typer
 
 from ..core.errors import ImagineFlashError, missing_extra
 
-IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-
-
 _quiet = False
 
 
@@ -77,12 +74,6 @@ def training() -> None:
     needs("train", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "yaml")
 
 
-def image_format(path: Path) -> str:
-    if path.suffix.lower() not in IMAGE_FORMATS:
-        raise ImagineFlashError(f"cannot write {path.name!r}: its ending must be one of {', '.join(IMAGE_FORMATS)}")
-    return IMAGE_FORMATS[path.suffix.lower()]
-
-
 def writable(path: Path, *, make: bool = False) -> None:
     """Refuse early, before minutes of work, what could not be written at the end. make: the parent folder, where it is missing."""
     parent = path.parent
@@ -97,5 +88,5 @@ def writable(path: Path, *, make: bool = False) -> None:
         raise ImagineFlashError(f"cannot write {path}: {parent} is not a folder; make it first")
     if not os.access(parent, os.W_OK):
         raise ImagineFlashError(f"cannot write {path}: {parent} is read-only; choose another place")
-    if path.suffix.lower() in IMAGE_FORMATS and path.is_dir():
+    if path.suffix and path.is_dir():
         raise ImagineFlashError(f"cannot write {path}: it is a folder")

@@ -152,9 +152,10 @@ def inspect_command(
             say(f"{field}: {value}")
         return
     manifest = read_artifact_manifest(folder)
-    hidden = {"files", "graphs", "tokenizers", "scheduler", "parity", "references"}
+    hidden = {"vocabulary", "files", "graphs", "tokenizers", "scheduler", "parity", "references"}
     for field, value in manifest.model_dump(mode="json", exclude=hidden).items():
         say(f"{field}: {value}")
+    _print_words(manifest)
     _print_graphs(manifest)
     _print_parity(manifest)
     if run:
@@ -212,6 +213,15 @@ def _bar() -> Iterator[Callable[[str, int], None]]:
             started = True
 
         yield tell
+
+
+def _print_words(manifest: ArtifactManifest) -> None:
+    """What a model with a known vocabulary draws."""
+    known = sorted({word for tokenizer in manifest.tokenizers for word in tokenizer.known_words})
+    for group, words in manifest.vocabulary.items():
+        say(f"draws {group}: {', '.join(words)}")
+    if known:
+        say(f"knows {len(known)} words: {' '.join(known)}")
 
 
 def _print_graphs(manifest: ArtifactManifest) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import sys
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import Quiet, flag, image_format, note, say, writable
+from .common import Quiet, flag, note, say, writable
 
 FEW = 8  # pictures that are drawn before another backend would have been loaded
 
 if TYPE_CHECKING:
-    from ..engine import GenerateRequest, GenerateResult
+    from ..engine import GenerateResult
 
 
 def generate_command(
@@ -100,6 +99,7 @@ def generate_command(
 ) -> None:
     """Draw a prompt in 1 to 3 network evaluations."""
     from ..engine import Engine, GenerateRequest
+    from ..engine.saving import image_format, png_bytes
 
     piped = str(output) == "-"
     if piped and (json_ or count != "1"):
@@ -124,13 +124,13 @@ def generate_command(
             pictures = {"image": _read(image, size, "RGB"), "mask": _read(mask, size, "L")}
             request = GenerateRequest(**values, **pictures, strength=_number(strength, float))
         result, what = engine.generate(request), engine.describe()
-    for line in [*notes(result), what]:
+    for line in [*notes(result, engine.tokenizer.nearest), what]:
         note(line)
     note("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
     if piped:
-        sys.stdout.buffer.write(_png(result.images[0], request, result))
+        sys.stdout.buffer.write(png_bytes(result.images[0], result.caption()))
         return
-    paths = _save(result, request, output)
+    paths = result.save(output)
     if json_:
         say(json.dumps(_facts(result, paths)))
         return
@@ -150,12 +150,16 @@ def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def notes(result: GenerateResult) -> list[str]:
-    """What the model made of words that it does not know, a line each."""
+def notes(result: GenerateResult, nearest: Callable[[str], list[str]]) -> list[str]:
+    """What the model made of words that it does not know, a line each. nearest: the known words that are spelled like one."""
     found = [f"note: read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
     if result.unknown_words:
-        words = ", ".join(result.unknown_words)
-        found.append(f"note: this model has no word for {words}; drawn without; what it knows: imagine-flash inspect")
+        words = [
+            f"{word} (near: {', '.join(near)})" if (near := nearest(word)) else word for word in result.unknown_words
+        ]
+        found.append(
+            f"note: this model has no word for {', '.join(words)}; drawn without; what it knows: imagine-flash inspect"
+        )
     if result.cut:
         found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
     return found
@@ -197,31 +201,3 @@ def _read(path: Path | None, size: tuple[int, int], mode: str) -> Any:
         raise ImagineFlashError(f"cannot read {path}: {reason}; give a PNG, JPEG or WebP file") from None
     pixels = np.array(ImageOps.fit(upright, (size[1], size[0])))
     return pixels if mode == "RGB" else pixels.astype(np.float32) / 255
-
-
-def _save(result: GenerateResult, request: GenerateRequest, output: Path) -> list[Path]:
-    """Write each picture in one rename, with what drew it in a PNG's text."""
-    from PIL import Image
-
-    from ..folders.files import atomic_file
-
-    paths = []
-    for i, pixels in enumerate(result.images):
-        path = output if request.count == 1 else output.with_name(f"{output.stem}-{i + 1}{output.suffix}")
-        kind = image_format(path)
-        with atomic_file(path) as temporary:
-            if kind == "PNG":
-                temporary.write_bytes(_png(pixels, request, result, i))
-            else:
-                Image.fromarray(pixels).save(temporary, format=kind)
-        paths.append(path)
-    return paths
-
-
-def _png(pixels: Any, request: GenerateRequest, result: GenerateResult, i: int = 0) -> bytes:
-    from PIL import Image, PngImagePlugin
-
-    text, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
-    text.add_text("parameters", f"{request.prompt}\nSteps: {result.steps}, Seed: {result.seed + i}")
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=text)
-    return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Sequence
@@ -106,7 +107,13 @@ class PromptTokenizer:
             elif piece.isalnum() or not piece.isascii():  # of the other signs nobody expects a picture
                 unknown[piece] = None
         text = re.sub("( ,)+", ",", " ".join(kept)).strip(" ,")  # of what stood between commas, nothing may be left
+        if not text and not unknown:  # a prompt of signs alone: somebody expects something of them
+            unknown = dict.fromkeys(_PIECE.findall(prompt))
         return Reading(text=text, unknown=list(unknown), replaced=replaced)
+
+    def nearest(self, word: str) -> list[str]:
+        """Up to three known words that are spelled like it, the likeliest first."""
+        return difflib.get_close_matches(word.lower(), sorted(self.known_words), n=3, cutoff=0.6)
 
     def _near(self, word: str) -> str | None:
         """The known word that is one letter away, the likeliest of several."""

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from ..folders.manifests import Size
 from .backends.base import Array, Conditions
 from .editing import Start, restore
 from .request import GenerateRequest
+from .saving import save_images
 from .tokenizer import Reading, Tokens
 
 
@@ -46,7 +48,7 @@ class Timings:
         return {name: seconds for name, seconds in summed.items() if seconds > 0}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
@@ -62,6 +64,21 @@ class GenerateResult:
     replaced_words: dict[str, str] = field(default_factory=dict)
     cut: str = ""
     cached: bool = False
+    prompt: str = ""
+
+    def __repr__(self) -> str:
+        count, height, width = self.images.shape[:3]
+        seconds = f"{1000 * self.timings.total:.1f} ms"
+        return f"<GenerateResult {count} x {width}x{height}, {self.steps} steps, seed {self.seed}, {seconds}>"
+
+    def caption(self, i: int = 0) -> str:
+        """What drew picture i, as other programs write it into a PNG."""
+        return f"{self.prompt}\nSteps: {self.steps}, Seed: {self.seed + i}"
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the pictures as PNG, JPEG or WebP by the path's ending, numbered where there are several; returns the paths.
+        Raises ImagineFlashError for what cannot be written."""
+        return save_images(self.images, Path(path), [self.caption(i) for i in range(len(self.images))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +172,7 @@ class Job:
             seed=self.request.seed,
             unknown_words=self.prepared.reading.unknown,
             replaced_words=self.prepared.reading.replaced,
+            prompt=self.request.prompt,
             cut=self.prepared.reading.cut,
             cached=self.cached,
         )

@@ -2,8 +2,7 @@
 
 Traffic per element: x_t and m are read once (with guidance m_u too, with given noise z too), x_s is written once and, where
 asked for, its cast for the next network call. At float32 state and bf16 network: 4 + 2 read, 4 + 2 written = 12 bytes, for
-about ten floating-point operations: bound by memory at every size, and by the launch at one latent of 4x64x64. Noise from
-seeds reads nothing but adds about a hundred integer operations to an element.
+about ten floating-point operations: bound by memory at every size, and by the launch at one latent of 4x64x64.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from ..core.errors import ScheduleError
 from ..core.update import UpdateTable
-from .philox import normal
 from .triton_or_reference import jit, memory_format_of, programs, runs_kernel, tl
 
 BLOCK, WARPS = 1024, 4
@@ -60,13 +58,12 @@ def coefficients_on(device: torch.device | str, *tables: UpdateTable) -> Coeffic
     )
 
 
-@jit(do_not_specialize=("index_ptr", "index_stride", "table_rows", "blocks_per_row", "channels"))
+@jit(do_not_specialize=("index_ptr", "index_stride", "table_rows", "blocks_per_row"))
 def update_kernel(
     x_ptr,
     m_ptr,
     uncond_ptr,
     noise_ptr,
-    seed_ptr,
     guidance_ptr,
     table_ptr,
     index_ptr,
@@ -78,7 +75,6 @@ def update_kernel(
     blocks_per_row,
     index_stride,
     table_rows,
-    channels,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -101,13 +97,9 @@ def update_kernel(
             weight = tl.load(guidance_ptr + row).to(tl.float32)
         m = uncond + weight * (m - uncond)
     x_s = a * x + b * m
-    if noise_ptr is not None or seed_ptr is not None:
+    if noise_ptr is not None:
         c = tl.load(table_ptr + index * 3 + 2, mask=known, other=float("nan"))
-        if noise_ptr is not None:
-            z = tl.load(noise_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        else:  # counted in the order of a contiguous tensor, whatever the layout
-            z = tl.randn(tl.load(seed_ptr + row), (offset % channels) * (row_elements // channels) + offset // channels)
-        x_s += c * z
+        x_s += c * tl.load(noise_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, x_s.to(out_ptr.dtype.element_ty), mask=inside)
     if next_ptr is not None:
         tl.store(next_ptr + place, (x_s * scale).to(next_ptr.dtype.element_ty), mask=inside)
@@ -123,20 +115,17 @@ def launch(
     guidance: Tensor | None,
     guidance_scale: float,
     noise: Tensor | None,
-    seeds: Tensor | None,
     network_input: Tensor | None,
     scale: float,
 ) -> None:
     """Start the kernel on tensors that `noise_corrected_update` has checked."""
     batch = x.shape[0]
     row_elements = x.numel() // batch
-    last = x.ndim == 4 and not x.is_contiguous()
     update_kernel[(programs(batch, row_elements, BLOCK),)](
         x,
         m,
         uncond,
         noise,
-        seeds,
         guidance,
         rows,
         step_index,
@@ -148,7 +137,6 @@ def launch(
         -(-row_elements // BLOCK),
         int(step_index.numel() > 1),
         rows.shape[0],
-        x.shape[1] if last else 1,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
@@ -163,7 +151,6 @@ def reference(
     uncond: Tensor | None = None,
     guidance: Tensor | float | None = None,
     noise: Tensor | None = None,
-    seeds: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """core.update.reference_update in torch, computed and returned in `dtype`; in float64 it is the oracle of the tests."""
@@ -177,8 +164,6 @@ def reference(
         weight = per_image(guidance) if isinstance(guidance, Tensor) else float(guidance or 0.0)
         m = uncond.to(dtype) + weight * (m - uncond.to(dtype))
     x_s = a * x.to(dtype) + b * m
-    if seeds is not None:
-        noise = normal(seeds, x[0].numel()).view(x.shape)
     return x_s if noise is None else x_s + c * noise.to(dtype)
 
 
@@ -192,17 +177,16 @@ def run(
     guidance: Tensor | None,
     guidance_scale: float,
     noise: Tensor | None,
-    seeds: Tensor | None,
     network_input: Tensor | None,
     scale: float,
 ) -> None:
     """The kernel where it can run, else the reference, on checked tensors."""
     if runs_kernel(x):
         with torch.cuda.device_of(x):  # Triton starts on the current device, which may be another one
-            launch(x, m, rows, step_index, out, uncond, guidance, guidance_scale, noise, seeds, network_input, scale)
+            launch(x, m, rows, step_index, out, uncond, guidance, guidance_scale, noise, network_input, scale)
         return
     weight = guidance_scale if guidance is None else guidance
-    x_s = reference(x, m, rows, step_index, uncond=uncond, guidance=weight, noise=noise, seeds=seeds)
+    x_s = reference(x, m, rows, step_index, uncond=uncond, guidance=weight, noise=noise)
     out.copy_(x_s)
     if network_input is not None:
         network_input.copy_(x_s * scale)
@@ -222,7 +206,6 @@ def noise_corrected_update(
     uncond: Tensor | None = None,
     guidance: float | Tensor | None = None,
     noise: Tensor | None = None,
-    seeds: Tensor | None = None,
     out: Tensor | None = None,
     network_input: Tensor | None = None,
     scale: float = 1.0,
@@ -235,7 +218,7 @@ def noise_corrected_update(
         coefficients: of `coefficients_on`, on x's device.
         step_index: the row of every image, or ints (B,). Those on a GPU are not read back: a wrong one gives NaN pictures.
         guidance: a number, or float32 (B,).
-        noise: z of x's shape; or seeds: int64 (B,), from which z is drawn: the same for a seed in any batch and layout.
+        noise: z of x's shape, for rows that re-noise.
         out: where x_s goes, of x's shape; may be x itself. By default a new float32 tensor.
         network_input: if given, x_s times `scale` is written there too, in its dtype.
         scale: for example 1 / scaling_factor of the decoder.
@@ -244,8 +227,8 @@ def noise_corrected_update(
     Raises:
         ValueError: for shapes, devices, dtypes, layouts or indices that do not fit, before anything is started.
     """
-    index = _index(x, coefficients, step_index, noise is not None or seeds is not None)
-    layout = _check(x, m, out, uncond, guidance, noise, seeds, network_input)
+    index = _index(x, coefficients, step_index, noise is not None)
+    layout = _check(x, m, out, uncond, guidance, noise, network_input)
     if out is None:
         out = torch.empty_like(x, dtype=torch.float32, memory_format=layout)
     if x.numel() == 0:
@@ -258,7 +241,7 @@ def noise_corrected_update(
     weights = guidance if isinstance(guidance, Tensor) else None
     weight = 0.0 if guidance is None or weights is not None else float(guidance)
     start = update_op if torch.compiler.is_compiling() else run  # an op's own dispatch costs more than a launch
-    start(x, m, coefficients.rows, index, out, uncond, weights, weight, noise, seeds, network_input, float(scale))
+    start(x, m, coefficients.rows, index, out, uncond, weights, weight, noise, network_input, float(scale))
     return out
 
 
@@ -278,7 +261,7 @@ def _index(x: Tensor, coefficients: Coefficients, step_index: int | Sequence[int
         if not 0 <= i < len(coefficients):
             raise ValueError(f"step_index {i} is outside the table's rows 0..{len(coefficients) - 1}")
     if not has_noise and any(coefficients.renoises[i] for i in asked):
-        raise ValueError("this table re-noises: give noise of the shape of x, or seeds")
+        raise ValueError("this table re-noises: give noise of the shape of x")
     if isinstance(step_index, int):
         return coefficients.positions[step_index : step_index + 1]
     return step_index if isinstance(step_index, Tensor) and step_index.is_cuda else torch.tensor(asked, device=x.device)
@@ -291,14 +274,11 @@ def _check(
     uncond: Tensor | None,
     guidance: float | Tensor | None,
     noise: Tensor | None,
-    seeds: Tensor | None,
     network_input: Tensor | None,
 ) -> torch.memory_format:
     """The layout in which all of them are read and written. ValueError names the two things that do not fit."""
     if (uncond is None) != (guidance is None):
         raise ValueError("guidance needs both uncond and guidance")
-    if noise is not None and seeds is not None:
-        raise ValueError("give noise or seeds, not both")
     named = {"x": x, "m": m, "uncond": uncond, "noise": noise, "out": out, "network_input": network_input}
     for name, tensor in named.items():
         if tensor is None:
@@ -311,14 +291,13 @@ def _check(
             raise ValueError(f"{name} has dtype {tensor.dtype}; known: float32, float16, bfloat16")
     if x.ndim == 0:
         raise ValueError("x must have a batch axis, got a scalar")
-    for name, values, dtypes in (("guidance", guidance, (torch.float32,)), ("seeds", seeds, (torch.int64,))):
-        if isinstance(values, Tensor) and (
-            values.shape != x.shape[:1] or values.dtype not in dtypes or values.device != x.device
-        ):
-            raise ValueError(
-                f"{name} must be {str(dtypes[0])[6:]} ({x.shape[0]},) on {x.device}, "
-                f"got {str(values.dtype)[6:]} {tuple(values.shape)} on {values.device}"
-            )
+    if isinstance(guidance, Tensor) and (
+        guidance.shape != x.shape[:1] or guidance.dtype != torch.float32 or guidance.device != x.device
+    ):
+        raise ValueError(
+            f"guidance must be float32 ({x.shape[0]},) on {x.device}, "
+            f"got {str(guidance.dtype)[6:]} {tuple(guidance.shape)} on {guidance.device}"
+        )
     return _layout(x, {"out": out, "network_input": network_input})
 
 

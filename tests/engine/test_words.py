@@ -1,8 +1,11 @@
 """What a model with a known vocabulary makes of a prompt: typos are mended, strangers left out, both are said."""
 
+import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models
 
+from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.tokenizer import PromptTokenizer, one_letter_apart
 from imagine_flash.folders.manifests import TokenizerSpec
@@ -51,13 +54,20 @@ def reader(words: list[str] = WORDS) -> PromptTokenizer:
         ("7 cats", "cats", ["7"], {}),
         ("kitty,fox", "kitty, fox", [], {}),
         ("a fox, zebra, on pink,", "a fox, on pink", ["zebra"], {}),
-        ("???", "", [], {}),
+        ("???", "", ["?"], {}),  # nothing else is said: the picture has nothing to do with them
+        ("...!", "", [".", "!"], {}),
+        ("🦄🎈", "", ["🦄", "🎈"], {}),
         ("", "", [], {}),
     ],
 )
 def test_reading(prompt: str, text: str, unknown: list[str], replaced: dict[str, str]) -> None:
     found = reader().read(prompt)
     assert (found.text, found.unknown, found.replaced) == (text, unknown, replaced)
+
+
+def test_the_nearest_known_words_are_named() -> None:
+    assert reader().nearest("Kat") == ["cat"] and reader().nearest("foxes") == ["fox"]
+    assert reader().nearest("zebra") == [] and reader([]).nearest("cat") == []
 
 
 def test_a_model_that_knows_every_word_gets_the_prompt_as_it_is() -> None:
@@ -90,3 +100,17 @@ def test_a_typo_is_the_word(tiny_artifact) -> None:
         typo = engine.generate(GenerateRequest(prompt="a rockett", seed=3))
         assert typo.replaced_words == {"rockett": "rocket"} and typo.cached and not typo.unknown_words
         assert (typo.images == right.images).all()
+
+
+def test_a_result_is_saved_and_says_what_drew_it(tiny_artifact, tmp_path) -> None:
+    with Engine.load(tiny_artifact) as engine:
+        result = engine.generate(GenerateRequest(prompt="a rocket", seed=3, steps=1, count=2))
+    assert repr(result).startswith("<GenerateResult 2 x 64x64, 1 steps, seed 3, ") and len(repr(result)) < 80
+    paths = result.save(tmp_path / "rocket.png")
+    assert [path.name for path in paths] == ["rocket-1.png", "rocket-2.png"]
+    with Image.open(paths[1]) as image:
+        assert (
+            image.info["parameters"] == "a rocket\nSteps: 1, Seed: 4" and (np.asarray(image) == result.images[1]).all()
+        )
+    with pytest.raises(ImagineFlashError, match=r"cannot write 'rocket.bmp': its ending must be one of .png"):
+        result.save(tmp_path / "rocket.bmp")

@@ -81,7 +81,9 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
 
 def _count(text: str, vendor: str) -> dict[str, int]:
     loads, stores = _WIDE[vendor]
-    return {"wide_loads": len(re.findall(loads, text)), "wide_stores": len(re.findall(stores, text))}
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+[^;]*;", text, re.M))  # of NVIDIA's code
+    wide = {"wide_loads": len(re.findall(loads, text)), "wide_stores": len(re.findall(stores, text))}
+    return {**wide, "instructions": instructions}
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ from imagine_flash.kernels.group_norm_silu import (
     FusedGroupNorm,
     FusedGroupNormSiLU,
     apply,
-    chunks_of,
     group_norm_op,
     group_norm_silu,
+    has_channels_last,
     reference,
     restore,
+    splits_of,
+    tile_of,
 )
 from imagine_flash.kernels.triton_or_reference import runs_kernel
 
@@ -55,6 +57,8 @@ def test_as_good_as_torch(shape, groups, dtype, channels_last, silu):
     oracle = reference(x.double(), groups, weight.double(), bias.double(), 1e-5, silu)
     error = (found.double() - oracle).abs().max()
     allowed = 2 * (reference(x, groups, weight, bias, 1e-5, silu).double() - oracle).abs().max() + 1e-6
+    folded = x.double().flatten(2).std(2, False).square().add(1e-5).rsqrt().amax() * x.abs().max() * weight.abs().max()
+    allowed = allowed + 2**-23 * folded.double()  # x scale + offset is rounded where x is large beside its deviation
     if dtype is torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts bfloat16 off: one unit in the last place
         allowed = max(allowed, 2**-7 * oracle.abs().max())
     assert error <= allowed, f"{error:.3g} > {allowed:.3g}"
@@ -68,20 +72,35 @@ def test_without_weights_and_with_another_layout():
 
 def test_a_large_mean_does_not_cancel():
     """The mean of squares minus the square of the mean loses everything here; squares around the mean do not."""
-    x = 1e4 + draw(1, 4, 64, 64)
+    x = (1e4 + draw(1, 4, 64, 64)).contiguous(memory_format=torch.channels_last)
     oracle = reference(x.double(), 1, None, None, 1e-5, False)
     assert (group_norm_silu(x, 1, silu=False).double() - oracle).abs().max() < 5e-3
 
 
-@pytest.mark.parametrize(
-    ("channels", "pixels", "groups", "planes"),
-    [(128, 1024 * 1024, 32, True), (128, 1024 * 1024, 32, False), (512, 4096, 32, False), (320, 1, 32, True)],
-)
-def test_chunks_cover_a_group(channels, pixels, groups, planes):
-    chunks, width, block = chunks_of(channels, pixels, groups, planes)
-    assert width >= channels // groups and chunks <= 1024
-    covered = chunks * block if planes else chunks * (block // width)
-    assert covered >= (channels // groups * pixels if planes else pixels)
+CHANNELS = (128, 256, 320, 512, 640, 960, 1280, 1920, 2560)  # of the UNets and decoders of Stable Diffusion and SDXL
+
+
+@pytest.mark.parametrize("channels", [*CHANNELS, 1, 6, 40, 4096])
+@pytest.mark.parametrize("pixels", [1, 64, 77, 128 * 128, 1024 * 1024])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_tiles_cover_an_image_and_stay_small(batch, channels, pixels):
+    """A block that doubled without limit spilled 65,536 registers at 1024x1024, and was refused beyond."""
+    rows, width = tile_of(channels)
+    assert rows * width == 2048 and rows & (rows - 1) == 0 and -(-channels // width) * width >= channels
+    if channels in CHANNELS:
+        assert channels % width == 0 and width >= 64, "every lane has a value, and a row is a whole cache line"
+    splits, tiles = splits_of(batch, channels, pixels)
+    assert (splits - 1) * tiles * rows < pixels <= splits * tiles * rows
+    assert splits == 1 or batch * -(-channels // width) * splits <= 2 * 1024
+
+
+def test_the_tokens_of_an_attention_are_channels_last():
+    """The decoder's attention hands over (B, C, H W), a view of (B, H W, C)."""
+    tokens = draw(2, 77, 16).transpose(1, 2)
+    assert has_channels_last(tokens) and not has_channels_last(tokens.contiguous())
+    found = group_norm_silu(tokens, 4, silu=False)
+    assert found.stride() == tokens.stride()
+    torch.testing.assert_close(found, reference(tokens, 4, None, None, 1e-5, False), rtol=1e-5, atol=1e-5)
 
 
 def tiny_unet() -> Any:

@@ -56,7 +56,7 @@ def test_the_kernel_is_what_runs_here():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fresh", ["none", "given", "seeds"])
+@pytest.mark.parametrize("fresh", ["none", "given"])
 @pytest.mark.parametrize("guided", ["no", "number", "per image"])
 @pytest.mark.parametrize("noise_correction", [True, False])
 @pytest.mark.parametrize("prediction_type", TYPES)
@@ -71,8 +71,6 @@ def test_every_combination(prediction_type, noise_correction, guided, fresh, dty
         given["guidance"] = 2.5 if guided == "number" else torch.tensor([1.0, 2.5, 7.0], device=DEVICE)
     if fresh == "given":
         given["noise"] = draw(*shape, dtype=dtype, seed=3)
-    if fresh == "seeds":
-        given["seeds"] = torch.tensor([3, 2**33, -5], device=DEVICE)
     index = [2, 0, 1]
     found = noise_corrected_update(x, m, coefficients, index, **given)
     assert found.dtype == torch.float32 and found.shape == x.shape
@@ -117,19 +115,6 @@ def test_rows_of_one_batch_may_follow_different_plans():
     for i, (table, step) in enumerate(zip(tables, (0, 1, 1), strict=True)):
         alone = noise_corrected_update(x[i : i + 1], m[i : i + 1], coefficients_on(DEVICE, table), step)
         assert torch.equal(together[i : i + 1], alone)
-
-
-def test_seeds_draw_the_same_noise_alone_in_a_batch_of_seven_and_in_any_layout():
-    coefficients = coefficients_on(DEVICE, table_of(sampler=FRESH))
-    x, m = draw(7, 4, 16, 16), draw(7, 4, 16, 16, seed=1)
-    seeds = torch.arange(7, device=DEVICE) + 2**35
-    batch = noise_corrected_update(x, m, coefficients, 0, seeds=seeds)
-    x_last, m_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, m))
-    last = noise_corrected_update(x_last, m_last, coefficients, 0, seeds=seeds)
-    assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(last, batch)
-    for i in range(7):
-        row = slice(i, i + 1)
-        assert torch.equal(noise_corrected_update(x[row], m[row], coefficients, 0, seeds=seeds[row]), batch[row])
 
 
 @pytest.mark.parametrize(
@@ -224,9 +209,7 @@ RENOISING = coefficients_on(DEVICE, table_of(sampler=FRESH))
             {"uncond": X, "guidance": torch.ones(3, device=DEVICE)},
             r"guidance must be float32 \(2,\) on .*, got float32 \(3,\)",
         ),
-        ({"seeds": torch.ones(2, device=DEVICE)}, r"seeds must be int64 \(2,\) on .*, got float32"),
-        ({"noise": X, "seeds": torch.ones(2, dtype=torch.int64, device=DEVICE)}, "give noise or seeds, not both"),
-        ({"coefficients": RENOISING}, "this table re-noises: give noise of the shape of x, or seeds"),
+        ({"coefficients": RENOISING}, "this table re-noises: give noise of the shape of x"),
         ({"out": torch.zeros(2, 4, 8, 16, device=DEVICE)[..., ::2]}, r"out has strides .* must be contiguous"),
         (
             {"out": X, "network_input": X.contiguous(memory_format=torch.channels_last)},
@@ -261,7 +244,7 @@ def test_an_index_that_the_host_does_not_see_gives_nan():
     from imagine_flash.kernels.update import launch
 
     index, out = torch.tensor([1, 3], device=DEVICE), torch.zeros_like(X)
-    launch(X, X, TABLE.rows, index, out, None, None, 0.0, None, None, None, 1.0)
+    launch(X, X, TABLE.rows, index, out, None, None, 0.0, None, None, 1.0)
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
@@ -270,7 +253,7 @@ def test_the_op_is_well_formed():
     from imagine_flash.kernels.update import update_op
 
     x = draw(2, 4, 8, 8)
-    arguments = (x, x * 2, TABLE.rows, TABLE.positions[:1], torch.empty_like(x), None, None, 0.0, None, None, None, 1.0)
+    arguments = (x, x * 2, TABLE.rows, TABLE.positions[:1], torch.empty_like(x), None, None, 0.0, None, None, 1.0)
     torch.library.opcheck(update_op, arguments)
 
 
