@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 
 from ..core.errors import RequestError
 from .backends.base import Conditions
@@ -26,9 +27,14 @@ class PromptCache:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
             raise RequestError(f"the prompt cache's size must be a whole number of bytes >= 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
-        self.hits = self.misses = self.used_bytes = 0
-        self._entries: OrderedDict[bytes, Conditions] = OrderedDict()
+        self.hits = self.misses = 0
+        self._entries: LRUCache[bytes, Conditions] = LRUCache(max_bytes, getsizeof=_bytes)
         self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        """What the entries take."""
+        return int(self._entries.currsize)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -37,33 +43,21 @@ class PromptCache:
         """The conditions of one prompt's tokens, or None."""
         with self._lock:
             found = self._entries.get(_key(tokens))
-            if found is None:
-                self.misses += 1
-                return None
-            self._entries.move_to_end(_key(tokens))
-            self.hits += 1
+            self.hits += found is not None
+            self.misses += found is None
             return found
 
     def keep(self, tokens: Tokens, conditions: Conditions) -> Conditions:
         """Remembers them, as copies that own their memory and, of NumPy, cannot be written; returns what is remembered."""
         own = tuple(_owned(condition) for condition in conditions)
-        key, size = _key(tokens), _bytes(own)
-        if size > self.max_bytes:
-            return own
-        with self._lock:
-            if key not in self._entries:
-                self._entries[key] = own
-                self.used_bytes += size
-            while self.used_bytes > self.max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self.used_bytes -= _bytes(oldest)
+        with self._lock, suppress(ValueError):  # larger than the whole cache
+            self._entries[_key(tokens)] = own
         return own
 
     def clear(self) -> None:
         """Forget every entry; the counts stay."""
         with self._lock:
             self._entries.clear()
-            self.used_bytes = 0
 
 
 def _key(tokens: Tokens) -> bytes:

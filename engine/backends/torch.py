@@ -26,14 +26,16 @@ try:
 except ImportError:
     raise missing_extra("torch", "export") from None
 
+from ...kernels import group_norm_silu
 from ...pipelines.loading import load_stages
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
 from ..tokenizer import PromptTokenizer
 from .base import STUDENT_BATCHES, BackendOptions, Pictures, check_device
+from .fused_update import FusedUpdate
 from .graphs import GraphBackend, Run
-from .torch_modes import Captured, InPrecision, Network, OnGpu, as_run, compiled
+from .torch_modes import Capture, Captured, InPrecision, Network, OnGpu, as_run, compiled, cuda_graphs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,20 +83,24 @@ class TorchBackend(GraphBackend[ModelDescription]):
         *,
         name: str = "torch",
         batches: Sequence[int] = (1,),
+        capture: Capture | None = None,
     ) -> None:
+        """capture: by default CUDA graphs, on a GPU and unless the name is "torch"."""
         super().__init__(folder, model)
         self.name, self.device, self.precision = name, device, model.precision
         self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
-        self._captures = self._on_gpu and name != "torch"
-        if name == "torch-graph" and not self._on_gpu:
+        if name == "torch-graph" and not self._on_gpu and capture is None:
             raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")
+        self._capture = cuda_graphs(device) if self._on_gpu and name != "torch" else capture
         self.batches = () if name == "torch" else tuple(batches)
         self._dtype = DTYPES[model.precision]
         self._tokens = [ids.to(device) for ids in stages.example_tokens(1).values()]
         self._networks = self._on_device(stages)
         self._sizes = {model.graph_name(kind, size): size for kind in ("denoiser", "decoder") for size in model.sizes}
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
-        self._rows = torch.arange(STUDENT_BATCHES[1], dtype=torch.int32, device=device)
+        self._fixed = {*self._sizes, *(["text_encoder"] if self._capture else [])}  # run at fixed batch sizes
+        self._uncaptured: set[str] = set()
+        tables = model.update_tables().values()
+        self._update = FusedUpdate(tables, device) if self._on_gpu or self._capture else None
 
     def _on_device(self, stages: Stages) -> dict[str, Network]:
         """By graph name. channels_last: 13.0 instead of 14.2 ms for the embedded denoiser on one core, 6.6 instead of 8.5
@@ -103,44 +109,73 @@ class TorchBackend(GraphBackend[ModelDescription]):
         kept = {"device": self.device, "memory_format": torch.channels_last}
         decoder, encoder = stages.decoder.to(**kept), stages.image_encoder.to(**kept)
         text = stages.text_encoder.to(self.device)
+        if self._capture:
+            group_norm_silu.apply(decoder)
         found["text_encoder"] = lambda *tokens: tuple(values.to(self._dtype) for values in text(*tokens))
         for size in model.sizes:
-            found[model.graph_name("denoiser", size)] = InPrecision(stages.denoiser(size).to(**kept), self._dtype)
+            denoiser = stages.denoiser(size).to(**kept)
+            if self._capture:
+                group_norm_silu.apply(denoiser)
+            found[model.graph_name("denoiser", size)] = InPrecision(denoiser, self._dtype)
             found[model.graph_name("decoder", size)] = OnGpu(decoder) if self._on_gpu else decoder
             found[model.graph_name(IMAGE_ENCODER, size)] = encoder
         return found
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu"
-        how = ["compiled"] * self._compiles + ["CUDA graphs"] * self._captures or ["eager"]
+        graphs = ["CUDA graphs" + "".join(f" without {name}" for name in sorted(self._uncaptured))]
+        how = ["compiled"] * self._compiles + graphs * (self._capture is not None) or ["eager"]
         threads = [] if self._on_gpu else [f"{torch.get_num_threads()} threads"]
         return ", ".join([f"torch {torch.__version__} on {where}", self.precision, *how, *threads])
 
     @torch.inference_mode()
     def open(self, graph: str, batch: int) -> Run:
         network: Any = self._networks[graph]
-        if not batch or graph not in self._sizes:
+        if not batch or graph not in self._fixed:
             return as_run(network)
         with self._current():
             inputs = self._example(graph, batch)
-            if self._compiles:
+            if self._compiles and graph in self._sizes:
                 network = compiled(network, inputs)
-            return Captured(network, inputs, self._pool) if self._captures else as_run(network)
+            if self._capture is None:
+                return as_run(network)
+            try:
+                return Captured(network, inputs, self._capture)
+            except RuntimeError:
+                if graph in self._sizes:
+                    raise
+                self._uncaptured.add(graph)  # some text encoders ask the device about their mask
+                return as_run(network)
+
+    def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
+        super().prepare(graphs, batches)
+        if self._update is not None:  # its kernel is compiled now, not in the first request
+            shape, table = self.manifest.latent_shape, next(iter(self.manifest.update_tables().values()))
+            x = self.upload(np.zeros((1, *shape), np.float32))
+            self.update(x, x.to(self._dtype), table.a[:1].astype(np.float32), table.b[:1].astype(np.float32))
 
     def _example(self, graph: str, batch: int) -> list[torch.Tensor]:
-        """Inputs of a graph's shapes: the short prompt's conditions, latents of zeros."""
-        latents = torch.zeros(batch, *self.manifest.latent_shape_of(self._sizes[graph]), device=self.device)
+        """Inputs of a graph's shapes, as the network reads them: a short prompt and its conditions, latents of zeros."""
+        if graph == "text_encoder":
+            return [ids.expand(batch, *ids.shape[1:]).clone() for ids in self._tokens]
+        shape = (batch, *self.manifest.latent_shape_of(self._sizes[graph]))
+        dtype = self._dtype if self._capture and graph.startswith("denoiser") else torch.float32
+        latents = torch.zeros(shape, device=self.device, dtype=dtype).contiguous(memory_format=torch.channels_last)
         if graph.startswith("decoder"):
             return [latents]
         conditions = [
             values.expand(batch, *values.shape[1:]).clone() for values in self._networks["text_encoder"](*self._tokens)
         ]
-        return [latents, latents.new_zeros(batch), *conditions]
+        return [latents, torch.zeros(batch, device=self.device), *conditions]
 
     @torch.inference_mode()
     def upload(self, values: NDArray[Any]) -> torch.Tensor:
-        copy = torch.tensor(values, pin_memory=self._on_gpu)  # memory that a GPU copies from by itself
-        return copy.to(self.device, non_blocking=True)
+        layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+        given = torch.from_numpy(values)
+        if not self._on_gpu:
+            return given.clone(memory_format=layout)
+        pinned = torch.empty(values.shape, dtype=given.dtype, pin_memory=True, memory_format=layout)
+        return pinned.copy_(given).to(self.device, non_blocking=True)  # from memory that a GPU reads by itself
 
     @torch.inference_mode()
     def join(self, arrays: Sequence[Any]) -> Any:
@@ -152,31 +187,34 @@ class TorchBackend(GraphBackend[ModelDescription]):
     @torch.inference_mode()
     def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a graph, queued; of a captured one valid until its next call. Raises ArtifactError."""
-        rows, fixed = len(inputs[0]), graph in self._sizes
-        bucket = self._bucket(rows) if fixed else 0
+        rows = len(inputs[0])
+        bucket = self._bucket(rows) if graph in self._fixed else 0
         with self._current():
             run = self._graph(graph, bucket)
-            tensors: list[Any] = [
-                values if isinstance(values, torch.Tensor) else self.upload(values) for values in inputs
-            ]
-            if bucket > rows:
+            captured = isinstance(run, Captured)  # copies into its static arrays by itself, from the host too
+            pads = bucket > rows and not captured
+            host = torch.from_numpy if captured else self.upload
+            tensors: list[Any] = [values if isinstance(values, torch.Tensor) else host(values) for values in inputs]
+            if pads:
                 tensors = [torch.cat([v, v[-1:].expand(bucket - rows, *v.shape[1:])]) for v in tensors]
             try:
                 outputs: list[Any] = run(tensors)
             except Exception as error:  # torch's errors share no base of their own
                 raise self._broken(graph, error) from None
-        return [values[:rows] for values in outputs] if bucket > rows else outputs
+        return [values[:rows] for values in outputs] if pads else outputs
 
     def denoise(self, x: Any, timestep: NDArray[np.float32], conditions: Sequence[Any]) -> Any:
         return self.run(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
     @torch.inference_mode()
     def update(self, x: Any, m: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> Any:
-        if self._on_gpu:
-            from .tensorrt import fused_update
-
-            table = self.upload(np.stack([a, b, np.zeros_like(a)], axis=1))
-            return fused_update(x, m, table, self._rows[: len(a)])
+        if self._update is not None:
+            network = self._graphs.get((self._at_size("denoiser", x), self._bucket(len(x))))
+            if not isinstance(network, Captured):
+                return self._update(x, m, a, b)
+            x_s = self._update(x, m, a, b, network_input=network.next_input(len(x)))
+            network.ready = x_s
+            return x_s
         rows = (-1, *(1,) * (x.ndim - 1))
         return torch.from_numpy(a).view(rows) * x + torch.from_numpy(b).view(rows) * m
 

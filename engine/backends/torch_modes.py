@@ -14,7 +14,7 @@ Network = Callable[..., Any]  # tensors -> one, or a tuple
 
 
 class InPrecision(torch.nn.Module):
-    """A denoiser that takes latents in float32 and computes in `dtype`, that of the conditions."""
+    """A denoiser that takes latents in any precision and computes in `dtype`, that of the conditions."""
 
     def __init__(self, denoiser: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,25 +38,57 @@ class OnGpu(torch.nn.Module):
         return self.to_image(decoded), self.decoder.all_finite(latents, decoded)
 
 
-class Captured:
-    """A network for one batch size as a CUDA graph over static arrays; its output is valid until the next call."""
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]  # a call -> its replay, and its static outputs
 
-    def __init__(self, network: Network, inputs: Sequence[torch.Tensor], pool: Any) -> None:
-        self.inputs, side = inputs, torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+
+def cuda_graphs(device: torch.device) -> Capture:
+    """Captures calls as CUDA graphs of one memory pool, on a stream of this device: torch's own default stream belongs to the
+    device that captured first, where another one's graph stays empty."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                network(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = network(*inputs)
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = call()
+        return graph.replay, outputs
+
+    return capture
+
+
+class Captured:
+    """A network for one batch size, captured over static arrays; its outputs are valid until the next call.
+
+    inputs: the static arrays, in the dtype and layout that the network computes in. `ready` is the state whose values already
+    lie in the first of them, since the update wrote them there: it is not copied again.
+    """
+
+    def __init__(self, network: Network, inputs: Sequence[torch.Tensor], capture: Capture) -> None:
+        self.inputs = inputs
+        self.ready: torch.Tensor | None = None
+        self._replay, self._outputs = capture(lambda: network(*inputs))
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        for static, values in zip(self.inputs, inputs, strict=True):
-            static.copy_(values, non_blocking=True)
-        self._graph.replay()
-        return _as_list(self.output)
+        """Copies and run, padded with the last image -> rows of the static outputs."""
+        rows = len(inputs[0])
+        for i, (static, values) in enumerate(zip(self.inputs, inputs, strict=True)):
+            if i or values is not self.ready:
+                static[:rows].copy_(values, non_blocking=True)
+            if rows < len(static):
+                static[rows:] = static[rows - 1]
+        if inputs[0] is not self.ready:
+            self.ready = None
+        self._replay()
+        return [values[:rows] for values in _as_list(self._outputs)]
+
+    def next_input(self, rows: int) -> torch.Tensor:
+        """Where the update writes what the network reads next; whoever does so sets `ready` afterwards."""
+        self.ready = None
+        return self.inputs[0][:rows]
 
 
 def compiled(network: Network, inputs: Sequence[torch.Tensor]) -> Network:
