@@ -42,6 +42,30 @@ def bench_kernels_command(
     say(f"{output}.json\n{output}.png")
 
 
+@bench.command("gpu", epilog=examples("bench gpu -o docs/results/gpu", "bench gpu --tiny --device cpu --rounds 5"))
+def bench_gpu_command(
+    output: Output = Path("gpu"),
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(metavar="NUMBER", help="No further row begins after so many.")] = 20.0,
+    rounds: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Timings of each candidate, taken in turn; at least 5.")
+    ] = 50,
+    tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
+) -> None:
+    """Time a Stable-Diffusion-Turbo-shaped student with random weights on a GPU, beside diffusers, and the kernels."""
+    needs("bench", "torch", "diffusers", "matplotlib")
+    from rich.console import Console
+
+    from ..benchmarks.gpu import bench_gpu
+    from ..benchmarks.records import as_rich
+
+    writable(output)
+    Console().print(as_rich(bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny)))
+    say(f"{output}.json\n{output}-kernels.json")
+
+
 @bench.command(
     "runtime", epilog=examples("bench runtime --quick", "bench runtime --model runs/artifact --backend onnxruntime")
 )

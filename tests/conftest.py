@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+
+HERE = Path(__file__).parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("IMAGINE_FLASH_CACHE", "")
@@ -17,15 +18,32 @@ if not Path(
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def _is_for_a_gpu(path: Path) -> bool:
+    """Tests of what only hardware shows, and those of the kernels, whose oracles hold there too."""
+    return path.parent.name == "kernels" or "mark.gpu" in path.read_text(encoding="utf-8")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` reads no other files: a machine with a GPU needs no server, browser or exporter."""
+    if config.option.markexpr != "gpu" or not collection_path.is_relative_to(HERE):
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any(_is_for_a_gpu(file) for file in files) else True
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
+    kernels = [item for item in items if item.path.parent == HERE / "kernels" and not item.get_closest_marker("slow")]
+    if not gpu and not kernels:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    there = torch.cuda.is_available()
+    for item in kernels if there else ():
+        item.add_marker(pytest.mark.gpu)
+    for item in gpu if not there else ():
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +53,8 @@ def once_a_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Calla
     shared = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
+        from filelock import FileLock
+
         with FileLock(shared / f"{name}.lock"):
             if not (shared / name).exists():
                 make(shared / f"{name}.new")

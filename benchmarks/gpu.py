@@ -1,0 +1,168 @@
+"""The GPU path from a prompt to a picture on the host, beside diffusers: written after every row, the most telling first.
+
+Weights are random, so nothing is downloaded. Every candidate's picture is compared with float32's before it is timed. Each row
+is measured twice: a gain smaller than the two differ is none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..core.errors import ImagineFlashError
+from ..core.images import psnr
+from ..core.noise import initial_noise
+from ..engine import Engine, GenerateRequest
+from ..folders.reading import read_student_manifest
+from ..kernels.triton_or_reference import triton
+from .harness import Candidate, Case, Check, Record, measure, new_record, write_record
+from .kernels import bench_kernels
+from .random_students import Shape, random_student
+
+EAGER, COMPILED = "diffusers, eager", "diffusers, compiled"
+OURS = {
+    "torch": "ours, eager",
+    "torch-graph": "ours, captured with kernels",
+    "torch-compile": "ours, compiled, captured",
+}
+LEAST_PSNR = 20.0  # dB to float32: random weights amplify what half precision rounds
+PROMPTS = (
+    "a red fox",
+    "a cat on pink",
+    "a boat on blue",
+    "a house",
+    "a star on red",
+    "a blue cat",
+    "a pink boat",
+    "a fox",
+)
+
+
+def bench_gpu(
+    out: Path, *, device: str | None = None, minutes: float = 20.0, rounds: int = 50, tiny: bool = False
+) -> Record:
+    """Measures until the minutes are over, writes `out`.json after each row and the kernels' record beside it, and a trace of
+    the profiler. tiny: small shapes, to try the whole of it on a CPU. Raises ImagineFlashError for a wrong picture."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and not tiny:
+        raise ImagineFlashError(
+            "there is no GPU here; --tiny tries the benchmark on the CPU, where its numbers say nothing"
+        )
+    if triton is not None and triton.knobs.runtime.interpret:
+        raise ImagineFlashError("TRITON_INTERPRET is set: this would time Triton's interpreter; unset it")
+    end, rows, record = time.monotonic() + 60 * minutes, list[Case](), None
+    bench_kernels(out.with_name(f"{out.name}-kernels"), device=device, rounds=rounds, quick=tiny)
+    for measured in _rows("tiny" if tiny else "sd-turbo", device, rounds):
+        rows.append(measured)
+        record = new_record("From a prompt to a picture on the host, beside diffusers?", rows, device=device)
+        write_record(record, out.with_name(f"{out.name}.json"))
+        if time.monotonic() > end:
+            break
+    assert record is not None
+    return record
+
+
+def _rows(shape: Shape, device: str, rounds: int) -> Iterator[Case]:
+    for tiny_decoder in (True, False):
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+            student = random_student(Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
+            models = _Models(student, device, opened)
+            for batch, cached, steps in ((1, True, 1), (1, False, 1), (1, True, 3), (4, True, 1), (16, True, 1)):
+                for again in (1, 2):
+                    case = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", "batch": batch}
+                    case |= {"steps": steps, "prompt": "cached" if cached else "new", "run": again}
+                    yield models.measure(case, rounds)
+
+
+class _Models:
+    """Every way to draw one student, loaded once."""
+
+    def __init__(self, student: Path, device: str, opened: ExitStack) -> None:
+        self.device = device
+        with Engine.load(student, backend="torch", device=device, precision="fp32", max_batch=16) as exact:
+            self.expected = {steps: exact.generate(_request(PROMPTS[0], 1, steps)).images[0] for steps in (1, 3)}
+        names = OURS if device != "cpu" else {name: OURS[name] for name in ("torch", "torch-compile")}
+        self.engines = {
+            title: opened.enter_context(Engine.load(student, backend=name, device=device, max_batch=16))
+            for name, title in names.items()
+        }
+        self.shape = next(iter(self.engines.values())).manifest.latent_shape
+        plans = read_student_manifest(student).step_plans
+        self.plans = {steps: list(plan.timesteps) for steps, plan in plans.items()}
+        self.pipelines = {EAGER: _pipeline(student, device), COMPILED: _compiled(_pipeline(student, device))}
+
+    def measure(self, case: dict[str, Any], rounds: int) -> Case:
+        """One row: all candidates in turn, by the host's clock, since each call ends with the picture on the host."""
+        steps, batch, fresh = case["steps"], case["batch"], case["prompt"] == "new"
+        draws = {
+            **{name: self._by_diffusers(name, steps, batch, fresh) for name in self.pipelines},
+            **{name: self._by_engine(name, steps, batch, fresh) for name in self.engines},
+        }
+        found: dict[str, float] = {}
+
+        def check(candidate: Candidate) -> Check:
+            found[candidate.name] = psnr(draws[candidate.name](PROMPTS[0])[0], self.expected[steps])
+            return Check(
+                what="PSNR to float32, below 100 dB", error=100 - found[candidate.name], tolerance=100 - LEAST_PSNR
+            )
+
+        words = itertools.cycle(PROMPTS)
+        candidates = [
+            Candidate(name=name, run=lambda draw=draw: draw(next(words) if fresh else PROMPTS[0]))
+            for name, draw in draws.items()
+        ]
+        row = measure(candidates, baseline=EAGER, check=check, case=case, warm_up=3, n=rounds, repeats=1)
+        return row.with_extra({name: {"PSNR to float32, dB": round(value, 1)} for name, value in found.items()})
+
+    def _by_engine(self, name: str, steps: int, batch: int, fresh: bool) -> Callable[[str], NDArray[np.uint8]]:
+        engine = self.engines[name]
+
+        def draw(prompt: str) -> NDArray[np.uint8]:
+            if fresh:
+                engine.prompt_cache.clear()
+            return engine.generate(_request(prompt, batch, steps)).images
+
+        return draw
+
+    def _by_diffusers(self, name: str, steps: int, batch: int, fresh: bool) -> Callable[[str], NDArray[np.uint8]]:
+        pipeline, plan, known = self.pipelines[name], self.plans[steps], dict[str, Any]()
+        noise = torch.from_numpy(initial_noise(1, batch, self.shape))
+
+        @torch.no_grad()
+        def draw(prompt: str) -> NDArray[np.uint8]:
+            if fresh or prompt not in known:
+                known[prompt] = pipeline.encode_prompt(prompt, self.device, batch, False)[0]
+            latents = noise.to(self.device, pipeline.unet.dtype)
+            images = pipeline(
+                prompt_embeds=known[prompt], timesteps=plan, guidance_scale=1.0, latents=latents, output_type="pt"
+            ).images
+            return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+        return draw
+
+
+def _request(prompt: str, count: int, steps: int) -> GenerateRequest:
+    return GenerateRequest(prompt=prompt, count=count, steps=steps, seed=1)
+
+
+def _pipeline(student: Path, device: str) -> Any:
+    from .diffusers_student import pipeline_of
+
+    return pipeline_of(student).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def _compiled(pipeline: Any) -> Any:
+    """As diffusers' documentation has it."""
+    mode = "default" if pipeline.device.type == "cpu" else "max-autotune"
+    pipeline.unet = torch.compile(pipeline.unet.to(memory_format=torch.channels_last), mode=mode)
+    pipeline.vae.decode = torch.compile(pipeline.vae.to(memory_format=torch.channels_last).decode, mode=mode)
+    return pipeline
