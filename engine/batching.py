@@ -81,6 +81,7 @@ class Batcher:
                 raise EngineError(CLOSED)
             if not chunks[0].job.reserved:
                 self._admit(chunks[0].job.client.name, sum(chunk.rows for chunk in chunks))
+            chunks[0].job.stopwatch = self.backend.stopwatch
             self._arrived.append(chunks)
             self._count(chunks)
             self._wake.notify()
@@ -387,9 +388,9 @@ def _by_job(chunks: Iterable[Chunk]) -> dict[Job, list[Chunk]]:
 
 
 def _timed(jobs: Sequence[Job], stage: str, work: Callable[[], T]) -> T:
-    started = time.perf_counter()
+    stop = jobs[0].stopwatch()
     value = work()
-    seconds = time.perf_counter() - started
+    seconds = stop()
     for job in jobs:
         job.spent(stage, seconds)
     return value

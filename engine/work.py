@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable
 from ..folders.manifests import Size
-from .backends.base import Array, Conditions
+from .backends.base import Array, Conditions, Stopped, stopwatch
 from .editing import Start, restore
 from .request import GenerateRequest
 from .saving import save_images
@@ -23,7 +23,8 @@ from .tokenizer import Reading, Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds of one request, by the wall clock; a call that it shared with others counts whole.
+    """Seconds of one request; a call that it shared with others counts whole. Stages by the device's clock, where that is a GPU,
+    the rest by the wall's.
 
     queue: the rest of the total, waiting before and between its calls. denoise: one entry per network call. copy: to and
     from the device, joining and splitting batches. sampler: of whole-sampler graphs, which have no other stages. total:
@@ -139,7 +140,8 @@ class Job:
         self.deadline = self.started + (self.request.timeout or default_deadline)
         self.rank = self.deadline + min(0.0, (since or self.started) - self.started)
         self.future = Drawing()
-        self.seconds: dict[str, list[float]] = {}
+        self.seconds: dict[str, list[Stopped]] = {}
+        self.stopwatch = stopwatch  # the backend's, once the job is with one
         self.pictures: dict[int, NDArray[np.uint8]] = {}  # by the row of a chunk's first picture
         self.cached = False
         self.conditions: Conditions = ()  # of the prompt, one row; () until it is encoded
@@ -149,7 +151,7 @@ class Job:
     def is_cancelled(self) -> bool:
         return self.future.cancelled()
 
-    def spent(self, stage: str, seconds: float) -> None:
+    def spent(self, stage: str, seconds: Stopped) -> None:
         self.seconds.setdefault(stage, []).append(seconds)
 
     def fail(self, error: BaseException) -> None:
@@ -180,22 +182,24 @@ class Job:
             self.future.set_result(result)
 
     def _timings(self) -> Timings:
+        spent = {stage: [stopped() for stopped in calls] for stage, calls in self.seconds.items()}
+
         def summed(stage: str) -> float:
-            return sum(self.seconds.get(stage, ()))
+            return sum(spent.get(stage, ()))
 
         total = time.perf_counter() - self.started
         tokenize, noise = self.prepared.tokenize, self.prepared.noise_seconds
-        at_work = tokenize + noise + sum(map(sum, self.seconds.values()))
+        at_work = tokenize + noise + sum(map(sum, spent.values()))
         return Timings(
             tokenize=tokenize,
             noise=noise,
             queue=max(0.0, total - at_work),
             encode=summed("encode"),
-            denoise=tuple(self.seconds.get("denoise", ())),
+            denoise=tuple(spent.get("denoise", ())),
             update=summed("update"),
             decode=summed("decode"),
             copy=summed("copy"),
-            sampler=tuple(self.seconds.get("sampler", ())),
+            sampler=tuple(spent.get("sampler", ())),
             total=total,
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +47,20 @@ class BackendOptions:
             raise ArtifactError(f"no precision {self.precision!r}{nearest(self.precision, PRECISIONS)}; known: {known}")
 
 
+Stopped = Callable[[], float]  # the seconds, once the device has done the work
+
+
+def stopwatch() -> Callable[[], Stopped]:
+    """Starts a watch of the host; what is called first stops it."""
+    started = time.perf_counter()
+
+    def stop() -> Stopped:
+        seconds = time.perf_counter() - started
+        return lambda: seconds
+
+    return stop
+
+
 class Backend(Protocol):
     """The stages of a model as functions of arrays. Called by one thread at a time, `prepare` and `describe` excepted."""
 
@@ -53,6 +68,10 @@ class Backend(Protocol):
 
     def describe(self) -> str:
         """One line: library, device, precision, threads."""
+        ...
+
+    def stopwatch(self) -> Callable[[], Stopped]:
+        """Starts a watch of the device's time; the seconds may be asked for after the pictures."""
         ...
 
     def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
 from ...folders.manifests import IMAGE_ENCODER, ModelDescription
-from .base import Pictures
+from .base import Pictures, Stopped, stopwatch
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
@@ -41,6 +41,9 @@ class GraphBackend(ABC, Generic[Described]):
     @abstractmethod
     def describe(self) -> str:
         """One line: library, device, precision, threads."""
+
+    def stopwatch(self) -> Callable[[], Stopped]:
+        return stopwatch()
 
     def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
         for graph in graphs:

@@ -7,7 +7,7 @@ the steps is not captured: requests join and leave between steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
 from ..tokenizer import PromptTokenizer
-from .base import STUDENT_BATCHES, BackendOptions, Pictures, check_device
+from .base import STUDENT_BATCHES, BackendOptions, Pictures, Stopped, check_device
 from .fused_update import FusedUpdate
 from .graphs import GraphBackend, Run
 from .torch_modes import Capture, Captured, InPrecision, Network, OnGpu, as_run, compiled, cuda_graphs
@@ -120,6 +120,23 @@ class TorchBackend(GraphBackend[ModelDescription]):
             found[model.graph_name("decoder", size)] = OnGpu(decoder) if self._on_gpu else decoder
             found[model.graph_name(IMAGE_ENCODER, size)] = encoder
         return found
+
+    def stopwatch(self) -> Callable[[], Stopped]:
+        if not self._on_gpu:
+            return super().stopwatch()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.device)
+        start.record(stream)
+
+        def stop() -> Stopped:
+            end.record(stream)
+            return seconds
+
+        def seconds() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1000  # of what was queued, not of the queueing
+
+        return stop
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu"
