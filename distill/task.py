@@ -63,7 +63,7 @@ class DistillTask(Task):
         if recipe.gradient_checkpointing:
             self.student.network.enable_gradient_checkpointing()
         torch.manual_seed(recipe.seed)  # the first weights of a discriminator
-        self.module = DistillationLoss(self.method, self.student.denoiser, denoiser, recipe)
+        self.module = self.loss = DistillationLoss(self.method, self.student.denoiser, denoiser, recipe)
         self.reference = replace(teacher, denoiser=denoiser)
         self.shown, self._teacher_row = list(shown or prompts[:8]), None
         self.shown_text, self.uncond = teacher.embed(self.shown), teacher.embed_negative(recipe.negative_prompt)
@@ -75,7 +75,7 @@ class DistillTask(Task):
 
     @property
     def frozen(self) -> frozenset[str]:
-        parameters = self.module.student.named_parameters(prefix="student")
+        parameters = self.student.denoiser.network.named_parameters(prefix="student")
         return frozenset(name for name, p in parameters if not p.requires_grad)
 
     def batch(self, step: int, part: Part) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class DistillTask(Task):
         return batch
 
     def after_update(self, step: int) -> None:
-        self.module.after_update(step)
+        self.loss.after_update(step)
 
     def preview(self) -> Image.Image:
         """A row of the guided teacher in 25 steps, then one for each plan of the student, all from the same noises."""

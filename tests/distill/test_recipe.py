@@ -9,7 +9,7 @@ from imagine_flash.distill.recipe import TeacherRecipe, built_in_recipes, load_r
 
 def test_what_is_built_in_is_valid() -> None:
     """A recipe for each method, of the same name."""
-    assert set(built_in_recipes()) == {"teacher", *METHODS}
+    assert set(built_in_recipes()) == {"teacher", "judge", "evaluation", *METHODS}
     load_recipe("teacher", TeacherRecipe)
     for name in METHODS:
         assert load_distill_recipe(name).method == name
