@@ -14,7 +14,7 @@ from ..core.images import psnr
 if TYPE_CHECKING:
     import torch
 
-    from .parity import Case
+    from .cases import Case
 
 Errors = dict[str, dict[str, float]]
 

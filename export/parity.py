@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,42 +10,15 @@ import torch
 
 from ..core.errors import ParityError
 from ..core.noise import initial_noise
-from ..core.schedule import NoiseSchedule
-from ..core.update import UpdateTable, sample
+from ..core.update import sample
 from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..pipelines.stages import Stages
+from .cases import Case, Sampling
 from .ledger import Ledger, Limits
 from .sessions import GraphSession, Run
 
 SEEDS = (0, 1)
 SATURATED = 0.99  # share of pixels at 0 or 255 beyond which an image shows nothing
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The plans by number of steps, as the update's coefficients, and the schedule that says what the network is told."""
-
-    tables: dict[int, UpdateTable]
-    schedule: NoiseSchedule
-
-
-@dataclass(frozen=True)
-class Case:
-    """One batch of prompts at one size, with its noise, and what torch makes of it."""
-
-    prompts: tuple[str, ...]
-    seed: int
-    size: Size
-    tokens: dict[str, torch.Tensor]  # int64 (B, L) by input name
-    noise: torch.Tensor  # float32 (B, C, h, w)
-    conditions: tuple[torch.Tensor, ...]
-    walks: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]  # by steps: x_t, t, m of every step
-    latents: dict[int, torch.Tensor]  # by steps: x0
-    images: dict[int, torch.Tensor]  # by steps: uint8 (B, H, W, 3)
-    encoded: dict[int, torch.Tensor]  # by steps: the images as latents again
-
-    def __str__(self) -> str:
-        return f"prompt {self.prompts[0]!r}, seed {self.seed}, batch {len(self.prompts)}, size {size_name(self.size)}"
 
 
 def make_cases(

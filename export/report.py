@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..folders.manifests import ReferencePicture, size_name
+from .cases import Case
 from .ledger import Ledger
-from .parity import Case
 
 REFERENCES = "references"
 SHOWN = 12  # images of a report

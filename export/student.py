@@ -25,10 +25,11 @@ from ..folders.reading import read_student_manifest, signed, write_manifest
 from ..pipelines.loading import load_stages, student_folder
 from ..pipelines.lora import fused_records
 from ..pipelines.stages import IMAGES, LATENTS, Stages
+from .cases import Case, Sampling
 from .ledger import Ledger
 from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder, save_graph
 from .options import ExportOptions
-from .parity import SEEDS, Case, Sampling, check_parity, check_tokenizers, make_cases
+from .parity import SEEDS, check_parity, check_tokenizers, make_cases
 from .precision import emulate, find_islands, lower
 from .report import save_references, write_report
 from .sampler_graph import sampler_graph

@@ -1,0 +1,40 @@
+"""What torch drew, for the exported graphs to be compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..core.schedule import NoiseSchedule
+from ..core.update import UpdateTable
+from ..folders.manifests import Size, size_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The plans by number of steps, as the update's coefficients, and the schedule that says what the network is told."""
+
+    tables: dict[int, UpdateTable]
+    schedule: NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of prompts at one size, with its noise, and what torch makes of it."""
+
+    prompts: tuple[str, ...]
+    seed: int
+    size: Size
+    tokens: dict[str, torch.Tensor]  # int64 (B, L) by input name
+    noise: torch.Tensor  # float32 (B, C, h, w)
+    conditions: tuple[torch.Tensor, ...]
+    walks: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]  # by steps: x_t, t, m of every step
+    latents: dict[int, torch.Tensor]  # by steps: x0
+    images: dict[int, torch.Tensor]  # by steps: uint8 (B, H, W, 3)
+    encoded: dict[int, torch.Tensor]  # by steps: the images as latents again
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompts[0]!r}, seed {self.seed}, batch {len(self.prompts)}, size {size_name(self.size)}"
