@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
 from ...core.errors import RequestError
 from ...folders.manifests import Size
@@ -44,7 +44,7 @@ class ImageRequest(BaseModel):
     background: Text = None
     moderation: Text = None
     negative_prompt: Text = None
-    guidance_scale: float | None = Field(default=None, description=IGNORED)
+    guidance_scale: StrictFloat | StrictInt | Text = Field(default=None, description=IGNORED)
 
     @model_validator(mode="before")
     @classmethod

@@ -157,7 +157,7 @@ def test_it_fits_and_follows_the_scheme(embedded, open_page, scheme: str, width:
     assert red > 200 if scheme == "light" else red < 60
     assert opened.page.screenshot().startswith(b"\x89PNG")
     opened.page.fill("#prompt", "a cat and a dog and " * 20)
-    opened.says("#trouble", "shorten it")
+    opened.says("#note", "Too long for the model")
     assert opened.page.evaluate(fits)
     assert opened.console == [] and opened.others == []
 
