@@ -42,16 +42,17 @@ def teacher_plan(t: int, k: int) -> StepPlan:
 
 @lru_cache(1024)
 def _table(
-    schedule: NoiseSchedule, timesteps: tuple[int, ...], prediction_type: str, correction: bool, sampler: Sampler
+    schedule: NoiseSchedule, timesteps: tuple[float, ...], prediction_type: str, correction: bool, sampler: Sampler
 ) -> UpdateTable:
     return update_table(schedule, StepPlan(timesteps), prediction_type, noise_correction=correction, sampler=sampler)
 
 
 def table_of(
-    denoiser: Denoiser, timesteps: Iterable[int], *, noise_correction: bool = False, sampler: Sampler = DETERMINISTIC
+    denoiser: Denoiser, timesteps: Iterable[float], *, noise_correction: bool = False, sampler: Sampler = DETERMINISTIC
 ) -> UpdateTable:
     """The update table of a plan on the denoiser's schedule."""
-    return _table(denoiser.schedule, tuple(timesteps), denoiser.prediction_type, noise_correction, sampler)
+    how: Any = sampler  # frozen, so hashable
+    return _table(denoiser.schedule, tuple(timesteps), denoiser.prediction_type, noise_correction, how)
 
 
 def teacher_target(

@@ -131,7 +131,8 @@ class _Run:
             with waits:
                 loss = self.wrapped(**send_to_device(batch, self.accelerator.device)) / len(batches)
                 self.accelerator.backward(loss)
-            total += float(self.accelerator.reduce(loss.detach(), "mean"))
+            mean: Any = self.accelerator.reduce(loss.detach(), "mean")
+            total += float(mean)
         self._step(step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

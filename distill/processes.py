@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -12,6 +14,6 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
-def processes() -> PartialState:
-    """This process among the others. accelerate joins processes of a CPU only where it is told of the CPU at first."""
+def processes() -> Any:
+    """accelerate's PartialState: this process among the others. It joins processes of a CPU only if told so at first."""
     return PartialState(cpu=on_cpu())

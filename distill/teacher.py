@@ -105,19 +105,17 @@ def build_model(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Model:
     tokenizer = _tokenizer(recipe.seed, recipe.network.context)
     torch.manual_seed(recipe.seed + 1)
     try:
-        scheduler = build_scheduler(recipe)
+        scheduler: Any = build_scheduler(recipe)
         text_encoder, unet = build_text_encoder(recipe, tokenizer), build_unet(recipe)
         with quiet():
-            pipeline = StableDiffusionPipeline(
-                vae=autoencoder,
-                text_encoder=text_encoder,
-                tokenizer=tokenizer,
-                unet=unet,
-                scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
+            parts: dict[str, Any] = {
+                "vae": autoencoder,
+                "text_encoder": text_encoder,
+                "tokenizer": tokenizer,
+                "unet": unet,
+            }
+            without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+            pipeline = StableDiffusionPipeline(**parts, **without, scheduler=scheduler, requires_safety_checker=False)
         model = model_of(pipeline)
         update_table(model.denoiser.schedule, StepPlan.trailing(1), recipe.prediction_type)
     except Exception as error:  # each library refuses sizes with errors of its own

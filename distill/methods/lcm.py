@@ -43,8 +43,9 @@ def companions(student: Denoiser, teacher: Denoiser, recipe: LcmRecipe) -> dict[
 def after_update(student: Denoiser, companions: Companions, recipe: LcmRecipe, step: int) -> None:
     """Theta- <- mu Theta- + (1 - mu) Theta."""
     if "target" in companions:
-        target, own = (list(network.parameters()) for network in (companions["target"], student.network))
-        torch._foreach_lerp_(target, own, 1 - recipe.target_decay)
+        pairs = zip(companions["target"].parameters(), student.network.parameters(), strict=True)
+        for target, own in pairs:
+            target.lerp_(own, 1 - recipe.target_decay)
 
 
 def draw(draws: Draws, recipe: LcmRecipe) -> Batch:
