@@ -48,10 +48,17 @@ PROMPTS = (
 
 
 def bench_gpu(
-    out: Path, *, device: str | None = None, minutes: float = 20.0, rounds: int = 50, tiny: bool = False
+    out: Path,
+    *,
+    device: str | None = None,
+    minutes: float = 20.0,
+    rounds: int = 50,
+    tiny: bool = False,
+    compile: bool = True,
 ) -> Record:
     """Measures until the minutes are over, writes `out`.json after each row and the kernels' record beside it, and a trace of
-    the profiler. tiny: small shapes, to try the whole of it on a CPU. Raises ImagineFlashError for a wrong picture."""
+    the profiler. tiny: small shapes, to try the whole of it on a CPU. compile: also what
+    torch.compile makes, which takes minutes for each batch size. Raises ImagineFlashError for a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
         raise ImagineFlashError(
@@ -61,7 +68,7 @@ def bench_gpu(
         raise ImagineFlashError("TRITON_INTERPRET is set: this would time Triton's interpreter; unset it")
     end, rows, record = time.monotonic() + 60 * minutes, list[Case](), None
     bench_kernels(out.with_name(f"{out.name}-kernels"), device=device, rounds=rounds, quick=tiny)
-    for measured in _rows("tiny" if tiny else "sd-turbo", device, rounds):
+    for measured in _rows("tiny" if tiny else "sd-turbo", device, rounds, compile):
         rows.append(measured)
         record = new_record("From a prompt to a picture on the host, beside diffusers?", rows, device=device)
         write_record(record, out.with_name(f"{out.name}.json"))
@@ -71,11 +78,11 @@ def bench_gpu(
     return record
 
 
-def _rows(shape: Shape, device: str, rounds: int) -> Iterator[Case]:
+def _rows(shape: Shape, device: str, rounds: int, compile: bool) -> Iterator[Case]:
     for tiny_decoder in (True, False):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
             student = random_student(Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
-            models = _Models(student, device, opened)
+            models = _Models(student, device, opened, compile)
             for batch, cached, steps in ((1, True, 1), (1, False, 1), (1, True, 3), (4, True, 1), (16, True, 1)):
                 for again in (1, 2):
                     case = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", "batch": batch}
@@ -86,11 +93,12 @@ def _rows(shape: Shape, device: str, rounds: int) -> Iterator[Case]:
 class _Models:
     """Every way to draw one student, loaded once."""
 
-    def __init__(self, student: Path, device: str, opened: ExitStack) -> None:
+    def __init__(self, student: Path, device: str, opened: ExitStack, compile: bool) -> None:
         self.device = device
         with Engine.load(student, backend="torch", device=device, precision="fp32", max_batch=16) as exact:
             self.expected = {steps: exact.generate(_request(PROMPTS[0], 1, steps)).images[0] for steps in (1, 3)}
-        names = OURS if device != "cpu" else {name: OURS[name] for name in ("torch", "torch-compile")}
+        left_out = [*(["torch-graph"] if device == "cpu" else []), *([] if compile else ["torch-compile"])]
+        names = {name: title for name, title in OURS.items() if name not in left_out}
         self.engines = {
             title: opened.enter_context(Engine.load(student, backend=name, device=device, max_batch=16))
             for name, title in names.items()
@@ -98,7 +106,9 @@ class _Models:
         self.shape = next(iter(self.engines.values())).manifest.latent_shape
         plans = read_student_manifest(student).step_plans
         self.plans = {steps: list(plan.timesteps) for steps, plan in plans.items()}
-        self.pipelines = {EAGER: _pipeline(student, device), COMPILED: _compiled(_pipeline(student, device))}
+        self.pipelines = {EAGER: _pipeline(student, device)}
+        if compile:
+            self.pipelines[COMPILED] = _compiled(_pipeline(student, device))
 
     def measure(self, case: dict[str, Any], rounds: int) -> Case:
         """One row: all candidates in turn, by the host's clock, since each call ends with the picture on the host."""

@@ -42,7 +42,7 @@ def bench_kernels_command(
     say(f"{output}.json\n{output}.png")
 
 
-@bench.command("gpu", epilog=examples("bench gpu -o docs/results/gpu", "bench gpu --tiny --device cpu --rounds 5"))
+@bench.command("gpu", epilog=examples("bench gpu -o docs/results/gpu", "bench gpu --tiny --no-compile --rounds 5"))
 def bench_gpu_command(
     output: Output = Path("gpu"),
     device: Annotated[
@@ -52,6 +52,10 @@ def bench_gpu_command(
     rounds: Annotated[
         int, typer.Option(metavar="INTEGER", help="Timings of each candidate, taken in turn; at least 5.")
     ] = 50,
+    compile: Annotated[
+        bool,
+        flag("--compile/--no-compile", help="Also what torch.compile makes, which takes minutes for each batch size."),
+    ] = True,
     tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
 ) -> None:
     """Time a Stable-Diffusion-Turbo-shaped student with random weights on a GPU, beside diffusers, and the kernels."""
@@ -62,7 +66,9 @@ def bench_gpu_command(
     from ..benchmarks.records import as_rich
 
     writable(output)
-    Console().print(as_rich(bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny)))
+    Console().print(
+        as_rich(bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny, compile=compile))
+    )
     say(f"{output}.json\n{output}-kernels.json")
 
 
