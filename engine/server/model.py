@@ -6,18 +6,16 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 from ...core.errors import EngineError, ImagineFlashError, LoadingError
 from ..engine import Engine
 from ..request import GenerateRequest
-from ..work import GenerateResult
+from ..waiting import WaitingLine
 from .logs import SERVER
 
 PROBE_EVERY = 5.0  # seconds
-RECENTLY = 10.0  # seconds, in which the pace of drawing is measured
 FAILURES = 3  # in a row: the server is not ready
 LOG = logging.getLogger(SERVER)
 
@@ -80,26 +78,6 @@ class ServedModel:
     def retry_after(self, pictures: int = 1) -> float:
         """Seconds after which somebody who was refused finds room, if those refused before come back as they were told."""
         return self.line.join(self.engine.stats().waiting if self._engine is not None else 0, pictures)
-
-
-class WaitingLine:
-    """When whoever was refused shall come back: one after the other, as fast as pictures are drawn."""
-
-    def __init__(self) -> None:
-        self._drawn: deque[tuple[float, int]] = deque(maxlen=256)  # when, how many
-        self._end = 0.0  # of the line, by the monotonic clock
-
-    def drawn(self, result: GenerateResult) -> None:
-        self._drawn.append((time.monotonic(), len(result.images)))
-
-    def join(self, waiting: int, pictures: int) -> float:
-        """1 to 60 seconds: clients of OpenAI's API believe no more."""
-        now = time.monotonic()
-        recent = [(when, count) for when, count in self._drawn if when > now - RECENTLY]
-        drawn = sum(count for _, count in recent[1:])
-        pace = (recent[-1][0] - recent[0][0]) / drawn if drawn else 0.0  # seconds per picture
-        self._end = max(self._end, now + waiting * pace) + pictures * pace
-        return min(max(self._end - now, 1.0), 60.0)
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

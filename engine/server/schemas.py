@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from ...core.errors import RequestError
 from ...folders.manifests import Size
@@ -33,7 +33,7 @@ class ImageRequest(BaseModel):
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
     output_compression: int | None = Field(default=None, ge=0, le=100, description="of jpeg and webp")
-    stream: bool | None = Field(default=None, description="server-sent events")
+    stream: StrictBool | None = Field(default=None, description="server-sent events")
     partial_images: int | None = Field(default=None, ge=0, le=3, description="streamed before: one step's, if not 0")
     seed: int | None = Field(default=None, ge=-1, le=MAX_SEED, description="-1 is a random one; picture i has seed + i")
     steps: int | None = Field(default=None, ge=1, le=1000)
@@ -52,6 +52,16 @@ class ImageRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None and (value != "" or name == "prompt")}
+
+    @field_validator("n", "seed", "steps", "num_inference_steps", "output_compression", "partial_images", mode="before")
+    @classmethod
+    def _is_no_bool(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, bool) else value  # which is no number
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _as_forms_write_it(cls, value: Any) -> Any:
+        return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
     @property
     def ignored(self) -> list[str]:
