@@ -149,12 +149,15 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
     """Moves large float initializers to the store, then strips names of files, stack traces and inferred shapes."""
     weights: dict[str, WeightRef] = {}
     moved: set[str] = set()
+    folded: set[str | None] = set()  # what the Casts of half weights and the Transposes behind them gave
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None, name
         if tensor.dtype not in FLOATS or tensor.nbytes <= INLINE_BYTES:
             continue
         seen = {value.name: None} if tensor.dtype == ir.DataType.FLOAT else _widened(value)
+        if tensor.dtype != ir.DataType.FLOAT:
+            folded.update(seen, (cast.outputs[0].name for cast, _ in value.uses()))
         for seen_name, axes in seen.items():
             values = tensor.numpy()
             weights[str(seen_name)] = store.add(
@@ -169,7 +172,7 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         raise ArtifactError(f"torch left the function {proto.functions[0].name!r} in the graph; it must be plain ONNX")
     graph = onnx.GraphProto(name=proto.graph.name)
     for node in proto.graph.node:
-        if node.output[0] in weights:  # the Cast of a weight kept in half precision, or its Transpose
+        if node.output[0] in folded:
             continue
         if node.domain not in ("", "ai.onnx"):
             raise ArtifactError(f"the graph uses {node.domain}.{node.op_type}, which is no standard ONNX operator")

@@ -92,6 +92,16 @@ def test_bfloat16_is_stored_as_it_is_too(tmp_path, dtype):
     np.testing.assert_allclose(case.run(case.stage), module(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_is_only_read_transposed(tmp_path):
+    """Of a Linear without bias over a sequence: its Cast was left without its weight, and T5 did not export."""
+    torch.manual_seed(0)
+    module = compute_in_float32(torch.nn.Sequential(torch.nn.Linear(64, 128, bias=False)).half()).requires_grad_(False)
+    x = torch.randn(2, 5, 64)
+    case = export(tmp_path, module, {"x": x})
+    assert not [node for node in case.stage.graph.node if node.op_type in ("Cast", "Transpose")]
+    np.testing.assert_allclose(case.run(case.stage), module(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_folder_stores(tiny_student, tmp_path):
     assert stored_dtype(tiny_student / "unet") == torch.float16
     for name, tensors, expected in (
