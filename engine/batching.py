@@ -7,12 +7,13 @@ first step is next. A request that was cancelled or has expired is dropped befor
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from .backends.base import Array, Backend
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .fairness import FairShare
 from .prompt_cache import PromptCache
+from .tokenizer import Tokens
 from .work import Chunk, Job, PlanTables
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ class Batcher:
         self._plans = {n: PlanTables.of(manifest.schedule, table) for n, table in manifest.update_tables().items()}
         self._downscale, self._last = manifest.downscale, manifest.schedule.num_train_timesteps - 1
         self._whole, self._graphs = whole, manifest.graph_names
+        self._is_told, self._empty_is_zero = manifest.guidance.embedded, manifest.guidance.empty_is_zero
         self._arrived: list[list[Chunk]] = []
         self._active: tuple[Chunk, ...] = ()  # replaced by the thread alone, and never changed: anybody may read it
         self._rows = 0  # of both
@@ -196,7 +199,14 @@ class Batcher:
         if unknown := [chunk for own in _by_job(new).values() if not self._recall(own[0].job) for chunk in own]:
             self._guarded(self._encode, unknown)
         for chunk in new:
-            chunk.conditions = tuple(self.backend.join([one] * chunk.rows) for one in chunk.job.conditions)
+            told = [self.backend.upload(np.full(chunk.rows, chunk.job.guidance, np.float32))] if self._is_told else []
+            job = chunk.job
+            if job.negative is not None and not job.against:
+                job.against = tuple(0 * one for one in job.conditions)
+            chunk.conditions, chunk.against = (
+                (*(self.backend.join([one] * chunk.rows) for one in conditions), *told) if conditions else ()
+                for conditions in (job.conditions, job.against)
+            )
 
     def _has_embedding_samplers(self, new: Sequence[Chunk]) -> bool:
         names = {f"sampler_{chunk.job.steps}_from_embeddings" for chunk in new}
@@ -206,16 +216,29 @@ class Batcher:
         """Whether its prompt is known: to the job, of which chunks were drawn before, or to the cache."""
         if not job.conditions and (found := self.cache.find(job.tokens)) is not None:
             job.conditions, job.cached = tuple(found), True
-        return bool(job.conditions)
+        negative = self._unknown_negative(job)
+        if negative is not None and (found := self.cache.find(negative)) is not None:
+            job.against = tuple(found)
+        return bool(job.conditions) and self._unknown_negative(job) is None
+
+    def _unknown_negative(self, job: Job) -> Tokens | None:
+        """The tokens of a negative prompt that is still to be encoded. An empty one may be zeros, no text."""
+        is_zero = self._empty_is_zero and not job.request.negative_prompt
+        return None if job.against or is_zero else job.negative
 
     def _encode(self, group: Sequence[Chunk]) -> None:
-        """One call for the prompts of several jobs."""
+        """One call for the prompts of several jobs, negative ones included."""
         jobs = list(_by_job(group))
-        tokens = {name: np.concatenate([job.tokens[name] for job in jobs]) for name in jobs[0].tokens}
+        prompts = [(job, job.tokens) for job in jobs if not job.conditions]
+        prompts += [(job, negative) for job in jobs if (negative := self._unknown_negative(job)) is not None]
+        tokens = {name: np.concatenate([own[name] for _, own in prompts]) for name in jobs[0].tokens}
         conditions = _timed(jobs, "encode", lambda: self.backend.encode(tokens))
-        for i, job in enumerate(jobs):
-            own = tuple(condition[i : i + 1] for condition in conditions)
-            job.conditions = tuple(self.cache.keep(job.tokens, own))
+        for i, (job, own) in enumerate(prompts):
+            kept = tuple(self.cache.keep(own, tuple(condition[i : i + 1] for condition in conditions)))
+            if own is job.tokens:
+                job.conditions = kept
+            else:
+                job.against = kept
 
     def _start_from_image(self, chunks: Sequence[Chunk]) -> None:
         """The picture as latents, noised to the level of the step where drawing begins."""
@@ -246,12 +269,13 @@ class Batcher:
         rows, own = 0, Counter[str]()
         for chunk in waiting:
             client = chunk.job.client.name
-            fits = rows + chunk.rows <= self.max_batch and (own[client] + chunk.rows <= most or not own[client])
+            asked = chunk.rows if self._is_drawn(chunk) else chunk.network_rows
+            fits = rows + asked <= self.max_batch and (own[client] + asked <= most or not own[client])
             alike = not group or not company or self._is_large(chunk) == self._is_large(group[0])
-            if fits and alike and (not group or self._go_together(chunk, group[0])):
+            if not group or (fits and alike and self._go_together(chunk, group[0])):
                 group.append(chunk)
-                rows += chunk.rows
-                own[client] += chunk.rows
+                rows += asked
+                own[client] += asked
         return group
 
     def _is_large(self, chunk: Chunk) -> bool:
@@ -271,18 +295,11 @@ class Batcher:
     def _denoise(self, group: Sequence[Chunk]) -> None:
         """One network call and update; every chunk is a step further."""
         jobs = list(dict.fromkeys(chunk.job for chunk in group))
-        join = self.backend.join
-        x, conditions = _timed(
-            jobs,
-            "copy",
-            lambda: (
-                join([self._latents(chunk) for chunk in group]),
-                tuple(map(join, zip(*(chunk.conditions for chunk in group), strict=True))),
-            ),
-        )
-        times, a, b = (self._column(group, name) for name in ("times", "a", "b"))
-        m = _timed(jobs, "denoise", lambda: self.backend.denoise(x, times, conditions))
-        x = _timed(jobs, "update", lambda: self.backend.update(x, m, a, b))
+        x = _timed(jobs, "copy", lambda: self.backend.join([self._latents(chunk) for chunk in group]))
+        m = self._predicted(jobs, group, x)
+        a, b, c = (self._column(group, name) for name in ("a", "b", "c"))
+        fresh = (c, self.backend.join([self._fresh(chunk) for chunk in group])) if c.any() else None
+        x = _timed(jobs, "update", lambda: self.backend.update(x, m, a, b, fresh))
         parts, start = [], 0
         for chunk in group:  # nothing is committed before all is computed: a failing call is tried again
             part = x if len(group) == 1 else x[start : start + chunk.rows]
@@ -291,9 +308,47 @@ class Batcher:
                 part = chunk.start.kept(part, noise, *plan.levels[chunk.step + 1])
             parts.append(part)
             start += chunk.rows
-        self.counts[f"batch {len(times)}"] += 1
         for chunk, part in zip(group, parts, strict=True):
             chunk.x, chunk.step = part, chunk.step + 1
+
+    def _predicted(self, jobs: Sequence[Job], group: Sequence[Chunk], x: Array) -> Array:
+        """The network's answer for each picture; that for the prompt is weighed against that for the negative prompt where
+        there is one: m = m_u + w (m_c - m_u). One call, unless that makes more rows than a call may have."""
+        join, times, starts = self.backend.join, self._column(group, "times"), _starts(group)
+        guided = [(chunk, start) for chunk, start in zip(group, starts, strict=True) if chunk.against]
+        rows = [x, *(x[start : start + chunk.rows] for chunk, start in guided)]
+        times = np.concatenate([times, *(times[start : start + chunk.rows] for chunk, start in guided)])
+        conditions = [*(chunk.conditions for chunk in group), *(chunk.against for chunk, _ in guided)]
+        x, joined = _timed(jobs, "copy", lambda: (join(rows), tuple(map(join, zip(*conditions, strict=True)))))
+        m = _timed(jobs, "denoise", lambda: self._ask(x, times, joined))
+        if not guided:
+            return m
+        own, after = [], sum(chunk.rows for chunk in group)
+        for chunk, start in zip(group, starts, strict=True):
+            part = m[start : start + chunk.rows]
+            if chunk.against:
+                other = m[after : after + chunk.rows]
+                part, after = other + chunk.job.guidance * (part - other), after + chunk.rows
+            own.append(part)
+        return join(own)
+
+    def _ask(self, x: Array, times: NDArray[np.float32], conditions: Sequence[Array]) -> Array:
+        """The denoiser's answer, in as few calls as may be."""
+        answers = []
+        for start in range(0, len(times), self.max_batch):
+            rows = slice(start, min(len(times), start + self.max_batch))
+            whole = rows.stop - start == len(times)
+            given = conditions if whole else tuple(one[rows] for one in conditions)
+            answers.append(self.backend.denoise(x if whole else x[rows], times[rows], tuple(given)))
+            self.counts[f"batch {rows.stop - start}"] += 1
+        return self.backend.join(answers)
+
+    def _fresh(self, chunk: Chunk) -> Array:
+        """The noise z of the chunk's next step, nought where it takes none."""
+        renoised = self._plans[chunk.job.steps].renoised
+        if chunk.step not in renoised:
+            return self.backend.upload(np.zeros_like(chunk.noise))
+        return self.backend.upload(np.ascontiguousarray(chunk.noises[:, 1 + renoised.index(chunk.step)]))
 
     def _column(self, group: Sequence[Chunk], name: str) -> NDArray[np.float32]:
         """One value per image: that of its plan at its step."""
@@ -301,7 +356,8 @@ class Batcher:
         return np.concatenate([np.full(c.rows, value, np.float32) for c, value in zip(group, values, strict=True)])
 
     def _latents(self, chunk: Chunk) -> Array:
-        return self.backend.upload(chunk.noise) if chunk.x is None else chunk.x
+        start = self._plans[chunk.job.steps].start
+        return self.backend.upload(chunk.noise * np.float32(start)) if chunk.x is None else chunk.x
 
     def _decode(self, group: Sequence[Chunk]) -> None:
         """Pictures of all chunks in one call; the active list loses them. NaN fails the request that has it, no other."""
@@ -317,13 +373,17 @@ class Batcher:
         name, join = f"sampler_{jobs[0].steps}", self.backend.join
         if group[0].conditions:
             name += "_from_embeddings"
-            inputs = [join(parts) for parts in zip(*(chunk.conditions for chunk in group), strict=True)]
+            inputs: list[Any] = [join(parts) for parts in zip(*(chunk.conditions for chunk in group), strict=True)]
         else:
             keys = jobs[0].tokens
             inputs = [np.concatenate([chunk.job.tokens[key].repeat(chunk.rows, 0) for chunk in group]) for key in keys]
-        noise = join([self.backend.upload(chunk.noise) for chunk in group])
-        images, finite = _timed(jobs, "sampler", lambda: self.backend.sample(name, inputs, noise))
-        self.counts[f"batch {len(noise)}"] += 1
+            if self._is_told:
+                inputs.append(np.concatenate([np.full(c.rows, c.job.guidance, np.float32) for c in group]))
+        noises = [join([self.backend.upload(chunk.noise) for chunk in group])]
+        if self._plans[jobs[0].steps].renoised:
+            noises.append(join([self.backend.upload(np.ascontiguousarray(chunk.noises[:, 1:])) for chunk in group]))
+        images, finite = _timed(jobs, "sampler", lambda: self.backend.sample(name, inputs, *noises))
+        self.counts[f"batch {len(images)}"] += 1
         self._deliver(group, images, finite, "sampler")
 
     def _deliver(
@@ -378,6 +438,11 @@ class Batcher:
         gone = {chunk.job for chunk in self._active if chunk.job.future.done()}
         self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
         self._keep(chunk for chunk in self._active if chunk.job not in gone)
+
+
+def _starts(chunks: Sequence[Chunk]) -> list[int]:
+    """The row of a joined batch at which each chunk begins."""
+    return [0, *itertools.accumulate(chunk.rows for chunk in chunks)][:-1]
 
 
 def _by_job(chunks: Iterable[Chunk]) -> dict[Job, list[Chunk]]:

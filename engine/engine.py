@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from ..core.errors import ArtifactError, RequestError
-from ..core.noise import initial_noise
+from ..core.noise import step_noise
 from ..core.plan import select
 from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
 from .backends.base import Backend
@@ -67,6 +69,7 @@ class Engine:
         self.folder = Path() if folder is None else folder
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self._plans = manifest.step_plans
+        self._renoised = {steps: table.renoised for steps, table in manifest.update_tables().items()}
         self.batcher = Batcher(
             backend,
             manifest,
@@ -114,6 +117,11 @@ class Engine:
         """The step counts that the model was distilled for."""
         return sorted(self._plans)
 
+    @property
+    def default_steps(self) -> int:
+        """The steps of a request that says nothing."""
+        return self.manifest.default_steps or max(self._plans)
+
     def __repr__(self) -> str:
         return f"<Engine {self.describe()}>"
 
@@ -151,19 +159,25 @@ class Engine:
         """A request made ready in the caller's thread: checked, tokenised, its noise drawn. Raises PlanError, RequestError."""
         started = time.perf_counter()
         steps, size = self.check(request)
+        guidance = self.manifest.guidance.default if request.guidance is None else request.guidance
         reading = self.tokenizer.read(request.prompt)
-        tokens = self.tokenizer.encode(reading.text)
+        tokens, negative = self.tokenizer.encode(reading.text), None
+        if guidance > 1 and not self.manifest.guidance.embedded:
+            negative = self.tokenizer.encode(request.negative_prompt or "")
         tokenized = time.perf_counter()
-        noise = initial_noise(request.seed, request.count, self.manifest.latent_shape_of(size))
+        shape, draws = self.manifest.latent_shape_of(size), (0, *(1 + step for step in self._renoised[steps]))
+        noises = np.stack([step_noise(request.seed, request.count, shape, draw) for draw in draws], axis=1)
         return Prepared(
             request=request,
             reading=reading,
             tokens=tokens,
-            noise=noise,
+            noises=noises,
             size=size,
             steps=steps,
             tokenize=tokenized - started,
             noise_seconds=time.perf_counter() - tokenized,
+            guidance=guidance,
+            negative=negative,
         )
 
     def start(
@@ -175,13 +189,14 @@ class Engine:
         job = Job(prepared, default_deadline=DEFAULT_DEADLINE, client=client, reserved=reserved, since=since)
         rows = max(1, self.max_batch // 4)  # of a chunk, few, so that chunks of several clients fit into a call
         starts = range(0, prepared.request.count, rows)
-        self.batcher.submit([Chunk(job, row, prepared.noise[row : row + rows]) for row in starts])
+        self.batcher.submit([Chunk(job, row, prepared.noises[row : row + rows]) for row in starts])
         return job.future
 
     def check(self, request: GenerateRequest) -> tuple[int, Size]:
         """The steps and the size that a request means. Raises PlanError, RequestError."""
-        steps = max(self._plans) if request.steps is None else request.steps
+        steps = self.default_steps if request.steps is None else request.steps
         select(self._plans, steps)
+        self._check_guidance(request)
         size = self._size(request)
         if request.image is not None:
             check_picture(request.image, request.mask, size, size_name(size))
@@ -192,6 +207,18 @@ class Engine:
                     "an image encoder; run 'imagine-flash export STUDENT OUT --image-encoder'"
                 )
         return steps, size
+
+    def _check_guidance(self, request: GenerateRequest) -> None:
+        """Raises RequestError for guidance or a negative prompt that nothing would be done with."""
+        known = self.manifest.guidance
+        scale = known.default if request.guidance is None else request.guidance
+        if request.negative_prompt and (known.embedded or scale <= 1):
+            why = (
+                "it is told its guidance" if known.embedded else f"guidance is {scale:g}; above 1 it draws away from it"
+            )
+            raise RequestError(f"{self.manifest.name} reads no negative prompt here: {why}", param="negative_prompt")
+        if self.route == "sampler" and scale > 1 and not known.embedded:
+            raise RequestError("whole-sampler graphs draw without guidance; load the route 'stages'", param="guidance")
 
     def preview(self, prepared: Prepared) -> Prepared | None:
         """The same in one step, from the same noise; None if that is what it asks for, or there is no such plan."""

@@ -21,6 +21,8 @@ _WAYS_OUT = {
     "width": "a whole number of pixels",
     "count": f"a whole number from 1 to {MAX_COUNT}",
     "timeout": "a number of seconds above 0",
+    "guidance": "a number from 0 to 50; 1 is none",
+    "negative_prompt": "a text",
     "image": "uint8 (H, W, 3)",
     "mask": "(H, W) of bool or of numbers from 0 to 1",
     "strength": "a number above 0, at most 1",
@@ -38,6 +40,9 @@ class GenerateRequest(Checked):
     image: uint8 (H, W, 3), of the request's size, to start from; drawing begins at the step of the plan whose noise level
     is nearest to strength (1: the noisiest; default 0.75, or 1 with a mask). mask: (H, W), bool or 0..1: 1 is drawn anew,
     0 stays as it is in the image, to the bit.
+
+    guidance: how strongly the prompt pulls, diffusers' guidance_scale; 1 and less is none, None takes the model's own.
+    negative_prompt: what the picture is drawn away from, where guidance is above 1; None is the empty prompt.
     """
 
     model_config = ConfigDict(strict=True)
@@ -52,6 +57,8 @@ class GenerateRequest(Checked):
     image: NDArray[np.uint8] | None = None
     mask: NDArray[np.float32] | None = None
     strength: float | None = Field(default=None, gt=0, le=1)
+    guidance: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
+    negative_prompt: str | None = None
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:

@@ -54,7 +54,7 @@ class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
     unknown_words: of the prompt, those that training never showed, which were left out; replaced_words: typos, and what was
-    read instead; cut: the end of a long prompt, which the model does not read.
+    read instead; cut: the end of a long prompt, which the model does not read. guidance: the scale that it was drawn with.
     """
 
     images: NDArray[np.uint8]
@@ -66,6 +66,7 @@ class GenerateResult:
     cut: str = ""
     cached: bool = False
     prompt: str = ""
+    guidance: float = 1.0
 
     def __repr__(self) -> str:
         count, height, width = self.images.shape[:3]
@@ -84,16 +85,22 @@ class GenerateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A request with what the caller's thread made of it: noise (count, C, h, w), and the seconds that it took."""
+    """A request with what the caller's thread made of it, and the seconds that it took.
+
+    noises: (count, 1 + k, C, h, w): what x_T is made of, and the fresh noise of each of the plan's k steps that take some.
+    guidance: the scale that it is drawn with; negative: what the prompt is weighed against, where two rows a picture are.
+    """
 
     request: GenerateRequest
     reading: Reading
     tokens: Tokens
-    noise: NDArray[np.float32]
+    noises: NDArray[np.float32]
     size: Size
     steps: int
     tokenize: float
     noise_seconds: float
+    guidance: float = 1.0
+    negative: Tokens | None = None
 
 
 class Drawing(Future[GenerateResult]):
@@ -144,7 +151,9 @@ class Job:
         self.stopwatch = stopwatch  # the backend's, once the job is with one
         self.pictures: dict[int, NDArray[np.uint8]] = {}  # by the row of a chunk's first picture
         self.cached = False
+        self.negative, self.guidance = prepared.negative, prepared.guidance
         self.conditions: Conditions = ()  # of the prompt, one row; () until it is encoded
+        self.against: Conditions = ()  # of the negative prompt, where there is one
         self.start: Start | None = None  # the picture it is drawn from
 
     @property
@@ -177,6 +186,7 @@ class Job:
             prompt=self.request.prompt,
             cut=self.prepared.reading.cut,
             cached=self.cached,
+            guidance=self.guidance,
         )
         with suppress(InvalidStateError):  # cancelled meanwhile
             self.future.set_result(result)
@@ -206,34 +216,54 @@ class Job:
 
 @dataclass(eq=False)
 class Chunk:
-    """Some pictures of a job, all at the same step. row: of the first among the job's pictures. x: latents (n, C, h, w)."""
+    """Some pictures of a job, all at the same step. row: of the first among the job's pictures. x: latents (n, C, h, w).
+
+    noises: (n, 1 + k, C, h, w), as a request's. conditions: of the prompt; against: of the negative prompt, or ().
+    """
 
     job: Job
     row: int
-    noise: NDArray[np.float32]
+    noises: NDArray[np.float32]
     x: Array = None
     conditions: Conditions = ()
+    against: Conditions = ()
     step: int = 0  # the next of the plan
     turn: float | None = None  # in the fair order, once it has begun
     start: Start | None = None  # the picture it is drawn from
 
     @property
     def rows(self) -> int:
-        return len(self.noise)
+        return len(self.noises)
+
+    @property
+    def noise(self) -> NDArray[np.float32]:
+        """Unit noise (n, C, h, w), what x_T is made of."""
+        return np.ascontiguousarray(self.noises[:, 0])
+
+    @property
+    def network_rows(self) -> int:
+        """Of a call of the denoiser: two a picture where the prompt is weighed against another."""
+        return self.rows * (1 if self.job.negative is None else 2)
 
     @property
     def cost(self) -> float:
         """Rows of network calls, by its client's weight."""
-        return self.rows * self.job.steps / self.job.client.weight
+        return self.network_rows * self.job.steps / self.job.client.weight
 
 
 @dataclass(frozen=True)
 class PlanTables:
-    """What a plan's steps need, float32 (n,): the network's times and the update's coefficients; and the noise levels."""
+    """What a plan's steps need, float32 (n,): the network's times and the update's coefficients; and the noise levels.
+
+    start: of x_T, by unit noise. renoised: the steps that take fresh noise, in the order of a request's noises.
+    """
 
     times: NDArray[np.float32]
     a: NDArray[np.float32]
     b: NDArray[np.float32]
+    c: NDArray[np.float32]
+    start: float
+    renoised: tuple[int, ...]
     timesteps: tuple[float, ...]
     levels: tuple[tuple[float, float], ...]  # alpha, sigma before each step, and after the last
 
@@ -242,4 +272,5 @@ class PlanTables:
         times = schedule.network_time(table.timesteps).astype(np.float32)
         levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*schedule.at(table.timesteps), strict=True)]
         timesteps = tuple(table.timesteps.tolist())
-        return cls(times, table.a.astype(np.float32), table.b.astype(np.float32), timesteps, (*levels, (1.0, 0.0)))
+        a, b, c = (column.astype(np.float32) for column in (table.a, table.b, table.c))
+        return cls(times, a, b, c, table.start, table.renoised, timesteps, (*levels, (1.0, 0.0)))

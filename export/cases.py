@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The plans by number of steps, as the update's coefficients, and the schedule that says what the network is told."""
+    """The plans by number of steps, as the update's coefficients, and the schedule that says what the network is told.
+
+    guidance: the scale that it is told, where it is told one.
+    """
 
     tables: dict[int, UpdateTable]
     schedule: NoiseSchedule
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,17 @@ class Case:
     size: Size
     tokens: dict[str, torch.Tensor]  # int64 (B, L) by input name
     noise: torch.Tensor  # float32 (B, C, h, w)
+    fresh: torch.Tensor  # float32 (B, steps, C, h, w): z of every step, of the longest plan that re-noises
     conditions: tuple[torch.Tensor, ...]
+    told: tuple[torch.Tensor, ...]  # what the denoiser takes beside them
     walks: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]  # by steps: x_t, t, m of every step
     latents: dict[int, torch.Tensor]  # by steps: x0
     images: dict[int, torch.Tensor]  # by steps: uint8 (B, H, W, 3)
     encoded: dict[int, torch.Tensor]  # by steps: the images as latents again
+
+    def noises_of(self, table: UpdateTable) -> list[torch.Tensor]:
+        """What a whole-sampler graph of the plan takes."""
+        return [self.noise, *([self.fresh[:, list(table.renoised)].contiguous()] if table.renoised else [])]
 
     def __str__(self) -> str:
         return f"prompt {self.prompts[0]!r}, seed {self.seed}, batch {len(self.prompts)}, size {size_name(self.size)}"

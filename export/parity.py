@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ParityError
-from ..core.noise import initial_noise
+from ..core.noise import step_noise
 from ..core.update import sample
 from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..pipelines.stages import Stages
@@ -108,7 +108,8 @@ def check_parity(
                 with GraphSession(graphs[name]) as run:
                     for i in here:
                         given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
-                        ledger.compare_images(name, run(*given, cases[i].noise), cases[i], steps)
+                        noises = cases[i].noises_of(manifest.update_tables()[steps])
+                        ledger.compare_images(name, run(*given, *cases[i].told, *noises), cases[i], steps)
     return ledger
 
 
@@ -116,20 +117,25 @@ def _draw(
     stages: Stages, sampling: Sampling, denoiser: torch.nn.Module, prompts: tuple[str, ...], seed: int, size: Size
 ) -> Case:
     tokens = stages.encode_prompts(prompts)
-    noise = torch.from_numpy(initial_noise(seed, len(prompts), stages.latent_shape(size)))
-    case = Case(prompts, seed, size, tokens, noise, tuple(stages.text_encoder(*tokens.values())), {}, {}, {}, {})
+    renoised = max((max(table.renoised, default=-1) + 1 for table in sampling.tables.values()), default=0)
+    shape = stages.latent_shape(size)
+    draws = [torch.from_numpy(step_noise(seed, len(prompts), shape, draw)) for draw in range(1 + renoised)]
+    noise, fresh = draws[0], torch.stack(draws[1:], dim=1) if renoised else torch.zeros(len(prompts), 0, *shape)
+    told = () if sampling.guidance is None else (torch.full((len(prompts),), sampling.guidance),)
+    conditions = tuple(stages.text_encoder(*tokens.values()))
+    case = Case(prompts, seed, size, tokens, noise, fresh, conditions, told, {}, {}, {}, {})
     for condition in case.conditions:
         _finite(condition, "text_encoder", case)
 
     def ask(walk: list[tuple[torch.Tensor, ...]], x: torch.Tensor, timestep: float) -> torch.Tensor:
         t = torch.full((len(x),), float(sampling.schedule.network_time(timestep)))
-        m = _finite(denoiser(x, t, *case.conditions), "denoiser", case)
+        m = _finite(denoiser(x, t, *case.conditions, *case.told), "denoiser", case)
         walk.append((x, t, m))
         return m
 
     for steps, table in sampling.tables.items():
         walk = case.walks[steps] = []
-        x = sample(partial(ask, walk), noise, table)
+        x = sample(partial(ask, walk), noise, table, noises=list(fresh.unbind(1)))
         _finite(stages.decoder.decode(x), "decoder", case)
         case.latents[steps], case.images[steps] = x, stages.decoder(x)[0]
         _not_empty(case.images[steps], case)
@@ -161,12 +167,12 @@ def _walk(
 
     def ask(x: torch.Tensor, timestep: float) -> torch.Tensor:
         t = torch.full((len(x),), float(schedule.network_time(timestep)))
-        return torch.from_numpy(run(x, t, *text)[0])
+        return torch.from_numpy(run(x, t, *text, *case.told)[0])
 
     for steps, table in manifest.update_tables().items():
         for x, t, m in case.walks[steps]:
-            ledger.compare(name, "m", run(x, t, *case.conditions)[0], m, case)
-        x_onnx = sample(ask, case.noise, table)
+            ledger.compare(name, "m", run(x, t, *case.conditions, *case.told)[0], m, case)
+        x_onnx = sample(ask, case.noise, table, noises=list(case.fresh.unbind(1)))
         loop = manifest.graph_name(f"stages_{steps}", case.size)
         ledger.compare(loop, "latents", x_onnx.numpy(), case.latents[steps], case)
         walked[steps] = x_onnx

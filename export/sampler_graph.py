@@ -14,12 +14,11 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import helper, numpy_helper
 
-from ..core.errors import ScheduleError
 from ..core.update import UpdateTable
 from .onnx import StageGraph
 from .weights import WeightRef
 
-NOISE = "noise"
+NOISE, FRESH_NOISE = "noise", "fresh_noise"
 
 
 class _Builder:
@@ -73,31 +72,47 @@ def sampler_graph(
     """noise float32 (B, C, h, w) and the text -> images uint8 (B, H, W, 3), finite bool (B,); unrolled over `table`.
 
     The text is what the text encoder takes or, without one, the conditions that it gives: then a prompt cache can keep
-    them. noise is x_T, unit Gaussian. network_times: what the denoiser is told at each step, (n_steps,). Raises
-    ScheduleError for a table that re-noises.
+    them; a guidance scale (B,) comes with them where the denoiser is told one. noise is unit Gaussian; a plan that re-noises
+    also takes fresh_noise (B, k, C, h, w), that of its k steps which do. network_times: what the denoiser is told at each
+    step, (n_steps,).
     """
-    if np.any(table.c != 0):
-        raise ScheduleError("a plan that re-noises needs fresh noise at each step and has no whole-sampler graph")
     build = _Builder()
     conditions = [value.name for value in denoiser.graph.input[2:]]
+    told = denoiser.graph.input[2:]
     if text_encoder is not None:
         given = [value.name for value in text_encoder.graph.input]
-        build.inline(text_encoder, "text_encoder", "text_encoder", given, conditions)
+        encoded = len(text_encoder.graph.output)
+        build.inline(text_encoder, "text_encoder", "text_encoder", given, conditions[:encoded])
+        told = [*text_encoder.graph.input, *denoiser.graph.input[2 + encoded :]]
     batch = build.node("Shape", [NOISE], "batch_size", start=0, end=1)
-    x = NOISE
+    x = NOISE if table.start == 1.0 else build.node("Mul", [NOISE, build.constant("start", table.start)], "x_T")
     for i, time in enumerate(np.asarray(network_times, dtype=np.float64)):
-        told = build.node("Expand", [build.constant(f"time_{i}", [time]), batch], f"timestep_{i}")
-        build.inline(denoiser, "denoiser", f"step_{i}", [x, told, *conditions], [f"m_{i}"])
+        time_now = build.node("Expand", [build.constant(f"time_{i}", [time]), batch], f"timestep_{i}")
+        build.inline(denoiser, "denoiser", f"step_{i}", [x, time_now, *conditions], [f"m_{i}"])
         kept = build.node("Mul", [x, build.constant(f"a_{i}", table.a[i])], f"a_x_{i}")
         moved = build.node("Mul", [f"m_{i}", build.constant(f"b_{i}", table.b[i])], f"b_m_{i}")
         x = build.node("Add", [kept, moved], f"x_{i}")
+        if i in table.renoised:
+            which = build.constant(f"draw_{i}", table.renoised.index(i), np.int64)
+            z = build.node("Gather", [FRESH_NOISE, which], f"z_{i}", axis=1)
+            x = build.node(
+                "Add", [x, build.node("Mul", [z, build.constant(f"c_{i}", table.c[i])], f"c_z_{i}")], f"noised_{i}"
+            )
     build.inline(decoder, "decoder", "decoder", [x], [value.name for value in decoder.graph.output])
-    text = denoiser.graph.input[2:] if text_encoder is None else text_encoder.graph.input
-    build.graph.input.extend(text)
+    build.graph.input.extend(told)
     noise = build.graph.input.add()
     noise.CopyFrom(denoiser.graph.input[0])
     noise.name = NOISE
+    if table.renoised:
+        build.graph.input.append(_fresh_noise(denoiser.graph.input[0], len(table.renoised)))
     build.graph.output.extend(decoder.graph.output)
     stages = [stage for stage in (text_encoder, denoiser, decoder) if stage is not None]
     islands = frozenset().union(*(stage.islands for stage in stages))
     return StageGraph(build.graph, build.weights, denoiser.opset, islands)
+
+
+def _fresh_noise(latents: onnx.ValueInfoProto, steps: int) -> onnx.ValueInfoProto:
+    """(B, k, C, h, w): one draw of the latents' shape for each step that re-noises."""
+    batch, *rest = latents.type.tensor_type.shape.dim
+    shape = [batch.dim_param or batch.dim_value, steps, *(dim.dim_value for dim in rest)]
+    return helper.make_tensor_value_info(FRESH_NOISE, latents.type.tensor_type.elem_type, shape)

@@ -20,7 +20,7 @@ from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
 from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_files, hash_folder
-from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, Size, StudentManifest, graph_name
+from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, Plans, Size, StudentManifest, graph_name
 from ..folders.reading import read_student_manifest, signed, write_manifest
 from ..pipelines.loading import load_stages, student_folder
 from ..pipelines.lora import fused_records
@@ -145,6 +145,7 @@ def _trace(
         "scheduler": _plain(stages.scheduler),
         "plans": plans,
         "noise_correction": described.noise_correction,
+        "sampler": described.sampler,
         "latent_channels": stages.latent_channels,
         "downscale": stages.downscale,
         "sizes": list(sizes),
@@ -226,7 +227,7 @@ def _feed(name: str, case: Case, traced: _Traced) -> dict[str, Any]:
         if name.startswith(stage):
             return {key: given[longest].numpy()}
     x, t, _ = case.walks[longest][0]
-    values = [x, t, *case.conditions]
+    values = [x, t, *case.conditions, *case.told]
     names = [value.name for value in traced.stages[name].graph.input]
     return {key: value.numpy() for key, value in zip(names, values, strict=True)}
 
@@ -299,16 +300,14 @@ def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: 
     return write_triton_repository(target, manifest)
 
 
-def _sampling(
-    described: StudentManifest, stages: Stages, options: ExportOptions
-) -> tuple[Sampling, dict[int, list[float]]]:
+def _sampling(described: StudentManifest, stages: Stages, options: ExportOptions) -> tuple[Sampling, Plans]:
     """The plans asked for: coefficients and schedule, and the timesteps by number of steps."""
     schedule = NoiseSchedule.from_scheduler_config(stages.scheduler)
     plans = plans_by_steps(described.plans, schedule.num_train_timesteps)
     if options.steps is not None:
         plans = {steps: select(plans, steps) for steps in sorted(options.steps)}
-    correct, kind = described.noise_correction, stages.prediction_type
-    tables = {n: update_table(schedule, p, kind, noise_correction=correct) for n, p in plans.items()}
+    how: dict[str, Any] = {"noise_correction": described.noise_correction, "sampler": described.sampler}
+    tables = {n: update_table(schedule, plan, stages.prediction_type, **how) for n, plan in plans.items()}
     return Sampling(tables, schedule), {n: list(plan) for n, plan in plans.items()}
 
 

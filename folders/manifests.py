@@ -95,12 +95,13 @@ class Guidance(_Frozen):
 
     default: of a request that says nothing. range: what the model was made for, as far as its card says; others are drawn
     with a note. embedded: the network is told the scale; else the prompt's prediction is weighed against that of the
-    negative prompt, in two rows a picture.
+    negative prompt, in two rows a picture. empty_is_zero: an empty negative prompt is no text but embeddings of zeros.
     """
 
     default: float = Field(default=1.0, ge=0)
     range: tuple[float, float] | None = None
     embedded: bool = False
+    empty_is_zero: bool = False
 
 
 class FusedLora(_Frozen):
@@ -157,6 +158,7 @@ class ModelDescription(_Frozen):
     noise_correction: bool
     sampler: Sampler = DETERMINISTIC
     guidance: Guidance = Guidance()
+    default_steps: int | None = None  # of a request that says nothing; None: the most
     sources: dict[str, str] = {}  # what was taken from where, of a model that somebody else trained
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1)  # pixels of an image's side per latent

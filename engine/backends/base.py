@@ -98,8 +98,16 @@ class Backend(Protocol):
         """x (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
         ...
 
-    def update(self, x: Array, m: Array, a: NDArray[np.float32], b: NDArray[np.float32]) -> Array:
-        """a x + b m with one coefficient per image: a, b (B,). x stays as it is, since a failing turn is tried again."""
+    def update(
+        self,
+        x: Array,
+        m: Array,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        fresh: tuple[NDArray[np.float32], Array] | None = None,
+    ) -> Array:
+        """a x + b m, and + c z of fresh = (c, z), with one coefficient per image: a, b, c (B,), z as x. x stays as it is, since
+        a failing turn is tried again."""
         ...
 
     def finite(self, x: Array) -> NDArray[np.bool_]:
@@ -110,8 +118,9 @@ class Backend(Protocol):
         """Latents (B, C, h, w) -> images (B, H, W, 3) on the host, and which of them came without NaN and Inf."""
         ...
 
-    def sample(self, graph: str, inputs: Sequence[Array], noise: Array) -> Pictures:
-        """A whole-sampler graph in one call: what it reads of the prompt, and x_T (B, C, h, w) -> as `decode`."""
+    def sample(self, graph: str, inputs: Sequence[Array], *noises: Array) -> Pictures:
+        """A whole-sampler graph in one call: what it reads of the prompt, unit noise (B, C, h, w) and, of a plan that
+        re-noises, that of its steps (B, k, C, h, w) -> as `decode`."""
         ...
 
     def close(self) -> None:

@@ -68,11 +68,18 @@ class GraphBackend(ABC, Generic[Described]):
         return self.run(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
     def update(
-        self, x: NDArray[np.float32], m: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
+        self,
+        x: NDArray[np.float32],
+        m: NDArray[np.float32],
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        fresh: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> NDArray[np.float32]:
         rows = (-1, *(1,) * (x.ndim - 1))
         updated: NDArray[np.float32] = a.reshape(rows) * x
         updated += b.reshape(rows) * m
+        if fresh is not None:
+            updated += fresh[0].reshape(rows) * fresh[1]
         return updated
 
     def finite(self, x: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -81,8 +88,8 @@ class GraphBackend(ABC, Generic[Described]):
     def decode(self, x: NDArray[np.float32]) -> Pictures:
         return self.pictures(self.run(self._at_size("decoder", x), [x]), x)
 
-    def sample(self, graph: str, inputs: Sequence[NDArray[Any]], noise: NDArray[np.float32]) -> Pictures:
-        return self.pictures(self.run(self._at_size(graph, noise), [*inputs, noise]), noise)
+    def sample(self, graph: str, inputs: Sequence[NDArray[Any]], *noises: NDArray[np.float32]) -> Pictures:
+        return self.pictures(self.run(self._at_size(graph, noises[0]), [*inputs, *noises]), noises[0])
 
     def pictures(self, outputs: Sequence[Any], x: Any) -> Pictures:
         """Images and which are finite. Older artifacts don't say: there x tells, and black, which NaN becomes in bytes."""

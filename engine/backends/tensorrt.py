@@ -210,9 +210,16 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
     def denoise(self, x: Any, timestep: NDArray[np.float32], conditions: Sequence[Any]) -> Any:
         return self._queue(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
-    def update(self, x: Any, m: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> Any:
-        rows = self.upload(np.stack([a, b, np.zeros_like(a)], axis=1))
-        return fused_update(x, m, rows, self._steps[: len(a)])
+    def update(
+        self,
+        x: Any,
+        m: Any,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        fresh: tuple[NDArray[np.float32], Any] | None = None,
+    ) -> Any:
+        c, z = (np.zeros_like(a), None) if fresh is None else fresh
+        return fused_update(x, m, self.upload(np.stack([a, b, c], axis=1)), self._steps[: len(a)], z)
 
     def finite(self, x: Any) -> NDArray[np.bool_]:
         self._torch.cuda.set_stream(self._stream)
@@ -222,9 +229,9 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
         outputs = self._queue(self._at_size("decoder", x), [x])
         return self.pictures([values.cpu().numpy() for values in outputs], x)
 
-    def sample(self, graph: str, inputs: Sequence[Any], noise: Any) -> Pictures:
-        outputs = self._queue(self._at_size(graph, noise), [*inputs, noise])
-        return self.pictures([values.cpu().numpy() for values in outputs], noise)
+    def sample(self, graph: str, inputs: Sequence[Any], *noises: Any) -> Pictures:
+        outputs = self._queue(self._at_size(graph, noises[0]), [*inputs, *noises])
+        return self.pictures([values.cpu().numpy() for values in outputs], noises[0])
 
     def close(self) -> None:
         self._torch.cuda.synchronize(self._device)
@@ -240,9 +247,9 @@ def plan_of(folder: Path, graph: str, machine: Machine) -> Path:
     return plan
 
 
-def fused_update(x: Any, m: Any, rows: Any, steps: Any) -> Any:
-    """a x + b m. rows: float32 (B, 3) of a, b, 0 for each image; steps: int32 0..B-1, on x's device."""
+def fused_update(x: Any, m: Any, rows: Any, steps: Any, z: Any = None) -> Any:
+    """a x + b m + c z. rows: float32 (B, 3) of a, b, c for each image; steps: int32 0..B-1, on x's device."""
     from ...kernels.update import Coefficients, noise_corrected_update
 
     table = Coefficients(rows=rows, positions=steps, renoises=(False,) * len(rows), starts=(0,))
-    return noise_corrected_update(x, m, table, steps)
+    return noise_corrected_update(x, m, table, steps, noise=z)

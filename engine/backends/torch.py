@@ -224,16 +224,25 @@ class TorchBackend(GraphBackend[ModelDescription]):
         return self.run(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
     @torch.inference_mode()
-    def update(self, x: Any, m: Any, a: NDArray[np.float32], b: NDArray[np.float32]) -> Any:
+    def update(
+        self,
+        x: Any,
+        m: Any,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        fresh: tuple[NDArray[np.float32], Any] | None = None,
+    ) -> Any:
+        c, z = (None, None) if fresh is None else fresh
         if self._update is not None:
             network = self._graphs.get((self._at_size("denoiser", x), self._bucket(len(x))))
             if not isinstance(network, Captured):
-                return self._update(x, m, a, b)
-            x_s = self._update(x, m, a, b, network_input=network.next_input(len(x)))
+                return self._update(x, m, a, b, c, noise=z)
+            x_s = self._update(x, m, a, b, c, noise=z, network_input=network.next_input(len(x)))
             network.ready = x_s
             return x_s
         rows = (-1, *(1,) * (x.ndim - 1))
-        return torch.from_numpy(a).view(rows) * x + torch.from_numpy(b).view(rows) * m
+        updated = torch.from_numpy(a).view(rows) * x + torch.from_numpy(b).view(rows) * m
+        return updated if c is None else updated + torch.from_numpy(c).view(rows) * z
 
     @torch.inference_mode()
     def finite(self, x: Any) -> NDArray[np.bool_]:
@@ -294,6 +303,7 @@ def _description(
         "scheduler": stages.scheduler,
         "plans": student.plans,
         "noise_correction": student.noise_correction,
+        "sampler": student.sampler,
         "latent_channels": stages.latent_channels,
         "downscale": stages.downscale,
         "sizes": list(sizes),

@@ -24,7 +24,7 @@ def work(client: Client, count: int, steps: int = 1, **values) -> list[Chunk]:
         request=GenerateRequest(prompt="a cat", count=count, seed=7, **values),
         reading=Reading(text="a cat"),
         tokens={},
-        noise=noise,
+        noises=noise[:, None],
         size=(64, 64),
         steps=steps,
         tokenize=0.0,
