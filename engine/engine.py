@@ -117,11 +117,6 @@ class Engine:
         """The step counts that the model was distilled for."""
         return sorted(self._plans)
 
-    @property
-    def default_steps(self) -> int:
-        """The steps of a request that says nothing."""
-        return self.manifest.default_steps or max(self._plans)
-
     def __repr__(self) -> str:
         return f"<Engine {self.describe()}>"
 
@@ -194,7 +189,7 @@ class Engine:
 
     def check(self, request: GenerateRequest) -> tuple[int, Size]:
         """The steps and the size that a request means. Raises PlanError, RequestError."""
-        steps = self.default_steps if request.steps is None else request.steps
+        steps = self.manifest.default_plan if request.steps is None else request.steps
         select(self._plans, steps)
         self._check_guidance(request)
         size = self._size(request)

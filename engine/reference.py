@@ -17,19 +17,37 @@ def reference_generate(
     backend: Backend, tokenizer: PromptTokenizer, manifest: ModelDescription, request: GenerateRequest
 ) -> NDArray[np.uint8]:
     """A request's pictures (count, H, W, 3), by `core.update.sample` around the backend's networks; the model's default size
-    and most steps unless the request says so. The oracle of the engine; of models without stages by the whole sampler.
+    and steps unless the request says so. The oracle of the engine; of models without stages by the whole sampler.
     """
-    steps, count, size = request.steps or max(manifest.plans), request.count, manifest.image_size
+    steps, count, size = request.steps or manifest.default_plan, request.count, manifest.image_size
     size = (request.height or size[0], request.width or size[1])
-    tokens = {name: ids.repeat(count, 0) for name, ids in tokenizer.encode(tokenizer.read(request.prompt).text).items()}
-    shape = manifest.latent_shape_of(size)
+    table, schedule, shape = manifest.update_tables()[steps], manifest.schedule, manifest.latent_shape_of(size)
     noise = backend.upload(initial_noise(request.seed, count, shape))
+    fresh = [step_noise(request.seed, count, shape, i + 1) for i in range(len(table))]
+    known = manifest.guidance
+    scale = known.default if request.guidance is None else request.guidance
+    told = [np.full(count, scale, np.float32)] if known.embedded else []
+
+    def tokens_of(prompt: str) -> dict[str, NDArray[np.int64]]:
+        return {name: ids.repeat(count, 0) for name, ids in tokenizer.encode(prompt).items()}
+
+    tokens = tokens_of(tokenizer.read(request.prompt).text)
     if "denoiser" not in manifest.graph_names:
-        return backend.sample(f"sampler_{steps}", list(tokens.values()), noise)[0]
-    table, conditions, schedule = manifest.update_tables()[steps], backend.encode(tokens), manifest.schedule
-    fresh = [backend.upload(step_noise(request.seed, count, shape, i + 1)) for i in range(len(table))]
+        needed = [np.stack([fresh[i] for i in table.renoised], axis=1)] if table.renoised else []
+        return backend.sample(f"sampler_{steps}", [*tokens.values(), *told], noise, *map(backend.upload, needed))[0]
+    told = [backend.upload(values) for values in told]
+    conditions = backend.encode(tokens)
+    if known.empty_is_zero and not request.negative_prompt:
+        against = tuple(0 * one for one in conditions)
+    else:
+        against = backend.encode(tokens_of(request.negative_prompt or ""))
 
     def denoise(x: Array, t: float) -> Array:
-        return backend.denoise(x, np.full(count, schedule.network_time(t), np.float32), conditions)
+        times = np.full(count, schedule.network_time(t), np.float32)
+        m = 1 * backend.denoise(x, times, (*conditions, *told))
+        if scale <= 1 or known.embedded:
+            return m
+        m_u = backend.denoise(x, times, (*against, *told))
+        return m_u + scale * (m - m_u)
 
-    return backend.decode(sample(denoise, noise, table, noises=fresh))[0]
+    return backend.decode(sample(denoise, noise, table, noises=[backend.upload(z) for z in fresh]))[0]

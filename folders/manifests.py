@@ -185,6 +185,8 @@ class ModelDescription(_Frozen):
     @model_validator(mode="after")
     def _can_be_sampled(self) -> Self:
         self.update_tables()
+        if self.default_steps is not None and self.default_steps not in self.plans:
+            raise ValueError(f"default_steps {self.default_steps} have no plan; there are {sorted(self.plans)}")
         for size in self.sizes:
             if size[0] % self.downscale or size[1] % self.downscale:
                 raise ValueError(f"the size {size_name(size)} is no multiple of downscale {self.downscale}")
@@ -223,6 +225,11 @@ class ModelDescription(_Frozen):
     def step_plans(self) -> dict[int, StepPlan]:
         """The plans by number of steps."""
         return plans_by_steps(self.plans, self.schedule.num_train_timesteps)
+
+    @property
+    def default_plan(self) -> int:
+        """The steps of a request that says nothing."""
+        return self.default_steps or max(self.plans)
 
     def update_tables(self) -> dict[int, UpdateTable]:
         """The update's coefficients by number of steps."""

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from imagine_flash.core.errors import RequestError
-from imagine_flash.core.noise import step_noise
 from imagine_flash.core.sampler import Sampler
-from imagine_flash.core.update import reference_update
 from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.reference import reference_generate
 from imagine_flash.folders.manifests import Guidance
 from imagine_flash.tests import pipelines
 
@@ -41,18 +40,8 @@ def ask(**values: Any) -> GenerateRequest:
     return GenerateRequest(**{"prompt": "a cat", "steps": 3, "seed": 7, **values})
 
 
-def expected_images(engine: Engine, seed: int, steps: int, guidance: float = 1.0, negative: str = "") -> np.ndarray:
-    """The reference loop over the engine's own networks, one picture."""
-    backend, table = engine.backend, engine.manifest.update_tables()[steps]
-    times = engine.manifest.schedule.network_time(table.timesteps).astype(np.float32)
-    conditions, against = (backend.encode(engine.tokenizer.encode(prompt)) for prompt in ("a cat", negative))
-    x = table.start * step_noise(seed, 1, engine.manifest.latent_shape, 0)
-    for i in range(steps):
-        m, m_u = (np.asarray(backend.denoise(backend.upload(x), times[i : i + 1], c)) for c in (conditions, against))
-        guided = {"uncond": m_u, "guidance": guidance} if guidance > 1 else {}
-        z = step_noise(seed, 1, engine.manifest.latent_shape, i + 1)
-        x = reference_update(x.astype(np.float32), m, table, i, noise=z, **guided)
-    return backend.decode(backend.upload(x.astype(np.float32)))[0]
+def expected_images(engine: Engine, **values: Any) -> np.ndarray:
+    return reference_generate(engine.backend, engine.tokenizer, engine.manifest, ask(**values))
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> int:
@@ -64,11 +53,11 @@ def test_fresh_noise_is_the_seeds_own(students: dict[str, Path], name: str) -> N
     with Engine.load(students[name], backend="torch") as engine:
         for steps in (1, 2, 3):
             got = engine.generate(ask(steps=steps, count=3))
-            alone = [expected_images(engine, 7 + i, steps)[0] for i in range(3)]
+            alone = [expected_images(engine, seed=7 + i, steps=steps)[0] for i in range(3)]
             assert likeness(got.images, np.stack(alone)) <= 1
         plain = Sampler(start=SAMPLERS[name].start)
         engine.manifest = engine.manifest.model_copy(update={"sampler": plain})
-        differs = likeness(expected_images(engine, 9, 3), got.images[2:]) > 1
+        differs = likeness(expected_images(engine, seed=9), got.images[2:]) > 1
         assert differs == (SAMPLERS[name] != plain), "fresh noise changes the picture"
 
 
@@ -84,20 +73,22 @@ def test_guidance_weighs_the_prompt_against_another(students: dict[str, Path], m
     with Engine.load(students["renoise"], backend="torch", max_batch=max_batch) as engine:
         for negative in ("", "a dog on pink"):
             got = engine.generate(ask(guidance=4.0, negative_prompt=negative or None, count=2))
-            alone = [expected_images(engine, 7 + i, 3, 4.0, negative)[0] for i in range(2)]
+            alone = [expected_images(engine, seed=7 + i, guidance=4.0, negative_prompt=negative)[0] for i in range(2)]
             assert likeness(got.images, np.stack(alone)) <= 1 and got.guidance == 4.0
         together = [engine.submit(ask(guidance=g, seed=5)) for g in (1.0, 2.0, 3.0)]
         for drawing, g in zip(together, (1.0, 2.0, 3.0), strict=True):
-            assert likeness(drawing.result(20).images, expected_images(engine, 5, 3, g)) <= 1
+            assert likeness(drawing.result(20).images, expected_images(engine, seed=5, guidance=g)) <= 1
 
 
 def test_an_empty_negative_prompt_may_mean_zeros(students: dict[str, Path]) -> None:
     with Engine.load(students["scaled"], backend="torch") as engine:
         text = engine.generate(ask(guidance=4.0)).images
         engine.batcher._empty_is_zero = True
-        assert likeness(engine.generate(ask(guidance=4.0)).images, text) > 1
+        engine.manifest = engine.manifest.model_copy(update={"guidance": Guidance(empty_is_zero=True)})
+        got = engine.generate(ask(guidance=4.0)).images
+        assert likeness(got, text) > 1 and likeness(got, expected_images(engine, guidance=4.0)) <= 1
         dog = engine.generate(ask(guidance=4.0, negative_prompt="a dog")).images
-        assert likeness(dog, expected_images(engine, 7, 3, 4.0, "a dog")) <= 1
+        assert likeness(dog, expected_images(engine, guidance=4.0, negative_prompt="a dog")) <= 1
 
 
 @pytest.mark.parametrize(
