@@ -13,6 +13,7 @@ from .bench import bench
 from .common import examples, flag
 from .exporting import build_tensorrt_command, export_command, inspect_command
 from .generate import generate_command
+from .models import models_command
 from .serve import serve_command
 from .training import distill_command, evaluate_command, train_judge_command, train_teacher_command
 
@@ -32,6 +33,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     serve_command: ("serve --port 8000", "serve --host 0.0.0.0 --api-key-file keys.txt"),
     export_command: ("export runs/student runs/artifact", "export runs/student out --precision fp16 --format tensorrt"),
+    models_command: ("models", "models --json"),
     inspect_command: ("inspect runs/artifact", "inspect runs/artifact --run"),
     build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
     train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),

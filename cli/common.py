@@ -38,6 +38,26 @@ Font = Annotated[
 ]
 
 
+Entry = Annotated[
+    str | None,
+    typer.Option("--as", metavar="NAME", help="Read the folder as this model of the catalogue: imagine-flash models."),
+]
+Timesteps = Annotated[
+    str | None, typer.Option(metavar="999,749,499,249", help="The plan of a model that does not say its own.")
+]
+SamplerName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="deterministic, renoise, ancestral or strategic, instead of the scheduler's."),
+]
+Prediction = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="What the network predicts: epsilon, v_prediction, sample; by default its config."
+    ),
+]
+AnySteps = Annotated[bool, flag("--any-steps", help="Also numbers of steps that the model was not trained for.")]
+
+
 def say(line: str) -> None:
     """A result, on standard output: what a script reads."""
     typer.echo(line)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError, ParityError
-from .common import Quiet, flag, needs, note, say, writable
+from .common import AnySteps, Entry, Prediction, Quiet, SamplerName, Timesteps, flag, needs, note, say, writable
 
 if TYPE_CHECKING:
     from ..folders.manifests import ArtifactManifest
@@ -90,6 +90,14 @@ def export_command(
         typer.Option(metavar="NUMBER", help="The largest error against torch's tensors, instead of the precision's."),
     ] = None,
     int8: Annotated[bool, flag("--int8", help="Compress the OpenVINO weights to 8 bits with NNCF.")] = False,
+    entry: Entry = None,
+    timesteps: Timesteps = None,
+    sampler: SamplerName = None,
+    prediction: Prediction = None,
+    any_steps: AnySteps = False,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="The guidance scale of requests that say none.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Convert a student to ONNX and more, and check every graph against torch."""
@@ -97,7 +105,10 @@ def export_command(
     needs("export", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "filelock")
     from ..export import export_student
     from ..export.options import ExportOptions, parse_batch, parse_sizes, parse_steps, read_prompts
+    from ..models.describe import ModelOptions, parse_timesteps
+    from ..models.student import student_of
     from ..pipelines.lora import parse_lora
+    from .first_run import say_sources
 
     chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision}  # names not yet checked
     options = ExportOptions(
@@ -117,7 +128,18 @@ def export_command(
         int8=int8,
         prompts=None if check_prompts is None else read_prompts(check_prompts),
     )
-    with _bar() as progress:
+    described = ModelOptions(
+        steps=options.steps,
+        entry=entry,
+        any_steps=any_steps,
+        sampler=sampler,  # type: ignore[arg-type]  (checked there)
+        prediction=prediction,
+        guidance=guidance,
+        timesteps=parse_timesteps(timesteps),
+    )
+    student = str(student_of(student, described))
+    say_sources(Path(student))
+    with progress_bar() as progress:
         manifest = export_student(student, out, options=options, progress=progress)
     if not quiet:
         _print_parity(manifest, stderr=True)
@@ -179,7 +201,7 @@ def build_tensorrt_command(
     """Build TensorRT plans, on the machine with the GPU that will run them."""
     from ..export.tensorrt import build_plans
 
-    with _bar() as progress:
+    with progress_bar() as progress:
         paths = build_plans(
             folder,
             graphs=graphs,
@@ -192,7 +214,7 @@ def build_tensorrt_command(
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[str, int], None]]:
+def progress_bar() -> Iterator[Callable[[str, int], None]]:
     """A progress bar: call it with what is being done and how many such things there are in all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import Quiet, flag, note, say, writable
+from .common import AnySteps, Entry, Prediction, Quiet, SamplerName, Timesteps, flag, note, say, writable
 
 FEW = 8  # pictures that are drawn before another backend would have been loaded
 
@@ -54,8 +54,9 @@ def generate_command(
     model: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER",
-            help="An artifact folder, a student folder (drawn with torch) or a hub id; by default the embedded model.",
+            metavar="MODEL",
+            help="An artifact or student folder, any diffusers folder, a hub id or a name of `imagine-flash models`; by default "
+            "the embedded model.",
         ),
     ] = None,
     width: Annotated[str | None, typer.Option(metavar="PIXELS", help="By default the model's first size.")] = None,
@@ -94,12 +95,26 @@ def generate_command(
             "student fp32 on a CPU and bf16 on a GPU.",
         ),
     ] = "auto",
+    guidance: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER", help="How strongly the prompt pulls; 1 is none; by default the model's own."),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to draw away from, where guidance is above 1.")
+    ] = None,
+    entry: Entry = None,
+    timesteps: Timesteps = None,
+    sampler: SamplerName = None,
+    prediction: Prediction = None,
+    any_steps: AnySteps = False,
     json_: Annotated[bool, flag("--json", help="Print files, seed, steps, timings and words as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw a prompt in 1 to 3 network evaluations."""
     from ..engine import Engine, GenerateRequest
     from ..engine.saving import image_format, png_bytes
+    from ..models.describe import ModelOptions, parse_timesteps
+    from .first_run import ready
 
     piped = str(output) == "-"
     if piped and (json_ or count != "1"):
@@ -114,8 +129,18 @@ def generate_command(
         "count": _number(count),
         "width": _number(width),
         "height": _number(height),
+        "guidance": _number(guidance, float),
+        "negative_prompt": negative_prompt,
     }
     request = GenerateRequest(**values)
+    described = ModelOptions(
+        entry=entry,
+        timesteps=parse_timesteps(timesteps),
+        sampler=sampler,  # type: ignore[arg-type]  (checked there)
+        prediction=prediction,
+        any_steps=any_steps,
+    )
+    model = ready(model, described, backend, steps=request.steps)
     if (backend, device, precision) == ("auto", "auto", "auto") and request.count <= FEW:
         backend = _soonest(model)
     with Engine.load(model, backend=backend, device=device, precision=precision) as engine:

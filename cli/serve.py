@@ -24,7 +24,10 @@ def serve_command(
     context: typer.Context,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="An artifact or student folder; by default the embedded model."),
+        typer.Option(
+            metavar="MODEL",
+            help="An artifact or student folder, a hub id or a name of `imagine-flash models`; by default the embedded model.",
+        ),
     ] = None,
     host: Annotated[
         str,
@@ -130,7 +133,11 @@ def _serve_here(settings: ServerSettings) -> None:
     import uvicorn
 
     from ..engine.server import connections, create_app, logs
+    from ..models.describe import ModelOptions
+    from .first_run import ready
 
+    if settings.model is not None:
+        settings = settings.model_copy(update={"model": ready(settings.model, ModelOptions(), settings.backend)})
     settings.check_model()
     failed: list[ImagineFlashError] = []
 

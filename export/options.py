@@ -35,7 +35,7 @@ class ExportOptions(Checked):
     takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an AutoencoderTiny folder that
     replaces the student's decoder. variant: of the student's files, such as fp16. loras: are added to its weights, in this
     order. image_encoder: also the graph that drawing from a picture needs. prompts: what the gate draws. psnr (dB) and
-    error replace the precision's limits.
+    error replace the precision's limits. gated: the one plan that the gate draws; None: all.
     """
 
     refusal = ArtifactError
@@ -51,6 +51,7 @@ class ExportOptions(Checked):
     loras: tuple[Lora, ...] = ()
     variant: str | None = None
     prompts: tuple[str, ...] | None = None
+    gated: int | None = None
     opset: int = 23
     psnr: float | None = Field(default=None, gt=0)
     error: float | None = Field(default=None, gt=0)

@@ -146,6 +146,9 @@ def _trace(
         "plans": plans,
         "noise_correction": described.noise_correction,
         "sampler": described.sampler,
+        "guidance": described.guidance,
+        "default_steps": described.default_steps if described.default_steps in plans else None,
+        "sources": described.sources,
         "latent_channels": stages.latent_channels,
         "downscale": stages.downscale,
         "sizes": list(sizes),
@@ -158,7 +161,8 @@ def _trace(
         "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},
     }
     check_tokenizers(target, facts["tokenizers"], stages, prompts)
-    cases = make_cases(stages, sampling, sizes, sorted({*options.batch}), prompts, progress)
+    gated = {steps: table for steps, table in sampling.tables.items() if options.gated in (None, steps)}
+    cases = make_cases(stages, replace(sampling, tables=gated), sizes, sorted({*options.batch}), prompts, progress)
     return _Traced(_stage_graphs(stages, store, sizes, options, progress), cases, sampling, facts)
 
 
@@ -220,7 +224,7 @@ def _is_of(name: str, case: Case, traced: _Traced) -> bool:
 
 def _feed(name: str, case: Case, traced: _Traced) -> dict[str, Any]:
     """What torch gave the stage in this case, as arrays by input name: of the longest plan, its noisiest step."""
-    longest = max(traced.sampling.tables)
+    longest = max(case.walks)
     if name == "text_encoder":
         return {key: ids.numpy() for key, ids in case.tokens.items()}
     for stage, key, given in (("decoder", LATENTS, case.latents), (IMAGE_ENCODER, IMAGES, case.images)):

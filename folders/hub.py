@@ -14,10 +14,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLED = ("*pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # never read here, so never fetched
 
 
-def local_folder(name: str | Path, *, ignore: Sequence[str] = ()) -> Path:
+def local_folder(name: str | Path, *, ignore: Sequence[str] = (), only: Sequence[str] | None = None) -> Path:
     """The folder of that path; a hub id ("owner/name", where no such folder is) is downloaded into the hub's cache.
 
-    ignore: patterns of further files that are not needed. Raises ArtifactError, MissingExtraError.
+    ignore: patterns of further files that are not needed; only: of those that are. Raises ArtifactError, MissingExtraError.
     """
     folder = Path(name)
     if folder.exists() or not HUB_ID.fullmatch(str(name)):
@@ -29,8 +29,16 @@ def local_folder(name: str | Path, *, ignore: Sequence[str] = ()) -> Path:
     known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
     try:
         return _with_files_of_its_own(
-            Path(hub.snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore])), str(name)
+            Path(hub.snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore], allow_patterns=only)), str(name)
         )
+    except errors.GatedRepoError:
+        raise ArtifactError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name} and log in with: hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ArtifactError(
+            f"the hub has no {name}, or it is private; see the names that are known: imagine-flash models"
+        ) from None
     except known as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(

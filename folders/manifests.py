@@ -120,6 +120,9 @@ class StudentManifest(_Frozen):
     plans: Plans
     noise_correction: bool
     sampler: Sampler = DETERMINISTIC
+    guidance: Guidance = Guidance()
+    default_steps: int | None = None  # of a request that says nothing; None: the most
+    sources: dict[str, str] = {}  # what was taken from where, of a model that somebody else trained
     recipe: dict[str, Any]
     teacher_sha256: str
     base: str | None = None  # of a LoRA student: the pipeline (folder or hub id) that its weights are fused into

@@ -116,3 +116,14 @@ def entry_called(name: str) -> Entry:
         known = [*catalogue(), *(entry.hub for entry in catalogue().values())]
         raise ArtifactError(f"the catalogue has no {name!r}{nearest(name, known)}; see: imagine-flash models")
     return entry
+
+
+def as_markdown() -> str:
+    """The catalogue as the table of docs/models.md."""
+    lines = ["| name | weights | steps | size | parameters | guidance | licence |", "|---|---|---|---|---|---|---|"]
+    for entry in catalogue().values():
+        steps, size = ", ".join(map(str, sorted(entry.steps))), f"{entry.size[1]}x{entry.size[0]}"
+        parameters = f"{entry.parameters:g} G" if entry.parameters else ""
+        cells = (f"`{entry.name}`", f"[{entry.where}]({entry.sources[0]})", steps, size, parameters)
+        lines.append(f"| {' | '.join(cells)} | {entry.guidance.default:g} | {entry.licence} |")
+    return "\n".join(lines)

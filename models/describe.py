@@ -196,7 +196,8 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
 def _plans_for(found: Described, options: ModelOptions, entry: Entry | None) -> tuple[Plans, str]:
     if options.steps is None:
         raise PlanError(
-            f"{found.folder} does not say for how many steps it was trained; say it with --steps 4 or --timesteps 999,749,499,249",
+            f"{found.folder} does not say for how many steps it was trained: add --steps 4 or --timesteps 999,749,499,249, and "
+            "before serve: imagine-flash export FOLDER OUT --steps 4",
             param="steps",
         )
     plans, source = {}, found.sources.get("plans", SCHEDULER)
@@ -219,6 +220,16 @@ def _spaced(found: Described, steps: int, options: ModelOptions, entry: Entry | 
     if options.sampler is not None and entry is None and not is_flow(found.scheduler):
         return list(StepPlan.trailing(steps, int(found.scheduler.get("num_train_timesteps", 1000))))
     return list(plan_of(found.scheduler, steps, found.pipeline))
+
+
+def parse_timesteps(text: str | None) -> tuple[int | float, ...] | None:
+    """ "999,749.5" -> (999, 749.5). Raises ArtifactError."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) if "." in part else int(part) for part in text.split(","))
+    except ValueError:
+        raise ArtifactError(f"timesteps are numbers such as 999,749,499,249, got {text!r}") from None
 
 
 def prediction_type_of(scheduler: dict[str, Any]) -> str:

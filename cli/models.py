@@ -1,0 +1,41 @@
+"""`imagine-flash models`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from .common import say
+
+
+def models_command(json_: Annotated[bool, typer.Option("--json", help="As JSON, with sources.")] = False) -> None:
+    """List the few-step models that are known, and what this machine has the memory for."""
+    from ..models.catalogue import catalogue
+    from ..models.machine import memory_needed, memory_of_this_machine
+
+    here = memory_of_this_machine()
+    found: list[dict[str, Any]] = []
+    for entry in catalogue().values():
+        needed = memory_needed(entry)
+        fits = None if needed is None or here is None else needed <= here
+        found.append({**entry.model_dump(mode="json"), "memory": needed, "fits": fits})
+    if json_:
+        say(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "hub id", "steps", "size", "parameters", "memory", "here", "licence")
+    for one in found:
+        said = {True: "yes", False: "no", None: "?"}[one["fits"]]
+        amount = f"{one['memory'] / 2**30:.0f} GiB" if one["memory"] else "?"
+        size = f"{one['size'][1]}x{one['size'][0]}"
+        millions = f"{one['parameters']:g} G" if one["parameters"] else "?"
+        steps = ", ".join(map(str, sorted(one["steps"])))
+        table.add_row(one["name"], one["hub"], steps, size, millions, amount, said, one["licence"])
+    Console().print(table)
+    say(
+        "nobody has drawn with these weights through this catalogue yet; use one with: imagine-flash generate PROMPT --model NAME"
+    )
