@@ -27,14 +27,17 @@ def models_command(json_: Annotated[bool, typer.Option("--json", help="As JSON, 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "hub id", "steps", "size", "parameters", "memory", "here", "licence")
+    table = Table()
+    table.add_column("name", no_wrap=True)
+    for heading in ("steps", "size", "parameters", "memory", "here", "licence"):
+        table.add_column(heading)
     for one in found:
         said = {True: "yes", False: "no", None: "?"}[one["fits"]]
         amount = f"{one['memory'] / 2**30:.0f} GiB" if one["memory"] else "?"
         size = f"{one['size'][1]}x{one['size'][0]}"
         millions = f"{one['parameters']:g} G" if one["parameters"] else "?"
         steps = ", ".join(map(str, sorted(one["steps"])))
-        table.add_row(one["name"], one["hub"], steps, size, millions, amount, said, one["licence"])
+        table.add_row(one["name"], steps, size, millions, amount, said, one["licence"])
     Console().print(table)
     say(
         "nobody has drawn with these weights through this catalogue yet; use one with: imagine-flash generate PROMPT --model NAME"

@@ -18,7 +18,7 @@ from imagine_flash.models.student import student_of
 from imagine_flash.tests import pipelines
 
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-TRAILING = SD | {"timestep_spacing": "trailing"}
+TRAILING: dict[str, Any] = SD | {"timestep_spacing": "trailing"}
 SCHEDULERS: dict[str, Any] = {
     "euler": lambda: diffusers.EulerDiscreteScheduler(**TRAILING),
     "ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**TRAILING),
