@@ -242,7 +242,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
             return x_s
         rows = (-1, *(1,) * (x.ndim - 1))
         updated = torch.from_numpy(a).view(rows) * x + torch.from_numpy(b).view(rows) * m
-        return updated if c is None else updated + torch.from_numpy(c).view(rows) * z
+        return updated if c is None or z is None else updated + torch.from_numpy(c).view(rows) * z
 
     @torch.inference_mode()
     def finite(self, x: Any) -> NDArray[np.bool_]:
