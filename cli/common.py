@@ -110,3 +110,16 @@ def writable(path: Path, *, make: bool = False) -> None:
         raise ImagineFlashError(f"cannot write {path}: {parent} is read-only; choose another place")
     if path.suffix and path.is_dir():
         raise ImagineFlashError(f"cannot write {path}: it is a folder")
+
+
+def say_sources(student: Path) -> None:
+    """A line for each place that something of a foreign model was taken from."""
+    from ..folders.files import STUDENT_FILE
+    from ..folders.reading import read_student_manifest
+
+    if not (student / STUDENT_FILE).is_file():
+        return
+    manifest = read_student_manifest(student)
+    for source in dict.fromkeys(manifest.sources.values()):
+        fields = [field for field, other in manifest.sources.items() if other == source]
+        note(f"{student.name}: {', '.join(fields)} from {source}")

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError, ParityError
-from .common import AnySteps, Entry, Prediction, Quiet, SamplerName, Timesteps, flag, needs, note, say, writable
+from .common import (
+    AnySteps,
+    Entry,
+    Prediction,
+    Quiet,
+    SamplerName,
+    Timesteps,
+    flag,
+    needs,
+    note,
+    say,
+    say_sources,
+    writable,
+)
 
 if TYPE_CHECKING:
     from ..folders.manifests import ArtifactManifest
@@ -108,7 +121,6 @@ def export_command(
     from ..models.describe import ModelOptions, parse_timesteps
     from ..models.student import student_of
     from ..pipelines.lora import parse_lora
-    from .first_run import say_sources
 
     chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision}  # names not yet checked
     options = ExportOptions(

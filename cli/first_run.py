@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import ImagineFlashError, missing_extra
-from .common import note
+from .common import note, say_sources
 
 if TYPE_CHECKING:
     from ..models.describe import ModelOptions
@@ -37,19 +37,6 @@ def ready(model: str | Path | None, options: ModelOptions, backend: str, *, step
         return student
     say_sources(student)
     return student if backend in STUDENT_BACKENDS else _exported(student)
-
-
-def say_sources(student: Path) -> None:
-    """A line for each place that something of a foreign model was taken from."""
-    from ..folders.files import STUDENT_FILE
-    from ..folders.reading import read_student_manifest
-
-    if not (student / STUDENT_FILE).is_file():
-        return
-    manifest = read_student_manifest(student)
-    for source in dict.fromkeys(manifest.sources.values()):
-        fields = [field for field, other in manifest.sources.items() if other == source]
-        note(f"{student.name}: {', '.join(fields)} from {source}")
 
 
 def _exported(student: Path) -> Path:
