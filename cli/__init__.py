@@ -15,7 +15,7 @@ from .exporting import build_tensorrt_command, export_command, inspect_command
 from .generate import generate_command
 from .models import models_command
 from .serve import serve_command
-from .training import distill_command, evaluate_command, train_judge_command, train_teacher_command
+from .training import distill_command, evaluate_command, study_command, train_judge_command, train_teacher_command
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -43,6 +43,10 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "train-judge judge.safetensors --font NotoColorEmoji.ttf",
     ),
     evaluate_command: ("evaluate -o evaluation", "evaluate runs/teacher runs/student --split validation --count 2048"),
+    study_command: (
+        "study benchmarks/studies/shifted_target.yaml runs/teacher --judge runs/judge.safetensors -o runs/gamma",
+        "study my-study.yaml -o runs/my-study",
+    ),
 }
 for command, lines in COMMANDS.items():
     name = command.__name__.removesuffix("_command").replace("_", "-")

@@ -183,6 +183,41 @@ def evaluate_command(
     say(f"{output}.json\n{output}.png")
 
 
+def study_command(
+    study: Annotated[
+        Path,
+        typer.Argument(metavar="STUDY", help="A YAML file: recipes that differ in a few fields (benchmarks/studies)."),
+    ],
+    teacher: Annotated[
+        Path | None,
+        typer.Argument(metavar="TEACHER", help="A diffusers folder; by default the embedded one (checkout only)."),
+    ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A judge that train-judge wrote; by default the embedded one (checkout only)."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="NAME", help="Write NAME.json (the record).")
+    ] = Path("study"),
+    font: Font = None,
+    quiet: Quiet = False,
+) -> None:
+    """Distil and measure every variant of a study, on the same prompts and noises.
+
+    Students and pictures are kept in OUTPUT.run: the same command goes on with what is not there yet.
+    """
+    writable(output, make=True)
+    training()
+    from ..benchmarks.quality.study import run_study, study_as_markdown
+
+    record = run_study(
+        study, teacher or _embedded("teacher"), judge or _embedded("judge.safetensors"), output, font=font
+    )
+    say(study_as_markdown(record))
+
+
 def _embedded(name: str) -> Path:
     """What lies beside the embedded artifact in a checkout and, for its size, in no wheel."""
     path = EMOJI / name

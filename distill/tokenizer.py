@@ -25,9 +25,11 @@ def train_tokenizer(captions: Iterable[str], *, context: int, vocabulary: int = 
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [f"{letter}</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         initial_alphabet=alphabet,
+        special_tokens=endings,  # else they are numbered as a hash table yields them, and merges of one frequency follow
         end_of_word_suffix="</w>",
         show_progress=False,
         min_frequency=2,
@@ -35,7 +37,7 @@ def train_tokenizer(captions: Iterable[str], *, context: int, vocabulary: int = 
     bpe.train_from_iterator(captions, trainer)
     trained = json.loads(bpe.to_str())["model"]
     # CLIP's order: the letters, the letters that end a word, what was merged, then the two marks
-    letters = alphabet + [f"{letter}</w>" for letter in alphabet]
+    letters = alphabet + endings
     merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in trained["merges"]]
     tokens = list(dict.fromkeys(letters + ["".join(m) for m in merges] + [START, END]))
     vocabulary_ids = {token: i for i, token in enumerate(tokens)}

@@ -116,10 +116,8 @@ def refuse_foreign(target: Path, replaces: Sequence[str]) -> None:
     if not target.is_dir():
         raise ArtifactError(f"cannot write the folder {target}: it is a file; choose another name")
     if any(target.iterdir()) and not any((target / name).is_file() for name in replaces):
-        raise ArtifactError(
-            f"refusing to replace {target}: it holds files but no {' or '.join(replaces)}; "
-            "choose another name or empty it"
-        )
+        but = f" but no {' or '.join(replaces)}" if replaces else ""
+        raise ArtifactError(f"refusing to replace {target}: it holds files{but}; choose another name or empty it")
 
 
 def _cannot_write(target: Path, error: OSError) -> ArtifactError:

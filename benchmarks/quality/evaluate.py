@@ -46,7 +46,7 @@ class EvaluationRecipe(Frozen):
     rows: tuple[str, ...] = ()  # by name; none: all
 
 
-_COLUMNS = (
+COLUMNS = (
     TextColumn("{task.description:46}"),
     BarColumn(),
     MofNCompleteColumn(),
@@ -97,7 +97,7 @@ def evaluate(
     hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
     store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
     seen, unseen = (draw_prompts(n, split=split, held_out=h) for n, h in ((count, False), (held_out, True)))
-    with Progress(*_COLUMNS, console=console or Console(stderr=True), transient=True) as bar:
+    with Progress(*COLUMNS, console=console or Console(stderr=True), transient=True) as bar:
         found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
     rows = compare(methods, found, judge)
     record = {

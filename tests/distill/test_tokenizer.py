@@ -19,3 +19,10 @@ def test_one_token_a_word_and_letters_for_the_rest(tmp_path) -> None:
     ids = again(text, padding="max_length", max_length=32).input_ids
     assert ids == tokenizer(text, padding="max_length", max_length=32).input_ids and len(ids) == 32
     assert again.convert_ids_to_tokens([ids[0], ids[-1]]) == [START, END]
+
+
+def test_the_same_captions_give_the_same_tokens() -> None:
+    """Letters that end a word were numbered as a hash table yielded them, and merges of one frequency followed: a killed
+    training was then refused as one of another recipe."""
+    captions = emoji_prompts(500, 0) + all_words() * 3
+    assert len({tuple(sorted(train_tokenizer(captions, context=32).get_vocab().items())) for _ in range(4)}) == 1

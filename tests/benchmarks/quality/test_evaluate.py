@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagine_flash.benchmarks.quality.evaluate import evaluate
-from imagine_flash.benchmarks.quality.judge import Judge, load_judge
+from imagine_flash.benchmarks.quality.judge import load_judge
 from imagine_flash.benchmarks.quality.prompts import ATTRIBUTES, draw_prompts, kept, marks, shares
 from imagine_flash.benchmarks.quality.tables import as_markdown, more_as_markdown
 from imagine_flash.core.errors import ArtifactError, ImagineFlashError
@@ -71,17 +71,6 @@ def test_held_out_prompts_state_held_out_relations_and_splits_differ() -> None:
         assert caption.states_order and (scene.objects[0], scene.axis, scene.objects[1]) in held_out_combinations()
     other = draw_prompts(40, split="validation", held_out=True)
     assert prompts.texts != other.texts and not set(prompts.seeds) & set(other.seeds)
-
-
-@pytest.fixture
-def untrained_judge(tmp_path: Path) -> Path:
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    weights = {name: v.contiguous() for name, v in Judge().state_dict().items()}
-    save_file(weights, tmp_path / "judge", {"seen_all": "0.5"})
-    return tmp_path / "judge"
 
 
 @pytest.mark.slow

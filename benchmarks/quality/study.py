@@ -1,0 +1,152 @@
+"""`study`: recipes that differ in a few fields, trained from one teacher and measured on the same prompts and noises.
+
+The table of a study is what the default recipe rests on, and the comparison of methods is a study too: every variant has the
+same teacher, starts from it, and is measured beside it with paired intervals. Each finished variant is kept: a study that was
+stopped goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import Field
+from rich.console import Console
+from rich.progress import Progress
+
+from ...core.errors import RecipeError
+from ...distill.methods import distill_recipe
+from ...distill.models import Model, load_model
+from ...distill.recipe import DistillRecipe, Frozen, parse_recipe, read_recipe
+from ...distill.reproducible import fingerprint
+from ...distill.student import distill
+from ...folders.files import atomic_file, hash_folder, sha256_file
+from ...folders.manifests import StudentManifest
+from ...folders.reading import read_student_manifest
+from .evaluate import COLUMNS, FEWEST, Kinds, compare, measured
+from .judge import load_judge
+from .measure import PictureStore
+from .method import Method
+from .methods import reconstructions, rendered_scenes, student_row, teacher_row
+from .prompts import draw_prompts
+from .tables import as_markdown, as_rich
+
+
+class Study(Frozen):
+    """What is varied. `common` and then each variant's own fields replace those of the recipe `base`."""
+
+    question: str
+    base: str = "imagine_flash"
+    common: dict[str, Any] = Field(default_factory=dict)
+    variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    teacher_steps: tuple[Annotated[int, Field(gt=0)], ...] = (3,)  # rows of the teacher beside the one of 25 steps
+    guidance: float = 3.0  # of the teacher's rows
+    split: Literal["validation", "test"] = "validation"
+    count: Annotated[int, Field(ge=FEWEST)] = 2048
+    held_out: Annotated[int, Field(ge=1)] = 256
+
+
+def load_study(path: Path) -> tuple[Study, dict[str, DistillRecipe]]:
+    """A study and the recipe of each variant; RecipeError for anything wrong, before the first hour of training."""
+    values, source = read_recipe(path)
+    study = parse_recipe(values, Study, source)
+    recipes = {}
+    for name, fields in study.variants.items():
+        base, _ = read_recipe(fields.get("base", study.base))
+        own = {key: value for key, value in fields.items() if key != "base"}
+        recipes[name] = distill_recipe(merged(merged(base, study.common), own), f"{path}, variant {name!r}")
+    slugs = {slug(name) for name in recipes}
+    if len(slugs) < len(recipes):
+        raise RecipeError(f"{path}: names of variants must differ in letters and digits, got {', '.join(recipes)}")
+    return study, recipes
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`; mappings of the fit are merged key by key, everything else is replaced."""
+    result = {**base, **changes}
+    if isinstance(base.get("fit"), dict) and isinstance(changes.get("fit"), dict):
+        result["fit"] = {**base["fit"], **changes["fit"]}
+    return result
+
+
+def slug(name: str) -> str:
+    """A file name of a variant's name."""
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
+
+
+def run_study(
+    path: Path, teacher_folder: Path, judge_file: Path, out: Path, *, font: Path | None = None
+) -> dict[str, Any]:
+    """Train and measure every variant; write `out`.json after each of them and return the record.
+
+    Students and pictures are kept in `out`.run. Errors: RecipeError for a study or variant that is not valid, ArtifactError for
+    a folder that is no teacher or a run of another study.
+    """
+    study, recipes = load_study(path)
+    judge, accuracy = load_judge(judge_file)
+    teacher, console, run = load_model(teacher_folder), Console(stderr=True), out.with_name(f"{out.name}.run")
+    hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
+    seen, unseen = (
+        draw_prompts(n, split=study.split, held_out=h) for n, h in ((study.count, False), (study.held_out, True))
+    )
+
+    def pictures_of(methods: list[Method], folder: str, *parts: Any) -> dict[str, Kinds]:
+        store = PictureStore(run / folder, fingerprint(hashes, study.split, study.guidance, *parts))
+        with Progress(*COLUMNS, console=console, transient=True) as bar:
+            return {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
+
+    methods = [rendered_scenes(font), reconstructions(teacher, font)]
+    methods += [teacher_row(teacher, steps, study.guidance) for steps in dict.fromkeys((25, *study.teacher_steps))]
+    found = pictures_of(methods, "references")
+    record: dict[str, Any] = {"question": study.question, "schema": 2, "split": study.split, "sha256": hashes}
+    record |= {"n": {"seen": study.count, "held_out": study.held_out}, "guidance": study.guidance}
+    record |= {"judge_accuracy": accuracy, "threads": torch.get_num_threads(), "variants": {}}
+    record["rows"] = compare(methods, found, judge)
+    for name, recipe in recipes.items():
+        manifest = _student_of(recipe, teacher_folder, run / slug(name), font, console)
+        student = load_model(run / slug(name))
+        rows = student_rows(name, student, manifest)
+        found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
+        record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
+        record["rows"] += compare(rows, found, judge)
+        with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
+            Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        console.print(as_rich(record))
+    return record
+
+
+def _student_of(
+    recipe: DistillRecipe, teacher: Path, folder: Path, font: Path | None, console: Console
+) -> StudentManifest:
+    """The manifest of the student in `folder`, which is trained if it is not there yet."""
+    if not folder.exists():
+        distill(teacher, folder, recipe, font=font, console=console)
+    manifest = read_student_manifest(folder)
+    if manifest.recipe != recipe.model_dump(mode="json"):
+        raise RecipeError(f"{folder} was trained by another recipe; choose another OUTPUT, or delete that folder")
+    return manifest
+
+
+def student_rows(variant: str, student: Model, manifest: StudentManifest) -> list[Method]:
+    """A row for each plan that the variant was trained for, drawn as its manifest says."""
+    rows = [
+        student_row(student, plan, manifest.sampler, corrected=manifest.noise_correction)
+        for _, plan in sorted(manifest.step_plans.items(), reverse=True)
+    ]
+    return [replace(row, name=f"{variant}: {row.name.partition(', no')[0]}", shown=False) for row in rows]
+
+
+def study_as_markdown(record: dict[str, Any]) -> str:
+    """The question, what each variant changes, and the table."""
+    lines = [record["question"], ""]
+    for name, variant in record["variants"].items():
+        fields = yaml.safe_dump(variant["fields"], default_flow_style=True, width=10_000).strip() or "{}"
+        minutes = variant["training"].get("seconds", 0) / 60
+        lines.append(
+            f"- **{name}**: `{fields}`; {variant['training'].get('steps', 0):.0f} updates, {minutes:.0f} minutes"
+        )
+    return "\n".join([*lines, "", as_markdown(record)])

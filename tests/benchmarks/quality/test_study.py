@@ -1,0 +1,80 @@
+"""A study on tiny networks: its numbers mean nothing, its record is whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from imagine_flash.benchmarks.quality import evaluate
+from imagine_flash.benchmarks.quality import study as studies
+from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug, study_as_markdown
+from imagine_flash.core.errors import RecipeError
+
+FIT = {"steps": 1, "batch": 2, "warmup": 1, "preview_every": 0}
+STUDIES = sorted((Path(studies.__file__).parents[1] / "studies").glob("*.yaml"))
+
+
+def written(folder: Path, **changes) -> Path:
+    values = {"question": "Which?", "common": {"prompts": 8, "fit": FIT}, "variants": {"as it is": {}}} | changes
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_that_the_project_ships_are_valid(path: Path) -> None:
+    study, recipes = load_study(path)
+    assert len(recipes) == len(study.variants) >= 3
+    assert len({recipe.fit.steps for recipe in recipes.values()}) == 1  # equal updates
+    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(recipes)
+
+
+def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    assert merged({"a": 1, "fit": {"x": 1, "y": 2}}, {"a": 3, "fit": {"y": 4}}) == {"a": 3, "fit": {"x": 1, "y": 4}}
+    path = written(tmp_path, variants={"one": {}, "two": {"gamma": 0.5}, "other": {"base": "lcm"}})
+    _, recipes = load_study(path)
+    one, two = (recipes[name].model_dump() for name in ("one", "two"))
+    assert {key for key in one if one[key] != two[key]} == {"gamma"} and two["fit"]["steps"] == 1
+    assert recipes["other"].method == "lcm" and recipes["other"].fit.batch == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"variants": {"one": {"gama": 0.5}}}, "variant 'one': unknown key 'gama'; did you mean 'gamma'"),
+        ({"variants": {}}, "variants"),
+        ({"count": 12}, "count"),
+        ({"split": "train"}, "split"),
+        ({"base": "imagine"}, "no recipe 'imagine'"),
+        ({"variants": {"a b": {}, "a, b": {"gamma": 0.5}}}, "must differ in letters and digits, got"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_training(changes: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_study(written(tmp_path, **changes))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_whole_study_and_how_it_goes_on(
+    tiny_student: Path, untrained_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished variant is neither trained nor drawn again; one of another recipe is refused."""
+    variants = {"own eps": {}, "fresh": {"renoise": "fresh"}}
+    small = {"count": 258, "held_out": 4, "teacher_steps": [2]}
+    path, out = written(tmp_path, variants=variants, **small), tmp_path / "out.v1"
+    monkeypatch.setattr(evaluate, "DIVERSITY_PROMPTS", 2)
+    monkeypatch.setattr(evaluate, "RESAMPLES", 10)  # both for speed
+    record = run_study(path, tiny_student, untrained_judge, out)
+    names = [row["method"] for row in record["rows"]]
+    assert names[:4] == ["rendered scenes", "autoencoder", "teacher, 25 steps", "teacher, 2 steps"]
+    assert names[4:] == [f"{variant}: student, {n} step{'s' * (n > 1)}" for variant in variants for n in (3, 2, 1)]
+    assert "fd_ratio" in record["rows"][4] and record["variants"]["fresh"]["training"]["steps"] == 1
+    assert json.loads((tmp_path / "out.v1.json").read_text()) == record
+    assert "- **fresh**: `{renoise: fresh}`; 1 updates" in study_as_markdown(record)
+
+    monkeypatch.setattr(studies, "distill", lambda *_, **__: pytest.fail("trained again"))
+    assert run_study(path, tiny_student, untrained_judge, out) == record
+    with pytest.raises(RecipeError, match=f"{slug('own eps')} was trained by another recipe"):
+        run_study(written(tmp_path, variants={"own eps": {"gamma": 0.5}}, **small), tiny_student, untrained_judge, out)
