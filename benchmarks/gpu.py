@@ -56,8 +56,8 @@ def bench_gpu(
     tiny: bool = False,
     compile: bool = True,
 ) -> Record:
-    """Measures until the minutes are over, writes `out`.json after each row and the kernels' record beside it, and a trace of
-    the profiler. tiny: small shapes, to try the whole of it on a CPU. compile: also what
+    """Measures until the minutes are over, writes `out`.json after each row and the kernels' record beside it.
+    tiny: small shapes, to try the whole of it on a CPU. compile: also what
     torch.compile makes, which takes minutes for each batch size. Raises ImagineFlashError for a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
