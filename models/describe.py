@@ -185,7 +185,10 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
     elif options.steps is not None or not found.plans:
         changed["plans"], sources["plans"] = _plans_for(found, options, entry)
     if "sampler" not in changed and "sampler" not in sources:
-        changed["sampler"], sources["sampler"] = sampler_of(found.scheduler), SCHEDULER
+        own = sampler_of(found.scheduler)
+        if own.kind == "strategic":  # TCD's gamma is the pipelines' argument eta, 0 unless somebody says otherwise
+            own = own.model_copy(update={"gamma": 0.0})
+        changed["sampler"], sources["sampler"] = own, SCHEDULER
     described = replace(found, **changed, sources=sources)
     if is_flow(described.scheduler) and described.prediction_type != "flow":
         raise ArtifactError(f"a flow's network predicts 'flow', got {described.prediction_type!r}")
