@@ -156,7 +156,7 @@ def test_deterministic_steps_equal_ddim(prediction_type, zero_snr):
     exact = NoiseSchedule(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))  # their float32 table, so that 1e-9 is fair
     x, m = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
     for plan in (StepPlan((999, 666)), StepPlan((666, 333)), StepPlan((332,))):
-        state = torch.from_numpy(m), plan.timesteps[0], torch.from_numpy(x)
+        state = torch.from_numpy(m), int(plan.timesteps[0]), torch.from_numpy(x)
         stepped = theirs.step(*state, eta=0.0, return_dict=False)[0].numpy()
         ours = reference_update(x, m, update_table(exact, plan, prediction_type, noise_correction=False), 0)
         np.testing.assert_allclose(ours, stepped, rtol=0, atol=1e-9)

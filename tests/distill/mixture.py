@@ -159,7 +159,7 @@ def distilled(method: str, steps: int, **fields: Any) -> Denoiser:
 
 
 def samples(
-    denoiser: Denoiser, times: tuple[int, ...], *, sampler: Sampler, guidance: float = 1.0, count: int = 4000
+    denoiser: Denoiser, times: tuple[float, ...], *, sampler: Sampler, guidance: float = 1.0, count: int = 4000
 ) -> torch.Tensor:
     """x0 (CLASSES, count / CLASSES, 2) of all classes by a plan."""
     generator = torch.Generator().manual_seed(7)

@@ -14,7 +14,7 @@ from imagine_flash.folders.reading import read_student_manifest
 from imagine_flash.tests.architectures import BUILDERS
 from imagine_flash.tests.pipelines import CAPTIONS
 
-PROMPTS = list(CAPTIONS)
+PROMPTS: list[str] = list(CAPTIONS)
 FIT = {"steps": 2, "batch": 2, "schedule": "constant", "warmup": 0, "learning_rate": 1e-3, "preview_every": 2}
 
 

@@ -17,7 +17,7 @@ from imagine_flash.distill.student import distill
 from imagine_flash.tests.architectures import BUILDERS
 from imagine_flash.tests.pipelines import CAPTIONS
 
-PROMPTS = list(CAPTIONS)
+PROMPTS: list[str] = list(CAPTIONS)
 FIT = {"steps": 2, "batch": 2, "schedule": "constant", "warmup": 0, "learning_rate": 1e-2, "preview_every": 0}
 
 

@@ -1,5 +1,7 @@
 """Backward distillation by its oracles: a perfect student has no loss, the teacher no gradient, the rollout no graph."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from imagine_flash.tests.distill.toy import point_denoiser
 FIT = {"steps": 1}
 
 
-def loss_of(recipe: ImagineFlashRecipe, shift: float, plan: int, index: int):
+def loss_of(recipe: ImagineFlashRecipe, shift: float, plan: int, index: int) -> Any:
     teacher, student = point_denoiser(), point_denoiser(shift)
     draw = torch.Generator().manual_seed(5)
     x_T, fresh = torch.randn(2, 5, 3, 4, 4, generator=draw)
@@ -78,7 +80,7 @@ def test_the_rollout_keeps_no_graph_and_equals_the_reference() -> None:
     table = update_table(denoiser.schedule, StepPlan((999, 666, 333)), "v_prediction")
     x_T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
-    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+    def denoise(x: torch.Tensor, t: Any) -> torch.Tensor:
         return denoiser(x, t, (torch.zeros(len(x), 2, 3),))
 
     x = rollout(denoise, x_T, table, 3)

@@ -53,7 +53,7 @@ def drawn(method: Any, recipe: Any, step: int = 0, **changes: Any) -> dict[str, 
 class ConsistentGaussian(nn.Module):
     """v of a student that lands, from any time of a grid, where a denoiser's deterministic steps along the grid land."""
 
-    def __init__(self, denoiser: Denoiser, grid: list[int], boundary: float | None) -> None:
+    def __init__(self, denoiser: Denoiser, grid: list[float], boundary: float | None) -> None:
         super().__init__()
         self.denoiser, self.grid, self.boundary = denoiser, grid, boundary
 
@@ -80,7 +80,7 @@ class ConsistentGaussian(nn.Module):
 
 def test_lcm_has_no_loss_where_every_time_lands_on_one_point_of_the_trajectory() -> None:
     teacher = gaussian_denoiser()
-    grid = [*range(999, 0, -100), 0]
+    grid: list[float] = [*range(999, 0, -100), 0]
     student = teacher.with_network(ConsistentGaussian(teacher, grid, 10.0))
     recipe = distill_recipe({"method": "lcm", "solver_steps": 10, "huber": 1e-4, "target_decay": 0, "fit": FIT})
     batch = drawn(lcm, recipe)
@@ -95,7 +95,7 @@ def test_lcm_has_no_loss_where_every_time_lands_on_one_point_of_the_trajectory()
 def test_lcms_target_follows_the_student() -> None:
     student = gaussian_denoiser(shift=1.0)
     recipe = distill_recipe({"method": "lcm", "target_decay": 0.9, "fit": FIT})
-    companions = {name: c.network for name, c in lcm.companions(student, student, recipe).items()}
+    companions: dict[str, Any] = {name: c.network for name, c in lcm.companions(student, student, recipe).items()}
     assert not any(p.requires_grad for p in companions["target"].parameters())
     student.network.shift.data.fill_(2.0)
     lcm.after_update(student, companions, recipe, 0)
@@ -143,7 +143,9 @@ def test_the_rounds_of_step_distillation() -> None:
         4,
     ]
     student = gaussian_denoiser(shift=1.0)
-    companions = {name: c.network for name, c in step_distillation.companions(student, student, recipe).items()}
+    companions: dict[str, Any] = {
+        name: c.network for name, c in step_distillation.companions(student, student, recipe).items()
+    }
     student.network.shift.data.fill_(3.0)
     step_distillation.after_update(student, companions, recipe, 25)
     assert companions["last_round"].shift.item() == 1.0

@@ -1,5 +1,7 @@
 """A data set of one point, whose denoiser is known in closed form: the teacher and the student of the oracle tests."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -39,7 +41,7 @@ class PointDenoiser(nn.Module):
         return alpha_t * eps - sigma_t * point + self.shift
 
 
-def point_denoiser(shift: float = 0.0) -> Denoiser:
+def point_denoiser(shift: float = 0.0) -> Any:
     """A PointDenoiser at (1, -2, 0.5) on Stable Diffusion's schedule."""
     schedule = NoiseSchedule.from_scheduler_config(SD_CONFIG)
     network = PointDenoiser(torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1), schedule, shift)
@@ -71,7 +73,7 @@ def scales(schedule: NoiseSchedule, t: torch.Tensor) -> tuple[torch.Tensor, torc
     return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
 
 
-def gaussian_denoiser(mean: float = 0.5, deviation: float = 0.4, shift: float = 0.0) -> Denoiser:
+def gaussian_denoiser(mean: float = 0.5, deviation: float = 0.4, shift: float = 0.0) -> Any:
     """A GaussianDenoiser on Stable Diffusion's schedule."""
     schedule = NoiseSchedule.from_scheduler_config(SD_CONFIG)
     network = GaussianDenoiser(schedule, mean, deviation, shift)

@@ -19,7 +19,7 @@ SCHEDULER = {
     "beta_end": 0.012,
     "num_train_timesteps": 1000,
 }
-PLANS = {1: [999], 2: [999, 499], 3: [999, 666, 333]}
+PLANS: dict[int, list[int | float]] = {1: [999], 2: [999, 499], 3: [999, 666, 333]}
 EMBEDDED = Path(__file__).parents[2] / "assets/emoji/artifact"
 
 

@@ -1,6 +1,7 @@
 """The fused update against the float64 oracle and the closed forms; on a CPU in Triton's interpreter."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def schedule_of(prediction_type):
     return FLOW if prediction_type == "flow" else SD
 
 
-def table_of(prediction_type="v_prediction", steps=3, **options):
+def table_of(prediction_type: str = "v_prediction", steps: int = 3, **options: Any):
     return update_table(schedule_of(prediction_type), StepPlan.trailing(steps), prediction_type, **options)
 
 
@@ -62,7 +63,7 @@ def test_the_kernel_is_what_runs_here():
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_every_combination(prediction_type, noise_correction, guided, fresh, dtype):
     shape = (3, 4, 5, 7)
-    options = {"sampler": FRESH} if fresh != "none" else {"noise_correction": noise_correction}
+    options: dict[str, Any] = {"sampler": FRESH} if fresh != "none" else {"noise_correction": noise_correction}
     coefficients = coefficients_on(DEVICE, table_of(prediction_type, **options))
     x, m = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
     given = {}

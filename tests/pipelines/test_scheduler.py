@@ -157,8 +157,9 @@ def test_it_is_what_diffusers_expects_of_a_scheduler(pipeline: Any) -> None:
     assert torch.equal(ours.step(m, 999, x, 0.0).prev_sample, ours.step(m, 999, x).prev_sample)
     with pytest.raises(ScheduleError, match=r"eta must be 0, got 0\.5"):
         ours.step(m, 999, x, 0.5)
-    torch.testing.assert_close(ours.betas, DDIMScheduler.from_config(ours.config).betas)
-    trained = np.linspace(1e-4, 0.02, 1000)
+    stock: Any = DDIMScheduler.from_config(ours.config)
+    torch.testing.assert_close(ours.betas, stock.betas)
+    trained = np.linspace(1e-4, 0.02, 1000).tolist()
     torch.testing.assert_close(ImagineFlashScheduler(trained_betas=trained).betas, torch.tensor(trained).float())
     assert DDIMScheduler in ours.compatibles
     assert not [other for other in ours.compatibles if other.__name__.startswith("FlowMatch")]

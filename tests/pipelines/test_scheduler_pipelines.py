@@ -94,7 +94,7 @@ def oracle(
     case: Case,
     call: dict[str, Any],
     x: np.ndarray,
-    plan: list[int],
+    plan: list[float],
     *,
     noise_correction: bool = True,
     guidance: float | None = None,
@@ -199,12 +199,12 @@ def encoded(case: Case, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray, to
     return z.numpy(), torch.randn(z.shape, generator=generator).numpy(), generator.manual_seed(5)
 
 
-def noised(case: Case, z: np.ndarray, noise: np.ndarray, t: int) -> np.ndarray:
+def noised(case: Case, z: np.ndarray, noise: np.ndarray, t: float) -> np.ndarray:
     alpha, sigma = case.schedule.at(t)
     return (alpha * z + sigma * noise).astype(np.float32)
 
 
-def left(kind: str, steps: int, strength: float) -> list[int]:
+def left(kind: str, steps: int, strength: float) -> list[float]:
     """The timesteps that diffusers leaves; Stable Diffusion 3 rounds up."""
     first = int(steps - steps * strength) if kind == "sd3" else steps - int(steps * strength)
     return list(StepPlan.trailing(steps))[first:]

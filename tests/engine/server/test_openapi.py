@@ -11,6 +11,7 @@ import pytest
 
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import ServerSettings, create_app
+from imagine_flash.engine.server.settings import ApiKey
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 # what a loaded model cannot draw (7 steps, 13x13) is refused with 400, though no document written before says so
@@ -54,7 +55,7 @@ def test_the_page_about_the_api_asks_nobody_else(server) -> None:
 def test_errors_and_keys_are_documented(tiny_artifact: Path) -> None:
     with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
         plain = create_app(engine).openapi()
-        locked = create_app(engine, ServerSettings(api_keys=("0123456789abcdef",))).openapi()
+        locked = create_app(engine, ServerSettings(api_keys=(ApiKey(key="0123456789abcdef"),))).openapi()
     assert {"/v1/images/generations", "/v1/images/edits", "/v1/models", "/readyz", "/metrics"} <= set(plain["paths"])
     draw = plain["paths"]["/v1/images/generations"]["post"]
     assert "422" not in draw["responses"] and "security" not in draw
