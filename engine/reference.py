@@ -36,11 +36,13 @@ def reference_generate(
         needed = [np.stack([fresh[i] for i in table.renoised], axis=1)] if table.renoised else []
         return backend.sample(f"sampler_{steps}", [*tokens.values(), *told], noise, *map(backend.upload, needed))[0]
     told = [backend.upload(values) for values in told]
-    conditions = backend.encode(tokens)
+    conditions = tuple(
+        1 * one for one in backend.encode(tokens)
+    )  # a captured graph writes its next answer over the last
     if known.empty_is_zero and not request.negative_prompt:
         against = tuple(0 * one for one in conditions)
     else:
-        against = backend.encode(tokens_of(request.negative_prompt or ""))
+        against = tuple(1 * one for one in backend.encode(tokens_of(request.negative_prompt or "")))
 
     def denoise(x: Array, t: float) -> Array:
         times = np.full(count, schedule.network_time(t), np.float32)

@@ -252,9 +252,11 @@ def _read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
 def _no_pipeline(folder: Path) -> str:
     if not folder.exists():
         return f"{folder} does not exist; check the path, or see the names that are known: imagine-flash models"
+    if not folder.is_dir():
+        return f"{folder} is a file, not a folder; for single weights add --as and a catalogue's name"
     if (folder / ARTIFACT_FILE).is_file():
         return f"{folder} is an exported artifact, not a student; give the folder that it was exported from"
-    return f"{folder} is no diffusers pipeline: {PIPELINE_FILE} is missing; for single weights add --as and a catalogue's name"
+    return f"{folder} is no diffusers pipeline: {PIPELINE_FILE} is missing"
 
 
 def read_json(path: Path) -> dict[str, Any]:

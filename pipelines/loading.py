@@ -160,6 +160,8 @@ def _load_tiny(folder: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise ArtifactError(f"no folder {path.parent}; give a diffusers pipeline folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

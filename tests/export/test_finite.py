@@ -91,9 +91,9 @@ def test_an_engine_delivers_black_and_refuses_nan(artifact, backend, route, monk
 
         monkeypatch.setattr(engine.backend, "run", blackened)
         assert not engine.generate(GenerateRequest(prompt="a night")).images.any() and 2 in seen
-        noise = engine.manifest.latent_shape
         monkeypatch.setattr(
-            "imagine_flash.engine.engine.initial_noise", lambda *_: np.full((1, *noise), np.nan, np.float32)
+            "imagine_flash.engine.engine.step_noise",
+            lambda seed, count, shape, step: np.full((count, *shape), np.nan, np.float32),
         )
         with pytest.raises(EngineError, match="gave NaN or Inf"):
             engine.generate(GenerateRequest(prompt="a night"))
