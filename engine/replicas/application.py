@@ -83,14 +83,16 @@ def middlewares() -> list[Middleware]:
 
 
 class Unanswered:
-    """ASGI middleware. Ray's proxy says nothing where a replica ended before its answer, which uvicorn makes a bare 500, and
-    closes a WebSocket without a reason: here these are a 503 with Retry-After, and a 1012, so that clients ask again."""
+    """ASGI middleware. Ray's proxy says nothing where a replica ended before its answer, which uvicorn makes a bare 500, knows
+    no path at all once the application is to end, and closes a WebSocket without a reason: here these are a 503 with
+    Retry-After, and a 1012, so that clients ask again."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         said = ""  # the type of the last message, of either side where it is the client's end
+        unknown = False  # whether Ray has no application for the path; ours says so in JSON
 
         async def heard() -> Message:
             nonlocal said
@@ -99,7 +101,11 @@ class Unanswered:
             return message
 
         async def answer(message: Message) -> None:
-            nonlocal said
+            nonlocal said, unknown
+            if message["type"] == "http.response.start" and message["status"] == 404:
+                unknown = (b"content-type", b"application/json") not in map(tuple, message["headers"])
+            if unknown:
+                return
             if message["type"] == "http.response.start" and message["status"] == 503:
                 message["headers"] = [*message["headers"], (b"retry-after", b"1")]
             said = message["type"]
@@ -107,6 +113,7 @@ class Unanswered:
 
         await self.app(scope, heard, answer)
         if scope["type"] == "http" and not said:
+            unknown = False
             await refuse(scope, answer, 503, "no_replica", "the replica that drew it ended; try again in a moment")
         elif scope["type"] == "websocket" and said in ("websocket.accept", "websocket.send", ""):
             await send({"type": "websocket.close", "code": SERVICE_RESTART})

@@ -41,8 +41,8 @@ def test_it_shows_every_route_and_asks_nobody_else(embedded, open_page, width: i
 def test_a_bound_that_javascript_cannot_count_is_a_power(embedded, open_page) -> None:
     """It said 9223372036854776000."""
     opened = open_page(embedded.url).go("docs")
-    opened.says("#operations", "0 to 2^63 - 1")
-    opened.says("#operations", "1 to 4000 characters")
+    opened.says("#operations", "-1 to 2^63 - 1")
+    opened.says("#operations", "1 to 32000 characters")
     opened.says("#operations", "file; PNG, JPEG or WebP")
     assert "9223372036854776000" not in opened.page.locator("main").inner_text()
 
