@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from .data.prompts import emoji_prompts
 from .data.vocabulary import all_words, vocabulary
 from .fit import fit
 from .methods import method_named
-from .models import load_model
+from .models import Model, load_model
 from .processes import processes
 from .recipe import DistillRecipe
 from .saving import save_lora, save_pipeline
@@ -46,64 +45,81 @@ def distill(
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
-    folder = student_folder(teacher_folder)
-    dtype: torch.dtype = getattr(torch, recipe.teacher_dtype)
-    teacher, teacher_sha256 = load_model(folder, dtype), hash_folder(folder)
     if recipe.lora is not None and start is not None:
         raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
-    teacher.to(processes().device)
-    last = teacher.denoiser.last_time
-    for timesteps in recipe.plans.values():
-        if timesteps[0] != last:
-            raise RecipeError(f"plans must start at the teacher's last time {last}, got {list(timesteps)}")
-    run, pictures = out.with_name(out.name + ".run"), None
-    if method_named(recipe.method).pictures(recipe):
-        if prompts:
-            raise RecipeError(
-                "this recipe needs pictures, which prompts alone have not; leave out 'adversarial', or take another method"
-            )
-        side = teacher.stages.default_size[0]
-        with processes().main_process_first():
-            pictures = encoded_scenes(
-                teacher, run / "latents.safetensors", seed=recipe.seed, size=side, count=recipe.prompts, font=font
-            )
+    folder = student_folder(teacher_folder)
+    teacher, teacher_sha256 = _teacher(folder, recipe), hash_folder(folder)
+    run = out.with_name(out.name + ".run")
+    pictures = _pictures(recipe, teacher, run, font, prompts)
     begun = (load_model(start).to(processes().device), hash_folder(start)) if start else None
-    captions = prompts or emoji_prompts(recipe.prompts, recipe.seed)
-    shown = () if prompts else PREVIEW_PROMPTS
-    how: dict[str, Any] = {"pictures": pictures, "start": begun, "shown": shown}
     with processes().main_process_first():
-        text_file = run / "text.safetensors" if recipe.cache_text else None
-        task = DistillTask(recipe, teacher, captions, teacher_sha256, **how, text_file=text_file)
+        task = DistillTask(
+            recipe,
+            teacher,
+            prompts or emoji_prompts(recipe.prompts, recipe.seed),
+            teacher_sha256,
+            pictures=pictures,
+            start=begun,
+            shown=() if prompts else PREVIEW_PROMPTS,
+            text_file=run / "text.safetensors" if recipe.cache_text else None,
+        )
     figures = fit(task, recipe.fit, run, console)
     if processes().is_main_process:
         console.print(f"student: {figures}")
-    sampler = method_named(recipe.method).sampler
     manifest = StudentManifest(
         plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},
         noise_correction=recipe.noise_correction,
-        sampler=sampler,
+        sampler=method_named(recipe.method).sampler,
         recipe=recipe.model_dump(mode="json"),
         teacher_sha256=teacher_sha256,
-        base=None
-        if recipe.lora is None
-        else str(folder.resolve() if Path(teacher_folder).exists() else teacher_folder),
+        base=None if recipe.lora is None else _base(teacher_folder, folder),
         training=figures,
         known_words=[] if prompts else all_words(),
         vocabulary={} if prompts else vocabulary(),
     )
-    extra = {STUDENT_FILE: manifest.model_dump_json(indent=2)}
-    if recipe.lora is not None:
-        save_lora(task.student, out, extra=extra, replaces=(STUDENT_FILE,))
-        return manifest
-    save_pipeline(
-        task.student,
-        out,
-        extra=extra,
-        replaces=(STUDENT_FILE,),
-        sampler=sampler,
-        scheduler={
-            "plans": {str(n): list(times) for n, times in recipe.plans.items()},
-            "noise_correction": recipe.noise_correction,
-        },
-    )
+    _save(task, out, manifest)
     return manifest
+
+
+def _teacher(folder: Path, recipe: DistillRecipe) -> Model:
+    """The teacher in the recipe's type, where the training computes. RecipeError for plans that start elsewhere than at its T."""
+    dtype: torch.dtype = getattr(torch, recipe.teacher_dtype)
+    teacher = load_model(folder, dtype).to(processes().device)
+    last = teacher.denoiser.last_time
+    for timesteps in recipe.plans.values():
+        if timesteps[0] != last:
+            raise RecipeError(f"plans must start at the teacher's last time {last}, got {list(timesteps)}")
+    return teacher
+
+
+def _pictures(
+    recipe: DistillRecipe, teacher: Model, run: Path, font: Path | None, prompts: list[str] | None
+) -> torch.Tensor | None:
+    """Latents of the scenes that the captions describe, for a method that asks for pictures."""
+    if not method_named(recipe.method).pictures(recipe):
+        return None
+    if prompts:
+        raise RecipeError(
+            "this recipe needs pictures, which prompts alone have not; leave out 'adversarial', or take another method"
+        )
+    path, side = run / "latents.safetensors", teacher.stages.default_size[0]
+    with processes().main_process_first():
+        return encoded_scenes(teacher, path, seed=recipe.seed, size=side, count=recipe.prompts, font=font)
+
+
+def _base(teacher: Path, folder: Path) -> str:
+    """Where a LoRA's base is found again: a folder by its whole path, or the hub id as it was given."""
+    return str(folder.resolve() if Path(teacher).exists() else teacher)
+
+
+def _save(task: DistillTask, out: Path, manifest: StudentManifest) -> None:
+    """Write the student's folder: its adapters, or its whole pipeline with the plans in the scheduler's config."""
+    extra = {STUDENT_FILE: manifest.model_dump_json(indent=2)}
+    if task.recipe.lora is not None:
+        save_lora(task.student, out, extra=extra, replaces=(STUDENT_FILE,))
+        return
+    plans = {str(steps): times for steps, times in manifest.plans.items()}
+    scheduler = {"plans": plans, "noise_correction": manifest.noise_correction}
+    save_pipeline(
+        task.student, out, extra=extra, replaces=(STUDENT_FILE,), sampler=manifest.sampler, scheduler=scheduler
+    )

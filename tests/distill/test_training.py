@@ -242,7 +242,7 @@ def test_bad_teachers(teacher: Path, tmp_path: Path) -> None:
     (without / "model_index.json").write_text("{}")
     with pytest.raises(ArtifactError, match="cannot read a None; known classes: StableDiffusionPipeline"):
         distill(without, tmp_path / "out", recipe)
-    with pytest.raises(ArtifactError, match="no folder .*nowhere; give a diffusers pipeline folder"):
+    with pytest.raises(ArtifactError, match=r"no folder .*nowhere; give a diffusers pipeline folder"):
         distill(tmp_path / "nowhere", tmp_path / "out", recipe)
     with pytest.raises(ArtifactError, match="the teacher itself"):
         distill(teacher, teacher, recipe)
