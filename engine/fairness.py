@@ -7,6 +7,7 @@ them goes first. Chunks of one client go by deadline. A client that was away has
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,6 +42,27 @@ class FairShare:
         if len(self._shares) > KEPT:
             self._shares = {name: share for name, share in self._shares.items() if share.used > self._now}
 
+    def next_group(self, active: Iterable[Chunk], max_batch: int, *, same_steps: bool) -> list[Chunk]:
+        """The chunks of the next call: those that go with the first, as many as fit; with other clients about, no client
+        takes all of it, since they would wait the longer for the next. same_steps: only chunks of one plan share a call."""
+        waiting = self.ordered(active)
+        clients, most = {chunk.job.client.name for chunk in waiting}, max_batch
+        if company := self.has_company(clients):
+            most = max(1, most // max(4, len(clients)))
+        else:
+            waiting = [chunk for chunk in waiting if chunk.is_drawn] or waiting
+        group: list[Chunk] = []
+        rows, own = 0, Counter[str]()
+        for chunk in waiting:
+            client = chunk.job.client.name
+            asked = chunk.rows if chunk.is_drawn else chunk.network_rows
+            fits = rows + asked <= max_batch and (own[client] + asked <= most or not own[client])
+            if not group or (fits and _go_together(chunk, group[0], same_steps, company and max_batch)):
+                group.append(chunk)
+                rows += asked
+                own[client] += asked
+        return group
+
     def has_company(self, waiting: Collection[str]) -> bool:
         """Whether there is more than one client: of those that have work here, and those that asked lately."""
         recent = time.perf_counter() - COMPANY_LASTS
@@ -69,3 +91,14 @@ class FairShare:
                     self._now = max(self._now, share.used)
                     share.used += chunk.cost
                     chunk.turn = share.used
+
+
+def _go_together(one: Chunk, other: Chunk, same_steps: bool, large: int) -> bool:
+    """Whether two may share a call. large: with other clients about, the pictures of a request of more than so many do not ride
+    in the calls of small ones, which they make longer; 0: there are none."""
+    return (
+        one.job.size == other.job.size
+        and one.is_drawn == other.is_drawn
+        and (not same_steps or one.job.steps == other.job.steps)
+        and (not large or (one.job.request.count > large) == (other.job.request.count > large))
+    )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.schedule import NoiseSchedule
-from ..core.update import UpdateTable
 from ..folders.manifests import Size
 from .backends.base import Array, Conditions, Stopped, stopwatch
 from .editing import Start, restore
 from .request import GenerateRequest
 from .saving import save_images
 from .tokenizer import Reading, Tokens
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,31 +249,34 @@ class Chunk:
         return self.rows * (1 if self.job.negative is None else 2)
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether it has had all its steps, and only needs decoding."""
+        return self.step == self.job.steps
+
+    @property
     def cost(self) -> float:
         """Rows of network calls, by its client's weight."""
         return self.network_rows * self.job.steps / self.job.client.weight
 
 
-@dataclass(frozen=True)
-class PlanTables:
-    """What a plan's steps need, float32 (n,): the network's times and the update's coefficients; and the noise levels.
+def by_job(chunks: Iterable[Chunk]) -> dict[Job, list[Chunk]]:
+    found: dict[Job, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.job, []).append(chunk)
+    return found
 
-    start: of x_T, by unit noise. renoised: the steps that take fresh noise, in the order of a request's noises.
-    """
 
-    times: NDArray[np.float32]
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
-    c: NDArray[np.float32]
-    start: float
-    renoised: tuple[int, ...]
-    timesteps: tuple[float, ...]
-    levels: tuple[tuple[float, float], ...]  # alpha, sigma before each step, and after the last
+def rows_of(chunks: Sequence[Chunk]) -> list[slice]:
+    """Where each chunk's pictures lie in the joined batch."""
+    ends = itertools.accumulate(chunk.rows for chunk in chunks)
+    return [slice(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
 
-    @classmethod
-    def of(cls, schedule: NoiseSchedule, table: UpdateTable) -> PlanTables:
-        times = schedule.network_time(table.timesteps).astype(np.float32)
-        levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*schedule.at(table.timesteps), strict=True)]
-        timesteps = tuple(table.timesteps.tolist())
-        a, b, c = (column.astype(np.float32) for column in (table.a, table.b, table.c))
-        return cls(times, a, b, c, table.start, table.renoised, timesteps, (*levels, (1.0, 0.0)))
+
+def timed(jobs: Sequence[Job], stage: str, work: Callable[[], T]) -> T:
+    """What `work` gives; its seconds count for each of the jobs."""
+    stop = jobs[0].stopwatch()
+    value = work()
+    seconds = stop()
+    for job in jobs:
+        job.spent(stage, seconds)
+    return value

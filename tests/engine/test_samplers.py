@@ -83,8 +83,9 @@ def test_guidance_weighs_the_prompt_against_another(students: dict[str, Path], m
 def test_an_empty_negative_prompt_may_mean_zeros(students: dict[str, Path]) -> None:
     with Engine.load(students["scaled"], backend="torch") as engine:
         text = engine.generate(ask(guidance=4.0)).images
-        engine.batcher._empty_is_zero = True
-        engine.manifest = engine.manifest.model_copy(update={"guidance": Guidance(empty_is_zero=True)})
+        zero = Guidance(empty_is_zero=True)
+        engine.manifest = engine.manifest.model_copy(update={"guidance": zero})
+        engine.batcher._conditioning.guidance = zero
         got = engine.generate(ask(guidance=4.0)).images
         assert likeness(got, text) > 1 and likeness(got, expected_images(engine, guidance=4.0)) <= 1
         dog = engine.generate(ask(guidance=4.0, negative_prompt="a dog")).images

@@ -1,0 +1,65 @@
+"""From the prompts of chunks to the conditions of their network calls: known to the cache, or encoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..folders.manifests import Guidance
+from .backends.base import Backend
+from .prompt_cache import PromptCache
+from .tokenizer import Tokens
+from .work import Chunk, Job, by_job, timed
+
+
+class Conditioning:
+    """Gives chunks what the denoiser reads of their prompts, negative ones included."""
+
+    def __init__(self, backend: Backend, cache: PromptCache, guidance: Guidance) -> None:
+        self.backend, self.cache, self.guidance = backend, cache, guidance
+
+    def unknown(self, new: Sequence[Chunk]) -> list[Chunk]:
+        """Those whose prompts are still to be encoded; the others' jobs have their conditions now."""
+        return [chunk for own in by_job(new).values() if not self._recall(own[0].job) for chunk in own]
+
+    def encode(self, group: Sequence[Chunk]) -> None:
+        """One call for the prompts of several jobs."""
+        jobs = list(by_job(group))
+        prompts = [(job, job.tokens) for job in jobs if not job.conditions]
+        prompts += [(job, negative) for job in jobs if (negative := self._unknown_negative(job)) is not None]
+        tokens = {name: np.concatenate([own[name] for _, own in prompts]) for name in jobs[0].tokens}
+        conditions = timed(jobs, "encode", lambda: self.backend.encode(tokens))
+        for i, (job, own) in enumerate(prompts):
+            kept = tuple(self.cache.keep(own, tuple(condition[i : i + 1] for condition in conditions)))
+            if own is job.tokens:
+                job.conditions = kept
+            else:
+                job.against = kept
+
+    def give(self, new: Sequence[Chunk]) -> None:
+        """One row of its job's conditions for each picture."""
+        for chunk in new:
+            job, told = chunk.job, ()
+            if self.guidance.embedded:
+                told = (self.backend.upload(np.full(chunk.rows, job.guidance, np.float32)),)
+            if job.negative is not None and not job.against:
+                job.against = tuple(0 * one for one in job.conditions)
+            chunk.conditions, chunk.against = (
+                (*(self.backend.join([one] * chunk.rows) for one in conditions), *told) if conditions else ()
+                for conditions in (job.conditions, job.against)
+            )
+
+    def _recall(self, job: Job) -> bool:
+        """Whether its prompt is known: to the job, of which chunks were drawn before, or to the cache."""
+        if not job.conditions and (found := self.cache.find(job.tokens)) is not None:
+            job.conditions, job.cached = tuple(found), True
+        negative = self._unknown_negative(job)
+        if negative is not None and (found := self.cache.find(negative)) is not None:
+            job.against = tuple(found)
+        return bool(job.conditions) and self._unknown_negative(job) is None
+
+    def _unknown_negative(self, job: Job) -> Tokens | None:
+        """The tokens of a negative prompt that is still to be encoded. An empty one may be zeros, no text."""
+        is_zero = self.guidance.empty_is_zero and not job.request.negative_prompt
+        return None if job.against or is_zero else job.negative
