@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Output, examples, flag, needs, say, writable
+from .common import Device, Output, examples, flag, needs, say, writable
+
+if TYPE_CHECKING:
+    from ..benchmarks.harness import Record
 
 Model = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="An artifact folder; by default the embedded model.")
 ]
+Rounds = Annotated[int, typer.Option(metavar="INTEGER", help="Timings of each candidate, taken in turn; at least 5.")]
+Quick = Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")]
 bench = typer.Typer(
     help="Measure speed, checked and against a baseline, as a record.",
     no_args_is_help=True,
@@ -22,36 +27,24 @@ bench = typer.Typer(
 @bench.command("kernels", epilog=examples("bench kernels --quick", "bench kernels --device cuda -o docs/results/gpu"))
 def bench_kernels_command(
     output: Output = Path("kernels"),
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
-    ] = None,
-    rounds: Annotated[
-        int, typer.Option(metavar="INTEGER", help="Timings of each candidate, taken in turn; at least 5.")
-    ] = 50,
+    device: Device = None,
+    rounds: Rounds = 50,
     quick: Annotated[bool, flag("--quick", help="Only the smallest shapes, to see that everything runs.")] = False,
 ) -> None:
     """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
     needs("bench", "torch", "diffusers", "matplotlib")
-    from rich.console import Console
-
     from ..benchmarks.kernels import bench_kernels
-    from ..benchmarks.records import as_rich
 
     writable(output)
-    Console().print(as_rich(bench_kernels(output, device=device, rounds=rounds, quick=quick)))
-    say(f"{output}.json\n{output}.png")
+    _show(bench_kernels(output, device=device, rounds=rounds, quick=quick), output)
 
 
 @bench.command("gpu", epilog=examples("bench gpu -o docs/results/gpu", "bench gpu --tiny --no-compile --rounds 5"))
 def bench_gpu_command(
     output: Output = Path("gpu"),
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
-    ] = None,
+    device: Device = None,
     minutes: Annotated[float, typer.Option(metavar="NUMBER", help="No further row begins after so many.")] = 20.0,
-    rounds: Annotated[
-        int, typer.Option(metavar="INTEGER", help="Timings of each candidate, taken in turn; at least 5.")
-    ] = 50,
+    rounds: Rounds = 50,
     compile: Annotated[
         bool,
         flag("--compile/--no-compile", help="Also what torch.compile makes, which takes minutes for each batch size."),
@@ -60,16 +53,11 @@ def bench_gpu_command(
 ) -> None:
     """Time a Stable-Diffusion-Turbo-shaped student with random weights on a GPU, beside diffusers, and the kernels."""
     needs("bench", "torch", "diffusers", "matplotlib")
-    from rich.console import Console
-
     from ..benchmarks.gpu import bench_gpu
-    from ..benchmarks.records import as_rich
 
     writable(output)
-    Console().print(
-        as_rich(bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny, compile=compile))
-    )
-    say(f"{output}.json\n{output}-kernels.json")
+    _show(bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny, compile=compile), output)
+    say(f"{output}-kernels.json\n{output}-kernels.png")
 
 
 @bench.command(
@@ -91,20 +79,15 @@ def bench_runtime_command(
             help="Timings of single pictures, at least 5; groups get a tenth as many, whole processes a twentieth.",
         ),
     ] = 200,
-    quick: Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")] = False,
+    quick: Quick = False,
 ) -> None:
     """Time the engine against its backends' bare calls and diffusers; batching, cold start and memory."""
     needs("cpu", "onnxruntime")
     needs("bench", "matplotlib")
-    from rich.console import Console
-
-    from ..benchmarks.records import as_rich
     from ..benchmarks.runtime import bench_runtime
 
     writable(output)
-    record = bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick)
-    Console().print(as_rich(record))
-    say(f"{output}.json\n{output}.png")
+    _show(bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick), output)
 
 
 @bench.command("serve", epilog=examples("bench serve --quick", "bench serve --model runs/artifact -o mine"))
@@ -120,21 +103,16 @@ def bench_serve_command(
             metavar="INTEGER", help="Timings of single pictures, at least 5; a twentieth as many typed sentences."
         ),
     ] = 200,
-    quick: Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")] = False,
+    quick: Quick = False,
 ) -> None:
     """Time the server: overhead, typing, 64 clients at once, a greedy client, two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib")
-    from rich.console import Console
-
-    from ..benchmarks.records import as_rich
     from ..benchmarks.serve import bench_serve
 
     writable(output)
-    record = bench_serve(output, model=model, backend=backend, rounds=rounds, quick=quick)
-    Console().print(as_rich(record))
-    say(f"{output}.json\n{output}.png")
+    _show(bench_serve(output, model=model, backend=backend, rounds=rounds, quick=quick), output)
 
 
 @bench.command(
@@ -161,3 +139,12 @@ def bench_report_command(
     update_table_in(into, found, marker or record.stem)
     plot(found, record.with_suffix(".png"))
     say(f"wrote the table in {into} and {record.with_suffix('.png')}")
+
+
+def _show(record: Record, output: Path) -> None:
+    from rich.console import Console
+
+    from ..benchmarks.records import as_rich
+
+    Console().print(as_rich(record))
+    say(f"{output}.json\n{output}.png")

@@ -32,6 +32,9 @@ Output = Annotated[
     Path,
     typer.Option("--output", "-o", metavar="NAME", help="Write NAME.json (the record) and NAME.png (the pictures)."),
 ]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+]
 Font = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The font Noto Color Emoji; by default where the system keeps its fonts."),

@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import Font, Output, Quiet, flag, note, progress, say, training, writable
+from .common import Device, Font, Output, Quiet, flag, note, progress, say, training, writable
 
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="A built-in recipe or a YAML file.")]
-Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+EmbeddedTeacher = Annotated[
+    Path | None,
+    typer.Argument(metavar="TEACHER", help="A diffusers folder; by default the embedded one (checkout only)."),
+]
+EmbeddedJudge = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A judge that train-judge wrote; by default the embedded one (checkout only)."),
 ]
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
@@ -101,20 +106,12 @@ def train_judge_command(
 
 
 def evaluate_command(
-    teacher: Annotated[
-        Path | None,
-        typer.Argument(metavar="TEACHER", help="A diffusers folder; by default the embedded one (checkout only)."),
-    ] = None,
+    teacher: EmbeddedTeacher = None,
     student: Annotated[
         Path | None,
         typer.Argument(metavar="STUDENT", help="A student folder; by default the embedded one (checkout only)."),
     ] = None,
-    judge: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="A judge that train-judge wrote; by default the embedded one (checkout only)."
-        ),
-    ] = None,
+    judge: EmbeddedJudge = None,
     output: Output = Path("evaluation"),
     recipe: Recipe = "evaluation",
     split: Annotated[
@@ -156,7 +153,7 @@ def evaluate_command(
     """
     writable(output)
     training()
-    teacher, student = teacher or _embedded("teacher"), student or (None if teacher_only else _embedded("student"))
+    teacher, student = teacher or _embedded("teacher"), None if teacher_only else student or _embedded("student")
     from rich.console import Console
 
     from ..benchmarks.quality.evaluate import EvaluationRecipe, evaluate
@@ -167,7 +164,7 @@ def evaluate_command(
     settings = load_recipe(recipe, EvaluationRecipe)
     record = evaluate(
         teacher,
-        None if teacher_only else student,
+        student,
         judge or _embedded("judge.safetensors"),
         output,
         split=split or settings.split,
@@ -188,16 +185,8 @@ def study_command(
         Path,
         typer.Argument(metavar="STUDY", help="A YAML file: recipes that differ in a few fields (benchmarks/studies)."),
     ],
-    teacher: Annotated[
-        Path | None,
-        typer.Argument(metavar="TEACHER", help="A diffusers folder; by default the embedded one (checkout only)."),
-    ] = None,
-    judge: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="A judge that train-judge wrote; by default the embedded one (checkout only)."
-        ),
-    ] = None,
+    teacher: EmbeddedTeacher = None,
+    judge: EmbeddedJudge = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="NAME", help="Write NAME.json (the record).")
     ] = Path("study"),

@@ -9,11 +9,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,6 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, sen
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from ..core.errors import ImagineFlashError, Interrupted
@@ -29,21 +29,15 @@ from ..folders.files import atomic_file
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .optimizers import build_optimizers, clipped_together, rate_factor, special_parts
 from .processes import on_cpu
+from .progress import progress_bar
 from .recipe import Fit
 from .reproducible import Part
 
 _MOST_SKIPPED = 50
 _PLAIN = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
-_COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
 
 
-class Task:
+class Task(Protocol):
     """What `fit` trains: `module(**batch)` is the loss, of which every trainable parameter belongs to `module`.
 
     name: of its files. fingerprint: of everything but the code that its weights depend on.
@@ -63,9 +57,9 @@ class Task:
         """Names of weights of `module` that no update changes: a checkpoint does without them."""
         return frozenset()
 
+    @abstractmethod
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         """The rows of a step's batch that belong to `part`: a pure function of its arguments."""
-        raise NotImplementedError
 
     def after_update(self, step: int) -> None:
         """Called once a step's optimisers have moved the weights."""
@@ -207,7 +201,7 @@ def fit(task: Task, settings: Fit, folder: Path, console: Console | None = None)
     log.parent.mkdir(parents=True, exist_ok=True)
     task.module.train()
     started = saved = time.monotonic()
-    progress = Progress(*_COLUMNS, console=console or Console(stderr=True), disable=not main)
+    progress = progress_bar(console, disable=not main)
     with _asked_to_stop() as stop, progress as bar, _single_threaded_worker() as ahead, log.open("a") as lines:
         shown = bar.add_task(task.name, total=last, completed=done)
         waiting = ahead.submit(run.batches, done)

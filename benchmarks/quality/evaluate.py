@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from ...core.errors import ImagineFlashError
 from ...core.sampler import DETERMINISTIC
 from ...distill.models import load_model
+from ...distill.progress import progress_bar
 from ...distill.recipe import Frozen, Positive
 from ...distill.reproducible import fingerprint
 from ...folders.files import atomic_file, hash_folder, sha256_file
@@ -31,7 +32,7 @@ from .metrics import frechet_distance, kernel_distance, precision_and_recall, sp
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
 from .tables import REFERENCE
 
-RESAMPLES = 200
+RESAMPLES, WIDEST = 200, 46  # draws of a bootstrap; letters of a row's name beside its bar
 NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 64, 8
 
@@ -44,15 +45,6 @@ class EvaluationRecipe(Frozen):
     held_out: Positive = 1024
     guidance: Annotated[float, Field(gt=0)] | None = None  # of the teacher; none: that of the student's recipe
     rows: tuple[str, ...] = ()  # by name; none: all
-
-
-COLUMNS = (
-    TextColumn("{task.description:46}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
 
 
 def evaluate(
@@ -97,7 +89,7 @@ def evaluate(
     hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
     store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
     seen, unseen = (draw_prompts(n, split=split, held_out=h) for n, h in ((count, False), (held_out, True)))
-    with Progress(*COLUMNS, console=console or Console(stderr=True), transient=True) as bar:
+    with progress_bar(console, width=WIDEST, transient=True) as bar:
         found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
     rows = compare(methods, found, judge)
     record = {

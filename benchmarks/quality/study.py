@@ -16,19 +16,19 @@ import torch
 import yaml
 from pydantic import Field
 from rich.console import Console
-from rich.progress import Progress
 
 from ...core.errors import RecipeError
 from ...distill.methods import distill_recipe
 from ...distill.models import Model, load_model
+from ...distill.progress import progress_bar
 from ...distill.recipe import DistillRecipe, Frozen, parse_recipe, read_recipe
 from ...distill.reproducible import fingerprint
 from ...distill.student import distill
 from ...folders.files import atomic_file, hash_folder, sha256_file
 from ...folders.manifests import StudentManifest
 from ...folders.reading import read_student_manifest
-from .evaluate import COLUMNS, FEWEST, Kinds, compare, measured
-from .judge import load_judge
+from .evaluate import WIDEST, Kinds, compare, measured
+from .judge import FEWEST, load_judge
 from .measure import PictureStore
 from .method import Method
 from .methods import reconstructions, rendered_scenes, student_row, teacher_row
@@ -96,7 +96,7 @@ def run_study(
 
     def pictures_of(methods: list[Method], folder: str, *parts: Any) -> dict[str, Kinds]:
         store = PictureStore(run / folder, fingerprint(hashes, study.split, study.guidance, *parts))
-        with Progress(*COLUMNS, console=console, transient=True) as bar:
+        with progress_bar(console, width=WIDEST, transient=True) as bar:
             return {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
 
     methods = [rendered_scenes(font), reconstructions(teacher, font)]

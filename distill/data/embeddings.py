@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from ...folders.files import atomic_file
 from ...pipelines.networks import Conditions
 from ..reproducible import fingerprint
+from .kept import kept
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -44,20 +42,12 @@ class Embeddings:
 
     def _keep(self, path: Path, identity: str) -> Conditions:
         names = self.model.stages.conditions
-        if not path.exists() or _identity(path) != identity:
-            rows = torch.arange(self.count).split(_BATCH)
-            batches = [tuple(each.half().cpu() for each in self[part]) for part in rows]
-            columns = {name: torch.cat(column) for name, column in zip(names, zip(*batches, strict=True), strict=True)}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary:
-                save_file(columns, str(temporary), metadata={"identity": identity})
-        found = load_file(str(path))
+
+        def encoded() -> dict[str, torch.Tensor]:
+            batches = [
+                tuple(each.half().cpu() for each in self[part]) for part in torch.arange(self.count).split(_BATCH)
+            ]
+            return {name: torch.cat(column) for name, column in zip(names, zip(*batches, strict=True), strict=True)}
+
+        found = kept(path, identity, encoded)
         return tuple(found[name] for name in names)
-
-
-def _identity(path: Path) -> str | None:
-    try:
-        with safe_open(str(path), "pt") as file:
-            return (file.metadata() or {}).get("identity")
-    except (SafetensorError, OSError):
-        return None

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from ...folders.files import atomic_file
 from ..reproducible import fingerprint
 from .emoji import EmojiScenes
+from .kept import kept
 from .rendering import rendered
 
 if TYPE_CHECKING:
@@ -34,24 +32,12 @@ def encoded_scenes(
     probe = hashlib.sha256(
         b"".join(scenes[i].image.tobytes() for i in range(8))
     ).hexdigest()  # another font, other pictures
-    identity = fingerprint(weights, probe, count)
-    if path.exists() and _identity(path) == identity:
-        return load_file(str(path))["latents"]
-    latents = []
-    pictures = rendered(scenes, count, batch=_BATCH)
-    for images in track(pictures, description="encoding scenes", total=-(-count // _BATCH)):
-        found = model.stages.image_encoder(torch.from_numpy(images).to(vae.device))
-        latents.append(found.half().cpu().contiguous())
-    pool = torch.cat(latents)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        save_file({"latents": pool}, str(temporary), metadata={"identity": identity})
-    return pool
 
+    def encoded() -> dict[str, torch.Tensor]:
+        batches = track(rendered(scenes, count, batch=_BATCH), "encoding scenes", -(-count // _BATCH))
+        encode = model.stages.image_encoder
+        return {
+            "latents": torch.cat([encode(torch.from_numpy(images).to(vae.device)).half().cpu() for images in batches])
+        }
 
-def _identity(path: Path) -> str | None:
-    try:
-        with safe_open(str(path), "pt") as file:
-            return (file.metadata() or {}).get("identity")
-    except (SafetensorError, OSError):
-        return None
+    return kept(path, fingerprint(weights, probe, count), encoded)["latents"]

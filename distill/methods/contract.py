@@ -5,9 +5,10 @@ The training knows no method by name. A file in this folder that defines METHOD 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,9 @@ class Companion:
     betas: tuple[float, float] = (0.0, 0.99)
 
 
-R = TypeVar("R", bound=DistillRecipe)
+def frozen_copy(denoiser: Denoiser) -> Companion:
+    """Its network as it is now, which no gradient and no optimiser changes."""
+    return Companion(network=copy.deepcopy(denoiser.network).requires_grad_(False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ The student is drawn with by re-noising: z_s = alpha_s f + sigma_s z, z fresh no
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated, Literal
 
 import torch
@@ -20,7 +19,7 @@ from ...core.sampler import Sampler
 from ...pipelines.networks import Conditions
 from ..models import Denoiser, Times
 from ..recipe import DistillRecipe, Share
-from .contract import Batch, Companion, Companions, Draws, Method
+from .contract import Batch, Companion, Companions, Draws, Method, frozen_copy
 
 SAMPLER = Sampler(kind="renoise", boundary=10.0)  # of diffusers' LCMScheduler
 
@@ -36,7 +35,7 @@ def companions(student: Denoiser, teacher: Denoiser, recipe: LcmRecipe) -> dict[
     """Theta-, a copy of the student."""
     if not recipe.target_decay:
         return {}
-    return {"target": Companion(network=copy.deepcopy(student.network).requires_grad_(False))}
+    return {"target": frozen_copy(student)}
 
 
 @torch.no_grad()

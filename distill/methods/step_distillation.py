@@ -10,7 +10,6 @@ the row "step distillation" of the paper's table. Drawn with by deterministic st
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated, Literal, Self
 
 import torch
@@ -20,7 +19,7 @@ from ...core.plan import StepPlan
 from ..models import Denoiser
 from ..recipe import DistillRecipe
 from ..weighting import loss_weight
-from .contract import Batch, Companion, Companions, Draws, Method
+from .contract import Batch, Companion, Companions, Draws, Method, frozen_copy
 
 
 class StepDistillationRecipe(DistillRecipe):
@@ -62,7 +61,7 @@ class StepDistillationRecipe(DistillRecipe):
 
 def companions(student: Denoiser, teacher: Denoiser, recipe: StepDistillationRecipe) -> dict[str, Companion]:
     """The last round's student."""
-    return {"last_round": Companion(network=copy.deepcopy(student.network).requires_grad_(False))}
+    return {"last_round": frozen_copy(student)}
 
 
 @torch.no_grad()
