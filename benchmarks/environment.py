@@ -59,7 +59,7 @@ class Hardware(Frozen):
     device: Literal["cpu", "cuda"]
     cpu: str
     cores: int
-    memory_gib: float | None
+    memory_gib: float | None  # of older records None where the system did not say it
     gpu: str | None = None
     gpu_driver: str | None = None
     gpu_memory_gib: float | None = None
@@ -79,11 +79,10 @@ def command_line(argv: Sequence[str]) -> str:
 
 def hardware_of(device: str) -> Hardware:
     """This machine as seen by this process; with "cuda" or "cuda:N" also that GPU."""
+    from psutil import virtual_memory
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        memory = None
+    memory = _gib(virtual_memory().total)
     if device == "cpu":
         return Hardware(device="cpu", cpu=_cpu_name(), cores=cores, memory_gib=memory)
     import torch

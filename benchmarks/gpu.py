@@ -23,10 +23,10 @@ from ..core.images import psnr
 from ..core.noise import initial_noise
 from ..engine import Engine, GenerateRequest
 from ..folders.reading import read_student_manifest
-from ..kernels.triton_or_reference import triton
-from .harness import Candidate, Case, Check, Record, measure, new_record, write_record
-from .kernels import bench_kernels
+from .harness import Candidate, Case, Check, Record, measure, new_record
+from .kernels import bench_kernels, refuse_interpreter
 from .random_students import Shape, random_student
+from .records import save
 
 EAGER, COMPILED = "diffusers, eager", "diffusers, compiled"
 OURS = {
@@ -35,16 +35,7 @@ OURS = {
     "torch-compile": "ours, compiled, captured",
 }
 LEAST_PSNR = 20.0  # dB to float32: random weights amplify what half precision rounds
-PROMPTS = (
-    "a red fox",
-    "a cat on pink",
-    "a boat on blue",
-    "a house",
-    "a star on red",
-    "a blue cat",
-    "a pink boat",
-    "a fox",
-)
+PROMPTS = ("a red fox", "a cat on pink", "a boat on blue", "a house", "a star on red", "a blue cat", "a fox")
 
 
 def bench_gpu(
@@ -56,22 +47,21 @@ def bench_gpu(
     tiny: bool = False,
     compile: bool = True,
 ) -> Record:
-    """Measures until the minutes are over, writes `out`.json after each row and the kernels' record beside it.
-    tiny: small shapes, to try the whole of it on a CPU. compile: also what
-    torch.compile makes, which takes minutes for each batch size. Raises ImagineFlashError for a wrong picture."""
+    """Measures until the minutes are over, writes `out`.json and `out`.png after each row and the kernels' record beside it.
+    tiny: small shapes, to try the whole of it on a CPU. compile: also what torch.compile makes, which takes minutes for each
+    batch size. Raises ImagineFlashError for a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
         raise ImagineFlashError(
             "there is no GPU here; --tiny tries the benchmark on the CPU, where its numbers say nothing"
         )
-    if triton is not None and triton.knobs.runtime.interpret:
-        raise ImagineFlashError("TRITON_INTERPRET is set: this would time Triton's interpreter; unset it")
+    refuse_interpreter()
     end, rows, record = time.monotonic() + 60 * minutes, list[Case](), None
     bench_kernels(out.with_name(f"{out.name}-kernels"), device=device, rounds=rounds, quick=tiny)
     for measured in _rows("tiny" if tiny else "sd-turbo", device, rounds, compile):
         rows.append(measured)
         record = new_record("From a prompt to a picture on the host, beside diffusers?", rows, device=device)
-        write_record(record, out.with_name(f"{out.name}.json"))
+        save(record, out)
         if time.monotonic() > end:
             break
     assert record is not None
@@ -81,7 +71,7 @@ def bench_gpu(
 def _rows(shape: Shape, device: str, rounds: int, compile: bool) -> Iterator[Case]:
     for tiny_decoder in (True, False):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-            student = random_student(Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
+            random_student(student := Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
             models = _Models(student, device, opened, compile)
             for batch, cached, steps in ((1, True, 1), (1, False, 1), (1, True, 3), (4, True, 1), (16, True, 1)):
                 for again in (1, 2):

@@ -164,7 +164,7 @@ def measure(
     names = [candidate.name for candidate in candidates]
     _refuse_settings(names, baseline, warm_up, n, repeats)
     parameters = TypeAdapter(Parameters).validate_python(dict(case))
-    checks = {candidate.name: _passed(candidate, check) for candidate in candidates}
+    checks = {candidate.name: _refuse_wrong(candidate.name, check(candidate)) for candidate in candidates}
     clock = clock or CpuClock()
     with _garbage_collector_paused():
         for _ in range(warm_up):
@@ -172,18 +172,12 @@ def measure(
                 _seconds(candidate, 1, clock)
         repeats = repeats or _enough_repeats(candidates, clock)
         rounds = [[_seconds(candidate, repeats, clock, rest) for candidate in candidates] for _ in range(n)]
-    return Case(
-        case=parameters,
-        baseline=baseline,
-        warm_up=warm_up,
-        repeats=repeats,
-        checks=checks,
-        timings=_timings(names, np.array(rounds) / repeats, baseline, repeats),
-    )
+    samples = dict(zip(names, np.array(rounds).T / repeats, strict=True))
+    return case_of(samples, baseline=baseline, checks=checks, case=parameters, warm_up=warm_up, repeats=repeats)
 
 
 def case_of(
-    samples: Mapping[str, Sequence[float]],
+    samples: Mapping[str, Sequence[float] | np.ndarray],
     *,
     baseline: str,
     checks: Mapping[str, Check],
@@ -224,10 +218,6 @@ def _refuse_settings(names: list[str], baseline: str, warm_up: int, n: int, repe
         raise ImagineFlashError(f"n must be at least {FEWEST_ROUNDS} rounds, got {n}; quantiles need them")
     if repeats is not None and repeats < 1:
         raise ImagineFlashError(f"repeats must be at least 1, got {repeats}; leave it out to have it chosen")
-
-
-def _passed(candidate: Candidate, check: Callable[[Candidate], Check]) -> Check:
-    return _refuse_wrong(candidate.name, check(candidate))
 
 
 def _refuse_wrong(name: str, result: Any) -> Check:

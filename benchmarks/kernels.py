@@ -25,18 +25,11 @@ from ..kernels import to_image as image
 from ..kernels import update
 from ..kernels.triton_or_reference import triton
 from .clocks import clock_for
-from .harness import Candidate, Case, Check, Record, compare, measure, new_record, write_record
-from .records import plot
+from .harness import Candidate, Case, Check, Record, compare, measure, new_record
+from .random_students import BETAS
+from .records import save
 
-SD_CONFIG = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-}
+SD_CONFIG = {**BETAS, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
 FUSED, COMPILED, CAPTURED, COPY = "ours", "torch.compile", "ours, CUDA graph", "copy"
 DDIM, EAGER = "diffusers DDIM step", "torch eager"
 Runs = dict[str, Callable[[], Any]]
@@ -60,17 +53,19 @@ def bench_kernels(out: Path, *, device: str | None = None, rounds: int = 50, qui
     """Check and time every kernel, write `out`.json and `out`.png, return the record. ImagineFlashError for a wrong result."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = clock_for(device)
-    if triton is not None and triton.knobs.runtime.interpret:
-        raise ImagineFlashError("TRITON_INTERPRET is set: this would time Triton's interpreter; unset it")
-    rows = []
-    workloads = list(_workloads(device, quick))
-    for build in track(workloads, description=f"kernels on {device}"):
-        rows.append(_measure(build(), device, rounds, clock))
+    refuse_interpreter()
+    workloads = track(list(_workloads(device, quick)), description=f"kernels on {device}")
+    rows = [_measure(build(), device, rounds, clock) for build in workloads]
     where = "as kernels on a GPU" if device != "cpu" else "by their references, which are what a CPU runs"
     record = new_record(f"How fast are the fused update, to_image and GroupNorm + SiLU, {where}?", rows, device=device)
-    write_record(record, out.with_name(f"{out.name}.json"))
-    plot(record, out.with_name(f"{out.name}.png"))
+    save(record, out)
     return record
+
+
+def refuse_interpreter() -> None:
+    """Raises ImagineFlashError where the kernels would run in Triton's interpreter."""
+    if triton is not None and triton.knobs.runtime.interpret:
+        raise ImagineFlashError("TRITON_INTERPRET is set: this would time Triton's interpreter; unset it")
 
 
 def _measure(work: Workload, device: str, rounds: int, clock: Any) -> Case:

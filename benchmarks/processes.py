@@ -21,14 +21,10 @@ from . import diffusers_student
 from .harness import Candidate, Case, Check, measure
 from .pictures import Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of, read_picture
 
-COMMAND = "from imagine_flash.cli import main; main()"
+COMMAND = (sys.executable, "-m", "imagine_flash")
 CALL = "import json, sys; from imagine_flash.benchmarks.{module} import {name}; {name}(**json.loads(sys.argv[1]))"
 NOT_CACHED = ", nothing cached"
 MB, SETTLED = 1e6, 200  # requests until memory is what it stays
-
-
-class NoProcessSize(ImagineFlashError):
-    """The system does not say how large a process is."""
 
 
 def cold_start(
@@ -49,7 +45,7 @@ def cold_start(
         for name in backends:
             with Engine.load(folder, backend=name) as engine:
                 limits[name] = limits_of(manifest, precision_of(engine))
-            command = [COMMAND, "generate", request.prompt, "--backend", name, "--model", str(folder), "-o", str(out)]
+            command = [*COMMAND, "generate", request.prompt, "--backend", name, "--model", str(folder), "-o", str(out)]
             command += ["--steps", str(steps), "--seed", str(request.seed)]
             commands[name] = lambda command=command: _run(command)
             if name == "openvino":
@@ -62,23 +58,15 @@ def cold_start(
             return check_pictures(read_picture(out), expected, allowed)
 
         candidates = [Candidate(name=name, run=run) for name, run in commands.items()]
-        return measure(
-            candidates,
-            baseline=candidates[0].name,
-            check=check,
-            case={"what": "cold start", "steps": steps},
-            warm_up=1,
-            n=rounds,
-            repeats=1,
-        )
+        about, once = {"what": "cold start", "steps": steps}, {"warm_up": 1, "repeats": 1}
+        return measure(candidates, baseline=candidates[0].name, check=check, case=about, n=rounds, **once)
 
 
 def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], rounds: int, requests: int) -> Case:
     """Processes that load a backend, make every graph and batch ready and draw once; resident memory in between.
 
-    "MB grown" is of one more process: by how much it is larger after `requests` more. Raises NoProcessSize.
+    "MB grown" is of one more process: by how much it is larger after `requests` more.
     """
-    resident_mb()
     steps, (request, expected) = min(drawn_by_torch(folder, manifest).items())
     limits: dict[str, Limits] = {}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in backends}
@@ -86,15 +74,8 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
         out = Path(scratch) / "picture.npy"
 
         def run(name: str, requests: int = 0) -> dict[str, float]:
-            arguments = {
-                "folder": str(folder),
-                "backend": name,
-                "output": str(out),
-                "requests": requests,
-                "prompt": request.prompt,
-                "steps": steps,
-                "seed": request.seed,
-            }
+            arguments = {"folder": str(folder), "backend": name, "output": str(out), "requests": requests}
+            arguments |= {"prompt": request.prompt, "steps": steps, "seed": request.seed}
             found = json.loads(_call("processes", "report_memory", arguments))
             limits[name] = limits_of(manifest, found.pop("precision"))
             seen[name].append(found)
@@ -106,15 +87,8 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
             return check_pictures(np.load(out), expected, limits[candidate.name])
 
         candidates = [Candidate(name=name, run=lambda name=name: run(name)) for name in backends]
-        case = measure(
-            candidates,
-            baseline=backends[0],
-            check=check,
-            case={"what": "load and warm up", "requests": requests},
-            warm_up=1,
-            n=rounds,
-            repeats=1,
-        )
+        about, once = {"what": "load and warm up", "requests": requests}, {"warm_up": 1, "repeats": 1}
+        case = measure(candidates, baseline=backends[0], check=check, case=about, n=rounds, **once)
         extra: dict[str, dict[str, float]] = {}
         for name in backends:
             middle = {key: round(float(np.median([found[key] for found in seen[name]])), 1) for key in seen[name][0]}
@@ -122,13 +96,11 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
     return case.with_extra(extra)
 
 
-def resident_mb(pid: int | str = "self") -> float:
-    """A process's resident memory, by default this one's, in 10^6 bytes. Raises NoProcessSize."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        raise NoProcessSize(f"this system has no /proc/{pid}/statm, which says how large a process is") from None
-    return pages * os.sysconf("SC_PAGE_SIZE") / MB
+def resident_mb(pid: int | None = None) -> float:
+    """A process's resident memory, by default this one's, in 10^6 bytes."""
+    from psutil import Process
+
+    return Process(pid).memory_info().rss / MB
 
 
 def grown_mb(engine: Engine, requests: int, steps: int) -> float:
@@ -164,13 +136,12 @@ def report_memory(folder: str, backend: str, prompt: str, steps: int, seed: int,
 
 def _call(module: str, name: str, arguments: dict[str, Any]) -> str:
     """What a function of this package prints in a process of its own."""
-    return _run([CALL.format(module=module, name=name), json.dumps(arguments)])
+    return _run([sys.executable, "-c", CALL.format(module=module, name=name), json.dumps(arguments)])
 
 
 def _run(command: Sequence[str], **environment: str) -> str:
-    """What Python prints that runs a command line's code and arguments. Raises ImagineFlashError: the last of its errors."""
-    whole, environment = [sys.executable, "-c", *command], {**os.environ, **environment}
-    done = subprocess.run(whole, capture_output=True, text=True, env=environment)
+    """What a command prints. Raises ImagineFlashError: the last line of its errors."""
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ImagineFlashError(f"a process to measure ended with {done.returncode}: {last}")

@@ -1,88 +1,145 @@
-"""Students of real shapes with random weights: speed does not depend on what the weights are."""
+"""Students of real shapes with random weights: neither speed nor memory depends on what the weights are.
 
+The tokenizer knows a few words; its ids are a small part of CLIP's.
+"""
+
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import torch
 
 from ..core.plan import StepPlan
+from ..distill.tokenizer import END, START, train_tokenizer
 from ..folders.manifests import StudentManifest
 from ..folders.reading import write_manifest
 
-Shape = Literal["sd-turbo", "tiny"]
-WORDS = ("a", "red", "fox", "cat", "boat", "house", "star", "on", "pink", "blue")
-SCHEDULER: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-}
-# of sd-turbo: the UNet and text encoder of Stable Diffusion 2.1, the decoder of all of them; tiny: to try the benchmark
-UNETS: dict[str, dict[str, Any]] = {
-    "sd-turbo": {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "attention_head_dim": (5, 10, 20, 20),
-        "cross_attention_dim": 1024,
-        "use_linear_projection": True,
-    },
-    "tiny": {
-        "sample_size": 8,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 32,
-    },
-}
-TEXT: dict[str, dict[str, Any]] = {
-    "sd-turbo": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-}
-WIDTHS = {"sd-turbo": (128, 256, 512, 512), "tiny": (32, 32, 32, 32)}  # of the decoder
+Shape = Literal["tiny", "sd-turbo", "sdxl"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+WORDS = "a red fox cat boat house star on pink blue"
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+CLIP_VOCABULARY = 49408
 
 
-def random_student(folder: Path, shape: Shape, *, tiny_decoder: bool) -> Path:
-    """Writes a student folder in float16 with plans of 1 to 3 steps, and returns its path. tiny_decoder: AutoencoderTiny."""
-    import torch
-    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def networks_of(shape: Shape) -> dict[str, Any]:
+    """By the names of diffusers' components, on the device of the context.
 
-    from ..distill.tokenizer import train_tokenizer
+    sd-turbo: a UNet of 866 M parameters, OpenCLIP's text encoder of 340 M; sdxl: a UNet of 2.6 G parameters, text encoders
+    of 123 M and 695 M; tiny: to try a benchmark.
+    """
+    from diffusers import UNet2DConditionModel
 
+    if shape == "tiny":
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+        )
+        return {"unet": unet, "text_encoder": _clip(32, layers=2, heads=4), "vae": _vae(0.18215, (32, 32, 32, 32))}
+    if shape == "sd-turbo":
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+        return {"unet": unet, "text_encoder": _clip(1024, layers=23, heads=16), "vae": _vae(0.18215)}
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 10),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    texts = {"text_encoder": _clip(768, layers=12, heads=12), "text_encoder_2": _clip(1280, 32, 20, projection=1280)}
+    return {"unet": unet, "vae": _vae(0.13025), **texts}
+
+
+def random_student(
+    folder: Path, shape: Shape, *, steps: tuple[int, ...] = (1, 2, 3), tiny_decoder: bool = False
+) -> int:
+    """Writes a student folder in float16, component by component; returns its number of parameters.
+
+    steps: of its plans; tiny_decoder: an AutoencoderTiny instead of the KL autoencoder.
+    """
+    from diffusers import AutoencoderTiny, EulerDiscreteScheduler
+
+    with torch.device("meta"):
+        parts = networks_of(shape)
+        if tiny_decoder:
+            parts["vae"] = AutoencoderTiny()
+    name = "StableDiffusionXLPipeline" if shape == "sdxl" else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": "0.42.1"}
+    total = 0
+    for name, module in parts.items():
+        total += sum(p.numel() for p in module.parameters())
+        filled: Any = _random_weights(module.to_empty(device="cpu")).half()
+        filled.save_pretrained(folder / name)
+        index[name] = [module.__module__.split(".")[0], type(module).__name__]
+    EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing").save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    for suffix in ("", "_2") if "text_encoder_2" in parts else ("",):
+        train_tokenizer([WORDS] * 2, context=77).save_pretrained(folder / f"tokenizer{suffix}")
+        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    plans = {n: list(StepPlan.trailing(n).timesteps) for n in steps}
+    write_manifest(folder, StudentManifest(plans=plans, noise_correction=True, recipe={}, teacher_sha256="0" * 64))
+    return total
+
+
+def _clip(hidden: int, layers: int, heads: int, projection: int | None = None) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    marks = train_tokenizer([WORDS] * 2, context=77).get_vocab()
+    config = CLIPTextConfig(
+        vocab_size=CLIP_VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        projection_dim=projection or hidden,
+        hidden_act="gelu",
+        bos_token_id=marks[START],
+        eos_token_id=marks[END],
+        pad_token_id=marks[END],
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def _vae(scaling_factor: float, widths: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=scaling_factor,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+
+
+def _random_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Matrices of variance 1 / fan-in, norms of one, biases of zero: signals keep their size through the network."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 2, context=77)
-    make_unet: Any = UNet2DConditionModel
-    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    text: Any = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, **TEXT[shape], **marks)
-    make_decoder: Any = AutoencoderTiny if tiny_decoder else AutoencoderKL
-    blocks = (
-        {}
-        if tiny_decoder
-        else {
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": WIDTHS[shape],
-            "layers_per_block": 2,
-        }
-    )
-    pipeline: Any = StableDiffusionPipeline(
-        vae=make_decoder(latent_channels=4, **blocks),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=make_unet(in_channels=4, out_channels=4, **UNETS[shape]),
-        scheduler=DDIMScheduler(**SCHEDULER),  # type: ignore[arg-type]
-        safety_checker=None,  # type: ignore[arg-type]
-        feature_extractor=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    )
-    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    plans = {steps: list(StepPlan.trailing(steps).timesteps) for steps in (1, 2, 3)}
-    described = StudentManifest(plans=plans, noise_correction=True, recipe={}, teacher_sha256="0" * 64)  # type: ignore[arg-type]
-    write_manifest(folder, described)
-    return folder
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(float(name.endswith("weight")))
+        for name, buffer in module.named_buffers():
+            if name.endswith("position_ids"):
+                buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+    return module

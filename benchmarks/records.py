@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..core.errors import ImagineFlashError, missing_extra
 from ..folders.files import atomic_file
-from .harness import Case, Record, Timing
+from .harness import Case, Record, Timing, write_record
 
 END = "<!-- /bench -->"
 FURTHER, MOST_COLUMNS = "further numbers", 5  # of numbers that cases have of their own: more share one column
@@ -22,11 +22,14 @@ NAMES = ("kernel", "what", "backend", "precision", "route")  # parameters whose 
 
 def as_markdown(record: Record) -> str:
     """A table of one row per case and candidate; times in µs, or in ms if every median is at least one."""
-    headings = headings_of(record)
-    rules = ["---" if heading in TEXT else "---:" for heading in headings]
+    return markdown_table(headings_of(record), table_rows(record), TEXT)
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str]) -> str:
+    """GitHub's Markdown, with columns of numbers to the right. text: the headings of the others."""
+    rules = ["---" if heading in text else "---:" for heading in headings]
     lines = ["| " + " | ".join(headings) + " |", "|" + "|".join(rules) + "|"]
-    rows = ([cell.replace("|", r"\|") for cell in row] for row in table_rows(record))
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows])
 
 
 def as_rich(record: Record) -> Table:
@@ -125,6 +128,12 @@ def plot(record: Record, path: str | Path) -> None:
     figure.legend(loc="outside lower center", ncols=3, title=provenance(record), title_fontsize="small")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def save(record: Record, out: Path) -> None:
+    """Writes `out`.json, the record, and `out`.png, its plot. Raises ArtifactError, MissingExtraError."""
+    write_record(record, out.with_name(f"{out.name}.json"))
+    plot(record, out.with_name(f"{out.name}.png"))
 
 
 def update_table_in(markdown_file: str | Path, record: Record, marker: str) -> None:

@@ -26,9 +26,9 @@ from ..engine.loading import EMBEDDED, Route
 from ..folders.manifests import ArtifactManifest
 from ..folders.reading import read_artifact_manifest
 from . import diffusers_student, processes
-from .harness import FEWEST_ROUNDS, Candidate, Case, Check, Record, Timing, measure, new_record, write_record
+from .harness import FEWEST_ROUNDS, Candidate, Case, Check, Record, Timing, measure, new_record
 from .pictures import ONE_LEVEL, Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of
-from .records import plot
+from .records import save
 
 BARE, GENERATE, LOAD = "bare calls", "engine.generate", "Engine.load()"
 ALONE, TOGETHER = "one at a time", "together"
@@ -58,12 +58,11 @@ def bench_runtime(
         partial(fastest, folder, names, rounds, student, chosen=not backends),
         *(partial(batching, folder, name, fewer, (1, 4) if quick else (1, 4, 16)) for name in names),
         lambda: [processes.cold_start(folder, manifest, names, fewest, None if quick else student)],
-        partial(_memory, folder, manifest, names, fewest, 500 if quick else 10_000),
+        lambda: [processes.memory(folder, manifest, names, fewest, 500 if quick else 10_000)],
     ]
     rows = [case for part in track(parts, description="runtime") for case in part()]
     record = new_record(QUESTION, rows)
-    write_record(record, out.with_name(f"{out.name}.json"))
-    plot(record, out.with_name(f"{out.name}.png"))
+    save(record, out)
     return record
 
 
@@ -284,12 +283,3 @@ def _student(folder: Path, manifest: ArtifactManifest) -> Path | None:
     except ImagineFlashError as error:
         print(f"diffusers is left out: {error}")
         return None
-
-
-def _memory(
-    folder: Path, manifest: ArtifactManifest, backends: Sequence[str], rounds: int, requests: int
-) -> Iterator[Case]:
-    try:
-        yield processes.memory(folder, manifest, backends, rounds, requests)
-    except processes.NoProcessSize as error:
-        print(f"memory is left out: {error}")

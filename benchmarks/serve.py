@@ -16,15 +16,14 @@ from ..engine import Engine
 from ..engine.backends.choosing import choose
 from ..engine.loading import EMBEDDED
 from ..folders.reading import read_artifact_manifest
-from .harness import FEWEST_ROUNDS, Case, Record, new_record, write_record
+from .harness import FEWEST_ROUNDS, Case, Record, new_record
 from .pictures import drawn_by_torch
-from .records import plot
-from .serving.bench import Bench
+from .records import save
+from .serving.bench import CLIENTS, REPLICAS, Bench
 from .serving.clients import serving
 from .serving.greedy import beside_a_greedy_client
-from .serving.load import CLIENTS, load
-from .serving.overhead import overhead
-from .serving.replicas import load_on_ray, overhead_on_ray, ray_server
+from .serving.load import load, load_on_ray
+from .serving.overhead import overhead, overhead_on_ray
 from .serving.typing import typing
 
 SENTENCE, SHORT = "a fox on a pink background", "a fox"
@@ -54,8 +53,7 @@ def bench_serve(
         parts = _parts(bench, rounds, quick)
         rows = [case for part in track(parts, description="serve") for case in part()]
     record = new_record(QUESTION, rows)
-    write_record(record, out.with_name(f"{out.name}.json"))
-    plot(record, out.with_name(f"{out.name}.png"))
+    save(record, out)
     return record
 
 
@@ -80,5 +78,6 @@ def on_ray(bench: Bench, rounds: int, requests: int) -> list[Case]:
     if importlib.util.find_spec("ray") is None:
         print('Ray Serve is left out: pip install "imagine-flash[ray]"')
         return []
-    with ray_server(bench) as ray:
+    options = ("--ray", "--replicas", str(REPLICAS))
+    with serving(bench.folder, bench.engine.backend.name, *options, max_queue=4 * CLIENTS) as ray:
         return [overhead_on_ray(bench, ray, rounds), load_on_ray(bench, ray, requests)]

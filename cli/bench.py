@@ -32,7 +32,7 @@ def bench_kernels_command(
     quick: Annotated[bool, flag("--quick", help="Only the smallest shapes, to see that everything runs.")] = False,
 ) -> None:
     """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
-    needs("bench", "torch", "diffusers", "matplotlib")
+    needs("bench", "torch", "diffusers", "matplotlib", "psutil")
     from ..benchmarks.kernels import bench_kernels
 
     writable(output)
@@ -52,7 +52,7 @@ def bench_gpu_command(
     tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
 ) -> None:
     """Time a Stable-Diffusion-Turbo-shaped student with random weights on a GPU, beside diffusers, and the kernels."""
-    needs("bench", "torch", "diffusers", "matplotlib")
+    needs("bench", "torch", "diffusers", "matplotlib", "psutil")
     from ..benchmarks.gpu import bench_gpu
 
     writable(output)
@@ -83,7 +83,7 @@ def bench_runtime_command(
 ) -> None:
     """Time the engine against its backends' bare calls and diffusers; batching, cold start and memory."""
     needs("cpu", "onnxruntime")
-    needs("bench", "matplotlib")
+    needs("bench", "matplotlib", "psutil")
     from ..benchmarks.runtime import bench_runtime
 
     writable(output)
@@ -108,7 +108,7 @@ def bench_serve_command(
     """Time the server: overhead, typing, 64 clients at once, a greedy client, two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
-    needs("bench", "matplotlib")
+    needs("bench", "matplotlib", "psutil")
     from ..benchmarks.serve import bench_serve
 
     writable(output)

@@ -10,22 +10,21 @@ from ...distill.grids import grid
 from .method import Method
 from .prompts import Prompts
 
+
+def _scene(*objects: str, background: str, axis: str | None = None, pattern: str = "plain") -> Scene:
+    return Scene(objects=objects, axis=axis, background=background, pattern=pattern)
+
+
 SCENES: dict[str, Scene] = {
-    "a fox on a pink background": Scene(objects=("fox",), axis=None, background="pink", pattern="plain"),
-    "kitty": Scene(objects=("cat",), axis=None, background="blue", pattern="plain"),
-    "a red apple on a green background": Scene(objects=("red apple",), axis=None, background="green", pattern="dots"),
-    "🐼 on a striped orange background": Scene(objects=("panda",), axis=None, background="orange", pattern="stripes"),
-    "a cat to the left of a dog": Scene(
-        objects=("cat", "dog"), axis="horizontal", background="purple", pattern="plain"
-    ),
-    "a rocket above a house on purple": Scene(
-        objects=("rocket", "house"), axis="vertical", background="purple", pattern="plain"
-    ),
-    "two owls on a blue background": Scene(
-        objects=("owl", "owl"), axis="horizontal", background="blue", pattern="checks"
-    ),
-    "an octopus below a star on a gray background": Scene(
-        objects=("star", "octopus"), axis="vertical", background="gray", pattern="gradient"
+    "a fox on a pink background": _scene("fox", background="pink"),
+    "kitty": _scene("cat", background="blue"),
+    "a red apple on a green background": _scene("red apple", background="green", pattern="dots"),
+    "🐼 on a striped orange background": _scene("panda", background="orange", pattern="stripes"),
+    "a cat to the left of a dog": _scene("cat", "dog", axis="horizontal", background="purple"),
+    "a rocket above a house on purple": _scene("rocket", "house", axis="vertical", background="purple"),
+    "two owls on a blue background": _scene("owl", "owl", axis="horizontal", background="blue", pattern="checks"),
+    "an octopus below a star on a gray background": _scene(
+        "star", "octopus", axis="vertical", background="gray", pattern="gradient"
     ),
 }
 PROMPTS = tuple(SCENES)
@@ -54,12 +53,8 @@ def comparison_grid(shown: list[Method]) -> Image.Image:
 
 
 def _prompts() -> Prompts:
-    captions = [
-        Caption(
-            text=text, objects=(), states_axis=False, states_order=False, states_background=False, states_pattern=False
-        )
-        for text in PROMPTS
-    ]
+    nothing = dict.fromkeys(("states_axis", "states_order", "states_background", "states_pattern"), False)
+    captions = [Caption(text=text, objects=(), **nothing) for text in PROMPTS]
     count = len(PROMPTS)
     return Prompts(
         captions=captions,

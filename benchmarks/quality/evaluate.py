@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
-from rich.progress import Progress
 
 from ...core.errors import ImagineFlashError
 from ...core.sampler import DETERMINISTIC
@@ -88,9 +87,8 @@ def evaluate(
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
     hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
     store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
-    seen, unseen = (draw_prompts(n, split=split, held_out=h) for n, h in ((count, False), (held_out, True)))
-    with progress_bar(console, width=WIDEST, transient=True) as bar:
-        found = {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
+    prompts = draw_prompts(count, split=split, held_out=False), draw_prompts(held_out, split=split, held_out=True)
+    found = measured(methods, *prompts, judge, store, console)
     rows = compare(methods, found, judge)
     record = {
         "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?",
@@ -123,8 +121,10 @@ def choose(methods: list[Method], only: list[str] | None) -> list[Method]:
 Kinds = dict[str, Measured]
 
 
-def measured(method: Method, seen: Prompts, unseen: Prompts, judge: Judge, store: PictureStore, bar: Progress) -> Kinds:
-    """Pictures of the seen prompts, of the held-out ones, and of a few prompts with several noises each."""
+def measured(
+    methods: list[Method], seen: Prompts, unseen: Prompts, judge: Judge, store: PictureStore, console: Console | None
+) -> dict[str, Kinds]:
+    """By method, pictures of the seen prompts, of the held-out ones, and of a few prompts with several noises each."""
     chosen = [row for row in range(min(DIVERSITY_PROMPTS, len(seen))) for _ in range(DIVERSITY_SEEDS)]
     many = replace(
         seen,
@@ -133,8 +133,12 @@ def measured(method: Method, seen: Prompts, unseen: Prompts, judge: Judge, store
         index=[seen.index[r] for r in chosen],
         seeds=[seen.seeds[0] + 900_000 + i for i in range(len(chosen))],
     )
-    kinds = {"seen": seen, "held_out": unseen} | ({"diversity": many} if method.network_calls else {})
-    return {kind: store.measure(method, prompts, kind, judge, bar) for kind, prompts in kinds.items()}
+    found: dict[str, Kinds] = {}
+    with progress_bar(console, width=WIDEST, transient=True) as bar:
+        for method in methods:
+            kinds = {"seen": seen, "held_out": unseen} | ({"diversity": many} if method.network_calls else {})
+            found[method.name] = {kind: store.measure(method, part, kind, judge, bar) for kind, part in kinds.items()}
+    return found
 
 
 def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> list[dict[str, Any]]:
@@ -148,10 +152,8 @@ def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> lis
     for method in methods:
         kinds = found[method.name]
         ours = kinds["seen"]
-        distance, own = (
-            unbiased_frechet_distance(ours.features, *reference),
-            resampled_distances(ours.features, reference),
-        )
+        distance = unbiased_frechet_distance(ours.features, *reference)
+        own = resampled_distances(ours.features, reference)
         row: dict[str, Any] = {
             "method": method.name,
             "network_calls": method.network_calls,
@@ -188,19 +190,16 @@ def against(
     """Differences to the teacher with paired 95 % intervals: FD by ratio, fidelity in points, latents by squared error."""
     ratios = (distance + own - own.mean()) / (best + draws - draws.mean())
     rows = np.random.default_rng(1).integers(len(ours.marks), size=(1000, len(ours.marks)))
-    gains = (ours.marks[:, -1].astype(np.float64) - teacher.marks[:, -1])[rows].mean(1)
+    gain = ours.marks[:, -1].astype(np.float64) - teacher.marks[:, -1]
     low, high = np.percentile(ratios, (2.5, 97.5))
-    worse, better = np.percentile(gains, (2.5, 97.5))
+    worse, better = np.percentile(gain[rows].mean(1), (2.5, 97.5))
     result: dict[str, Any] = {
         "fd_ratio": [round(float(v), 4) for v in (distance / best, low, high)],
-        "fidelity_difference": [
-            round(float(v), 4)
-            for v in ((ours.marks[:, -1] - teacher.marks[:, -1].astype(np.float64)).mean(), worse, better)
-        ],
+        "fidelity_difference": [round(float(v), 4) for v in (gain.mean(), worse, better)],
     }
     if ours.latents.shape == teacher.latents.shape:
-        error = np.square(ours.latents.astype(np.float32) - teacher.latents.astype(np.float32)).mean()
-        result["error_to_teacher"] = round(float(error / teacher.latents.astype(np.float32).var()), 4)
+        own_latents, wanted = ours.latents.astype(np.float32), teacher.latents.astype(np.float32)
+        result["error_to_teacher"] = round(float(np.square(own_latents - wanted).mean() / wanted.var()), 4)
     return result
 
 

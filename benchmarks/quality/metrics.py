@@ -8,14 +8,9 @@ import torch
 SUBSET_SIZES, SUBSETS = 10, 8  # of the extrapolation to infinitely many pictures
 
 
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D)."""
-    return features.mean(0), np.cov(features, rowvar=False)
-
-
 def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of Gaussians (Heusel et al. 2017, eq. 6); features (N, D) against a reference."""
-    own_mean, own = moments(features)
+    own_mean, own = features.mean(0), np.cov(features, rowvar=False)
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ own @ root), 0, None)).sum()

@@ -20,14 +20,13 @@ from rich.console import Console
 from ...core.errors import RecipeError
 from ...distill.methods import distill_recipe
 from ...distill.models import Model, load_model
-from ...distill.progress import progress_bar
 from ...distill.recipe import DistillRecipe, Frozen, parse_recipe, read_recipe
 from ...distill.reproducible import fingerprint
 from ...distill.student import distill
 from ...folders.files import atomic_file, hash_folder, sha256_file
 from ...folders.manifests import StudentManifest
 from ...folders.reading import read_student_manifest
-from .evaluate import WIDEST, Kinds, compare, measured
+from .evaluate import Kinds, compare, measured
 from .judge import FEWEST, load_judge
 from .measure import PictureStore
 from .method import Method
@@ -90,14 +89,12 @@ def run_study(
     judge, accuracy = load_judge(judge_file)
     teacher, console, run = load_model(teacher_folder), Console(stderr=True), out.with_name(f"{out.name}.run")
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
-    seen, unseen = (
-        draw_prompts(n, split=study.split, held_out=h) for n, h in ((study.count, False), (study.held_out, True))
-    )
+    seen = draw_prompts(study.count, split=study.split, held_out=False)
+    unseen = draw_prompts(study.held_out, split=study.split, held_out=True)
 
     def pictures_of(methods: list[Method], folder: str, *parts: Any) -> dict[str, Kinds]:
         store = PictureStore(run / folder, fingerprint(hashes, study.split, study.guidance, *parts))
-        with progress_bar(console, width=WIDEST, transient=True) as bar:
-            return {m.name: measured(m, seen, unseen, judge, store, bar) for m in methods}
+        return measured(methods, seen, unseen, judge, store, console)
 
     methods = [rendered_scenes(font), reconstructions(teacher, font)]
     methods += [teacher_row(teacher, steps, study.guidance) for steps in dict.fromkeys((25, *study.teacher_steps))]

@@ -6,28 +6,19 @@ from typing import Any
 
 from rich.table import Table
 
+from ..records import markdown_table
+
 REFERENCE = "teacher, 25 steps"  # what all other rows are compared with
-HEADINGS = (
-    "method",
-    "calls",
-    "all",
-    "object",
-    "relation",
-    "background",
-    "pattern",
-    "held out",
-    "FD (judge)",
-    "x teacher",
-)
+ATTRIBUTES = ("all", "object", "relation", "background", "pattern")
+HEADINGS = ("method", "calls", *ATTRIBUTES, "held out", "FD (judge)", "x teacher")
 
 
 def table_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """The record as rows of text, shares in per cent, FD with the half-width of its 95 % interval."""
-    columns = ("all", "object", "relation", "background", "pattern")
     rows, best = [], next((r["fd_judge_unbiased"] for r in record["rows"] if r["method"] == REFERENCE), None)
     for row in record["rows"]:
         low, high = row.get("fd_interval", (None, None))  # which the first records have not
-        seen = (f"{100 * row['seen'][name]:.1f}" if name in row["seen"] else "–" for name in columns)
+        seen = (f"{100 * row['seen'][name]:.1f}" if name in row["seen"] else "–" for name in ATTRIBUTES)
         distance = f"{row['fd_judge_unbiased']:.1f}" + (f" ± {(high - low) / 2:.1f}" if low is not None else "")
         ratio = (
             f"{row['fd_judge_unbiased'] / best:.2f}"
@@ -42,8 +33,7 @@ def table_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def as_markdown(record: dict[str, Any]) -> str:
     """The table that the README shows; a test holds the two equal."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table_rows(record)])
+    return markdown_table(HEADINGS, table_rows(record), ["method"])
 
 
 MORE = (
@@ -60,14 +50,14 @@ MORE = (
 def more_as_markdown(record: dict[str, Any]) -> str:
     """The further measures of each row, with the paired intervals of what is compared with the teacher at 25 steps."""
     headings = ["method", *(heading for _, heading in MORE), "FD ratio, 95 %", "fidelity, points, 95 %"]
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    rows = []
     for row in record["rows"]:
         cells = [f"{row[name]:.4g}" if name in row else "–" for name, _ in MORE]
         ratio, gain = row.get("fd_ratio"), row.get("fidelity_difference")
         cells.append(f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else "–")
         cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gain)) if gain else "–")
-        lines.append("| " + " | ".join([row["method"], *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([row["method"], *cells])
+    return markdown_table(headings, rows, ["method"])
 
 
 def as_rich(record: dict[str, Any]) -> Table:

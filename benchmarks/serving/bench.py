@@ -14,7 +14,8 @@ from ..harness import Check
 from ..pictures import Limits, check_pictures, limits_of, precision_of
 from .clients import Server
 
-HTTP = "HTTP"
+HTTP, ON_RAY = "HTTP", "HTTP, Ray Serve"
+CLIENTS, REPLICAS = 64, 2  # of HTTP at once; of the server on Ray, each with its share of the processors
 
 
 @dataclass(frozen=True, kw_only=True)

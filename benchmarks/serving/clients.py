@@ -10,12 +10,10 @@ import base64
 import http.client
 import io
 import json
-import os
 import re
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ImagineFlashError
 from ...engine import GenerateRequest
+from ...engine.work import GenerateResult
 from ..processes import COMMAND, resident_mb
 
 GENERATIONS = "/v1/images/generations"
@@ -57,7 +56,7 @@ class Server:
         return self.metric("imagine_flash_pictures_total")
 
     def resident_mb(self) -> float:
-        """Its memory, in 10^6 bytes. Raises NoProcessSize."""
+        """Its memory, in 10^6 bytes."""
         return resident_mb(self.process.pid)
 
     def last_words(self) -> str:
@@ -71,24 +70,11 @@ def serving(model: Path, backend: str, *further: str, max_queue: int) -> Iterato
 
     Raises ImagineFlashError.
     """
-    options = [
-        "serve",
-        "--port",
-        "0",
-        "--model",
-        str(model),
-        "--backend",
-        backend,
-        "--max-queue",
-        str(max_queue),
-        *further,
-    ]
+    options = ["serve", "--port", "0", "--model", str(model), "--backend", backend, "--max-queue", str(max_queue)]
     with tempfile.TemporaryDirectory(prefix="imagine-flash-serve-") as scratch:
         log = Path(scratch) / "log"
         with log.open("wb") as written:
-            process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, *options], stdout=written, stderr=written, env={**os.environ}
-            )
+            process = subprocess.Popen([*COMMAND, *options, *further], stdout=written, stderr=written)
         try:
             yield _ready(process, log)
         finally:
@@ -132,6 +118,14 @@ class Answer:
         data = base64.b64decode(self.file) if isinstance(self.file, str) else self.file
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
+
+
+Drawn = Answer | GenerateResult
+
+
+def pixels_of(drawn: Drawn) -> NDArray[np.uint8]:
+    """The (H, W, 3) of an answer, or of a result in this process."""
+    return drawn.pixels() if isinstance(drawn, Answer) else drawn.images[0]
 
 
 class HttpClient:

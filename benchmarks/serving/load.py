@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Semaphore
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ...engine import Engine, GenerateRequest
 from ...engine.work import GenerateResult
 from ..harness import Case, case_of
 from ..pictures import different_requests
-from ..processes import SETTLED, NoProcessSize
-from .bench import HTTP, Bench
-from .clients import Answer, HttpClient, Server
+from ..processes import SETTLED
+from .bench import CLIENTS, HTTP, ON_RAY, REPLICAS, Bench
+from .clients import Answer, Drawn, HttpClient, Server, pixels_of
 
 SUBMIT = "engine.submit"
-CLIENTS, LOAD_ROUNDS, SAMPLED = 64, 7, 16
+LOAD_ROUNDS, SAMPLED = 7, 16
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Load:
     sample: set[int]
     counts: Counter[str] = field(default_factory=Counter)
     answered: Counter[int] = field(default_factory=Counter)  # by the seed asked for
-    kept: dict[int, Answer] = field(default_factory=dict)
+    kept: dict[int, Drawn] = field(default_factory=dict)
 
     def numbers(self, wanted: Sequence[GenerateRequest]) -> dict[str, float]:
         """lost: never answered with a picture; doubled: answered with a picture of another seed, or twice."""
@@ -42,59 +40,83 @@ class Load:
 
 
 def load(bench: Bench, requests: int) -> Case:
-    """Rounds of so many requests, each of its own seed, in the fewest steps: seconds per picture, 64 in flight at any time."""
+    """Rounds of so many requests by 64 clients in the fewest steps, beside the engine alone; "MB grown" is the server's."""
+    with _clients(bench.server) as clients:
+        ways = {SUBMIT: partial(submit_all, bench.engine), HTTP: partial(post_all, clients)}
+        before: list[float] = []
+        case = _rounds(
+            bench,
+            ways,
+            requests,
+            "load",
+            warm=min(requests, SETTLED),
+            begin=lambda: before.append(bench.server.resident_mb()),
+        )
+        return case.with_extra({HTTP: {"MB grown": round(bench.server.resident_mb() - before[0], 1)}})
+
+
+def load_on_ray(bench: Bench, ray: Server, requests: int) -> Case:
+    """The same clients at the server and at its replicas on Ray."""
+    with _clients(bench.server) as here, _clients(ray) as there:
+        ways = {HTTP: partial(post_all, here), ON_RAY: partial(post_all, there)}
+        return _rounds(bench, ways, requests, "load on Ray", replicas=REPLICAS)
+
+
+@contextmanager
+def _clients(server: Server) -> Iterator[list[HttpClient]]:
+    with ExitStack() as opened:
+        yield [opened.enter_context(HttpClient(server.port)) for _ in range(CLIENTS)]
+
+
+def _rounds(
+    bench: Bench,
+    ways: Mapping[str, Callable[[Sequence[GenerateRequest], Load], None]],
+    requests: int,
+    what: str,
+    *,
+    warm: int = CLIENTS,
+    begin: Callable[[], None] = lambda: None,
+    **about: int,
+) -> Case:
+    """Rounds of so many requests, each of its own seed: seconds per picture, 64 in flight at any time. The first of `ways`
+    is the baseline; begin: called when all are warm."""
     steps = min(bench.engine.steps)
     wanted = different_requests(bench.engine.artifact, LOAD_ROUNDS * requests, steps)
     sample = wanted[:: max(1, len(wanted) // SAMPLED)]
-    found = Load(sample={request.seed for request in sample})
-    pictures: dict[int, NDArray[np.uint8]] = {}
-    seconds: dict[str, list[float]] = {SUBMIT: [], HTTP: []}
-    with ExitStack() as opened:
-        clients = [opened.enter_context(HttpClient(bench.server.port)) for _ in range(CLIENTS)]
-        warm = wanted[: max(CLIENTS, min(requests, SETTLED))]
-        post_all(clients, warm, Load(sample=set()))
-        submit_all(bench.engine, warm, set())
-        before = _resident(bench.server)
-        for number, first in enumerate(range(0, len(wanted), requests)):
-            group = wanted[first : first + requests]
-            for name in (SUBMIT, HTTP) if number % 2 else (HTTP, SUBMIT):  # neither is always first
-                started = time.perf_counter()
-                if name == SUBMIT:
-                    pictures |= submit_all(bench.engine, group, found.sample)
-                else:
-                    post_all(clients, group, found)
-                seconds[name].append((time.perf_counter() - started) / requests)
-    over_http = [found.kept[seed].pixels() for seed in sorted(found.kept)]
-    checks = {SUBMIT: bench.check([pictures[r.seed] for r in sample], sample), HTTP: bench.check(over_http, sample)}
+    found = {name: Load(sample={request.seed for request in sample}) for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(wanted[: max(CLIENTS, warm)], Load(sample=set()))
+    begin()
+    for number, first in enumerate(range(0, len(wanted), requests)):
+        for name in list(ways)[:: 1 if number % 2 else -1]:  # neither is always first
+            started = time.perf_counter()
+            ways[name](wanted[first : first + requests], found[name])
+            seconds[name].append((time.perf_counter() - started) / requests)
+    kept = {name: [pixels_of(own.kept[seed]) for seed in sorted(own.kept)] for name, own in found.items()}
+    checks = {name: bench.check(pictures, sample) for name, pictures in kept.items()}
+    baseline, other = ways
     case = case_of(
         seconds,
-        baseline=SUBMIT,
+        baseline=baseline,
         checks=checks,
         repeats=requests,
-        case=bench.about("load", steps=steps, clients=CLIENTS, requests=len(wanted)),
+        case=bench.about(what, steps=steps, clients=CLIENTS, requests=len(wanted), **about),
     )
-    grown = {} if before is None else {"MB grown": round(bench.server.resident_mb() - before, 1)}
-    share = {"% of the throughput": round(100 * sum(seconds[SUBMIT]) / sum(seconds[HTTP]), 1)}
-    return case.with_extra({HTTP: {**share, **found.numbers(wanted), **grown}})
+    share = {other: {"% of the throughput": round(100 * sum(seconds[baseline]) / sum(seconds[other]), 1)}}
+    numbers = {name: own.numbers(wanted) for name, own in found.items() if name != SUBMIT}
+    return case.with_extra(share).with_extra(numbers)
 
 
-def _resident(server: Server) -> float | None:
-    try:
-        return server.resident_mb()
-    except NoProcessSize as error:
-        print(f"memory is left out: {error}")
-        return None
-
-
-def submit_all(engine: Engine, requests: Sequence[GenerateRequest], sample: set[int]) -> dict[int, NDArray[np.uint8]]:
-    """Draws the requests in this process, as many at once as there are clients; the pictures of the seeds in `sample`."""
+def submit_all(engine: Engine, requests: Sequence[GenerateRequest], found: Load) -> None:
+    """Draws the requests in this process, as many at once as there are clients."""
     places, futures = Semaphore(CLIENTS), deque[Future[GenerateResult]]()
     for request in requests:
         places.acquire()
         futures.append(engine.submit(request))
         futures[-1].add_done_callback(lambda _: places.release())
     results = [future.result() for future in futures]
-    return {result.seed: result.images[0] for result in results if result.seed in sample}
+    found.kept |= {result.seed: result for result in results if result.seed in found.sample}
 
 
 def post_all(clients: Sequence[HttpClient], requests: Sequence[GenerateRequest], found: Load) -> None:

@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from ...engine import GenerateRequest
-from ...engine.work import GenerateResult
 from ..harness import Candidate, Case, Check, measure
 from ..pictures import check_pictures, drawn_by_torch
-from .bench import HTTP, Bench
-from .clients import Answer, HttpClient, StreamClient
+from .bench import HTTP, ON_RAY, REPLICAS, Bench
+from .clients import Answer, Drawn, HttpClient, Server, StreamClient, pixels_of
 
 GENERATE, STREAM = "engine.generate", "WebSocket"
 
 
 def overhead(bench: Bench, steps: int, rounds: int) -> Case:
-    """One picture by the engine in this process, over HTTP and over a WebSocket, by one client at a time.
-
-    "overhead" is what an answer took on the wire beyond the engine's own total, which the answer says itself.
-    """
-    request, expected = drawn_by_torch(bench.folder, bench.engine.artifact)[steps]
-    answers: dict[str, list[Answer]] = {HTTP: [], STREAM: []}
+    """One picture by the engine in this process, over HTTP and over a WebSocket, by one client at a time."""
     with HttpClient(bench.server.port) as http, StreamClient(bench.server.port) as stream:
+        ways = {GENERATE: bench.engine.generate, HTTP: http.draw, STREAM: stream.draw}
+        return _one_picture(bench, ways, steps, rounds, bench.about("overhead", steps=steps))
 
-        def over(name: str, draw: Callable[[GenerateRequest], Answer]) -> Answer:
-            answers[name].append(draw(request))
-            return answers[name][-1]
 
-        candidates = [
-            Candidate(name=GENERATE, run=lambda: bench.engine.generate(request)),
-            Candidate(name=HTTP, run=partial(over, HTTP, http.draw)),
-            Candidate(name=STREAM, run=partial(over, STREAM, stream.draw)),
-        ]
+def overhead_on_ray(bench: Bench, ray: Server, rounds: int) -> Case:
+    """One picture in the fewest steps by one client; on Ray, "overhead" is beyond the total of an engine with fewer threads."""
+    steps = min(drawn_by_torch(bench.folder, bench.engine.artifact))
+    with HttpClient(bench.server.port) as here, HttpClient(ray.port) as there:
+        about = bench.about("overhead on Ray", steps=steps, replicas=REPLICAS)
+        return _one_picture(bench, {HTTP: here.draw, ON_RAY: there.draw}, steps, rounds, about)
 
-        def check(candidate: Candidate) -> Check:
-            drawn: Answer | GenerateResult = candidate.run()
-            pixels = drawn.pixels() if isinstance(drawn, Answer) else drawn.images[0]
-            return check_pictures(pixels[None], expected[None], bench.limits)
 
-        case = measure(
-            candidates, baseline=GENERATE, check=check, case=bench.about("overhead", steps=steps), n=rounds, repeats=1
-        )
-    extra = {name: overhead_of(own[-rounds:]) for name, own in answers.items()}
-    return case.with_extra(extra)
+def _one_picture(
+    bench: Bench, ways: Mapping[str, Callable[[GenerateRequest], Drawn]], steps: int, rounds: int, about: dict
+) -> Case:
+    """The first of `ways` is the baseline. "overhead" is what an answer took on the wire beyond the engine's own total,
+    which the answer says itself."""
+    request, expected = drawn_by_torch(bench.folder, bench.engine.artifact)[steps]
+    answers: dict[str, list[Answer]] = {name: [] for name in ways}
+
+    def draw(name: str) -> Drawn:
+        drawn = ways[name](request)
+        if isinstance(drawn, Answer):
+            answers[name].append(drawn)
+        return drawn
+
+    def check(candidate: Candidate) -> Check:
+        return check_pictures(pixels_of(candidate.run())[None], expected[None], bench.limits)
+
+    candidates = [Candidate(name=name, run=lambda name=name: draw(name)) for name in ways]
+    case = measure(candidates, baseline=candidates[0].name, check=check, case=about, n=rounds, repeats=1)
+    return case.with_extra({name: overhead_of(own[-rounds:]) for name, own in answers.items() if own})
 
 
 def overhead_of(answers: Sequence[Answer]) -> dict[str, float]:
