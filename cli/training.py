@@ -19,6 +19,13 @@ EmbeddedJudge = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A judge that train-judge wrote; by default the embedded one (checkout only)."),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Also log to tensorboard, wandb, mlflow, aim or another tracker of accelerate; may be repeated.",
+    ),
+]
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
 
@@ -32,19 +39,20 @@ def train_teacher_command(
         typer.Option(metavar="TEACHER", help="Begin with this teacher's weights, and keep its autoencoder."),
     ] = None,
     device: Device = None,
+    track: Track = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a text-to-image teacher on emoji scenes, into a diffusers folder."""
-    writable(out, make=True)
     training()
+    writable(out, make=True)
     from ..distill.devices import use_device
     from ..distill.recipe import TeacherRecipe, load_recipe
     from ..distill.teacher import train_teacher
 
     settings = load_recipe(recipe, TeacherRecipe)
     use_device(device)
-    train_teacher(settings, out, start=start, font=font, console=progress())
+    train_teacher(settings, out, start=start, font=font, console=progress(), track=track or ())
     say(str(out))
 
 
@@ -61,13 +69,19 @@ def distill_command(
     start: Annotated[
         Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights instead of the teacher's.")
     ] = None,
+    plan_memory: Annotated[
+        bool, flag("--plan-memory", help="Say what the run would take of memory, and train nothing.")
+    ] = False,
     device: Device = None,
+    track: Track = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Distil a teacher into a student of 1, 2 and 3 steps."""
-    writable(out, make=True)
     training()
+    if plan_memory:
+        return _say_memory(teacher, recipe)
+    writable(out, make=True)
     from ..distill.data.prompts import read_prompts
     from ..distill.devices import use_device
     from ..distill.methods import load_distill_recipe
@@ -75,9 +89,29 @@ def distill_command(
 
     settings, texts = load_distill_recipe(recipe), read_prompts(prompts) if prompts else None
     use_device(device)
-    distill(teacher, out, settings, prompts=texts, start=start, font=font, console=progress())
+    distill(teacher, out, settings, prompts=texts, start=start, font=font, console=progress(), track=track or ())
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")
+
+
+def _say_memory(teacher: Path, recipe: str) -> None:
+    """The parts of a run's memory, one a line, and their sum."""
+    from ..distill.devices import use_device
+    from ..distill.memory import plan_memory as planned
+    from ..distill.methods import load_distill_recipe
+
+    use_device("cpu")
+    plan = planned(teacher, load_distill_recipe(recipe))
+    lines = {
+        "weights that do not train": plan.frozen,
+        "weights that train, and their average": plan.trained,
+        "moments of the optimiser": plan.moments,
+        "activations, gradients and targets": plan.update,
+        "in all": plan.total,
+    }
+    for name, count in lines.items():
+        say(f"{count / 2**30:8.2f} GiB  {name}")
+    note("beside what torch itself takes. Less: lora, teacher_dtype, gradient_checkpointing, accumulate in the recipe")
 
 
 def train_judge_command(
@@ -90,10 +124,10 @@ def train_judge_command(
     quiet: Quiet = False,
 ) -> None:
     """Train the classifier that measures prompt fidelity and FD (judge)."""
+    training()
     writable(out, make=True)
     if out.is_dir():
         raise ImagineFlashError(f"cannot write {out}: it is a folder; name a file such as {out / 'judge.safetensors'}")
-    training()
     from ..benchmarks.quality.judge import JudgeRecipe, train_judge
     from ..distill.devices import use_device
     from ..distill.recipe import load_recipe
@@ -151,8 +185,8 @@ def evaluate_command(
 
     Pictures are kept in OUTPUT.run: the same command goes on where a stopped one was.
     """
-    writable(output)
     training()
+    writable(output)
     teacher, student = teacher or _embedded("teacher"), None if teacher_only else student or _embedded("student")
     from rich.console import Console
 
@@ -197,8 +231,8 @@ def study_command(
 
     Students and pictures are kept in OUTPUT.run: the same command goes on with what is not there yet.
     """
-    writable(output, make=True)
     training()
+    writable(output, make=True)
     from ..benchmarks.quality.study import run_study, study_as_markdown
 
     record = run_study(

@@ -10,11 +10,11 @@ import signal
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +25,12 @@ from rich.console import Console
 from torch import nn
 
 from ..core.errors import ImagineFlashError, Interrupted
-from ..folders.files import atomic_file
+from .best import Best
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .optimizers import build_optimizers, clipped_together, rate_factor, special_parts
 from .processes import on_cpu
-from .progress import progress_bar
 from .recipe import Fit
+from .report import Report, check_trackers, start_trackers
 from .reproducible import Part
 
 _MOST_SKIPPED = 50
@@ -68,6 +68,10 @@ class Task(Protocol):
         """A picture of how it goes, drawn with the weights that `module` has now."""
         return None
 
+    def validate(self) -> dict[str, float]:
+        """Figures of the weights that `module` has now, the one that says which are best first: less is better."""
+        return {}
+
 
 def _single_threaded_worker() -> ThreadPoolExecutor:
     """A thread for the next batch that computes on one core: a second team of threads makes the training a fifth slower."""
@@ -81,12 +85,15 @@ def _single_threaded_worker() -> ThreadPoolExecutor:
 class _Run:
     """Network, optimiser and EMA of one task, prepared by accelerate."""
 
-    def __init__(self, task: Task, fit: Fit) -> None:
+    def __init__(self, task: Task, fit: Fit, track: Sequence[str], folder: Path) -> None:
         self.task, self.fit = task, fit
         parts = DistributedDataParallelKwargs(
             find_unused_parameters=bool(special_parts(task.module))
         )  # not all learn at once
-        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts])
+        logs: dict[str, Any] = {"log_with": list(track), "project_dir": str(folder / "trackers")} if track else {}
+        self.accelerator = Accelerator(
+            cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts], **logs
+        )
         if self.accelerator.distributed_type not in (*_PLAIN, DistributedType.NO):
             raise ImagineFlashError(
                 f"{self.accelerator.distributed_type} shards weights, which checkpoints here do not follow; "
@@ -148,19 +155,32 @@ class _Run:
                 f"{self.task.name}: the gradient was not finite for {_MOST_SKIPPED} steps up to {step}; lower the learning rate"
             )
 
-    def preview(self, path: Path) -> None:
+    @contextmanager
+    def average(self) -> Iterator[None]:
+        """The averaged weights stand in the module, which is not training."""
         self.ema.store(self.averaged)
         self.ema.copy_to(self.averaged)
         self.task.module.eval()
         try:
-            picture = self.task.preview()
+            yield
         finally:
             self.task.module.train()
             self.ema.restore(self.averaged)
-        if picture is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary:
-                picture.save(temporary, format="PNG")
+
+    def look(self, step: int, report: Report, best: Best) -> None:
+        """What the recipe asks for after `step` updates: a picture, figures."""
+        previews, validations = self.fit.preview_every, self.fit.validate_every
+        if report.main and previews and step % previews == 0:
+            with self.average():
+                picture = self.task.preview()
+            if picture is not None:
+                report.picture(picture, step)
+        if validations and step % validations == 0:
+            with self.average(), torch.no_grad():
+                figures = self.task.validate()
+                if figures and (self.fit.keep_best or self.fit.patience):
+                    best.offer(figures, step, self.averaged, write=report.main)
+            report.figures(figures, step)
 
 
 @contextmanager
@@ -182,7 +202,9 @@ def _asked_to_stop() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def fit(task: Task, settings: Fit, folder: Path, console: Console | None = None) -> dict[str, float]:
+def fit(
+    task: Task, settings: Fit, folder: Path, console: Console | None = None, *, track: Sequence[str] = ()
+) -> dict[str, float]:
     """Train `task.module` in place and leave its EMA weights in it. Resumes from `folder`/checkpoints where there is one.
 
     Args:
@@ -190,40 +212,62 @@ def fit(task: Task, settings: Fit, folder: Path, console: Console | None = None)
         settings: steps, optimiser, EMA and intervals.
         console: of the progress bar; by default standard error.
         folder: the run's folder; `checkpoints/{task}.safetensors`, `previews/{task}-{step}.png` and `logs/{task}.csv` go there.
+        track: trackers by accelerate's names; local ones write to `trackers/`.
     Returns:
-        {"steps", "seconds"} of all sittings, and "loss", the mean of the last hundred steps, where any were made.
+        {"steps", "seconds"} of all sittings, "loss", the mean of the last hundred steps, where any were made, and "best_step"
+        and "best", the least figure, where the recipe keeps the best.
     """
-    run, checkpoint = _Run(task, settings), folder / "checkpoints" / f"{task.name}.safetensors"
+    check_trackers(track)
+    run, checkpoint = _Run(task, settings, track, folder), folder / "checkpoints" / f"{task.name}.safetensors"
     done, before = load_checkpoint(checkpoint, run.state) if checkpoint.exists() else (0, 0.0)
-    last, losses = settings.steps, []
-    main = run.accelerator.is_main_process
-    log = folder / "logs" / f"{task.name}.csv"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    best = Best(checkpoint.with_name(f"{task.name}-best.safetensors"), task.fingerprint, settings.patience)
+    trackers = start_trackers(run.accelerator, task.name, settings) if track else []
+    report = Report(task.name, folder, trackers, console, main=run.accelerator.is_main_process)
     task.module.train()
-    started = saved = time.monotonic()
-    progress = progress_bar(console, disable=not main)
-    with _asked_to_stop() as stop, progress as bar, _single_threaded_worker() as ahead, log.open("a") as lines:
-        shown = bar.add_task(task.name, total=last, completed=done)
-        waiting = ahead.submit(run.batches, done)
-        for step in range(done, last):
-            batches, waiting = waiting.result(), ahead.submit(run.batches, step + 1)
-            losses.append(run.update(batches, step))
-            bar.update(shown, advance=1, description=f"{task.name} loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
-            if not main:
-                continue
-            lines.write(f"{step},{losses[-1]!r},{time.monotonic() - started:.1f}\n")
-            if stop.is_set() or time.monotonic() - saved > settings.checkpoint_minutes * 60 or step + 1 == last:
-                lines.flush()
-                spent = before + time.monotonic() - started
-                save_checkpoint(checkpoint, run.state, step=step + 1, seconds=spent)
-                saved = time.monotonic()
-                if stop.is_set():
-                    raise Interrupted(
-                        f"interrupted after {step + 1} of {last} updates; the same command goes on from there"
-                    )
-            if settings.preview_every and (step + 1) % settings.preview_every == 0:
-                run.preview(folder / "previews" / f"{task.name}-{step + 1:06d}.png")
+    started = time.monotonic()
+    with _asked_to_stop() as stop, report, _single_threaded_worker() as ahead:
+        report.begin(settings.steps, done)
+        sitting = _Sitting(run, report, best, checkpoint, before - started)
+        done = sitting.train(done, stop, ahead)
     run.ema.copy_to(run.averaged)
+    if settings.keep_best:
+        run.accelerator.wait_for_everyone()
+        best.restore(run.averaged)
     task.module.eval()
-    recent = {"loss": sum(losses[-100:]) / len(losses[-100:])} if losses else {}
-    return {"steps": float(last), "seconds": round(before + time.monotonic() - started, 1), **recent}
+    figures = {"steps": float(done), "seconds": round(before + time.monotonic() - started, 1)}
+    figures |= {} if report.recent is None else {"loss": report.recent}
+    return figures | ({"best_step": float(best.step), "best": best.value} if best.step else {})
+
+
+class _Sitting(NamedTuple):
+    """The updates of one sitting; since: what to add to the clock for the seconds of all of them."""
+
+    run: _Run
+    report: Report
+    best: Best
+    checkpoint: Path
+    since: float
+
+    def train(self, done: int, stop: threading.Event, ahead: ThreadPoolExecutor) -> int:
+        """Every update from `done` on, with its checkpoints; returns how many there are now. Raises Interrupted after Ctrl-C."""
+        last, saved, waiting = self.run.fit.steps, time.monotonic(), ahead.submit(self.run.batches, done)
+        for step in range(done, last):
+            if self.best.exhausted(step):
+                return step
+            batches, waiting = waiting.result(), ahead.submit(self.run.batches, step + 1)
+            self.report.update(step, self.run.update(batches, step), time.monotonic() + self.since)
+            self.run.look(step + 1, self.report, self.best)
+            ends = step + 1 == last or stop.is_set() or self.best.exhausted(step + 1)
+            if self.report.main and (ends or time.monotonic() - saved > self.run.fit.checkpoint_minutes * 60):
+                self.save(step + 1)
+                saved = time.monotonic()
+            if self.report.main and stop.is_set():
+                raise Interrupted(
+                    f"interrupted after {step + 1} of {last} updates; the same command goes on from there"
+                )
+        return max(done, last)
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step` updates."""
+        self.report.flush()
+        save_checkpoint(self.checkpoint, self.run.state, step=step, seconds=time.monotonic() + self.since)

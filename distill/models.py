@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from ..core.errors import RecipeError
 from ..core.noise import step_noise
 from ..core.prediction import x0_and_eps
 from ..core.schedule import NoiseSchedule
@@ -22,8 +24,9 @@ from ..pipelines.architectures import architecture_of, stages_of
 from ..pipelines.loading import load_pipeline, load_student_pipeline
 from ..pipelines.networks import Conditions
 from ..pipelines.stages import Stages
+from .recipe import DistillRecipe
 
-Times = float | torch.Tensor  # one timestep index for the batch, or one per row (B,)
+Times = float | torch.Tensor  # one timestep index for the batch, or a whole one per row (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +84,22 @@ class Denoiser:
         if not isinstance(t, torch.Tensor):
             alpha_t, sigma_t = self.schedule.at(t)
             return float(alpha_t), float(sigma_t)
-        pair = (torch.from_numpy(v).to(like.device, torch.float32) for v in self.schedule.at(t.cpu().numpy()))
-        alpha_t, sigma_t = (v.view(-1, *(1,) * (like.ndim - 1)) for v in pair)
-        return alpha_t, sigma_t
+        alpha_t, sigma_t, _ = self._tables.to(like.device)[:, t.to(like.device)]
+        shape = (-1, *(1,) * (like.ndim - 1))
+        return alpha_t.view(shape), sigma_t.view(shape)
 
     def _network_time(self, t: Times, x_t: torch.Tensor) -> torch.Tensor:
         """What the network is told at t, float32 (B,)."""
-        told = self.schedule.network_time(t.cpu().numpy() if isinstance(t, torch.Tensor) else t)
-        return torch.as_tensor(told, dtype=torch.float32).to(x_t.device).expand(x_t.shape[0])
+        if isinstance(t, torch.Tensor):
+            return self._tables.to(x_t.device)[2, t.to(x_t.device)].expand(x_t.shape[0])
+        told = torch.as_tensor(self.schedule.network_time(t), dtype=torch.float32)
+        return told.to(x_t.device).expand(x_t.shape[0])
+
+    @cached_property
+    def _tables(self) -> torch.Tensor:
+        """alpha, sigma and what the network is told, at every timestep index: float32 (3, T)."""
+        told = self.schedule.network_time(np.arange(self.schedule.num_train_timesteps))
+        return torch.from_numpy(np.stack([self.schedule.alpha, self.schedule.sigma, told])).float()
 
 
 Step = Callable[[torch.Tensor, Times], torch.Tensor]
@@ -190,6 +201,16 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Model:
     """The model of a pipeline folder or hub id, or of a student, frozen. Raises ArtifactError for what is not one."""
     is_student = (Path(folder) / STUDENT_FILE).is_file()
     return model_of((load_student_pipeline if is_student else load_pipeline)(folder, dtype=dtype))
+
+
+def load_teacher(folder: str | Path, recipe: DistillRecipe) -> Model:
+    """The teacher in the recipe's type. RecipeError for plans that start elsewhere than at its T."""
+    teacher = load_model(folder, getattr(torch, recipe.teacher_dtype))
+    last = teacher.denoiser.last_time
+    for timesteps in recipe.plans.values():
+        if timesteps[0] != last:
+            raise RecipeError(f"plans must start at the teacher's last time {last}, got {list(timesteps)}")
+    return teacher
 
 
 def plain_attention(model: Model) -> None:

@@ -39,6 +39,15 @@ class Fit(Frozen):
     mixed_precision: Literal["no", "bf16"] = "no"  # weights stay float32; fp16 overflows at high noise
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
     preview_every: Annotated[int, Field(ge=0)] = 500
+    validate_every: Annotated[int, Field(ge=0)] = 0  # updates between two validations; 0: none
+    keep_best: bool = False  # the weights of the best validation are the result, not the last ones
+    patience: Annotated[int, Field(ge=0)] = 0  # updates without a better validation that end the training; 0: none do
+
+    @model_validator(mode="after")
+    def _validates(self) -> Self:
+        if (self.keep_best or self.patience) and not self.validate_every:
+            raise ValueError("keep_best and patience need validate_every, the updates between two validations")
+        return self
 
 
 class Autoencoder(Frozen):

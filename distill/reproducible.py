@@ -42,9 +42,10 @@ def part_of(batch: Any, size: int, part: Part) -> Any:
 
 
 def _may_change(recipe: BaseModel) -> set[str]:
-    """What a run may change and go on: intervals, and the length where no rate depends on it."""
+    """What a run may change and go on: how often it looks, and the length where no rate depends on it."""
     open_ended = getattr(getattr(recipe, "fit", recipe), "schedule", "") == "constant"
-    return {"checkpoint_minutes", "preview_every"} | ({"steps"} if open_ended else set())
+    looks = {"checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"}
+    return looks | ({"steps"} if open_ended else set())
 
 
 def fingerprint(*parts: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from .data.prompts import emoji_prompts
 from .data.vocabulary import all_words, vocabulary
 from .fit import fit
 from .methods import method_named
-from .models import Model, load_model
+from .models import Model, load_model, load_teacher
 from .processes import processes
 from .recipe import DistillRecipe
+from .report import check_trackers
 from .saving import save_lora, save_pipeline
 from .task import DistillTask
 from .teacher import PREVIEW_PROMPTS
@@ -33,13 +35,15 @@ def distill(
     start: Path | None = None,
     font: Path | None = None,
     console: Console | None = None,
+    track: Sequence[str] = (),
 ) -> StudentManifest:
     """Distil `teacher_folder` into the student folder `out`; the run's state is kept beside it in `{out}.run`.
 
     prompts: instead of captions of emoji scenes. start: a student folder whose weights it begins with, instead of the
-    teacher's. Called again after a kill, it goes on where the last checkpoint was. Errors: ArtifactError for a folder that is not a
-    pipeline, RecipeError for a plan outside the teacher's schedule.
+    teacher's. track: trackers by accelerate's names, tensorboard for one. Called again after a kill, it goes on where the last
+    checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
+    check_trackers(track)
     console = console or Console(stderr=True)
     out = out.resolve()
     if out == teacher_folder.resolve():
@@ -48,7 +52,7 @@ def distill(
     if recipe.lora is not None and start is not None:
         raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
     folder = student_folder(teacher_folder)
-    teacher, teacher_sha256 = _teacher(folder, recipe), hash_folder(folder)
+    teacher, teacher_sha256 = load_teacher(folder, recipe).to(processes().device), hash_folder(folder)
     run = out.with_name(out.name + ".run")
     pictures = _pictures(recipe, teacher, run, font, prompts)
     begun = (load_model(start).to(processes().device), hash_folder(start)) if start else None
@@ -63,7 +67,7 @@ def distill(
             shown=() if prompts else PREVIEW_PROMPTS,
             text_file=run / "text.safetensors" if recipe.cache_text else None,
         )
-    figures = fit(task, recipe.fit, run, console)
+    figures = fit(task, recipe.fit, run, console, track=track)
     if processes().is_main_process:
         console.print(f"student: {figures}")
     manifest = StudentManifest(
@@ -79,17 +83,6 @@ def distill(
     )
     _save(task, out, manifest)
     return manifest
-
-
-def _teacher(folder: Path, recipe: DistillRecipe) -> Model:
-    """The teacher in the recipe's type, where the training computes. RecipeError for plans that start elsewhere than at its T."""
-    dtype: torch.dtype = getattr(torch, recipe.teacher_dtype)
-    teacher = load_model(folder, dtype).to(processes().device)
-    last = teacher.denoiser.last_time
-    for timesteps in recipe.plans.values():
-        if timesteps[0] != last:
-            raise RecipeError(f"plans must start at the teacher's last time {last}, got {list(timesteps)}")
-    return teacher
 
 
 def _pictures(

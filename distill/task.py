@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..core.plan import StepPlan
 from ..core.update import UpdateTable
 from .backward import table_of
 from .data.embeddings import Embeddings
@@ -24,6 +25,9 @@ from .models import Denoiser, Model, noise_of, noises_of, plain_attention
 from .recipe import DistillRecipe
 from .reproducible import Part, fingerprint, part_of, rows_of, seeded
 from .teacher import draw
+
+_VALIDATED = 32  # prompts
+_VALIDATION_SEED = 1 << 30  # far from what a training or a preview draws
 
 
 class DistillTask(Task):
@@ -66,6 +70,7 @@ class DistillTask(Task):
         self.module = self.loss = DistillationLoss(self.method, self.student.denoiser, denoiser, recipe)
         self.reference = replace(teacher, denoiser=denoiser)
         self.shown, self._teacher_row = list(shown or prompts[:8]), None
+        self._teacher_latents: torch.Tensor | None = None
         self.shown_text, self.uncond = teacher.embed(self.shown), teacher.embed_negative(recipe.negative_prompt)
         self.text = Embeddings(teacher, prompts, text_file, teacher_sha256)
 
@@ -99,6 +104,26 @@ class DistillTask(Task):
 
     def after_update(self, step: int) -> None:
         self.loss.after_update(step)
+
+    def validate(self) -> dict[str, float]:
+        """Mean squared distance of the student's latents to those of the guided teacher in 25 steps, from noises of its own:
+        over all plans ("distance"), and for each ("distance_3" for 3 steps)."""
+        rows = torch.arange(min(_VALIDATED, len(self.text)))
+        noise = noise_of([_VALIDATION_SEED + int(row) for row in rows], self.student.latent_shape)
+        device = next(self.student.network.parameters()).device
+        noise, text = noise.to(device), self.text[rows]
+        if self._teacher_latents is None:
+            table = table_of(
+                self.teacher.denoiser, StepPlan.trailing(25, self.teacher.denoiser.last_time + 1).timesteps
+            )
+            guidance = sum(self.recipe.guidance) / 2
+            self._teacher_latents = self.reference.sample(noise, text, table, uncond=self.uncond, guidance=guidance)
+        distances = {}
+        for steps, table in inference_tables(self.teacher.denoiser, self.recipe).items():
+            fresh = [each.to(device) for each in noises_of(list(range(len(rows))), self.student.latent_shape, table)]
+            drawn = self.student.sample(noise, text, table, noises=fresh)
+            distances[f"distance_{steps}"] = float((drawn - self._teacher_latents).square().mean())
+        return {"distance": sum(distances.values()) / len(distances)} | distances
 
     def preview(self) -> Image.Image:
         """A row of the guided teacher in 25 steps, then one for each plan of the student, all from the same noises."""

@@ -31,6 +31,7 @@ from .grids import grid
 from .models import Model, load_model, model_of, noise_of, plain_attention
 from .processes import processes
 from .recipe import TeacherRecipe
+from .report import check_trackers
 from .reproducible import Part, fingerprint, part_of, seeded
 from .saving import save_pipeline
 from .tokenizer import train_tokenizer
@@ -45,6 +46,8 @@ PREVIEW_PROMPTS: tuple[str, ...] = (
     "a rocket above a house on a blue background",
     "an octopus below a star on purple",
 )
+
+_VALIDATION_STEP = 1 << 30  # a batch that no training comes to
 
 
 def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
@@ -178,6 +181,10 @@ class TeacherTask(Task):
         batch = {"x0": x0, "ids": ids, "eps": torch.randn(x0.shape, generator=draw), "t": t}
         return part_of(batch, size, part)
 
+    def validate(self) -> dict[str, float]:
+        """The loss at times, noises and captions of its own, which no update has."""
+        return {"loss": float(self.module(**self.batch(_VALIDATION_STEP, Part())))}
+
     def preview(self) -> Image.Image:
         prompts = list(PREVIEW_PROMPTS)
         return grid(draw(self.model, prompts * 2, list(range(16)), steps=25, guidance=2.0), columns=8)
@@ -210,12 +217,15 @@ def train_teacher(
     start: Path | None = None,
     font: Path | None = None,
     console: Console | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train everything and write the pipeline folder `out`; the run's state is kept beside it in `{out}.run`.
 
+    track: trackers by accelerate's names, tensorboard for one.
     start: another teacher's folder; its autoencoder is kept, and the other networks begin with its weights where the shapes allow.
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
     """
+    check_trackers(track)
     console = console or Console(stderr=True)
     out = out.resolve()
     refuse_foreign(out, ())
@@ -227,7 +237,7 @@ def train_teacher(
         model = build_model(recipe, first.autoencoder)  # before the hours of training: it may not fit together
         first.autoencoder.decoder.requires_grad_(True)  # a model's stages are frozen
         run.mkdir(parents=True, exist_ok=True)
-        figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run, console)
+        figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run, console, track=track)
         console.print(f"autoencoder: {figures['autoencoder']}")
     else:
         earlier = load_model(start)
@@ -241,7 +251,7 @@ def train_teacher(
             model, run / "latents.safetensors", seed=recipe.seed, size=recipe.image_size, count=recipe.scenes, font=font
         )
     task = TeacherTask(recipe, model, latents, hash_folder(start) if start else "")
-    figures["teacher"] = fit(task, recipe.fit, run, console)
+    figures["teacher"] = fit(task, recipe.fit, run, console, track=track)
     console.print(f"teacher: {figures['teacher']}")
     save_pipeline(model, out)
     return figures

@@ -17,7 +17,8 @@ def kept(path: Path, identity: str, compute: Callable[[], dict[str, torch.Tensor
     if _identity(path) != identity:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            save_file(compute(), str(temporary), metadata={"identity": identity})
+            tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+            save_file(tensors, str(temporary), metadata={"identity": identity})
     return load_file(str(path))
 
 

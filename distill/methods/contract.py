@@ -106,7 +106,7 @@ class DistillationLoss(nn.Module):
     def __init__(self, method: Method, student: Denoiser, teacher: Denoiser, recipe: DistillRecipe) -> None:
         super().__init__()
         self.student = student.network
-        self._method, self._recipe, self._denoisers = method, recipe, (student, teacher)
+        self._method, self._recipe, self.denoisers = method, recipe, (student, teacher)
         self._companions = method.companions(student, teacher, recipe)
         for name, companion in self._companions.items():
             if recipe.lora is not None and isinstance(companion.network, type(teacher.network) | type(student.network)):
@@ -121,11 +121,11 @@ class DistillationLoss(nn.Module):
         return {name: companion.network for name, companion in self._companions.items()}
 
     def forward(self, **batch: Any) -> torch.Tensor:
-        return self._method.loss(*self._denoisers, batch, self._recipe, self.companions)
+        return self._method.loss(*self.denoisers, batch, self._recipe, self.companions)
 
     def after_update(self, step: int) -> None:
         """Once a step's optimisers have moved the weights."""
-        self._method.after_update(self._denoisers[0], self.companions, self._recipe, step)
+        self._method.after_update(self.denoisers[0], self.companions, self._recipe, step)
 
     def parameter_groups(self) -> dict[str, tuple[nn.Module, float, tuple[float, float]]]:
         """Parts with a learning rate and betas of their own; the rest goes by the recipe's `fit`."""

@@ -10,8 +10,10 @@ The student is drawn with by re-noising: z_s = alpha_s f + sigma_s z, z fresh no
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -57,9 +59,15 @@ def draw(draws: Draws, recipe: LcmRecipe) -> Batch:
 
 def consistency(denoiser: Denoiser, z: torch.Tensor, t: Times, text: Conditions) -> torch.Tensor:
     """f(z, t), for which f(z, 0) = z."""
-    told = t.cpu().numpy() if isinstance(t, torch.Tensor) else [t]
-    c_skip, c_out = (torch.tensor(c, dtype=z.dtype, device=z.device).view(-1, 1, 1, 1) for c in SAMPLER.scalings(told))
+    rows = torch.as_tensor(t, device=z.device).view(-1, 1, 1, 1)
+    c_skip, c_out = torch.from_numpy(_scalings(denoiser.last_time)).to(z.device, z.dtype)[:, rows]
     return c_skip * z + c_out * denoiser.x0_eps(z, t, text)[0]
+
+
+@lru_cache(8)
+def _scalings(last_time: int) -> np.ndarray:
+    """c_skip and c_out at every timestep index, float64 (2, T)."""
+    return np.stack(SAMPLER.scalings(np.arange(last_time + 1)))
 
 
 def loss(student: Denoiser, teacher: Denoiser, batch: Batch, recipe: LcmRecipe, companions: Companions) -> torch.Tensor:

@@ -124,17 +124,14 @@ distill(Path(sys.argv[1]), Path(sys.argv[2]), distill_recipe(json.loads(sys.argv
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_method", [False, True])
-def test_killed_and_resumed_gives_the_bit_identical_next_loss(
-    whole_method: bool, teacher: Path, tmp_path: Path
-) -> None:
-    """Also with the discriminator, its optimiser's group, Muon, EMA and every kind of target."""
+def test_killed_and_resumed_gives_the_bit_identical_next_loss(teacher: Path, tmp_path: Path) -> None:
+    """With the discriminator, its optimiser's group, Muon, EMA and every kind of target."""
     import json
 
-    fit = {"steps": 30, "batch": 2, "preview_every": 0, "checkpoint_minutes": 1e-6}
+    fit = {"steps": 20, "batch": 2, "preview_every": 0, "checkpoint_minutes": 1e-6}
     more = {"adversarial": {"ramp": 10}, "plain_share": 0.5, "loss_weight": "v", "guidance_at_0": 1.0}
     muon = {"optimizer": "muon", "mixed_precision": "bf16"}
-    recipe = json.dumps({"prompts": 40, "fit": fit | (muon if whole_method else {}), **(more if whole_method else {})})
+    recipe = json.dumps({"prompts": 40, "fit": fit | muon, **more})
 
     def command(out: Path) -> list[str]:
         return [sys.executable, "-c", _SCRIPT, str(teacher), str(out), recipe]
@@ -156,7 +153,7 @@ def test_killed_and_resumed_gives_the_bit_identical_next_loss(
     steps_of_killed = [row.split(",")[0] for row in log.read_text().splitlines()]
     assert steps_of_killed.count("0") == 1, "it started again instead of going on"
     whole = losses(tmp_path / "whole.run" / "logs" / "student.csv")
-    assert len(whole) == 30 and losses(log) == whole
+    assert len(whole) == 20 and losses(log) == whole
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 

@@ -1,0 +1,63 @@
+"""The best weights of a training by a figure of its own, and when to stop looking for better ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..folders.files import atomic_file
+
+
+class Best:
+    """Keeps in `path` the weights at which the first figure of a validation was least.
+
+    patience: updates without a better one after which the training may end; 0: never. A resumed run knows what was found.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, patience: int) -> None:
+        self.path, self.fingerprint, self.patience = path, fingerprint, patience
+        self.step, self.value = 0, float("inf")
+        if path.exists():
+            self._read()
+
+    def offer(
+        self, figures: Mapping[str, float], step: int, weights: Sequence[torch.Tensor], *, write: bool = True
+    ) -> None:
+        """The figures of `weights` after `step` updates; a value that is not finite is never the best."""
+        value = next(iter(figures.values()))
+        if not value < self.value:
+            return
+        self.step, self.value = step, value
+        if not write:
+            return
+        tensors = {str(i): weight.detach().cpu().contiguous() for i, weight in enumerate(weights)}
+        metadata = {"fingerprint": self.fingerprint, "step": str(step), "value": repr(value)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path) as temporary:
+            save_file(tensors, str(temporary), metadata=metadata)
+
+    def exhausted(self, step: int) -> bool:
+        """Whether the last `patience` updates brought nothing better."""
+        return bool(self.step) and 0 < self.patience <= step - self.step
+
+    @torch.no_grad()
+    def restore(self, weights: Sequence[torch.Tensor]) -> None:
+        """Put the best ones in place, where any were kept."""
+        if self.step:
+            with safe_open(str(self.path), "pt") as file:
+                for i, weight in enumerate(weights):
+                    weight.copy_(file.get_tensor(str(i)))
+
+    def _read(self) -> None:
+        """What an earlier sitting found; a file of another run or a damaged one counts as none."""
+        try:
+            with safe_open(str(self.path), "pt") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError):
+            return
+        if metadata.get("fingerprint") == self.fingerprint:
+            self.step, self.value = int(metadata["step"]), float(metadata["value"])

@@ -1,0 +1,59 @@
+"""The plan of a training's memory, against what a real update takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagine_flash.distill.memory import peak_of_update, plan_memory
+from imagine_flash.distill.methods import METHODS, distill_recipe
+from imagine_flash.distill.models import load_teacher
+from imagine_flash.distill.task import DistillTask
+from imagine_flash.tests.commands import run
+from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+
+FIT = {"steps": 2, "batch": 4, "optimizer": "adamw"}
+QUICK = {"plans": {1: [999]}, "teacher_steps": 1, "fit": FIT}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory") / "teacher"
+    build_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "lcm"},
+        {"lora": {"rank": 4}, "gradient_checkpointing": True},
+        *(pytest.param({"method": name}, marks=pytest.mark.slow) for name in METHODS if name != "lcm"),
+    ],
+    ids=lambda values: "-".join(map(str, values.values()))[:20],
+)
+def test_what_is_counted_on_fake_tensors_is_what_an_update_makes(values: dict[str, Any], teacher: Path) -> None:
+    recipe = distill_recipe({"method": "imagine_flash", **values, "fit": FIT})
+    model = load_teacher(teacher, recipe)
+    pictures = torch.zeros(4, *model.latent_shape)
+    task = DistillTask(recipe, model, list(CAPTIONS[:4]), "", pictures=pictures)
+    assert peak_of_update(task) == pytest.approx(peak_of_update(task, fake=False), rel=0.01)
+
+
+def test_the_plan_counts_each_weight_once(teacher: Path) -> None:
+    whole = plan_memory(teacher, distill_recipe(QUICK))
+    lora = plan_memory(teacher, distill_recipe({**QUICK, "lora": {"rank": 2}}))
+    weights = 4 * sum(p.numel() for p in load_teacher(teacher, distill_recipe(QUICK)).network.parameters())
+    assert whole.trained == 2 * weights and whole.moments == 2 * weights  # student and average; two moments
+    assert lora.trained < whole.trained / 4 and lora.frozen == whole.frozen
+
+
+def test_the_command_says_it_and_writes_nothing(teacher: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**QUICK, "fit": {**FIT, "accumulate": 4}}), encoding="utf-8")
+    done = run("distill", teacher, tmp_path / "new" / "student", "--plan-memory", "--recipe", recipe)
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == [recipe]
+    sizes = [float(line.split(" GiB ")[0]) for line in done.stdout.splitlines()]
+    assert len(sizes) == 5 and sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.03)

@@ -1,0 +1,121 @@
+"""What a training says of itself: validations, the best weights, trackers."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from imagine_flash.core.errors import ImagineFlashError, RecipeError
+from imagine_flash.distill.fit import Task, fit
+from imagine_flash.distill.recipe import Fit, parse_recipe
+from imagine_flash.distill.reproducible import Part
+from imagine_flash.tests.commands import fails
+
+
+class _Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((self.w - x) ** 2).mean()
+
+
+class _Slope(Task):
+    """w goes up towards 10, and the validation is best at `at`."""
+
+    name, fingerprint = "line", "line"
+    module: _Line
+
+    def __init__(self, at: float = 0.3) -> None:
+        self.module, self.at, self.seen = _Line(), at, []
+
+    def batch(self, step: int, part: Part) -> dict[str, Any]:
+        return {"x": torch.full((2,), 10.0)}
+
+    def validate(self) -> dict[str, float]:
+        self.seen.append(self.module.w.item())
+        return {"away": abs(self.seen[-1] - self.at), "w": self.seen[-1]}
+
+
+def settings(**more: Any) -> Fit:
+    common = {"warmup": 0, "schedule": "constant", "learning_rate": 0.05, "ema_decay": 0.0, "preview_every": 0}
+    return Fit.model_validate({"steps": 20, "batch": 2, "validate_every": 2, "keep_best": True, **common, **more})
+
+
+def test_the_best_validation_is_the_result(tmp_path: Path) -> None:
+    task = _Slope()
+    figures = fit(task, settings(), tmp_path)
+    assert len(task.seen) == 10 and figures["steps"] == 20
+    nearest = min(task.seen, key=lambda w: abs(w - task.at))
+    assert task.module.w.item() == nearest and figures["best"] == pytest.approx(abs(nearest - task.at))
+    assert task.seen[int(figures["best_step"]) // 2 - 1] == nearest
+    last = _Slope()
+    fit(last, settings(keep_best=False), tmp_path / "last")
+    assert last.module.w.item() == pytest.approx(task.seen[-1])
+
+
+def test_patience_ends_it_and_the_same_command_goes_no_further(tmp_path: Path) -> None:
+    task = _Slope()
+    first = fit(task, settings(patience=4), tmp_path)
+    assert first["steps"] == first["best_step"] + 4 < 20
+    again = _Slope()
+    assert fit(again, settings(patience=4), tmp_path)["steps"] == first["steps"] and not again.seen
+    assert again.module.w.item() == task.module.w.item()
+
+
+def test_a_run_in_two_sittings_finds_the_same_best(tmp_path: Path) -> None:
+    for steps in (4, 20):  # a constant rate may go on with more
+        task = _Slope(at=0.09)
+        figures = fit(task, settings(steps=steps), tmp_path)
+    whole = _Slope(at=0.09)
+    assert figures["best_step"] == fit(whole, settings(), tmp_path / "whole")["best_step"] == 2
+    assert task.module.w.item() == whole.module.w.item()
+
+
+def test_a_tracker_is_told_losses_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracker registered with accelerate as its documentation says: the packages of the known ones are no dependencies."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+    told: list[tuple[int | None, dict[str, float]]] = []
+
+    class Written(GeneralTracker):
+        name, requires_logging_directory = "written", False
+
+        def __init__(self, run_name: str, **_: Any) -> None:
+            super().__init__()
+            self.run_name = run_name
+
+        def start(self) -> None: ...
+
+        @property
+        def tracker(self) -> None: ...
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append((None, {"steps": values["steps"]}))
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+            told.append((step, values))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "written", Written)
+    monkeypatch.setitem(sys.modules, "written", ModuleType("written"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    fit(_Slope(), settings(), tmp_path, track=["written"])
+    assert told[0] == (None, {"steps": 20})
+    assert [step for step, values in told if "loss" in values] == [10, 20]
+    assert [step for step, values in told if "away" in values] == list(range(2, 21, 2))
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="need validate_every"):
+        parse_recipe({"steps": 1, "keep_best": True}, Fit, "x.yaml")
+    with pytest.raises(ImagineFlashError, match="did you mean 'tensorboard'"):
+        fit(_Slope(), settings(), tmp_path, track=["tensorbord"])
+    assert "--track aim needs the package aim: pip install aim" in fails(
+        "train-teacher", tmp_path / "t", "--track", "aim"
+    )
+    assert not list(tmp_path.iterdir())
