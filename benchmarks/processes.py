@@ -58,7 +58,8 @@ def cold_start(
             return check_pictures(read_picture(out), expected, allowed)
 
         candidates = [Candidate(name=name, run=run) for name, run in commands.items()]
-        about, once = {"what": "cold start", "steps": steps}, {"warm_up": 1, "repeats": 1}
+        about: dict[str, Any] = {"what": "cold start", "steps": steps}
+        once: dict[str, Any] = {"warm_up": 1, "repeats": 1}
         return measure(candidates, baseline=candidates[0].name, check=check, case=about, n=rounds, **once)
 
 
@@ -87,7 +88,8 @@ def memory(folder: Path, manifest: ArtifactManifest, backends: Sequence[str], ro
             return check_pictures(np.load(out), expected, limits[candidate.name])
 
         candidates = [Candidate(name=name, run=lambda name=name: run(name)) for name in backends]
-        about, once = {"what": "load and warm up", "requests": requests}, {"warm_up": 1, "repeats": 1}
+        about: dict[str, Any] = {"what": "load and warm up", "requests": requests}
+        once: dict[str, Any] = {"warm_up": 1, "repeats": 1}
         case = measure(candidates, baseline=backends[0], check=check, case=about, n=rounds, **once)
         extra: dict[str, dict[str, float]] = {}
         for name in backends:
