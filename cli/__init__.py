@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import ImagineFlashError, Interrupted, ParityError
+from .arena import arena_command
 from .bench import bench
 from .common import examples, flag
 from .exporting import build_tensorrt_command, export_command, inspect_command
@@ -46,6 +47,10 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     study_command: (
         "study benchmarks/studies/shifted_target.yaml runs/teacher --judge runs/judge.safetensors -o runs/gamma",
         "study my-study.yaml -o runs/my-study",
+    ),
+    arena_command: (
+        "arena runs/artifact owner/other-model --prompts prompts.txt",
+        "arena pictures/teacher pictures/student --votes votes.jsonl",
     ),
 }
 for command, lines in COMMANDS.items():

@@ -1,0 +1,90 @@
+"""The page on which people vote: pairs in random order, sides at random, and no word of which model drew what."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ...core.errors import missing_extra
+from .pairs import Pair
+from .votes import Choice, Vote, add_vote, read_votes, summary
+
+try:
+    from fastapi import FastAPI, HTTPException, Query, Response
+    from fastapi.staticfiles import StaticFiles
+except ImportError as missing:
+    raise missing_extra(missing.name or "fastapi", "serve") from None
+from pydantic import BaseModel, ConfigDict, Field
+
+PAGE = Path(__file__).parent / "page"
+HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'self'",
+    "x-content-type-options": "nosniff",
+}
+NAME = r"^[\w.-]{1,40}$"
+Annotator = Annotated[str, Query(pattern=NAME)]
+
+
+class Ballot(BaseModel):
+    """What the page sends: the place of the pair, and which side."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    annotator: Annotated[str, Field(pattern=NAME)]
+    pair: Annotated[int, Field(ge=0)]
+    side: Literal["left", "right", "tie"]
+    seconds: Annotated[float, Field(ge=0, le=86400)]
+
+
+def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
+    """Routes: / (the page), /next, /picture/{pair}/{side}, /vote, /results. Votes go to `file`, which is read again at a start."""
+    app, secret = FastAPI(title="Which do you like better?", docs_url=None, redoc_url=None), secrets.token_bytes(16)
+
+    def draw(annotator: str, what: object) -> random.Random:
+        """Of one person and one thing, the same each time, and not to be guessed."""
+        return random.Random(hashlib.sha256(secret + f"{annotator}\n{what}".encode()).digest())
+
+    def left_of(annotator: str, pair: int) -> Literal["A", "B"]:
+        return draw(annotator, pair).choice(("A", "B"))
+
+    def known(pair: int) -> Pair:
+        if pair >= len(pairs):
+            raise HTTPException(404, f"there are {len(pairs)} pairs, no pair {pair}")
+        return pairs[pair]
+
+    @app.get("/next")
+    def following(annotator: Annotator) -> dict[str, Any]:
+        """A pair that this person has not judged; null where none is left."""
+        judged = {vote.key for vote in read_votes(file) if vote.annotator == annotator}
+        order = list(range(len(pairs)))
+        draw(annotator, "order").shuffle(order)
+        left = [place for place in order if pairs[place].key not in judged]
+        found = {"pair": left[0], "caption": pairs[left[0]].caption} if left else {"pair": None, "caption": ""}
+        return found | {"judged": len(pairs) - len(left), "total": len(pairs)}
+
+    @app.get("/picture/{pair}/{side}")
+    def picture(pair: int, side: Literal["left", "right"], annotator: Annotator) -> Response:
+        one = known(pair)
+        is_a = (left_of(annotator, pair) == "A") == (side == "left")
+        return Response(one.a if is_a else one.b, media_type="image/*", headers=HEADERS)
+
+    @app.post("/vote", status_code=204)
+    def vote(ballot: Ballot) -> None:
+        one, left = known(ballot.pair), left_of(ballot.annotator, ballot.pair)
+        right: Choice = "B" if left == "A" else "A"
+        choices: dict[str, Choice] = {"left": left, "right": right, "tie": "tie"}
+        said = {"annotator": ballot.annotator, "seconds": round(ballot.seconds, 2)}
+        add_vote(file, Vote(key=one.key, caption=one.caption, choice=choices[ballot.side], left=left, **said))
+
+    @app.get("/results")
+    def results() -> dict[str, Any]:
+        votes = read_votes(file)
+        return summary(votes).model_dump() if votes else {"votes": 0}
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app

@@ -1,0 +1,113 @@
+"""`imagine-flash arena`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.errors import ImagineFlashError
+from .common import Quiet, flag, needs, note, progress, say, writable
+
+if TYPE_CHECKING:
+    from ..benchmarks.arena.pairs import Shown
+
+_ENTRY = "A folder of pictures, an artifact or student folder, a hub id, or a name of `imagine-flash models`."
+
+
+def arena_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help=_ENTRY)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What it is compared with, by the same names or prompts.")],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts for the models to draw, one a line.")
+    ] = None,
+    steps_a: Annotated[int | None, typer.Option(metavar="INTEGER", help="Steps of A; by default its most.")] = None,
+    steps_b: Annotated[int | None, typer.Option(metavar="INTEGER", help="Steps of B; by default its most.")] = None,
+    votes: Annotated[Path, typer.Option(metavar="FILE", help="Where votes are kept, as JSON lines.")] = Path(
+        "votes.jsonl"
+    ),
+    results: Annotated[bool, flag("--results", help="Say what the votes in FILE say, and ask nobody.")] = False,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; there are no keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="INTEGER", help="0 takes a free one.")] = 8001,
+    quiet: Quiet = False,
+) -> None:
+    """Ask people, blind, which of two models draws better: a page with pairs of pictures, keys to vote, results with intervals."""
+    from ..benchmarks.arena.votes import read_votes
+
+    if results:
+        return _say_results(votes)
+    writable(votes)
+    read_votes(votes)
+    needs("serve", "fastapi", "uvicorn")
+    from ..benchmarks.arena.app import create_app
+    from ..benchmarks.arena.pairs import pairs_of
+
+    texts = _prompts(prompts)
+    pairs = pairs_of(_pictures(a, texts, steps_a), _pictures(b, texts, steps_b))
+    note(f"{len(pairs)} pairs; votes go to {votes}; Ctrl-C ends it and says the results")
+    _serve(create_app(pairs, votes), host, port)
+    if votes.exists():
+        _say_results(votes)
+
+
+def _prompts(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImagineFlashError(f"cannot read the prompts {path}: {error}") from None
+    return [line for line in lines if line]
+
+
+def _pictures(entry: Path, prompts: Sequence[str], steps: int | None) -> dict[str, Shown]:
+    """Those of a folder; otherwise the model draws the prompts."""
+    from rich.progress import track
+
+    from ..benchmarks.arena.pairs import pictures_drawn, pictures_in
+    from ..engine import Engine
+    from ..models.describe import ModelOptions
+    from .first_run import ready
+
+    if entry.is_dir() and (found := pictures_in(entry)):
+        return found
+    if not prompts:
+        raise ImagineFlashError(f"{entry} holds no pictures; a model needs --prompts FILE to draw, one prompt a line")
+    with Engine.load(ready(entry, ModelOptions(), "auto", steps=steps)) as engine:
+        drawn = pictures_drawn(engine, prompts, steps)
+        return dict(track(drawn, str(entry), total=len(prompts), console=progress()))
+
+
+def _serve(app: object, host: str, port: int) -> None:
+    import socket
+
+    import uvicorn
+
+    with socket.socket() as listening:
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            raise ImagineFlashError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; take another --port"
+            ) from None
+        say(f"http://{host}:{listening.getsockname()[1]}")
+        try:
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])  # type: ignore[arg-type]
+        except KeyboardInterrupt:
+            note("")
+
+
+def _say_results(votes: Path) -> None:
+    from ..benchmarks.arena.votes import read_votes, summary
+
+    found = summary(read_votes(votes))
+    say(
+        f"A better {found.wins}, neither {found.ties}, B better {found.losses}: {found.votes} votes of {found.annotators} people"
+    )
+    say(f"A is preferred {found.preference:.1%} (95 % interval {found.interval[0]:.1%} to {found.interval[1]:.1%})")
+    say(f"the left one {found.left:.1%}")
+    if found.agreement is not None:
+        kappa = "" if found.kappa is None else f", kappa {found.kappa:.2f}"
+        say(f"two people agree {found.agreement:.1%}{kappa}")

@@ -1,0 +1,118 @@
+"""Blind votes: what the page is told, what is kept, and what the votes say."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from imagine_flash.benchmarks.arena.app import create_app
+from imagine_flash.benchmarks.arena.pairs import pairs_of, pictures_drawn, pictures_in
+from imagine_flash.benchmarks.arena.votes import Vote, read_votes, summary
+from imagine_flash.core.errors import ImagineFlashError
+from imagine_flash.engine import Engine
+from imagine_flash.tests.commands import fails, run
+
+COUNT = 12
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (2, 2), level).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A: black pictures with captions; B: white ones, and one more that A lacks."""
+    for name, level, count in (("a", 0, COUNT), ("b", 255, COUNT + 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.png").write_bytes(png(level))
+    rows = [json.dumps({"file_name": f"{i}.png", "text": f"caption {i}"}) for i in range(COUNT)]
+    (tmp_path / "a" / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_a_person_sees_every_pair_once_and_sides_are_by_chance(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs = pairs_of(*map(pictures_in, folders))
+    assert len(pairs) == COUNT and pairs[0].caption == "caption 0"
+    votes, black, orders = tmp_path / "votes.jsonl", png(0), []
+    client = TestClient(create_app(pairs, votes))
+    for person in ("ann", "bob"):
+        seen = []
+        while (found := client.get("/next", params={"annotator": person}).json())["pair"] is not None:
+            assert found["judged"] == len(seen) and found["total"] == COUNT
+            seen.append(found["pair"])
+            sides = {s: client.get(f"/picture/{seen[-1]}/{s}", params={"annotator": person}) for s in ("left", "right")}
+            darker = next(side for side, answer in sides.items() if answer.content == black)
+            assert sides["left"].content != sides["right"].content
+            ballot = {"annotator": person, "pair": seen[-1], "side": darker, "seconds": 0.5}
+            assert client.post("/vote", json=ballot).status_code == 204
+        assert sorted(seen) == list(range(COUNT))
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    kept = read_votes(votes)
+    assert len(kept) == 2 * COUNT and {vote.choice for vote in kept} == {"A"}, "whoever likes the dark ones likes A"
+    assert {vote.left for vote in kept} == {"A", "B"}
+    said = client.get("/results").json()
+    assert (
+        said["wins"] == 2 * COUNT and said["preference"] == 1.0 and said["agreement"] == 1.0 and said["kappa"] is None
+    )
+    again = TestClient(create_app(pairs, votes))  # after a restart nobody judges twice
+    assert again.get("/next", params={"annotator": "ann"}).json()["pair"] is None
+
+
+def test_the_page_and_what_it_refuses(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    client = TestClient(create_app(pairs_of(*map(pictures_in, folders)), tmp_path / "votes.jsonl"))
+    assert "Which do you like better" in client.get("/").text and client.get("/app.js").status_code == 200
+    good = {"annotator": "ann", "pair": 0, "side": "tie", "seconds": 1.0}
+    for change in ({"annotator": "a b"}, {"side": "A"}, {"seconds": -1}, {"seconds": "NaN"}, {"more": 1}):
+        assert client.post("/vote", json={**good, **change}).status_code == 422, change
+    assert client.post("/vote", json={**good, "pair": COUNT}).status_code == 404
+    assert client.get("/picture/99/left", params={"annotator": "ann"}).status_code == 404
+    assert client.get("/next", params={"annotator": "../x"}).status_code == 422
+    assert not (tmp_path / "votes.jsonl").exists() and client.get("/results").json() == {"votes": 0}
+
+
+def vote(key: int, choice: str, annotator: str = "ann", left: str = "A") -> Vote:
+    said = {"key": str(key), "caption": "", "choice": choice, "left": left, "annotator": annotator, "seconds": 1.0}
+    return Vote.model_validate(said)
+
+
+def test_the_share_its_interval_and_fleiss_kappa() -> None:
+    half = summary([vote(i, "A" if i % 2 else "B", left="A" if i % 4 < 2 else "B") for i in range(400)])
+    assert half.preference == 0.5 and half.left == 0.5
+    low, high = half.interval
+    assert (high - low) / 2 == pytest.approx(1.96 * (0.25 / 400) ** 0.5, rel=0.1)  # a binomial's
+    # two people, four pairs: they agree on A, on B, and differ twice: chance is 1/2, so kappa is 0
+    pairs = [("A", "A"), ("B", "B"), ("A", "B"), ("B", "A")]
+    both = summary(
+        [vote(i, c, who) for i, pair in enumerate(pairs) for c, who in zip(pair, ("ann", "bob"), strict=True)]
+    )
+    assert both.agreement == 0.5 and both.kappa == 0.0 and both.annotators == 2
+    assert summary([vote(0, "tie")]).preference == 0.5
+
+
+def test_a_model_draws_its_side() -> None:
+    with Engine.load(backend="onnxruntime", threads=1) as engine:
+        shown = dict(pictures_drawn(engine, ["a cat", "a fox on pink"], 1))
+    assert list(shown) == ["0000", "0001"] and shown["0001"].caption == "a fox on pink"
+    assert Image.open(io.BytesIO(shown["0000"].data)).size == engine.sizes[0][::-1]
+
+
+def test_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = folders
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("".join(vote(i, "A").model_dump_json() + "\n" for i in range(3)), encoding="utf-8")
+    done = run("arena", a, b, "--votes", votes, "--results")
+    assert done.returncode == 0 and "A better 3, neither 0, B better 0: 3 votes of 1 people" in done.stdout
+    (tmp_path / "empty").mkdir()
+    assert "holds no pictures; a model needs --prompts" in fails("arena", a, tmp_path / "empty", "--votes", votes)
+    votes.write_text('{"key": 1}\n', encoding="utf-8")
+    assert "line 1 is no vote" in fails("arena", a, b, "--votes", votes)
+    (b / "0.png").rename(b / "x.png")
+    with pytest.raises(ImagineFlashError, match="no picture of the same name"):
+        pairs_of({}, pictures_in(b))
