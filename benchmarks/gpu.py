@@ -23,10 +23,11 @@ from ..core.images import psnr
 from ..core.noise import initial_noise
 from ..engine import Engine, GenerateRequest
 from ..folders.reading import read_student_manifest
-from .harness import Candidate, Case, Check, Record, measure, new_record
+from .harness import Candidate, measure
 from .kernels import bench_kernels, refuse_interpreter
 from .random_students import Shape, random_student
 from .records import save
+from .schema import Case, Check, Record, new_record
 
 EAGER, COMPILED = "diffusers, eager", "diffusers, compiled"
 OURS = {

@@ -25,9 +25,10 @@ from ..kernels import to_image as image
 from ..kernels import update
 from ..kernels.triton_or_reference import triton
 from .clocks import clock_for
-from .harness import Candidate, Case, Check, Record, compare, measure, new_record
+from .harness import Candidate, measure
 from .random_students import BETAS
 from .records import save
+from .schema import Case, Check, Record, compare, new_record
 
 SD_CONFIG = {**BETAS, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
 FUSED, COMPILED, CAPTURED, COPY = "ours", "torch.compile", "ours, CUDA graph", "copy"

@@ -12,7 +12,7 @@ from ..core.errors import ImagineFlashError
 from ..engine import Engine, GenerateRequest
 from ..engine.precision import MIN_PSNR
 from ..folders.manifests import ArtifactManifest
-from .harness import Check, compare
+from .schema import Check, compare
 
 Limits = Mapping[str, float]  # "levels": largest difference of 255; "psnr": dB
 ONE_LEVEL: Limits = {"levels": 1.0}

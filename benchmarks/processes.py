@@ -18,8 +18,9 @@ from ..engine import Engine, GenerateRequest
 from ..folders.files import CACHE_VARIABLE
 from ..folders.manifests import ArtifactManifest
 from . import diffusers_student
-from .harness import Candidate, Case, Check, measure
+from .harness import Candidate, measure
 from .pictures import Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of, read_picture
+from .schema import Case, Check
 
 COMMAND = (sys.executable, "-m", "imagine_flash")
 CALL = "import json, sys; from imagine_flash.benchmarks.{module} import {name}; {name}(**json.loads(sys.argv[1]))"

@@ -17,18 +17,20 @@ from ..distill.tokenizer import END, START, train_tokenizer
 from ..folders.manifests import StudentManifest
 from ..folders.reading import write_manifest
 
-Shape = Literal["tiny", "sd-turbo", "sdxl"]
+Shape = Literal["tiny", "sd15", "sd-turbo", "pixart", "sdxl"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 WORDS = "a red fox cat boat house star on pink blue"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+# Every library knows this sampler; v-prediction since a random network's epsilon, divided by alpha_999, is far off the latents
+SCHEDULER = {**BETAS, "clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
 CLIP_VOCABULARY = 49408
 
 
 def networks_of(shape: Shape) -> dict[str, Any]:
     """By the names of diffusers' components, on the device of the context.
 
-    sd-turbo: a UNet of 866 M parameters, OpenCLIP's text encoder of 340 M; sdxl: a UNet of 2.6 G parameters, text encoders
-    of 123 M and 695 M; tiny: to try a benchmark.
+    sd15: a UNet of 860 M parameters, a text encoder of 123 M; sd-turbo: 866 M, OpenCLIP's text encoder of 340 M; sdxl: a UNet
+    of 2.6 G, text encoders of 123 M and 695 M; pixart: a DiT of 611 M, T5-XXL's encoder of 4.8 G; tiny: to try a benchmark.
     """
     from diffusers import UNet2DConditionModel
 
@@ -43,6 +45,11 @@ def networks_of(shape: Shape) -> dict[str, Any]:
             cross_attention_dim=32,
         )
         return {"unet": unet, "text_encoder": _clip(32, layers=2, heads=4), "vae": _vae(0.18215, (32, 32, 32, 32))}
+    if shape == "pixart":
+        return {"transformer": _dit(), "text_encoder": _t5(), "vae": _vae(0.13025)}
+    if shape == "sd15":
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        return {"unet": unet, "text_encoder": _clip(768, layers=12, heads=12), "vae": _vae(0.18215)}
     if shape == "sd-turbo":
         unet = UNet2DConditionModel(
             sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
@@ -72,13 +79,13 @@ def random_student(
 
     steps: of its plans; tiny_decoder: an AutoencoderTiny instead of the KL autoencoder.
     """
-    from diffusers import AutoencoderTiny, EulerDiscreteScheduler
+    from diffusers import AutoencoderTiny, DDIMScheduler
 
     with torch.device("meta"):
         parts = networks_of(shape)
         if tiny_decoder:
             parts["vae"] = AutoencoderTiny()
-    name = "StableDiffusionXLPipeline" if shape == "sdxl" else "StableDiffusionPipeline"
+    name = {"sdxl": "StableDiffusionXLPipeline", "pixart": "PixArtAlphaPipeline"}.get(shape, "StableDiffusionPipeline")
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": "0.42.1"}
     total = 0
     for name, module in parts.items():
@@ -86,14 +93,16 @@ def random_student(
         filled: Any = _random_weights(module.to_empty(device="cpu")).half()
         filled.save_pretrained(folder / name)
         index[name] = [module.__module__.split(".")[0], type(module).__name__]
-    EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing").save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    prediction = {"prediction_type": "epsilon"} if shape == "pixart" else {}  # its network also gives a variance
+    DDIMScheduler(**{**SCHEDULER, **prediction}).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
     for suffix in ("", "_2") if "text_encoder_2" in parts else ("",):
-        train_tokenizer([WORDS] * 2, context=77).save_pretrained(folder / f"tokenizer{suffix}")
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+        tokenizer = _t5_tokenizer() if shape == "pixart" else train_tokenizer([WORDS] * 2, context=77)
+        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+        index[f"tokenizer{suffix}"] = ["transformers", "T5Tokenizer" if shape == "pixart" else "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     plans = {n: list(StepPlan.trailing(n).timesteps) for n in steps}
-    write_manifest(folder, StudentManifest(plans=plans, noise_correction=True, recipe={}, teacher_sha256="0" * 64))
+    write_manifest(folder, StudentManifest(plans=plans, noise_correction=False, recipe={}, teacher_sha256="0" * 64))
     return total
 
 
@@ -115,6 +124,34 @@ def _clip(hidden: int, layers: int, heads: int, projection: int | None = None) -
         pad_token_id=marks[END],
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def _dit() -> Any:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        sample_size=64, num_layers=28, caption_channels=4096, cross_attention_dim=1152, out_channels=8
+    )
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    return T5EncoderModel(config)
+
+
+def _t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -4.0),
+        *((letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
 def _vae(scaling_factor: float, widths: tuple[int, ...] = (128, 256, 512, 512)) -> Any:

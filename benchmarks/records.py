@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..core.errors import ImagineFlashError, missing_extra
 from ..folders.files import atomic_file
-from .harness import Case, Record, Timing, write_record
+from .schema import Case, Record, Timing, write_record
 
 END = "<!-- /bench -->"
 FURTHER, MOST_COLUMNS = "further numbers", 5  # of numbers that cases have of their own: more share one column
@@ -21,8 +22,11 @@ NAMES = ("kernel", "what", "backend", "precision", "route")  # parameters whose 
 
 
 def as_markdown(record: Record) -> str:
-    """A table of one row per case and candidate; times in µs, or in ms if every median is at least one."""
-    return markdown_table(headings_of(record), table_rows(record), TEXT)
+    """A table of one row per case and candidate; times in µs, or in ms if every median is at least one. Below it what could
+    not be measured."""
+    table = markdown_table(headings_of(record), table_rows(record), TEXT)
+    left_out = [f"- Not measured: {name}: {why}" for name, why in record.left_out.items()]
+    return "\n".join([table, *([""] if left_out else []), *left_out])
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str]) -> str:
@@ -44,6 +48,8 @@ def as_rich(record: Record) -> Table:
         for _ in case.timings:
             table.add_row(*next(rows)[1:])
         table.add_section()
+    for name, why in record.left_out.items():
+        table.add_row(escape(f"not measured: {name}: {why}"))
     return table
 
 
@@ -67,6 +73,25 @@ def table_rows(record: Record) -> Iterator[tuple[str, ...]]:
                 texts = {FURTHER: ", ".join(f"{name} {text}" for name, text in texts.items())}
             further = (texts.get(name, "") for name in columns)
             yield case_name(case), timing.name, *times, _speed(case, timing), *further
+
+
+def joined(records: Sequence[Record], *, any_machine: bool = False) -> Record:
+    """The rows of several records, for one table and plot, with the provenance of the first. Raises ImagineFlashError where they
+    were measured on different machines, whose times say nothing of one another, unless any_machine."""
+    first = records[0]
+    for other in records[1:]:
+        here, there = (
+            record.hardware.model_dump(exclude={"memory_gib", "gpu_memory_gib"}) for record in (first, other)
+        )
+        if here != there and not any_machine:
+            name = next(key for key in here if here[key] != there[key])
+            raise ImagineFlashError(
+                f"the records are of different machines ({name}: {here[name]} and {there[name]}); plot each of its own, or "
+                "give --any-machine"
+            )
+    rows = tuple(row for record in records for row in record.rows)
+    left_out = {name: why for record in records for name, why in record.left_out.items()}
+    return first.model_copy(update={"rows": rows, "left_out": left_out})
 
 
 def unit_of(record: Record) -> tuple[str, float]:

@@ -26,9 +26,10 @@ from ..engine.loading import EMBEDDED, Route
 from ..folders.manifests import ArtifactManifest
 from ..folders.reading import read_artifact_manifest
 from . import diffusers_student, processes
-from .harness import FEWEST_ROUNDS, Candidate, Case, Check, Record, Timing, measure, new_record
+from .harness import Candidate, measure
 from .pictures import ONE_LEVEL, Limits, check_pictures, different_requests, drawn_by_torch, limits_of, precision_of
 from .records import save
+from .schema import FEWEST_ROUNDS, Case, Check, Record, Timing, new_record
 
 BARE, GENERATE, LOAD = "bare calls", "engine.generate", "Engine.load()"
 ALONE, TOGETHER = "one at a time", "together"

@@ -16,9 +16,9 @@ from ..engine import Engine
 from ..engine.backends.choosing import choose
 from ..engine.loading import EMBEDDED
 from ..folders.reading import read_artifact_manifest
-from .harness import FEWEST_ROUNDS, Case, Record, new_record
 from .pictures import drawn_by_torch
 from .records import save
+from .schema import FEWEST_ROUNDS, Case, Record, new_record
 from .serving.bench import CLIENTS, REPLICAS, Bench
 from .serving.clients import serving
 from .serving.greedy import beside_a_greedy_client

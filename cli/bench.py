@@ -10,7 +10,7 @@ import typer
 from .common import Device, Output, examples, flag, needs, say, writable
 
 if TYPE_CHECKING:
-    from ..benchmarks.harness import Record
+    from ..benchmarks.schema import Record
 
 Model = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="An artifact folder; by default the embedded model.")
@@ -116,6 +116,93 @@ def bench_serve_command(
 
 
 @bench.command(
+    "latency",
+    epilog=examples(
+        "bench latency --steps 1 --against diffusers",
+        "bench latency --model sd-turbo-shape --decoder tiny --folder shapes --python optimum-intel=other/bin/python",
+    ),
+)
+def bench_latency_command(
+    output: Output = Path("latency"),
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="An artifact folder, embedded, or a shape with random weights: sd15-shape, sd-turbo-shape, "
+            "sdxl-turbo-shape, pixart-shape, tiny-shape.",
+        ),
+    ] = "embedded",
+    backends: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Such as openvino,openvino:fp32,onnxruntime; all others are compared with the first; by default the "
+            "fastest here.",
+        ),
+    ] = "",
+    steps: Annotated[
+        str | None, typer.Option(metavar="1,2,4", help="By default all of the model's; of shapes 1.")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(metavar="512x512", help="WIDTHxHEIGHT, several with commas; by default the model's first."),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="1,4", help="Pictures of one call, each of a prompt of its own.")] = "1",
+    decoder: Annotated[str, typer.Option(metavar="tiny,full", help="Of shapes; by default tiny.")] = "",
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="diffusers, diffusers-compile, optimum-onnx, optimum-intel, openvino-genai; by default all but the second.",
+        ),
+    ] = "diffusers,optimum-onnx,optimum-intel,openvino-genai",
+    python: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE", help="The Python of an environment where a baseline is installed; may be repeated."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(metavar="25,50", help="Also diffusers with so many guided steps of the teacher.")
+    ] = "",
+    energy: Annotated[bool, flag("--energy", help="Also joules per picture, where the machine has a meter.")] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Make shapes and converted models here, and find them again the next time."
+        ),
+    ] = None,
+    rounds: Rounds = 20,
+) -> None:
+    """Time this project from a prompt to pixels beside what people would use instead, each in a process of its own."""
+    needs("bench", "torch", "diffusers", "transformers", "matplotlib", "psutil")
+    from ..benchmarks.latency.bench import LatencyOptions, bench_latency
+    from ..benchmarks.latency.candidates import pythons_of
+    from ..export.options import parse_sizes, parse_steps
+
+    writable(output)
+    options = LatencyOptions(
+        model=model,
+        backends=_names(backends),
+        steps=parse_steps(steps) or (),
+        sizes=parse_sizes(sizes) or (),
+        batches=parse_steps(batch) or (1,),
+        decoders=_names(decoder),
+        against=_names(against),
+        pythons=pythons_of(python or ()),
+        teacher=parse_steps(teacher or None) or (),
+        energy=energy,
+        rounds=rounds,
+        folder=folder,
+    )
+    _show(bench_latency(output, options), output)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@bench.command(
     "report",
     epilog=examples("bench report kernels.json notes.md", "bench report docs/results/serve.json docs/results/serve.md"),
 )
@@ -129,13 +216,18 @@ def bench_report_command(
             help="Of the comments in FILE around the table, bench:NAME and /bench; by default the record's name.",
         ),
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="RECORD", help="A further record for the same table and plot; may be repeated."),
+    ] = None,
+    any_machine: Annotated[bool, flag("--any-machine", help="Also records of different machines.")] = False,
 ) -> None:
     """Write a record's table into a Markdown file, and its plot beside the record."""
     needs("bench", "matplotlib")
-    from ..benchmarks.harness import read_record
-    from ..benchmarks.records import plot, update_table_in
+    from ..benchmarks.records import joined, plot, update_table_in
+    from ..benchmarks.schema import read_record
 
-    found = read_record(record)
+    found = joined([read_record(path) for path in (record, *(also or ()))], any_machine=any_machine)
     update_table_in(into, found, marker or record.stem)
     plot(found, record.with_suffix(".png"))
     say(f"wrote the table in {into} and {record.with_suffix('.png')}")

@@ -83,7 +83,7 @@ def test_help_names_the_kind_of_every_value_and_gives_two_examples() -> None:
 
 def record_rows(name: str, **case: object) -> dict:
     """The last row of each kind of a record, of those with these values."""
-    from imagine_flash.benchmarks.harness import read_record
+    from imagine_flash.benchmarks.schema import read_record
 
     rows = read_record(ROOT / f"docs/results/{name}.json").rows
     return {str(row.case["what"]): row for row in rows if case.items() <= row.case.items()}

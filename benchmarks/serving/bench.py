@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine import Engine, GenerateRequest
-from ..harness import Check
 from ..pictures import Limits, check_pictures, limits_of, precision_of
+from ..schema import Check
 from .clients import Server
 
 HTTP, ON_RAY = "HTTP", "HTTP, Ray Serve"

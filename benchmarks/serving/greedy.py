@@ -10,8 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
 
-from ..harness import Case, case_of
+from ..harness import case_of
 from ..pictures import drawn_by_torch
+from ..schema import Case
 from .bench import Bench
 from .clients import GENERATIONS, NO_ANSWER_AFTER, Answer, HttpClient, serving
 

@@ -13,9 +13,10 @@ from threading import Semaphore
 
 from ...engine import Engine, GenerateRequest
 from ...engine.work import GenerateResult
-from ..harness import Case, case_of
+from ..harness import case_of
 from ..pictures import different_requests
 from ..processes import SETTLED
+from ..schema import Case
 from .bench import CLIENTS, HTTP, ON_RAY, REPLICAS, Bench
 from .clients import Answer, Drawn, HttpClient, Server, pixels_of
 

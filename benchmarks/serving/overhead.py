@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ...engine import GenerateRequest
-from ..harness import Candidate, Case, Check, measure
+from ..harness import Candidate, measure
 from ..pictures import check_pictures, drawn_by_torch
+from ..schema import Case, Check
 from .bench import HTTP, ON_RAY, REPLICAS, Bench
 from .clients import Answer, Drawn, HttpClient, Server, StreamClient, pixels_of
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine import GenerateRequest
-from ..harness import Case, case_of
+from ..harness import case_of
+from ..schema import Case
 from .bench import Bench
 from .clients import HttpClient, StreamClient
 

@@ -7,7 +7,8 @@ import pytest
 
 from imagine_flash.benchmarks.clocks import CpuClock, clock_for
 from imagine_flash.benchmarks.environment import hardware_of
-from imagine_flash.benchmarks.harness import Candidate, Check, measure
+from imagine_flash.benchmarks.harness import Candidate, measure
+from imagine_flash.benchmarks.schema import Check
 from imagine_flash.core.errors import ImagineFlashError, MissingExtraError
 
 

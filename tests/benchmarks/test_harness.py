@@ -13,18 +13,8 @@ import numpy as np
 import pytest
 
 from imagine_flash.benchmarks.environment import installed_versions
-from imagine_flash.benchmarks.harness import (
-    MOST_REPEATS,
-    Candidate,
-    Case,
-    Check,
-    Record,
-    compare,
-    measure,
-    new_record,
-    read_record,
-    write_record,
-)
+from imagine_flash.benchmarks.harness import MOST_REPEATS, Candidate, measure
+from imagine_flash.benchmarks.schema import Case, Check, Record, compare, new_record, read_record, write_record
 from imagine_flash.core.errors import ArtifactError, ImagineFlashError
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from imagine_flash.benchmarks.harness import read_record
 from imagine_flash.benchmarks.records import as_markdown, is_current
+from imagine_flash.benchmarks.schema import read_record
 from imagine_flash.tests.commands import fails, run, start
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")

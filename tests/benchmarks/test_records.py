@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from imagine_flash.benchmarks.environment import Git, Hardware
-from imagine_flash.benchmarks.harness import Case, Check, Ratio, Record, Timing
 from imagine_flash.benchmarks.records import as_markdown, as_rich, is_current, number, plot, provenance, update_table_in
+from imagine_flash.benchmarks.schema import Case, Check, Ratio, Record, Timing
 from imagine_flash.core.errors import ImagineFlashError, MissingExtraError
 
 

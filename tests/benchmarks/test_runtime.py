@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from imagine_flash.benchmarks import diffusers_student, processes
-from imagine_flash.benchmarks.harness import read_record
 from imagine_flash.benchmarks.pictures import ONE_LEVEL, check_pictures, different_requests, drawn_by_torch, limits_of
 from imagine_flash.benchmarks.runtime import bare_calls, draw_group
+from imagine_flash.benchmarks.schema import read_record
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.engine import Engine
 from imagine_flash.folders.reading import read_artifact_manifest

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imagine_flash.benchmarks.harness import Check, case_of, read_record
+from imagine_flash.benchmarks.harness import case_of
+from imagine_flash.benchmarks.schema import Check, read_record
 from imagine_flash.core.errors import ImagineFlashError
 
 CODE = "from imagine_flash.cli import main; main()"
