@@ -5,10 +5,12 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import ArtifactError
@@ -16,6 +18,8 @@ from ..core.errors import ArtifactError
 STUDENT_FILE = "imagine_flash.json"
 ARTIFACT_FILE = "manifest.json"
 CACHE_VARIABLE = "IMAGINE_FLASH_CACHE"  # a folder; empty turns the cache off
+REMEMBERED_BYTES = 2**26  # of files from which on the hash is kept in the cache folder
+SETTLED_NS = 2 * 10**9
 
 
 def sha256_file(path: str | Path) -> str:
@@ -25,14 +29,29 @@ def sha256_file(path: str | Path) -> str:
 
 
 def known_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file that is hashed anew only where its size, date or place changed since this process last did."""
+    """The SHA-256 of a file that is hashed anew only where its size, dates or place changed since this process last did; of a
+    large file, since any process did that shares the cache folder: a gigabyte takes 2 seconds."""
     found = os.stat(path)
-    return _sha256_of(str(Path(path).resolve()), found.st_size, found.st_mtime_ns, found.st_ino)
+    signature = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+    return _sha256_of(str(Path(path).resolve()), found.st_size, *signature)
 
 
 @functools.lru_cache(4096)
-def _sha256_of(path: str, *_signature: int) -> str:
-    return sha256_file(path)
+def _sha256_of(path: str, size: int, *signature: int) -> str:
+    cache = cache_folder("hashes") if size >= REMEMBERED_BYTES else None
+    if cache is None:
+        return sha256_file(path)
+    note = cache / hashlib.sha256(repr((path, size, *signature)).encode()).hexdigest()[:32]
+    with suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", known := note.read_text(encoding="ascii")):
+            return known
+    digest = sha256_file(path)
+    if (
+        time.time_ns() - max(signature[:2]) > SETTLED_NS
+    ):  # a date may be too coarse to show a change that soon after another
+        with suppress(OSError, ArtifactError), atomic_file(note) as temporary:
+            temporary.write_text(digest, encoding="ascii")
+    return digest
 
 
 def hash_files(folder: str | Path, *, leave_out: Sequence[str] = (ARTIFACT_FILE,)) -> dict[str, str]:

@@ -23,10 +23,12 @@ class GraphBackend(ABC, Generic[Described]):
     """One compiled graph per name and batch size, made by `prepare` or when it is first needed.
 
     A subclass that compiles for fixed batch sizes sets `batches`; a batch between two of them is padded with its last image.
+    One that sets `splits` runs a batch above the last of them in parts.
     """
 
     name: str
     batches: tuple[int, ...] = ()  # increasing; empty where a graph takes any batch
+    splits = False
     way_out = "export the student again"
 
     def __init__(self, folder: Path, manifest: Described) -> None:
@@ -47,7 +49,8 @@ class GraphBackend(ABC, Generic[Described]):
 
     def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
         for graph in graphs:
-            for batch in sorted({self._bucket(batch) for batch in batches}):
+            known = [min(batch, self.batches[-1]) for batch in batches] if self.splits else batches
+            for batch in sorted({self._bucket(batch) for batch in known}):
                 self._graph(graph, batch)
 
     def upload(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -104,6 +107,10 @@ class GraphBackend(ABC, Generic[Described]):
     def run(self, graph: str, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The outputs of a graph; padded rows are dropped. Raises ArtifactError with the library's reason."""
         rows = len(inputs[0])
+        if self.splits and rows > self.batches[-1]:
+            firsts = range(0, rows, self.batches[-1])
+            parts = [self.run(graph, [values[i : i + self.batches[-1]] for values in inputs]) for i in firsts]
+            return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
         bucket = self._bucket(rows)
         run = self._graph(graph, bucket)
         if bucket > rows:

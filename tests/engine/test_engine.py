@@ -185,3 +185,20 @@ def test_a_hub_id_that_cannot_be_fetched_is_named(tiny_artifact: Path) -> None:
         ArtifactError, match=r"^nobody/nothing is no folder here and could not be fetched .*check the path"
     ):
         Engine.load("nobody/nothing")
+
+
+def test_a_large_network_is_compiled_for_one_picture_and_draws_many(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch size took the weights once more: 3 x 3.5 GiB of a model of 1.2 G parameters."""
+    library = pytest.importorskip("imagine_flash.engine.backends.openvino")
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("IMAGINE_FLASH_CACHE", str(tmp_path))
+    request = GenerateRequest(prompt="a fox", count=3, seed=5, steps=2)
+    with Engine.load(tiny_artifact, backend="openvino", precision="fp32") as small:
+        expected = small.generate(request).images
+    monkeypatch.setattr(library, "LARGE", 0)
+    with Engine.load(tiny_artifact, backend="openvino", precision="fp32") as large:
+        large.warm_up()
+        assert np.abs(large.generate(request).images.astype(int) - expected).max() <= 1
+        assert {batch for _, batch in large.backend._graphs} == {1}  # type: ignore[attr-defined]

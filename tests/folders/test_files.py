@@ -1,6 +1,7 @@
 """Hashes, and atomic writes under exceptions and SIGKILL."""
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -37,6 +38,32 @@ def test_hashes(tmp_path):
     assert hash_folder(tmp_path / "a") == hash_folder(tmp_path / "b")
     (tmp_path / "b/deep/file.bin").rename(tmp_path / "b/deep/other.bin")
     assert hash_folder(tmp_path / "a") != hash_folder(tmp_path / "b")
+
+
+def test_the_hash_of_a_large_file_outlives_the_process_and_no_change(tmp_path, monkeypatch):
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(files, "SETTLED_NS", -1)
+    hashed, really = [], files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or really(path))
+
+    def in_another_process():
+        files._sha256_of.cache_clear()
+        return files.known_sha256(large)
+
+    large = tmp_path / "weights.bin"
+    large.write_bytes(b"12345")
+    assert in_another_process() == in_another_process() == really(large) and len(hashed) == 1
+    there = large.stat()
+    large.write_bytes(b"54321")  # of the same size, and its date put back
+    os.utime(large, ns=(there.st_atime_ns, there.st_mtime_ns))
+    assert in_another_process() == really(large) and len(hashed) == 2
+    for note in (tmp_path / "cache/hashes").iterdir():
+        note.write_text("damaged")
+    assert in_another_process() == really(large) and len(hashed) == 3
+    monkeypatch.setattr(files, "SETTLED_NS", 10**12)
+    large.write_bytes(b"again")  # only just written: not trusted yet
+    assert in_another_process() == in_another_process() == really(large) and len(hashed) == 5
 
 
 def test_a_new_folder_appears_whole(tmp_path):
