@@ -63,12 +63,12 @@ BASELINES: dict[str, Baseline] = {
     ),
     "optimum-onnx": Baseline(
         modules=("optimum.onnxruntime", "diffusers"),
-        pip="optimum-onnx[onnxruntime] diffusers",
+        pip="optimum-onnx[onnxruntime] diffusers pydantic",
         ways=(_way("optimum-onnx", "optimum-onnx", exact=True, converted="onnx"),),
     ),
     "optimum-intel": Baseline(
         modules=("optimum.intel", "diffusers", "openvino"),
-        pip="optimum-intel[openvino] diffusers",
+        pip="optimum-intel[openvino] diffusers pydantic",
         ways=(
             _way("optimum-intel", "optimum-intel", converted="openvino", static=False),
             _way("optimum-intel static", "optimum-intel", converted="openvino", static=True),

@@ -203,8 +203,8 @@ def _timed(call: Callable[..., Any], seconds: dict[str, float], stage: str) -> C
 
 
 def with_known_names(student: Path, copy: Path) -> Path:
-    """Links to a student's files, with its CLIP weights under the names that every transformers reads ("text_model. ..."):
-    what 5.24 writes without them, older ones load as random weights, with a warning."""
+    """Links to a student's files, as every transformers reads them: CLIP weights by their names of before 5.24 ("text_model. ..."),
+    without which older ones load random weights with a warning, and the vocabulary in files of its own."""
     from safetensors.numpy import load_file, save_file
 
     shutil.rmtree(copy, ignore_errors=True)
@@ -216,6 +216,12 @@ def with_known_names(student: Path, copy: Path) -> Path:
             renamed = {f"text_model.{n}" if n.startswith(parts) else n: values for n, values in tensors.items()}
             file.unlink()
             save_file(renamed, file, metadata={"format": "pt"})
+    for file in copy.glob("tokenizer*/tokenizer.json"):
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if not (file.parent / "vocab.json").exists() and known["model"]["type"] == "BPE":
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in known["model"]["merges"]]
+            (file.parent / "vocab.json").write_text(json.dumps(known["model"]["vocab"]), encoding="utf-8")
+            (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     return copy
 
 
