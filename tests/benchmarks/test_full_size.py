@@ -26,4 +26,4 @@ def test_a_record_of_an_export(tmp_path: Path) -> None:
 
 def test_a_wrong_kind_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-m", MODULE, "sd"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("give one of tiny, sd-turbo, sdxl"), done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("give one of tiny, sd15, sd-turbo"), done.stderr
