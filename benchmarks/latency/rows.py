@@ -159,6 +159,9 @@ def _numbers(worker: Worker, answers: Sequence[Mapping[str, Any]], batch: int) -
     found = {"start s": worker.started, **worker.numbers}
     for stage in answers[0]["stages"]:
         found[f"{stage} ms"] = 1e3 * float(np.median([answer["stages"][stage] for answer in answers]))
+    if answers[0]["stages"]:
+        rest = [answer["seconds"] - sum(answer["stages"].values()) for answer in answers]
+        found["rest ms"] = 1e3 * float(np.median(rest))
     if batch > 1:
         found["pictures/s"] = batch / float(np.median([answer["seconds"] for answer in answers]))
     found |= {f"{name} GiB": answers[-1][name] for name in ("peak", "resident", "own") if name in answers[-1]}
