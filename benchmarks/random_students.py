@@ -22,7 +22,13 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 WORDS = "a red fox cat boat house star on pink blue"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 # Every library knows this sampler; v-prediction since a random network's epsilon, divided by alpha_999, is far off the latents
-SCHEDULER = {**BETAS, "clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+SCHEDULER = {
+    **BETAS,
+    "clip_sample": False,
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+}
 CLIP_VOCABULARY = 49408
 
 
