@@ -16,6 +16,9 @@ from ..core.errors import EngineError, ImagineFlashError, RequestError
 from .common import Quiet, flag, needs, note, say
 
 if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
     from ..engine import Engine
     from ..engine.server.settings import ServerSettings
 
@@ -132,7 +135,7 @@ def _serve_here(settings: ServerSettings) -> None:
     """Until a signal ends it. Raises what loading the model raises."""
     import uvicorn
 
-    from ..engine.server import connections, create_app, logs
+    from ..engine.server import create_app, logs
     from ..models.describe import ModelOptions
     from .first_run import ready
 
@@ -150,13 +153,30 @@ def _serve_here(settings: ServerSettings) -> None:
             server.should_exit = True
             raise
 
-    config = uvicorn.Config(
-        create_app(load, settings),
+    server = uvicorn.Server(_configuration(create_app(load, settings), settings))
+    listening = _listen(settings.host, settings.port)
+    say(_url(settings.host, listening))
+    logs.configure(settings.log_level, settings.log_format)
+    logging.getLogger(logs.SERVER).addFilter(lambda record: not failed)  # the command says it itself
+    server.run(sockets=[listening])
+    if failed:
+        raise failed[0]
+
+
+def _configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """Raises RequestError."""
+    import uvicorn
+
+    from ..engine.server import connections
+    from ..engine.server.stream import MAX_PICTURE
+
+    return uvicorn.Config(
+        app,
         log_config=None,
         access_log=False,
         http=connections.at_most(settings.max_connections),
         ws="websockets-sansio",
-        ws_max_size=settings.max_body,
+        ws_max_size=max(settings.max_body, MAX_PICTURE),
         ws_ping_interval=20,
         ws_per_message_deflate=False,
         timeout_keep_alive=75,
@@ -165,14 +185,6 @@ def _serve_here(settings: ServerSettings) -> None:
         proxy_headers=bool(settings.trusted_proxy),
         forwarded_allow_ips=list(settings.trusted_proxy),
     )
-    server = uvicorn.Server(config)
-    listening = _listen(settings.host, settings.port)
-    say(_url(settings.host, listening))
-    logs.configure(settings.log_level, settings.log_format)
-    logging.getLogger(logs.SERVER).addFilter(lambda record: not failed)  # the command says it itself
-    server.run(sockets=[listening])
-    if failed:
-        raise failed[0]
 
 
 def _serve_on_ray(settings: ServerSettings) -> None:

@@ -117,6 +117,12 @@ class Engine:
         """The step counts that the model was distilled for."""
         return sorted(self._plans)
 
+    @property
+    def draws_from_pictures(self) -> bool:
+        """Whether a request may have an image: the model has an encoder of pictures for every size, and runs in stages."""
+        encoders = (self.manifest.graph_name(IMAGE_ENCODER, size) for size in self.sizes)
+        return self.route == "stages" and set(encoders) <= set(self.manifest.graph_names)
+
     def __repr__(self) -> str:
         return f"<Engine {self.describe()}>"
 
@@ -195,8 +201,7 @@ class Engine:
         size = self._size(request)
         if request.image is not None:
             check_picture(request.image, request.mask, size, size_name(size))
-            encoder = self.manifest.graph_name(IMAGE_ENCODER, size)
-            if self.route == "sampler" or encoder not in self.manifest.graph_names:
+            if not self.draws_from_pictures:
                 raise RequestError(
                     f"{self.manifest.name} cannot start from a picture: that needs the route 'stages' and an artifact with "
                     "an image encoder; run 'imagine-flash export STUDENT OUT --image-encoder'"

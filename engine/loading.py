@@ -15,7 +15,7 @@ from ..folders.hub import HUB_ID, local_folder
 from ..folders.manifests import STAGES, ModelDescription, Size, size_name
 from ..folders.reading import read_artifact_manifest
 from .backends.base import STUDENT_BATCHES, Backend, BackendOptions, check_device
-from .backends.choosing import choose, load_backend, runs_student
+from .backends.choosing import check_backend, choose, load_backend, runs_student
 from .precision import bf16_is_accurate
 from .prompt_cache import DEFAULT_BYTES
 from .tokenizer import PromptTokenizer
@@ -83,21 +83,28 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     return model
 
 
-def check_loading(path: str | Path | None, options: LoadOptions) -> None:
-    """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted.
+def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool = True) -> None:
+    """What loading would find wrong in its first second; a hub id's files, which loading fetches, excepted. here: it is this
+    machine that loads it.
 
     Raises ImagineFlashError."""
-    options.for_backend(1)
+    backend_options = options.for_backend(1)
     folder = EMBEDDED if path is None else Path(path)
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
         return
     if runs_student(options.backend, folder):
         check_device("torch", options.device)
         check_max_batch(options.max_batch, STUDENT_BATCHES)
+        if here:
+            from .backends.torch_modes import check_mode, device_of
+
+            check_mode(options.backend, device_of(options.device))
     else:
         manifest = read_artifact_manifest(folder)
         check_device(choose(options.backend, manifest, options.device, folder), options.device)
         check_max_batch(options.max_batch, manifest.batch)
+        if here:
+            check_backend(options.backend, folder, manifest, backend_options)
 
 
 def _embedded() -> Path:

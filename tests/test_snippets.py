@@ -35,7 +35,7 @@ FENCE = re.compile(
 class Block:
     kind: str  # python, console, yaml, text
     body: str
-    note: str = ""  # the comment above it: "not run: why", "with a server"
+    note: str = ""  # the comment above it: "not run: why", "with a server", "while a server loads"
     title: str = ""  # the file that a reader saves it as
 
     @property
@@ -167,22 +167,27 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def port(desk: Path) -> Iterator[int]:
-    """Of `imagine-flash serve`, ready to draw."""
+def _wait_for(url: str) -> None:
+    """Until it answers with 200."""
     import httpx
 
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url).status_code == 200:
+                return
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def port(desk: Path) -> Iterator[int]:
+    """Of `imagine-flash serve`, which loads."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
     command = [sys.executable, "-m", "imagine_flash", "serve", "--quiet", "--port", str(free)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
-    limit = time.monotonic() + 60
-    while time.monotonic() < limit:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{free}/readyz").status_code == 200:
-                break
-        time.sleep(0.05)
+    _wait_for(f"http://127.0.0.1:{free}/healthz")
     yield free
     process.terminate()
     process.wait(30)
@@ -192,5 +197,8 @@ def port(desk: Path) -> Iterator[int]:
 @pytest.mark.parametrize("page", SERVED)
 def test_python_with_a_server(page: str, port: int) -> None:
     pytest.importorskip("openai")
-    execute(page, {"__name__": page}, "with a server", change=(":8000", f":{port}"))
+    change = (":8000", f":{port}")
+    execute(page, {"__name__": page}, "while a server loads", change=change)
+    _wait_for(f"http://127.0.0.1:{port}/readyz")
+    execute(page, {"__name__": page}, "with a server", change=change)
     assert Path("fox.png").read_bytes().startswith(b"\x89PNG")

@@ -25,6 +25,8 @@ DEVICES = {
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a device
 Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
+Column = NDArray[np.float32]  # one coefficient for each image (B,)
+Fresh = tuple[Column, Array] | None  # the coefficients of fresh noise, and it, as x
 Pictures = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # images (B, H, W, 3); finite (B,)
 
 
@@ -98,14 +100,7 @@ class Backend(Protocol):
         """x (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
         ...
 
-    def update(
-        self,
-        x: Array,
-        m: Array,
-        a: NDArray[np.float32],
-        b: NDArray[np.float32],
-        fresh: tuple[NDArray[np.float32], Array] | None = None,
-    ) -> Array:
+    def update(self, x: Array, m: Array, a: Column, b: Column, fresh: Fresh = None) -> Array:
         """a x + b m, and + c z of fresh = (c, z), with one coefficient per image: a, b, c (B,), z as x. x stays as it is, since
         a failing turn is tried again."""
         ...

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from ...core.errors import ArtifactError, ImagineFlashError, nearest
 from ...folders.files import ARTIFACT_FILE, STUDENT_FILE
@@ -74,15 +75,24 @@ def _has_plans(folder: Path, manifest: ArtifactManifest) -> bool:
 def load_backend(name: str, folder: Path, manifest: ArtifactManifest, options: BackendOptions | None = None) -> Backend:
     """The backend called `name`, or what "auto" means. Raises ArtifactError, MissingExtraError."""
     options = options or BackendOptions()
-    chosen = choose(name, manifest, options.device, folder)
-    if chosen == "tensorrt":
+    return _backend(choose(name, manifest, options.device, folder))(folder, manifest, options)
+
+
+def check_backend(name: str, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
+    """What `load_backend` would find wrong before it reads a graph: a package, a device, a precision that is not here.
+    Raises ArtifactError, MissingExtraError."""
+    _backend(choose(name, manifest, options.device, folder)).check(folder, manifest, options)
+
+
+def _backend(name: str) -> Any:
+    if name == "tensorrt":
         from .tensorrt import TensorrtBackend
 
-        return TensorrtBackend(folder, manifest, options)
-    if chosen == "openvino":
+        return TensorrtBackend
+    if name == "openvino":
         from .openvino import OpenvinoBackend
 
-        return OpenvinoBackend(folder, manifest, options)
+        return OpenvinoBackend
     from .onnxruntime import OnnxruntimeBackend
 
-    return OnnxruntimeBackend(folder, manifest, options)
+    return OnnxruntimeBackend

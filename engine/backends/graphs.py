@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
 from ...folders.manifests import IMAGE_ENCODER, ModelDescription
-from .base import Pictures, Stopped, stopwatch
+from .base import Column, Fresh, Pictures, Stopped, stopwatch
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
@@ -71,12 +71,7 @@ class GraphBackend(ABC, Generic[Described]):
         return self.run(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
     def update(
-        self,
-        x: NDArray[np.float32],
-        m: NDArray[np.float32],
-        a: NDArray[np.float32],
-        b: NDArray[np.float32],
-        fresh: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+        self, x: NDArray[np.float32], m: NDArray[np.float32], a: Column, b: Column, fresh: Fresh = None
     ) -> NDArray[np.float32]:
         rows = (-1, *(1,) * (x.ndim - 1))
         updated: NDArray[np.float32] = a.reshape(rows) * x

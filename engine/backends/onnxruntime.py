@@ -25,18 +25,22 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
+        self._library, self.device, self._providers = self.check(folder, manifest, options)
+        self.threads = options.threads or processors()
+
+    @staticmethod
+    def check(folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> tuple[Any, str, list[Any]]:
+        """The library, the device's name and its providers. Raises ArtifactError, MissingExtraError."""
         try:
             import onnxruntime
         except ImportError:
             raise missing_extra("onnxruntime", "cpu") from None
-        self._library: Any = onnxruntime
         if options.precision not in ("auto", manifest.precision):
             raise ArtifactError(
                 f"onnxruntime computes in the graphs' own precision, {manifest.precision}; for {options.precision} run "
                 f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
-        self.threads = options.threads or processors()
-        self.device, self._providers = _providers(onnxruntime, options.device)
+        return onnxruntime, *_providers(onnxruntime, options.device)
 
     def describe(self) -> str:
         threads = f", {self.threads} threads" if self.device == "cpu" else ""

@@ -29,28 +29,10 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
-        try:
-            import openvino
-        except ImportError:
-            raise missing_extra("openvino", "cpu") from None
-        self._library: Any = openvino
-        self._large = sum((folder / name).stat().st_size for name in manifest.files) > LARGE
-        self.splits = (
-            self._large
-        )  # each batch size takes the weights once more, and a large network gains nothing by it
+        self._library, self._core, self.precision = self.check(folder, manifest, options)
+        # each batch size takes the weights once more, and a large network gains nothing by it
+        self.splits = self._large = sum((folder / name).stat().st_size for name in manifest.files) > LARGE
         self.batches = options.batches[:1] if self.splits else options.batches
-        check_device(self.name, options.device)
-        if manifest.precision != "fp32":
-            raise ArtifactError(
-                f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
-                "--precision fp32, or take the backend onnxruntime"
-            )
-        self.precision = "fp32" if options.precision == "auto" else options.precision
-        self._core = openvino.Core()
-        native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if self.precision not in HINTS or (self.precision == "bf16" and "BF16" not in native):
-            there = "fp32, bf16" if "BF16" in native else "fp32"
-            raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {self.precision}")
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
@@ -58,6 +40,27 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         }
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)
+
+    @staticmethod
+    def check(folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> tuple[Any, Any, str]:
+        """The library, its core and the precision. Raises ArtifactError, MissingExtraError."""
+        try:
+            import openvino
+        except ImportError:
+            raise missing_extra("openvino", "cpu") from None
+        check_device("openvino", options.device)
+        if manifest.precision != "fp32":
+            raise ArtifactError(
+                f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
+                "--precision fp32, or take the backend onnxruntime"
+            )
+        precision = "fp32" if options.precision == "auto" else options.precision
+        core = openvino.Core()
+        native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision not in HINTS or (precision == "bf16" and "BF16" not in native):
+            there = "fp32, bf16" if "BF16" in native else "fp32"
+            raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {precision}")
+        return openvino, core, precision
 
     def describe(self) -> str:
         version, threads = self._library.__version__.split("-")[0], self._options["INFERENCE_NUM_THREADS"]

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from ...folders.tensorrt_plans import COMMAND, Machine, PlanRecord, find_plan, read_json, this_machine
-from .base import BackendOptions, Pictures
+from .base import BackendOptions, Column, Fresh, Pictures
 from .graphs import GraphBackend
 
 
@@ -57,6 +58,16 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
+        self._machine = self.check(folder, manifest, options)
+        self.batches = tuple(sorted({max(batch, manifest.batch[0]) for batch in options.batches}))
+        self._engines, self._uncaptured = dict[str, Any](), set[str]()
+        self._errors = deque[str](maxlen=1)  # TensorRT's last one
+        self._start_tensorrt()
+        self._start_torch()
+
+    @staticmethod
+    def check(folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> Machine:
+        """The machine whose plans are wanted. Raises ArtifactError, MissingExtraError."""
         if options.device not in ("auto", "cuda", "cuda:0"):
             raise ArtifactError(
                 f"TensorRT plans run on the first GPU: device must be auto, cuda or cuda:0, got {options.device!r}; "
@@ -67,11 +78,10 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
                 f"TensorRT plans compute in their graphs' precision, {manifest.precision}; for {options.precision} run "
                 f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
-        self.batches = tuple(sorted({max(batch, manifest.batch[0]) for batch in options.batches}))
-        self._machine, self._engines, self._uncaptured = this_machine(folder), dict[str, Any](), set[str]()
-        self._errors = deque[str](maxlen=1)  # TensorRT's last one
-        self._start_tensorrt()
-        self._start_torch()
+        machine = this_machine(folder)
+        if find_spec("torch") is None:
+            raise missing_extra("torch", "tensorrt")
+        return machine
 
     def _start_tensorrt(self) -> None:
         trt: Any = import_module("tensorrt")
@@ -89,10 +99,8 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
             raise self._failed("cannot start on this machine", "see what nvidia-smi says") from None
 
     def _start_torch(self) -> None:
-        try:
-            import torch
-        except ImportError:
-            raise missing_extra("torch", "tensorrt") from None
+        import torch
+
         if not torch.cuda.is_available():
             raise ArtifactError(f"torch {torch.__version__} finds no CUDA; install the build of torch for this GPU")
         self._torch: Any = torch
@@ -210,14 +218,7 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
     def denoise(self, x: Any, timestep: NDArray[np.float32], conditions: Sequence[Any]) -> Any:
         return self._queue(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
-    def update(
-        self,
-        x: Any,
-        m: Any,
-        a: NDArray[np.float32],
-        b: NDArray[np.float32],
-        fresh: tuple[NDArray[np.float32], Any] | None = None,
-    ) -> Any:
+    def update(self, x: Any, m: Any, a: Column, b: Column, fresh: Fresh = None) -> Any:
         c, z = (np.zeros_like(a), None) if fresh is None else fresh
         return fused_update(x, m, self.upload(np.stack([a, b, c], axis=1)), self._steps[: len(a)], z)
 

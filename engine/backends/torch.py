@@ -32,10 +32,21 @@ from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
 from ..tokenizer import PromptTokenizer
-from .base import STUDENT_BATCHES, BackendOptions, Pictures, Stopped, check_device
+from .base import STUDENT_BATCHES, BackendOptions, Column, Fresh, Pictures, Stopped
 from .fused_update import FusedUpdate
 from .graphs import GraphBackend, Run
-from .torch_modes import Capture, Captured, InPrecision, Network, OnGpu, as_run, compiled, cuda_graphs
+from .torch_modes import (
+    Capture,
+    Captured,
+    InPrecision,
+    Network,
+    OnGpu,
+    as_run,
+    check_mode,
+    compiled,
+    cuda_graphs,
+    device_of,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,8 +100,8 @@ class TorchBackend(GraphBackend[ModelDescription]):
         super().__init__(folder, model)
         self.name, self.device, self.precision = name, device, model.precision
         self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
-        if name == "torch-graph" and not self._on_gpu and capture is None:
-            raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")
+        if capture is None:
+            check_mode(name, device)
         self._capture = cuda_graphs(device) if self._on_gpu and name != "torch" else capture
         self.batches = () if name == "torch" else tuple(batches)
         self._dtype = DTYPES[model.precision]
@@ -224,14 +235,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         return self.run(self._at_size("denoiser", x), [x, timestep, *conditions])[0]
 
     @torch.inference_mode()
-    def update(
-        self,
-        x: Any,
-        m: Any,
-        a: NDArray[np.float32],
-        b: NDArray[np.float32],
-        fresh: tuple[NDArray[np.float32], Any] | None = None,
-    ) -> Any:
+    def update(self, x: Any, m: Any, a: Column, b: Column, fresh: Fresh = None) -> Any:
         c, z = (None, None) if fresh is None else fresh
         if self._update is not None:
             network = self._graphs.get((self._at_size("denoiser", x), self._bucket(len(x))))
@@ -268,20 +272,6 @@ class TorchBackend(GraphBackend[ModelDescription]):
     def _current(self) -> AbstractContextManager[Any]:
         """Makes the device the current one: Triton and captures start there."""
         return torch.cuda.device(self.device) if self._on_gpu else nullcontext()
-
-
-def device_of(name: str) -> torch.device:
-    """The device meant by auto, cpu, cuda or cuda:N. Raises ArtifactError for one that is not there."""
-    there = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if there else "cpu"
-    check_device("torch", name)
-    device = torch.device(name)
-    if device.type == "cuda" and not there:
-        raise ArtifactError(f"torch {torch.__version__} finds no CUDA; install the build of torch for this GPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArtifactError(f"there is no {name}: torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _description(

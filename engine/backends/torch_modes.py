@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...core.errors import ArtifactError
+from .base import check_device
 from .graphs import Run
 
 WARM_UP = 3  # calls before a capture, for what libraries allocate and choose at their first ones
@@ -111,3 +113,23 @@ def as_run(network: Network) -> Run:
 
 def _as_list(outputs: Any) -> list[Any]:
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def device_of(name: str) -> torch.device:
+    """The device meant by auto, cpu, cuda or cuda:N. Raises ArtifactError for one that is not there."""
+    there = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    check_device("torch", name)
+    device = torch.device(name)
+    if device.type == "cuda" and not there:
+        raise ArtifactError(f"torch {torch.__version__} finds no CUDA; install the build of torch for this GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArtifactError(f"there is no {name}: torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def check_mode(backend: str, device: torch.device) -> None:
+    """Raises ArtifactError where a backend's name and its device do not go together."""
+    if backend == "torch-graph" and device.type != "cuda":
+        raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")

@@ -29,11 +29,13 @@ except ImportError as missing:
 
 from .access import PROBES, Access, RequestLog
 from .clients import Clients
+from .connections import watch_files
 from .drawing import Studio
 from .errors import handle_errors
 from .images import images_router
 from .metrics import Metrics
 from .model import ServedModel, retry_headers
+from .sdapi import sdapi_router
 from .stream import stream_router
 
 PAGE = Path(__file__).parent / "page"
@@ -45,8 +47,8 @@ READABLE = ["x-request-id", "retry-after", "retry-after-ms", "x-ignored", "x-dra
 def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings | None = None) -> FastAPI:
     """The server of an engine, or of what loads one: then it is loaded in the background, and closed with the application.
 
-    Routes: /v1/images/generations, /v1/images/edits, /v1/models (OpenAI's), /v1/stream (WebSocket), / (the page),
-    /healthz, /readyz, /metrics, /docs, /openapi.json.
+    Routes: /v1/images/generations, /v1/images/edits, /v1/models (OpenAI's), /sdapi/v1/... (A1111's), /v1/stream (WebSocket),
+    / (the page), /healthz, /readyz, /metrics, /docs, /openapi.json.
     """
     settings = (settings or ServerSettings()).with_keys()
     model = ServedModel(engine)
@@ -55,10 +57,11 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_get_ready(studio))
+        loading, watching = asyncio.create_task(_get_ready(studio)), asyncio.create_task(watch_files())
         try:
             yield
         finally:
+            watching.cancel()
             await loading
             await studio.uploads.close()
             await model.close()
@@ -73,6 +76,7 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
     )
     app.state.model, app.state.metrics = model, metrics
     app.include_router(images_router(studio))
+    app.include_router(sdapi_router(studio))
     app.include_router(stream_router(studio))
     _operations(app, model, metrics)
     handle_errors(app, model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -78,6 +80,9 @@ def _given_key(headers: Mapping[str, str]) -> str:
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return given.strip()
+    if scheme.lower() == "basic":  # as /sdapi's clients know it: any name, the key as the password
+        with suppress(ValueError):
+            return base64.b64decode(given, validate=True).decode().partition(":")[2]
     offered = [part.strip() for part in headers.get("sec-websocket-protocol", "").split(",")]
     return next((part.removeprefix(KEY_PROTOCOL) for part in offered if part.startswith(KEY_PROTOCOL)), "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import select
 import time
 from contextlib import suppress
@@ -11,12 +12,14 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ...core.errors import RequestError
 from .logs import SERVER
 
 MOST_HEADER_BYTES = 65_536  # of a request's line and headers
 MOST_HEADER_SECONDS = 10.0  # from their first byte to their last
 LOOK_EVERY = 0.25  # seconds, whether a client that has stopped sending is still there
 SAY_EVERY = 10.0  # seconds
+LOOK_FOR_FILES_EVERY = 1.0  # seconds
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 LOG = logging.getLogger(SERVER)
 
@@ -119,12 +122,28 @@ class Connection(HttpToolsProtocol):
         self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
 
+SPARE_FILES, LEAST = 64, 8  # files of the model, its workers, the log; connections
+
+
 def at_most(connections: int) -> type[Connection]:
-    """The protocol of one server; fewer where the system gives this process fewer files, so that accepting never fails."""
-    return type("Connection", (Connection,), {"most": min(connections, _files() - SPARE_FILES), "unasked": {}})
+    """The protocol of one server; fewer where the system gives this process fewer files, so that accepting does not fail.
+    Raises RequestError where there are hardly any."""
+    if (files := _files()) < SPARE_FILES + LEAST:
+        least = SPARE_FILES + LEAST
+        raise RequestError(f"this process may open {files} files, a server needs {least}; run: ulimit -n 1024")
+    return type("Connection", (Connection,), {"most": min(connections, files - SPARE_FILES), "unasked": {}})
 
 
-SPARE_FILES = 64  # of the model, its workers, the log
+async def watch_files() -> None:
+    """Says where no file can be opened any more: the event loop closes new connections then, and says nothing."""
+    while True:
+        pause = LOOK_FOR_FILES_EVERY
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            pause = SAY_EVERY
+            LOG.error("new connections are not accepted: %s; raise LimitNOFILE, or ulimit -n", error.strerror)
+        await asyncio.sleep(pause)
 
 
 def _files() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,15 @@ MOST_SCALED = 2**26  # pixels of one answer that are not the model's own
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What is to be drawn, and how it is handed over. size: of the pictures, where it is not what the model draws."""
+    """What is to be drawn, and how it is handed over. size: of the pictures, where it is not what the model draws; ignored: fields
+    of the request that have no meaning here."""
 
     request: GenerateRequest
     client: KnownClient
     size: Size | None = None
     kind: str = "png"
     quality: int | None = None
-    warnings: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
 
 
 class Studio:
@@ -75,6 +76,16 @@ class Studio:
         return min(
             sizes, key=lambda size: (round(abs(np.log(size[0] / size[1]) - shape), 3), -size[0] * size[1])
         ), asked
+
+    def guidance(self, scale: float | None, negative: str | None) -> dict[str, Any]:
+        """Of a GenerateRequest, what of them this model takes: one that draws without guidance takes neither."""
+        engine, known = self.engine, self.engine.manifest.guidance
+        is_made_for_it = max(known.default, *(known.range or (1,))) > 1 and (engine.route == "stages" or known.embedded)
+        if not is_made_for_it:
+            return {}
+        taken: dict[str, Any] = {} if scale is None else {"guidance": float(scale)}
+        weighs = not known.embedded and (known.default if scale is None else scale) > 1
+        return taken | ({"negative_prompt": negative} if negative and weighs else {})
 
     async def prepare(self, wish: Wish) -> Prepared:
         """A request made ready. Raises RequestError, PlanError, QuotaError."""
@@ -120,7 +131,7 @@ class Studio:
 
 def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:
     """What was not done as asked, a sentence each."""
-    found = list(wish.warnings)
+    found = [f"{name} has no meaning here" for name in wish.ignored]
     if wish.size is not None:
         found.append(
             f"drawn at {size_name((result.images.shape[1], result.images.shape[2]))} and scaled to {size_name(wish.size)}"

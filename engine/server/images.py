@@ -96,15 +96,18 @@ def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> W
     (height, width), scaled = studio.size(size_of(asked.size), asked.n or 1)
     values = {**asked.drawing, "height": height, "width": width, "timeout": studio.settings.timeout, **further}
     kind, quality = asked.output_format or "png", asked.output_compression
-    warnings = [f"{name} has no meaning here" for name in asked.ignored]
-    request = GenerateRequest(**values)
-    return Wish(request=request, client=client, size=scaled, kind=kind, quality=quality, warnings=warnings)
+    scale = asked.guidance_scale if isinstance(asked.guidance_scale, (int, float)) else None
+    guided = studio.guidance(scale, asked.negative_prompt)
+    taken = {"guidance": "guidance_scale", "negative_prompt": "negative_prompt"}
+    ignored = tuple(name for name in asked.ignored if name not in (taken[one] for one in guided))
+    request = GenerateRequest(**values, **guided)
+    return Wish(request=request, client=client, size=scaled, kind=kind, quality=quality, ignored=ignored)
 
 
 async def _answer(
     studio: Studio, stored: StoredPictures, asked: ImageRequest, wish: Wish, request: Request
 ) -> Response:
-    headers = {"x-ignored": ", ".join(asked.ignored)} if asked.ignored else {}
+    headers = {"x-ignored": ", ".join(wish.ignored)} if wish.ignored else {}
     if wish.size is not None:
         headers["x-drawn-size"] = size_name((wish.request.height or 0, wish.request.width or 0))
     if asked.stream:

@@ -163,7 +163,7 @@ class ServerSettings(Checked):
         most = os.cpu_count() or 1
         if here and self.threads is not None and self.threads > most:
             raise RequestError(f"threads: must be 1 to {most}, the processors of this machine, got {self.threads}")
-        check_loading(self.model, self.loading)
+        check_loading(self.model, self.loading, here=here)
 
 
 def read_settings(file: Path | None, given: Mapping[str, Any]) -> ServerSettings:

@@ -8,11 +8,13 @@ import logging
 import struct
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import EngineError, ImagineFlashError, RequestError
-from ...folders.manifests import size_name
+from ...folders.manifests import Size, size_name
 from ..pictures.files import FORMATS, Format, beside, encode
 from ..request import MAX_SEED, GenerateRequest
 from ..session import Mailbox, Session, SessionResult
@@ -26,7 +28,9 @@ from .schemas import MAX_PROMPT, size_of
 PROTOCOL = "imagine-flash"
 LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
-TRY_AGAIN_LATER, UNSUPPORTED, TOO_BIG, INTERNAL = 1013, 1003, 1009, 1011
+MAX_PICTURE = 2**18  # bytes of a file to start from
+TRY_AGAIN_LATER, TOO_BIG, INTERNAL = 1013, 1009, 1011
+PING, PONG = '{"type":"ping"}', '{"type":"pong"}'  # of pages, which cannot send a WebSocket's own
 LOG = logging.getLogger(SERVER)
 
 
@@ -42,6 +46,7 @@ class StreamRequest(BaseModel):
     size: str | None = Field(default=None, max_length=20)
     format: Format = "webp"
     preview: bool = False
+    strength: float | None = Field(default=None, gt=0, le=1)  # drawn from the picture that was sent last
 
 
 def stream_router(studio: Studio) -> APIRouter:
@@ -80,6 +85,8 @@ class _Connection:
         self.socket, self.studio, self.client = socket, studio, client_of(socket)
         self.mailbox = Mailbox()
         self.session = Session(studio.engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER, client=self.client)
+        self._picture = b""  # a file to start from
+        self._pixels: dict[Size, NDArray[np.uint8]] = {}  # of it, by size
         self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
 
@@ -98,11 +105,16 @@ class _Connection:
 
     async def _read(self) -> None:
         while (message := await self.socket.receive())["type"] != "websocket.disconnect":
-            if (text := message.get("text")) is None:
-                return await self.socket.close(UNSUPPORTED, "messages are JSON text")
-            if len(text.encode()) > self.studio.settings.max_body:  # uvicorn counts before; Ray's proxies do not
-                return await self.socket.close(TOO_BIG, f"messages have at most {self.studio.settings.max_body} bytes")
-            await self._take(text)
+            text, file = message.get("text"), message.get("bytes") or b""
+            most = MAX_PICTURE if text is None else self.studio.settings.max_body
+            if len(file if text is None else text.encode()) > most:
+                return await self.socket.close(TOO_BIG, f"such messages have at most {most} bytes")
+            if text is None:
+                self._picture, self._pixels = file, {}
+            elif text == PING:
+                await self._send(PONG)
+            else:
+                await self._take(text)
             self._count()
 
     def _count(self) -> None:
@@ -120,13 +132,15 @@ class _Connection:
             seq = raw.get("seq") if isinstance(raw, dict) else None
             asked = StreamRequest.model_validate(raw)
             self.studio.clients.check(self.client, 1)
-            height, width = size_of(asked.size) or (None, None)
+            height, width = size = size_of(asked.size) or self.studio.engine.sizes[0]
             drawing = {
                 "prompt": asked.prompt,
                 "seed": asked.seed or 0,
                 "steps": asked.steps,
                 "timeout": self.studio.settings.timeout,
             }
+            if asked.strength is not None:
+                drawing |= {"strength": asked.strength, "image": await self._start(size)}
             wanted = GenerateRequest(**drawing, height=height, width=width)
             self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked.format)
         except ValidationError as error:
@@ -137,6 +151,16 @@ class _Connection:
         except (ValueError, RecursionError) as error:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
             await self._tell(_failure(seq, ours))
+
+    async def _start(self, size: Size) -> NDArray[np.uint8]:
+        """The picture that was sent last. Raises RequestError, BusyError."""
+        if not self._picture:
+            raise RequestError("strength needs a picture: send its file as a binary message before", param="strength")
+        if size not in self.studio.engine.sizes:
+            raise RequestError(f"this engine does not draw {size_name(size)}", param="size")
+        if size not in self._pixels:
+            self._pixels[size] = await self.studio.uploads.image(self._picture, size)
+        return self._pixels[size]
 
     async def _write(self) -> None:
         try:
@@ -175,6 +199,7 @@ class _Connection:
             "formats": list(FORMATS),
             "backend": engine.backend.describe(),
             "vocabulary": self.studio.vocabulary,
+            "from_pictures": engine.draws_from_pictures,
         }
 
 

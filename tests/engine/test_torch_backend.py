@@ -21,8 +21,8 @@ from imagine_flash.core.update import sample
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.choosing import choose
-from imagine_flash.engine.backends.torch import TorchBackend, device_of, load_student
-from imagine_flash.engine.backends.torch_modes import OnGpu
+from imagine_flash.engine.backends.torch import TorchBackend, load_student
+from imagine_flash.engine.backends.torch_modes import OnGpu, device_of
 from imagine_flash.folders.files import ARTIFACT_FILE
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, pipelines

@@ -1,20 +1,19 @@
 // The page: each change of the text, seed, steps or size is a request, and the newest one's picture is shown.
 
+import { flash, isSmooth, save, smooth, toClipboard } from "./browser.js";
 import { Figures } from "./figures.js";
+import { Film } from "./film.js";
+import { Grid } from "./grid.js";
 import { Picture, Strip } from "./picture.js";
-import { say } from "./say.js";
+import { say, sayDrawing } from "./say.js";
+import { Source } from "./source.js";
 import { Stream } from "./stream.js";
-import { command, fileName, fromHash, sentence, toClipboard, toHash, whole } from "./text.js";
+import { command, fileName, fromHash, sentence, toHash, whole } from "./text.js";
+import { fillExamples, fillVocabulary, FIRST } from "./words.js";
 
-const EXAMPLES = {
-  "a fox": "a fox on a pink background",
-  "a cat and a dog": "a cat to the left of a dog",
-  "a rocket": "a rocket above a house on a blue background",
-  "a penguin": "a penguin on an orange background",
-  "a pizza": "a pizza to the right of a robot on green",
-};
 const SETTLED = 800; // ms without a change: the picture is meant
 const SLOW = 0.1; // s of drawing from which a picture in one step is asked for first
+const SEEN = 250; // ms of drawing before it is said
 const BUSY = [400, 800, 1600, 3000]; // ms to wait before asking a busy server again
 
 const find = (id) => document.getElementById(id);
@@ -22,6 +21,9 @@ const [prompt, seed, size, note] = ["prompt", "seed", "size", "note"].map(find);
 const stream = new Stream();
 const picture = new Picture(find("picture"));
 const strip = new Strip(find("strip"), (drawn, event) => bringBack(drawn, event));
+const grid = new Grid(find("grid"), (wish, event) => bringBack(wish, event));
+const source = new Source();
+const film = new Film(find("reel"), (frames) => (find("film").hidden = frames < 2));
 const figures = new Figures(
   Object.fromEntries(["all", "model", "queue", "rest", "page", "rate"].map((name) => [name, find(`f-${name}`)])),
 );
@@ -43,6 +45,8 @@ let keyed = false; // a key was given, and nothing has come of it yet
 function draw(at = null, typed = false) {
   clearTimeout(retrying);
   clearTimeout(settling);
+  film.stop();
+  grid.close();
   const text = prompt.value.trim();
   const number = whole(seed.value);
   const invalid = String(number === null);
@@ -51,7 +55,8 @@ function draw(at = null, typed = false) {
     seed.ariaInvalid = invalid;
     unknown([]);
   }
-  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps, size: size.value || undefined, at, typed };
+  const strength = source.current ? source.strength : undefined;
+  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps, size: size.value || undefined, strength, at, typed };
   settling = setTimeout(() => {
     settling = 0;
     settle();
@@ -59,6 +64,7 @@ function draw(at = null, typed = false) {
   if (!typed) share();
   if (!text) {
     picture.clear(asked.seq, asked.size);
+    waiting.clear();
     refresh();
     unknown([]);
     say(stream.state, stream.why); // what was wrong was wrong with another text
@@ -69,7 +75,7 @@ function draw(at = null, typed = false) {
   const format = small(asked.size) && hello.formats.includes("png") ? "png" : "webp"; // 64 x 64: 6 kB without a loss
   asked.sent = performance.now();
   waiting.set(seq, asked);
-  stream.send({ seq, prompt: text, seed: good, steps, size: asked.size, format, preview });
+  stream.send({ seq, prompt: text, seed: good, steps, size: asked.size, format, preview, strength }, source.current);
 }
 
 function small(name) {
@@ -93,11 +99,12 @@ function bringBack(wanted, event = null) {
 stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
   const mine = waiting.get(header.seq);
   const spent = figures.arrived(header);
-  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt }))) return;
-  for (const seq of waiting.keys()) if (seq < header.seq) waiting.delete(seq); // a connection far away has several under way
+  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt, strength: mine.strength }))) return;
+  for (const seq of waiting.keys()) if (seq < header.seq + !header.preview) waiting.delete(seq); // others may be under way
   if (mine.typed) figures.typed(performance.now());
   refresh();
   if (header.preview) return;
+  film.add(picture.shown);
   refusals = 0;
   seconds = header.timings.total - (header.timings.queue ?? 0);
   say(stream.state);
@@ -109,6 +116,7 @@ stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
 
 stream.addEventListener("failure", ({ detail: { seq, error } }) => {
   if (seq !== null && seq !== asked.seq) return; // of a text that has changed
+  waiting.clear();
   if (error.code === "busy") {
     say("busy");
     retrying = setTimeout(draw, BUSY[Math.min(refusals++, BUSY.length - 1)]);
@@ -122,7 +130,9 @@ stream.addEventListener("ready", ({ detail }) => {
   hello = detail;
   fillSteps();
   fillSizes();
-  fillVocabulary();
+  fillExamples(find("examples"), hello.vocabulary ?? {}, (text, event) => bringBack({ prompt: text }, event));
+  fillVocabulary(find("vocabulary"), hello.vocabulary ?? {}, add);
+  source.offer(hello.from_pictures, size.value || hello.sizes[0]);
   if (keyed) prompt.focus();
   keyed = false;
   find("model").textContent = `${hello.model} · ${hello.backend}`;
@@ -180,9 +190,9 @@ function refresh() {
   link.download = fileName({ ...shown.header, prompt: shown.prompt });
 }
 
-function commandOf({ header, prompt }) {
+function commandOf({ header, prompt, strength }) {
   const other = header.size === hello.sizes[0] ? undefined : header.size;
-  return command({ ...header, prompt, size: other, model: hello.model });
+  return command({ ...header, prompt, strength, size: other, model: hello.model });
 }
 
 // Controls
@@ -209,32 +219,18 @@ function fillSteps() {
 
 function fillSizes() {
   const before = size.value || fromHash(location.hash).size;
+  find("smooth").hidden = !hello.sizes.some(small);
   size.replaceChildren(...hello.sizes.map((name) => new Option(name.replace("x", " × "), name)));
   if (hello.sizes.includes(before)) size.value = before;
   find("size-field").hidden = hello.sizes.length < 2;
   if (!picture.shown) picture.shape(size.value);
 }
 
-/** The words of a model that knows only some, in groups; a click adds one to the text. */
-function fillVocabulary() {
-  const groups = Object.entries(hello.vocabulary ?? {});
-  const lines = groups.map(([name, words]) => {
-    const line = document.createElement("p");
-    const buttons = words.map((word) => {
-      const button = Object.assign(document.createElement("button"), { type: "button", textContent: word });
-      button.addEventListener("click", ({ timeStamp }) => {
-        prompt.value = `${prompt.value.trimEnd()} ${word}`.trimStart();
-        fit();
-        draw(timeStamp);
-      });
-      return button;
-    });
-    line.append(...(groups.length > 1 ? [Object.assign(document.createElement("b"), { textContent: name })] : []), ...buttons);
-    return line;
-  });
-  const place = find("vocabulary");
-  place.replaceChildren(place.firstElementChild, ...lines);
-  place.hidden = !lines.length;
+/** A word of the vocabulary, after the text. */
+function add(word, { timeStamp }) {
+  prompt.value = `${prompt.value.trimEnd()} ${word}`.trimStart();
+  fit();
+  draw(timeStamp);
 }
 
 /** As high as its text. */
@@ -263,14 +259,43 @@ find("steps").addEventListener("change", (event) => {
 });
 size.addEventListener("change", ({ timeStamp }) => {
   keep();
+  source.offer(hello.from_pictures, size.value);
   draw(timeStamp);
 });
+source.isBusy = () => waiting.size > 0;
+source.addEventListener("change", () => draw(null, true));
 find("copy").addEventListener("click", async () => {
-  const done = await toClipboard(find("command").textContent);
-  find("copy").textContent = done ? "Copied" : "Not copied";
-  find("said").textContent = done ? "The command is copied." : "";
-  setTimeout(() => (find("copy").textContent = "Copy"), 1600);
+  flash(find("copy"), (await toClipboard(find("command").textContent)) ? "Copied" : "Not copied");
 });
+find("link").addEventListener("click", async () => {
+  share();
+  flash(find("link"), (await toClipboard(location.href)) ? "Copied" : "Not copied");
+});
+find("smooth").addEventListener("click", () => smooth(!isSmooth()));
+find("four").addEventListener("click", async () => {
+  const wish = { prompt: prompt.value.trim(), seed: good, steps, size: size.value || undefined };
+  if (!wish.prompt) return prompt.focus();
+  keep();
+  find("four").disabled = true;
+  try {
+    await grid.open(wish, stream.headers, source.current && { blob: source.current.blob, strength: source.strength });
+  } catch (error) {
+    if (error.name !== "AbortError") say("failed", sentence(error.message));
+  }
+  find("four").disabled = false;
+});
+find("play").addEventListener("click", () => (film.isPlaying ? film.stop() : film.play()));
+find("gif").addEventListener("click", async () => {
+  find("gif").disabled = true;
+  const { blob, name } = await film.gif(isSmooth());
+  find("gif").disabled = false;
+  save(blob, name);
+});
+addEventListener("keydown", ({ key }) => key === "Escape" && (film.stop(), grid.close()));
+setInterval(() => {
+  const ms = waiting.size ? performance.now() - Math.min(...[...waiting.values()].map(({ sent }) => sent)) : 0;
+  sayDrawing(ms > SEEN ? ms : null);
+}, 100);
 find("again").addEventListener("click", () => (stream.ready ? draw() : stream.connect()));
 find("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -282,12 +307,9 @@ find("key-form").addEventListener("submit", (event) => {
 addEventListener("hashchange", () => bringBack(fromHash(location.hash)));
 addEventListener("resize", fit);
 
-for (const [label, text] of Object.entries(EXAMPLES)) {
-  const button = Object.assign(document.createElement("button"), { type: "button", textContent: label, title: text });
-  button.addEventListener("click", (event) => bringBack({ prompt: text }, event));
-  find("examples").append(button);
-}
-bringBack({ prompt: EXAMPLES["a fox"], ...fromHash(location.hash) });
+smooth(isSmooth());
+find("vocabulary").open = matchMedia("(min-width: 640px)").matches;
+bringBack({ prompt: FIRST, ...fromHash(location.hash) });
 refresh();
 if (matchMedia("(pointer: fine)").matches) {
   prompt.focus();

@@ -37,10 +37,8 @@ export class Figures {
 
   #write(name, value, unit) {
     const field = this.#fields[name];
-    if (value === undefined) {
-      field.textContent = "–";
-      return;
-    }
+    field.parentElement.hidden = value === undefined; // a row of dashes says nothing
+    if (value === undefined) return;
     const number = value < 9.95 ? value.toFixed(1) : String(Math.round(value));
     field.replaceChildren(number, Object.assign(document.createElement("small"), { textContent: ` ${unit}` }));
   }

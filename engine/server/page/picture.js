@@ -1,6 +1,6 @@
 // The picture and the strip of the last ones.
 
-const SMALL = 256; // pixels: below, a picture is shown in squares instead of a blur
+const SMALL = 256; // pixels: below, a picture is shown in squares, unless it shall be smooth
 const KEPT = 16;
 const STORED = "imagine-flash.strip";
 
@@ -15,11 +15,11 @@ export class Picture {
   constructor(figure) {
     this.#figure = figure;
     this.#empty = figure.firstElementChild;
-    this.shown = null; // {header, blob, prompt}
+    this.shown = null; // {header, blob, prompt, strength, url}
   }
 
   /** True once it is in the page; false where something newer is shown by then. */
-  async show({ header, blob, prompt }) {
+  async show({ header, blob, prompt, strength }) {
     if (!this.#wants(header)) return false;
     const url = URL.createObjectURL(blob);
     const image = new Image();
@@ -35,10 +35,10 @@ export class Picture {
       URL.revokeObjectURL(url);
       return false;
     }
-    image.classList.toggle("squares", image.naturalWidth < SMALL);
+    image.classList.toggle("small", image.naturalWidth < SMALL);
     this.#replace(image, url);
     this.shape(header.size);
-    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, url }];
+    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, strength, url }];
     this.#mark(header, prompt);
     return true;
   }
@@ -55,6 +55,7 @@ export class Picture {
   shape(size) {
     const [width, height] = size.split("x").map(Number);
     this.#figure.style.setProperty("--ratio", width / height);
+    document.documentElement.style.setProperty("--most", `${Math.max(512, width)}px`);
   }
 
   #wants({ seq, preview }) {
@@ -130,7 +131,7 @@ export class Strip {
     const image = new Image();
     if (src) image.src = src;
     image.alt = "";
-    image.classList.toggle("squares", Number(size.split("x")[0]) < SMALL);
+    image.classList.toggle("small", Number(size.split("x")[0]) < SMALL);
     const button = document.createElement("button");
     button.type = "button";
     button.title = `${prompt}, seed ${seed}, ${steps} steps`;

@@ -10,11 +10,20 @@ const STATES = {
   loading: ["loading the model", "The model is being loaded. It draws in a moment."],
   restarting: ["restarting", "The server is restarting. The page comes back by itself."],
   lost: ["no connection", "The server does not answer. The page keeps trying."],
+  hanging: ["no answer", "The server has said nothing for two seconds. What you see may be old."],
   blocked: ["no connection", "The server answers, but the connection for drawing does not open. Something between may not pass on WebSockets."],
   forbidden: ["not allowed", "The server does not let this page draw."],
   key: ["needs a key", "This server draws for those who have a key. It is kept until this tab is closed."],
   "wrong-key": ["needs a key", "The server does not know that key."],
 };
+
+/** Whether a picture is being drawn, and for how long: what is shown is of an older text. */
+export function sayDrawing(ms) {
+  const text = ms === null || main.dataset.state !== "ready" ? "" : ms < 2000 ? "drawing" : `drawing, ${Math.floor(ms / 1000)} s`;
+  main.toggleAttribute("data-drawing", text !== "");
+  const shown = text || STATES[main.dataset.state][0];
+  if (find("state-text").textContent !== shown) find("state-text").textContent = shown;
+}
 
 /** `text` and `again` of one error; by default the state's own. */
 export function say(state, text = STATES[state][1] ?? "", again = ["lost", "blocked", "forbidden"].includes(state)) {

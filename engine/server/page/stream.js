@@ -5,6 +5,8 @@ import { sentence } from "./text.js";
 const KEY = "imagine-flash.key";
 const LOADING = 1013;
 const RESTARTING = 1012;
+const BEAT = 400; // ms from one look whether the server is there to the next
+const SILENCE = 1500; // ms without a word of it, though it was asked: it hangs
 const TOKEN = /^[\w!#$%&'*+.^`|~-]+$/; // what a browser may offer as a subprotocol
 
 /** The key, for as long as this tab lives; where the browser stores nothing, as long as this page. */
@@ -38,11 +40,14 @@ async function said(answer) {
 
 /** Events: "state", "ready" {hello}, "picture" {header, blob, at}, "failure" {seq, error}.
  *
- * States: connecting, ready, loading, restarting, lost, blocked (the server answers, the socket does not), forbidden (to pages
+ * States: connecting, ready, hanging (it says nothing), loading, restarting, lost, blocked (the server answers, the socket does not), forbidden (to pages
  * of this address), key (one is needed), wrong-key. `why`: what the server said of the state, where it said something.
  */
 export class Stream extends EventTarget {
   #socket = null;
+  #picture = null; // the server has it
+  #heard = 0; // when it last said something
+  #looked = 0;
   #timer = 0;
   #failures = 0;
 
@@ -52,11 +57,12 @@ export class Stream extends EventTarget {
     this.why = undefined;
     addEventListener("online", () => this.state !== "ready" && this.connect());
     document.addEventListener("visibilitychange", () => !document.hidden && this.state === "lost" && this.connect());
+    setInterval(() => this.#look(), BEAT);
     addEventListener("pageshow", (event) => event.persisted && this.connect()); // back from the browser's cache
   }
 
   get ready() {
-    return this.state === "ready";
+    return this.state === "ready" || this.state === "hanging";
   }
 
   connect() {
@@ -75,9 +81,16 @@ export class Stream extends EventTarget {
     socket.onclose = ({ code }) => this.#closed(code, opened);
   }
 
-  /** False where there is no connection; the newest request is sent again at "ready". */
-  send(request) {
+  /** What an ordinary request needs to be let in. */
+  get headers() {
+    return remembered.key ? { authorization: `Bearer ${remembered.key}` } : {};
+  }
+
+  /** False where there is no connection; the newest request is sent again at "ready". picture: {bytes} to start from, or null. */
+  send(request, picture = null) {
     if (!this.ready) return false;
+    if (picture && picture !== this.#picture) this.#socket.send(picture.bytes);
+    this.#picture = picture ?? this.#picture;
     this.#socket.send(JSON.stringify(request));
     return true;
   }
@@ -93,6 +106,8 @@ export class Stream extends EventTarget {
 
   #take(data) {
     const at = performance.now();
+    this.#heard = at;
+    if (this.state === "hanging") this.#become("ready");
     if (typeof data !== "string") {
       const length = new DataView(data).getUint32(0);
       const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
@@ -103,6 +118,7 @@ export class Stream extends EventTarget {
     const message = JSON.parse(data);
     if (message.type === "ready") {
       this.#failures = 0;
+      this.#picture = null;
       this.#become("ready");
       this.#tell("ready", message);
     } else if (message.type === "error") {
@@ -122,13 +138,22 @@ export class Stream extends EventTarget {
     this.#timer = setTimeout(() => this.connect(), delay);
   }
 
+  /** Asks whether the server is there. A page that was not looked at, or was busy itself, has not heard and does not judge. */
+  #look() {
+    const now = performance.now();
+    if (!this.ready || document.hidden || now - this.#looked > 3 * BEAT) this.#heard = now;
+    this.#looked = now;
+    if (!this.ready) return;
+    if (now - this.#heard > SILENCE && this.state === "ready") this.#become("hanging");
+    if (now - this.#heard >= BEAT / 2) this.#socket.send('{"type":"ping"}');
+  }
+
   /** Why a socket did not open: a browser does not say, an ordinary request does. One that would draw, if it had a body: pages
    * of any address may read, and are refused only here. */
   async #reason() {
     const { key } = remembered;
-    const headers = key ? { authorization: `Bearer ${key}` } : {};
     try {
-      const answer = await fetch("v1/images/generations", { method: "POST", headers, signal: AbortSignal.timeout(5000) });
+      const answer = await fetch("v1/images/generations", { method: "POST", headers: this.headers, signal: AbortSignal.timeout(5000) });
       if (answer.status === 401) {
         remembered.key = "";
         return [key ? "wrong-key" : "key"];

@@ -9,7 +9,7 @@ export function quoted(text) {
 
 /** The command that draws the same picture, but for the rounding of another backend or precision. `model` and `size` are
  * said only where they are not the defaults; where a model lies only its owner knows. */
-export function command({ prompt, seed, steps, size, model }) {
+export function command({ prompt, seed, steps, size, model, strength }) {
   const words = ["imagine-flash", "generate"];
   if (!prompt.startsWith("-")) words.push(quoted(prompt));
   if (model && model !== EMBEDDED) words.push("--model", quoted(`PATH/OF/${model}`));
@@ -19,6 +19,7 @@ export function command({ prompt, seed, steps, size, model }) {
     const [width, height] = size.split("x");
     words.push("--width", width, "--height", height);
   }
+  if (strength) words.push("--image", "START.png", "--strength", String(strength));
   words.push("-o", "picture.png");
   if (prompt.startsWith("-")) words.push("--", quoted(prompt));
   return words.join(" ");
@@ -55,21 +56,4 @@ export function fromHash(hash) {
 export function toHash(values) {
   const said = Object.entries(values).filter(([, value]) => value !== undefined && value !== "");
   return `#${new URLSearchParams(said.map(([name, value]) => [name, String(value)]))}`;
-}
-
-/** Into the clipboard; pages that are not on https or this machine have the old way only. */
-export async function toClipboard(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    const field = document.createElement("textarea");
-    field.value = text;
-    field.className = "hidden";
-    document.body.append(field);
-    field.select();
-    const done = document.execCommand("copy");
-    field.remove();
-    return done;
-  }
 }

@@ -1,5 +1,7 @@
 """A real server process on loopback."""
 
+import base64
+import io
 import os
 import shutil
 import socket
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 
 @dataclass
@@ -95,6 +99,33 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         one.stop()
 
 
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[Any]:
+    """OpenAI's, without its own retries."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A file of pixels (H, W, 3 or 4)."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(data: str | bytes) -> Image.Image:
+    """Of a file, or of its base64."""
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOG_OF_PICTURES = """
 window.seen = [];
@@ -121,7 +152,8 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs chromium")
     with playwright.sync_playwright() as started:
-        one = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        one = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
         yield one
         one.close()
 

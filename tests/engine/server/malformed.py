@@ -272,7 +272,8 @@ def _message(rng: random.Random) -> Malformed:
 def _frames(rng: random.Random) -> Malformed:
     text, noise = json.dumps(TYPING).encode(), rng.randbytes(rng.randrange(1, 200))
     faults = {
-        "binary message": _frame(noise, first=0x82),
+        "no picture": _frame(noise, first=0x82) + _frame(json.dumps({**TYPING, "strength": 0.5}).encode()),
+        "too long a picture": _frame(bytes(270_000), first=0x82),
         "too long a message": _frame(b" " * (LONGEST_MESSAGE + rng.randrange(1, 1000))),
         "frame of 2^62 bytes": _frame(b"", length=2**62),
         "frame of 2^63 bytes": _frame(b"", length=2**63),

@@ -16,28 +16,11 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.tests.engine.server.conftest import picture, png
 
 
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def pixels_of(data: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-
-
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
+def pixels_of(data: str | bytes) -> np.ndarray:
+    return np.asarray(picture(data)).astype(int)
 
 
 def test_openais_client_draws_what_the_engine_draws(client: openai.OpenAI, tiny_artifact) -> None:
@@ -46,7 +29,7 @@ def test_openais_client_draws_what_the_engine_draws(client: openai.OpenAI, tiny_
         expected = engine.generate(GenerateRequest(prompt="a cat", count=2, seed=7, steps=2)).images
     assert got.data is not None and len(got.data) == 2
     for one, image in zip(got.data, expected, strict=True):
-        assert one.b64_json and np.abs(pixels_of(one.b64_json).astype(int) - image).max() <= 1
+        assert one.b64_json and np.abs(pixels_of(one.b64_json) - image).max() <= 1
 
 
 def test_openais_client_edits(client: openai.OpenAI) -> None:
@@ -212,11 +195,7 @@ def test_many_at_once_are_neither_lost_nor_mixed(server) -> None:
             assert answer.status_code == 200, answer.text
             return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
-        alone = {key: pixels(draw(key)) for key in range(24)}
+        alone = {key: pixels_of(draw(key)) for key in range(24)}
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             for key, data in enumerate(pool.map(draw, range(96))):
-                assert np.abs(pixels(data) - alone[key % 24]).max() <= 1
-
-
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+                assert np.abs(pixels_of(data) - alone[key % 24]).max() <= 1

@@ -1,8 +1,7 @@
-"""Clients that people have, as they are: OpenAI's in Python and Node, LangChain's wrapper, what Open WebUI and LibreChat send."""
+"""Clients that people have, as they are: OpenAI's, LangChain's, A1111's, and what Open WebUI and LibreChat send."""
 
 import base64
 import concurrent.futures
-import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,28 +11,13 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
-
-def picture(data: str | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.server import create_app
+from imagine_flash.folders.manifests import Guidance
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.tests.engine.server.conftest import picture, png
 
 
 @pytest.mark.parametrize(
@@ -214,3 +198,64 @@ def test_openais_client_for_node(server, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f'true,"{server.url}/pictures/' in done.stdout and done.stdout.strip().endswith(",true]")
     assert '["image_generation.partial_image","image_generation.completed"]' in done.stdout
+
+
+def test_a_client_of_a1111(server, tiny_artifact: Path) -> None:
+    """webuiapi with its defaults: 20 steps, 512 x 512, a sampler that is not known here."""
+    webuiapi = pytest.importorskip("webuiapi", reason="webuiapi is not installed")
+    api = webuiapi.WebUIApi(host="127.0.0.1", port=server.port)
+    assert [one["title"] for one in api.get_sd_models()] == ["tiny"] == [api.util_get_current_model()]
+    api.util_set_model("tiny")
+    drawn = api.txt2img(prompt="a cat", negative_prompt="blurry", seed=7, batch_size=2)
+    assert [one.size for one in drawn.images] == [(512, 512)] * 2 and drawn.info["steps"] == 3
+    assert drawn.info["all_seeds"] == [7, 8] and "Seed: 8" in drawn.info["infotexts"][1]
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        expected = engine.generate(GenerateRequest(prompt="a cat", seed=7, steps=3)).images[0]
+    own = api.txt2img(prompt="a cat", seed=7, width=64, height=64).image
+    assert np.abs(np.asarray(own).astype(int) - expected).max() <= 1
+    start = Image.fromarray(np.full((64, 64, 3), (255, 165, 0), np.uint8))
+    mask = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
+    edited = api.img2img([start], prompt="a cat", mask_image=mask, width=64, height=64, denoising_strength=1, seed=7)
+    pixels = np.asarray(edited.image)
+    assert np.array_equal(pixels[:, :32], np.asarray(start)[:, :32]) and pixels[:, 32:].std() > 0
+    assert api.get_progress()["progress"] == 0 and api.util_get_sampler_names()
+    api.util_wait_for_ready()
+
+
+def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
+    for path, body, status, says in (
+        ("txt2img", {"prompt": ""}, 400, "prompt must be"),
+        ("txt2img", {"prompt": "a cat", "width": 9999}, 400, "width: Input should be less than or equal to 4096"),
+        ("txt2img", {"prompt": "a cat", "n_iter": 60, "batch_size": 60}, 400, "too much at once"),
+        ("img2img", {"prompt": "a cat"}, 400, "init_images"),
+        ("img2img", {"prompt": "a cat", "init_images": ["*"]}, 400, "send a picture in base64"),
+        ("img2img", {"prompt": "a cat", "init_images": ["AAAA"]}, 400, "image is no PNG"),
+        ("options", {"sd_model_checkpoint": "flux"}, 404, "no model 'flux'"),
+    ):
+        answer = http.post(f"/sdapi/v1/{path}", json=body)
+        assert answer.status_code == status and says in answer.json()["error"]["message"], answer.text
+    odd = {"prompt": "a cat", "seed": None, "tiling": False, "enable_hr": True, "width": 64, "height": 64}
+    answer = http.post("/sdapi/v1/txt2img", json=odd)
+    assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr"
+
+
+def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact: Path, tmp_path: Path) -> None:
+    """They were ignored, whatever the model."""
+    folder = Path(shutil.copytree(tiny_artifact, tmp_path / "guided"))
+    manifest = read_artifact_manifest(folder)
+    write_manifest(folder, manifest.model_copy(update={"guidance": Guidance(default=2.0, range=(1, 5))}))
+    with Engine.load(folder, backend="onnxruntime") as engine, TestClient(create_app(engine)) as http:
+
+        def draw(path: str = "/v1/images/generations", **fields: object) -> httpx.Response:
+            return http.post(path, json={"prompt": "a cat", "seed": 7, **fields})
+
+        plain, strong = draw(), draw(guidance_scale=4, negative_prompt="a dog", quality="hd")
+        assert strong.headers["x-ignored"] == "quality"
+        assert plain.json()["data"] != strong.json()["data"]
+        expected = engine.generate(GenerateRequest(prompt="a cat", seed=7, guidance=4, negative_prompt="a dog"))
+        assert (
+            np.abs(np.asarray(picture(strong.json()["data"][0]["b64_json"])).astype(int) - expected.images[0]).max() < 2
+        )
+        other = draw("/sdapi/v1/txt2img", cfg_scale=4, negative_prompt="a dog", width=64, height=64).json()
+        assert other["images"][0] == strong.json()["data"][0]["b64_json"]
+        assert draw(guidance_scale=1, negative_prompt="a dog").headers["x-ignored"] == "negative_prompt"

@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from websockets.sync.client import connect
 
 from imagine_flash.core.errors import RequestError
 from imagine_flash.engine.server.settings import ApiKey, ServerSettings, read_keys, read_settings
+from imagine_flash.folders.files import sha256_file
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.tests.commands import fails
 
 KEY = "0123456789abcdef-key"
@@ -26,7 +29,7 @@ KEY = "0123456789abcdef-key"
 def test_keys(start_server, tiny_artifact: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"# ours\n{KEY}\n")
-    server = start_server("--model", tiny_artifact, "--api-key-file", keys)
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--api-key-file", keys)
     url = server.url
     body = {"prompt": "a cat", "steps": 1}
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": "Bearer x"}):
@@ -82,14 +85,14 @@ def test_sigterm_draws_what_was_accepted(start_server, tiny_artifact: Path) -> N
 
 
 def test_the_url_of_a_server_for_everybody_leads_to_it(start_server, tiny_artifact: Path) -> None:
-    server = start_server("--model", tiny_artifact, "--host", "0.0.0.0")
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--host", "0.0.0.0")
     log = server.log.read_text()
     assert f"{server.url}\n" in log and "everybody who reaches 0.0.0.0 may draw" in log
 
 
 @pytest.mark.slow
 def test_sigkill_and_restart(start_server, tiny_artifact: Path) -> None:
-    server = start_server("--model", tiny_artifact)
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
     server.kill()
     server.start()
     assert httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a cat"}, timeout=30).status_code == 200
@@ -97,16 +100,17 @@ def test_sigkill_and_restart(start_server, tiny_artifact: Path) -> None:
 
 def test_clients_do_not_say_where_they_are(start_server, tiny_artifact: Path) -> None:
     """x-forwarded-for of anybody on this machine was logged as the client."""
-    server = start_server("--model", tiny_artifact)
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
     httpx.get(f"{server.url}/v1/models", headers={"x-forwarded-for": "192.0.2.66"})
     server.stop()
     log = server.log.read_text()
     assert '"path": "/v1/models"' in log and "192.0.2.66" not in log
 
 
-def run(*options: str | Path, url: bool = False, **environment: str) -> str:
-    """The one line on standard error of a server that does not start; url: which listens before it finds out."""
-    code = "from imagine_flash.cli import main; main()"
+def run(*options: str | Path, url: bool = False, before: str = "", **environment: str) -> str:
+    """The one line on standard error of a server that does not start; url: which listens before it finds out; before:
+    code of the process that starts it."""
+    code = before + "from imagine_flash.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
     assert done.returncode == 2 and len(done.stdout.splitlines()) == url, done
@@ -155,11 +159,46 @@ def test_a_wrong_device_or_batch_is_said_before_the_url(tiny_artifact: Path) -> 
     wrong = ("--model", tiny_artifact, "--backend", "onnxruntime", "--port", "0")
     assert "--device must be auto" in fails("serve", *wrong, "--device", "tpu")
     assert "--max-batch must be" in fails("serve", *wrong, "--max-batch", "9999")
+    assert "for fp16 run" in fails("serve", *wrong, "--precision", "fp16")
 
 
-def test_what_only_loading_finds_is_said_once(tiny_artifact: Path) -> None:
-    wrong = ("--model", tiny_artifact, "--backend", "onnxruntime", "--port", "0", "--device", "cuda:7")
-    assert "cuda:7" in run(*wrong, url=True)
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is here")
+def test_a_device_that_is_not_here_is_said_before_the_url(tiny_artifact: Path, tiny_student: Path) -> None:
+    """It was found by loading, after the URL."""
+    for model, backend, says in (
+        (tiny_artifact, "onnxruntime", "no CUDAExecutionProvider"),
+        (tiny_artifact, "tensorrt", "NVIDIA" if importlib.util.find_spec("tensorrt") else "needs tensorrt"),
+        (tiny_student, "torch", "finds no CUDA"),
+    ):
+        assert says in fails("serve", "--model", model, "--backend", backend, "--port", "0", "--device", "cuda")
+
+
+def test_what_only_loading_finds_is_said_once(tiny_artifact: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny_artifact, tmp_path / "damaged")
+    manifest = read_artifact_manifest(damaged)
+    (damaged / "decoder.onnx").write_bytes(b"not a graph")
+    files = {**manifest.files, "decoder.onnx": sha256_file(damaged / "decoder.onnx")}
+    write_manifest(damaged, manifest.model_copy(update={"files": files}))
+    assert "cannot run decoder" in run("--model", damaged, "--backend", "onnxruntime", "--port", "0", url=True)
+
+
+def test_a_server_without_files_says_so(start_server, tiny_artifact: Path) -> None:
+    """New connections were closed without an answer, and nothing said why; with few from the start, all were."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("needs Linux")
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    limit = time.monotonic() + 20
+    while "new connections are not accepted: Too many open files" not in server.log.read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
+    assert httpx.get(f"{server.url}/healthz").text == "ok"
+    server.stop()
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)); "
+    assert "may open 60 files, a server needs 72" in run("--port", "0", "--model", tiny_artifact, before=code)
 
 
 @pytest.mark.slow

@@ -18,12 +18,6 @@ from imagine_flash.engine.server import create_app
 from imagine_flash.engine.server.settings import ServerSettings
 
 
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        yield client
-
-
 def test_a_strangers_name_for_this_machine_is_a_stranger(http: httpx.Client, server) -> None:
     """DNS rebinding: the page and the request agree on a name, and the name leads here."""
     for name, status in (("evil.example", 403), ("localhost", 200), ("0.0.0.0", 200), ("127.0.0.1", 200)):

@@ -105,8 +105,30 @@ def test_what_is_wrong_is_answered_and_the_stream_goes_on(stream: ClientConnecti
     assert "seq must be above 1" in read(stream)[0]["error"]["message"]
 
 
-def test_frames_that_are_no_text_and_frames_that_are_too_long_close_it(server) -> None:
-    for message, code in ((b"\x00\x01", 1003), ("x" * 70_000, 1009)):
+def test_it_draws_from_the_picture_that_was_sent_last(stream: ClientConnection, tiny_artifact) -> None:
+    ask(stream, 1, strength=0.5)
+    assert "strength needs a picture" in read(stream)[0]["error"]["message"]
+    stream.send(b"\x00\x01")
+    ask(stream, 2, strength=0.5)
+    assert "image is no PNG" in read(stream)[0]["error"]["message"]
+    start = np.full((64, 64, 3), (255, 165, 0), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(start).save(file, "PNG")
+    stream.send(file.getvalue())
+    ask(stream, 3, strength=0.5, seed=7)
+    header, pixels = read(stream)
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        expected = engine.generate(GenerateRequest(prompt="a cat", seed=7, image=start, strength=0.5)).images[0]
+    assert header["seq"] == 3 and pixels is not None and np.abs(pixels.astype(int) - expected).max() <= 1
+    stream.send('{"type":"ping"}')
+    assert read(stream) == ({"type": "pong"}, None)
+    ask(stream, 4, seed=7)  # without a strength, from the text alone
+    header, pixels = read(stream)
+    assert header["seq"] == 4 and pixels is not None and np.abs(pixels.astype(int) - expected).max() > 1
+
+
+def test_messages_that_are_too_long_close_it(server) -> None:
+    for message, code in ((bytes(300_000), 1009), ("x" * 70_000, 1009)):
         with open_stream(server) as socket:
             read(socket)
             socket.send(message)

@@ -1,0 +1,71 @@
+// Four seeds of one text, to choose from.
+
+const COUNT = 4;
+
+/** Asks the image API for four pictures and shows them as buttons in `place`; a click calls pick({prompt, seed, steps}, event). */
+export class Grid {
+  #place;
+  #asking = null;
+
+  constructor(place, pick) {
+    this.#place = place;
+    this.pick = pick;
+    place.addEventListener("keydown", ({ key }) => key === "Escape" && this.close());
+  }
+
+  get isOpen() {
+    return !this.#place.hidden;
+  }
+
+  /** wish: {prompt, seed, steps, size}; from: {blob, strength} of a picture to start from, or null. Raises Error. */
+  async open(wish, headers, from) {
+    this.close();
+    this.#asking = new AbortController();
+    const body = { prompt: wish.prompt, n: COUNT, seed: wish.seed, steps: wish.steps, size: wish.size, output_format: "webp", output_compression: 95 };
+    const answer = await fetch(`v1/images/${from ? "edits" : "generations"}`, {
+      method: "POST",
+      headers: from ? headers : { ...headers, "content-type": "application/json" },
+      body: from ? form({ ...body, strength: from.strength }, from.blob) : JSON.stringify(body),
+      signal: this.#asking.signal,
+    });
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error.message);
+    const buttons = found.data.map(({ b64_json, seed }) => this.#button(b64_json, { ...wish, seed }, found));
+    const away = Object.assign(document.createElement("button"), { type: "button", textContent: "Back", className: "away" });
+    away.addEventListener("click", () => this.close());
+    this.#place.replaceChildren(...buttons, away);
+    this.#place.hidden = false;
+    buttons[0].focus({ preventScroll: true });
+  }
+
+  close() {
+    this.#asking?.abort();
+    this.#asking = null;
+    if (this.#place.hidden) return;
+    this.#place.hidden = true;
+    this.#place.replaceChildren();
+  }
+
+  #button(data, wish, { output_format, size }) {
+    const image = new Image();
+    image.src = `data:image/${output_format};base64,${data}`;
+    image.alt = "";
+    image.classList.toggle("small", Number(size.split("x")[0]) < 256);
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-label", `Take seed ${wish.seed}`);
+    button.append(image, Object.assign(document.createElement("span"), { textContent: wish.seed }));
+    button.addEventListener("click", (event) => {
+      this.close();
+      this.pick(wish, event);
+    });
+    return button;
+  }
+}
+
+function form(values, image) {
+  const filled = new FormData();
+  for (const [name, value] of Object.entries(values)) if (value !== undefined) filled.set(name, value);
+  filled.set("image", image, "start");
+  return filled;
+}

@@ -1,0 +1,181 @@
+"""What the page offers beside the text: four seeds, playback, links, words, pictures to start from; and a hanging server."""
+
+import io
+import re
+import signal
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tools(embedded, browser) -> Any:
+    """One page on a phone, shared: what a test leaves in it does not hinder the next."""
+    from imagine_flash.tests.engine.server.conftest import Opened
+
+    size = {"width": 390, "height": 844}
+    opened = Opened(browser, embedded.url, viewport=size, permissions=["clipboard-read", "clipboard-write", "camera"])
+    opened.go().shows("a fox on a pink background")
+    yield opened
+    assert opened.console == [] and opened.others == []
+    opened.context.close()
+
+
+def test_what_is_needed_is_in_sight_and_nothing_is_said_that_is_not_known(tools) -> None:
+    page = tools.page
+    for name in ("prompt", "examples", "picture", "controls", "actions", "figures"):
+        box = page.locator(f"#{name}").bounding_box()
+        assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= 844, name
+    assert page.locator("#controls").bounding_box()["height"] < 60, "one row"
+    figures = page.locator("#figures").inner_text()
+    assert "model" in figures and "–" not in figures and "key to picture" not in figures
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_sentence_is_played_back_and_saved_as_a_gif(tools) -> None:
+    page = tools.page
+    page.fill("#prompt", "")
+    page.locator("#prompt").press_sequentially("a cat on blue", delay=120)
+    tools.shows("a cat on blue")
+    page.click("#play")
+    tools.says("#reel", "a cat")
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#reel")).to_be_hidden()
+    with page.expect_download() as download:
+        page.click("#gif")
+    assert download.value.suggested_filename == "a-cat-on-blue-5.gif"
+    film = Image.open(download.value.path())
+    frames = getattr(film, "n_frames", 1)
+    assert frames >= 4 and film.size == (256, 280) and film.info["loop"] == 0
+    film.seek(frames - 1)
+    last = np.asarray(film.convert("RGB").crop((0, 0, 256, 256)).resize((64, 64), Image.Resampling.BOX)).astype(int)
+    with page.expect_download() as download:
+        page.click("#download")
+    assert np.abs(last - np.asarray(Image.open(download.value.path()).convert("RGB"))).mean() < 8
+
+
+def test_one_of_four_seeds_is_taken_and_its_link_brings_it_back(tools) -> None:
+    page = tools.page
+    page.fill("#prompt", "a dog")
+    tools.shows("a dog")
+    page.click("#four")
+    names = [page.locator("#grid button").nth(i).get_attribute("aria-label") for i in range(4)]
+    assert names == [f"Take seed {seed}" for seed in (5, 6, 7, 8)]
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#grid")).to_be_hidden()
+    page.click("#four")
+    page.click("#grid button:nth-child(3)")
+    tools.shows("a dog", 7)
+    page.click("#link")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link.startswith(tools.url) and "seed=7" in link and "prompt=a+dog" in link
+    page.click("#smooth")
+    assert page.evaluate("getComputedStyle(document.querySelector('#picture img')).imageRendering") == "auto"
+    page.click("#smooth")
+
+
+def test_words_are_added_by_click_and_reached_by_arrows(tools) -> None:
+    page = tools.page
+    page.fill("#prompt", "a")
+    page.click("#vocabulary summary")
+    words = page.locator("#vocabulary [role=toolbar]").first.locator("button")
+    first, second = words.nth(0).inner_text(), words.nth(1).inner_text()
+    words.nth(0).click()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.input_value("#prompt") == f"a {first} {second}"
+    assert page.locator("#vocabulary [tabindex='0']").count() == page.locator("#vocabulary [role=toolbar]").count()
+
+
+def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
+    page = tools.page
+    page.fill("#prompt", "a cat")
+    tools.shows("a cat")
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200), (0, 160, 60)).save(file, "PNG")
+
+    def colour() -> list[int]:
+        """The mean of the picture that is shown."""
+        return page.evaluate("""async () => {
+          const image = document.querySelector("#picture img"), canvas = new OffscreenCanvas(1, 1);
+          canvas.getContext("2d").drawImage(image, 0, 0, 1, 1);
+          return [...canvas.getContext("2d").getImageData(0, 0, 1, 1).data].slice(0, 3);
+        }""")
+
+    def draws_anew(act: Any) -> None:
+        before = int(page.locator("#picture").get_attribute("data-seq") or 0)
+        act()
+        limit = time.monotonic() + 20  # Playwright's own waiting evaluates text, which the page's policy forbids
+        while int(page.locator("#picture").get_attribute("data-seq")) <= before:
+            assert time.monotonic() < limit
+            page.wait_for_timeout(20)
+
+    upload = {"name": "green.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    page.evaluate("document.getElementById('strength').value = 0.05")
+    draws_anew(lambda: page.set_input_files("#file", upload))
+    tools.says("#command", "--image START.png --strength 0.05")
+    red, green, blue = colour()
+    assert green > red and green > blue
+    draws_anew(lambda: page.locator("#strength").fill("1"))
+    tools.says("#strength-shown", "100 %")
+    page.click("#sketch-on")
+    page.click("#colours label:nth-child(4)")
+    page.locator("#sketch").scroll_into_view_if_needed()
+    box = page.locator("#sketch").bounding_box()
+
+    def stroke() -> None:
+        page.mouse.move(box["x"] + 50, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 120, box["y"] + 120, steps=4)
+        page.mouse.up()
+
+    draws_anew(stroke)
+    draws_anew(lambda: page.click("#camera-on"))
+    page.click("#four")  # of the picture too
+    playwright.expect(page.locator("#grid button").first).to_be_visible()
+    draws_anew(lambda: page.click("#source-off"))
+    assert "--image" not in page.locator("#command").inner_text()
+
+
+def test_another_model_is_offered_other_things(embedded, open_page) -> None:
+    """One that knows every word, and has no encoder of pictures."""
+    opened = open_page(embedded.url)
+
+    def between(socket: Any) -> None:
+        upstream = socket.connect_to_server()
+
+        def down(message: Any) -> None:
+            if isinstance(message, str) and '"ready"' in message:
+                message = re.sub(r'"vocabulary": \{.*?\}', '"vocabulary": {}', message)
+                message = message.replace('"from_pictures": true', '"from_pictures": false')
+            socket.send(message)
+
+        upstream.on_message(down)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().says("#examples", "lighthouse")
+    assert opened.page.locator("#source").is_hidden() and opened.page.locator("#vocabulary").is_hidden()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
+def test_a_server_that_hangs_is_noticed(embedded, open_page) -> None:
+    """The page said "ready", and the picture of an older text stayed as if it were the newest one's."""
+    opened = open_page(embedded.url).go()
+    opened.shows("a fox on a pink background")
+    embedded.process.send_signal(signal.SIGSTOP)
+    try:
+        opened.says("#trouble", "The server has said nothing for two seconds")
+        opened.page.fill("#prompt", "a dog")
+    finally:
+        embedded.process.send_signal(signal.SIGCONT)
+    opened.shows("a dog")
+    opened.says("#state", "ready")
+    assert not opened.page.locator("#trouble").is_visible()
