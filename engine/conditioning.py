@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..folders.manifests import Guidance
-from .backends.base import Backend
+from .backends.base import Array, Backend
 from .prompt_cache import PromptCache
-from .tokenizer import Tokens
+from .tokenizer import Tokens, rows_of_prompt
 from .work import Chunk, Job, by_job, timed
 
 
@@ -29,9 +29,10 @@ class Conditioning:
         prompts = [(job, job.tokens) for job in jobs if not job.conditions]
         prompts += [(job, negative) for job in jobs if (negative := self._unknown_negative(job)) is not None]
         tokens = {name: np.concatenate([own[name] for _, own in prompts]) for name in jobs[0].tokens}
-        conditions = timed(jobs, "encode", lambda: self.backend.encode(tokens))
-        for i, (job, own) in enumerate(prompts):
-            kept = tuple(self.cache.keep(own, tuple(condition[i : i + 1] for condition in conditions)))
+        conditions, end = timed(jobs, "encode", lambda: self.backend.encode(tokens)), 0
+        for job, own in prompts:
+            begin, end = end, end + rows_of_prompt(own)
+            kept = self.cache.keep(own, tuple(_joined(condition[begin:end]) for condition in conditions))
             if own is job.tokens:
                 job.conditions = kept
             else:
@@ -63,3 +64,8 @@ class Conditioning:
         """The tokens of a negative prompt that is still to be encoded. An empty one may be zeros, no text."""
         is_zero = self.guidance.empty_is_zero and not job.request.negative_prompt
         return None if job.against or is_zero else job.negative
+
+
+def _joined(condition: Array) -> Array:
+    """(n, L, D) of a prompt in n chunks -> (1, n L, D); of what has no places, as a pooled embedding (n, D), the first."""
+    return condition.reshape(1, -1, condition.shape[2]) if condition.ndim == 3 else condition[:1]

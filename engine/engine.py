@@ -32,7 +32,7 @@ from .loading import (
 from .prompt_cache import PromptCache
 from .request import GenerateRequest
 from .stats import EngineStats
-from .tokenizer import PromptTokenizer
+from .tokenizer import PromptTokenizer, rows_of_prompt
 from .verify import Verified, verify
 from .work import Chunk, Client, Drawing, GenerateResult, Job, Prepared
 
@@ -165,6 +165,8 @@ class Engine:
         tokens, negative = self.tokenizer.encode(reading.text), None
         if guidance > 1 and not self.manifest.guidance.embedded:
             negative = self.tokenizer.encode(request.negative_prompt or "")
+            chunks = max(map(rows_of_prompt, (tokens, negative)))
+            tokens, negative = self.tokenizer.padded(tokens, chunks), self.tokenizer.padded(negative, chunks)
         tokenized = time.perf_counter()
         shape, draws = self.manifest.latent_shape_of(size), (0, *(1 + step for step in self._renoised[steps]))
         noises = np.stack([step_noise(request.seed, request.count, shape, draw) for draw in draws], axis=1)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from .tokenizer import rows_of_prompt
 from .work import Chunk
 
 COMPANY_LASTS = 2.0  # seconds after its last request that a client counts as being there
@@ -99,6 +100,7 @@ def _go_together(one: Chunk, other: Chunk, same_steps: bool, large: int) -> bool
     return (
         one.job.size == other.job.size
         and one.is_drawn == other.is_drawn
+        and (one.is_drawn or rows_of_prompt(one.job.tokens) == rows_of_prompt(other.job.tokens))
         and (not same_steps or one.job.steps == other.job.steps)
         and (not large or (one.job.request.count > large) == (other.job.request.count > large))
     )

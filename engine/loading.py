@@ -36,7 +36,8 @@ class LoadOptions(Checked):
     that will be asked for; None takes all, of a student the networks' own. max_batch: pictures of one network call; None
     takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait before requests
     are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time. threads: of the
-    processor, for one network call; None takes all that this process may use.
+    processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the context, with a
+    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly.
     """
 
     model_config = ConfigDict(strict=True)
@@ -50,6 +51,7 @@ class LoadOptions(Checked):
     max_waiting: int = Field(default=MAX_WAITING, ge=1)
     prompt_cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
     threads: int | None = Field(default=None, ge=1)
+    long_prompts: Literal["cut", "joined"] = "cut"
 
     def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:
         """What the backend is told of it. Raises ArtifactError."""
@@ -118,13 +120,19 @@ def _load_student(folder: Path, options: LoadOptions) -> LoadedModel:
 
     max_batch = STUDENT_BATCH if options.max_batch is None else options.max_batch
     check_max_batch(max_batch, STUDENT_BATCHES)
+    joins = options.long_prompts == "joined"
+    if joins and options.backend not in ("auto", "torch"):
+        raise RequestError(f"{options.backend} has networks of one context; joined long_prompts need the backend torch")
     backend, tokenizer, manifest = load_student(folder, options.backend, options.for_backend(max_batch), options.sizes)
+    tokenizer = PromptTokenizer(tokenizer.tokenizers, tokenizer.specs, joins=joins)
     return LoadedModel(
         backend=backend, tokenizer=tokenizer, manifest=manifest, folder=folder, route="stages", max_batch=max_batch
     )
 
 
 def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
+    if options.long_prompts == "joined":
+        raise RequestError(f"{folder} is an artifact, of one context; joined long_prompts need a student, in torch")
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.backend, manifest, options.device, folder), options.precision

@@ -23,7 +23,13 @@ Tokens = dict[str, NDArray[np.int64]]  # (B, L) by input of the text encoder
 _PIECE = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")  # a word, a number, or one sign
 _POSSESSIVE = re.compile(r"(?<=\w)['\u2019]s\b")
 _SELECTORS = re.compile("[\ufe00-\ufe0f\u200d\U0001f3fb-\U0001f3ff]")  # which say how an emoji looks
+MOST_CHUNKS = 8  # of a long prompt that is joined
 _SHORTEST = 4  # letters of a word in which a typo is mended: below, every word is near to another
+
+
+def rows_of_prompt(tokens: Tokens) -> int:
+    """Chunks of the context that a prompt takes."""
+    return len(next(iter(tokens.values())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,17 @@ class Reading:
 
 
 class PromptTokenizer:
-    """Wraps the `tokenizers` tokenizers of an artifact, one per text encoder; each pads to its context length."""
+    """Wraps the `tokenizers` tokenizers of an artifact, one per text encoder; each pads to its context length.
 
-    def __init__(self, tokenizers: Sequence[Tokenizer], specs: Sequence[TokenizerSpec]) -> None:
-        self.tokenizers, self.specs = list(tokenizers), list(specs)
+    joins: a prompt that is longer than the context is read in chunks of it, a row of tokens each, instead of cut; CLIP's
+    encoders read such chunks well, whose embeddings are then one after another (as A1111 and compel do).
+    """
+
+    def __init__(self, tokenizers: Sequence[Tokenizer], specs: Sequence[TokenizerSpec], *, joins: bool = False) -> None:
+        """Raises RequestError where the encoders' chunks cannot be joined."""
+        self.tokenizers, self.specs, self.joins = list(tokenizers), list(specs), joins
+        if joins and any(spec.mask for spec in specs):
+            raise RequestError("joined long_prompts are for models whose only text encoders are CLIP's")
         self.known_words = frozenset(word for spec in specs for word in spec.known_words)
 
     @classmethod
@@ -60,8 +73,10 @@ class PromptTokenizer:
         return cls(loaded, specs)
 
     def encode(self, prompt: str) -> Tokens:
-        """What the text encoder takes: int64 (1, L) by input name. RequestError for a prompt that does not fit the
-        context, which `read` would have cut; nothing is cut silently (but where another encoder reads all of it)."""
+        """What the text encoder takes: int64 (1, L) by input name, (n, L) of n joined chunks. RequestError for a prompt that does
+        not fit the context, which `read` would have cut; nothing is cut silently (but where another encoder reads all of it)."""
+        if self.joins:
+            return self._chunks(prompt)
         tokens: Tokens = {}
         for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
             found = tokenizer.encode(prompt)
@@ -76,6 +91,30 @@ class PromptTokenizer:
                 tokens[spec.mask] = np.asarray([found.attention_mask], dtype=np.int64)
         return tokens
 
+    def padded(self, tokens: Tokens, chunks: int) -> Tokens:
+        """With chunks of the empty prompt after those of `tokens`, so that there are so many."""
+        empty = self.encode("")
+        more = chunks - rows_of_prompt(tokens)
+        return {name: np.concatenate([ids, *[empty[name]] * more]) for name, ids in tokens.items()}
+
+    def _chunks(self, prompt: str) -> Tokens:
+        """(n, L): the prompt's tokens in turn, each row with the beginning, end and padding of a prompt of its own."""
+        tokens: Tokens = {}
+        for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
+            empty = tokenizer.encode("")
+            added, room = tokenizer.num_special_tokens_to_add(False), self._room(tokenizer, spec)
+            begin, end = empty.ids[: added - 1], empty.ids[added - 1 : added]
+            found = tokenizer.encode(prompt, add_special_tokens=False)
+            ids = [one for one, is_own in zip(found.ids, found.attention_mask, strict=True) if is_own]
+            rows = [ids[start : start + room] for start in range(0, max(1, len(ids)), room)]
+            pads = empty.ids[added:]  # as many as there may be
+            tokens[spec.input] = np.asarray([[*begin, *row, *end, *pads[len(row) :]] for row in rows], dtype=np.int64)
+        return tokens
+
+    def _room(self, tokenizer: Tokenizer, spec: TokenizerSpec) -> int:
+        """Tokens of a prompt in one context."""
+        return spec.context_length - tokenizer.num_special_tokens_to_add(False)
+
     def read(self, prompt: str) -> Reading:
         """The prompt as far as the model reads it; in known words, where it lists its words: others are mended within one
         letter, or left out."""
@@ -86,7 +125,7 @@ class PromptTokenizer:
     def _beginning(self, text: str) -> str:
         """As many of its words as all encoders read that do not cut by themselves."""
         for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
-            room = spec.context_length - tokenizer.num_special_tokens_to_add(False)
+            room = self._room(tokenizer, spec) * (MOST_CHUNKS if self.joins else 1)
             while len(text.encode()) > room and tokenizer.truncation is None:  # a token is a byte at least
                 found = tokenizer.encode(text, add_special_tokens=False)
                 if sum(found.attention_mask) <= room:

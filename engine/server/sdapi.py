@@ -59,7 +59,7 @@ class ImageRequest(TextRequest):
 
 def sdapi_router(studio: Studio) -> APIRouter:
     """The routes of one engine."""
-    router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
+    router = APIRouter(prefix="/sdapi/v1", include_in_schema=False)  # /docs is about one API
 
     @router.post("/txt2img")
     async def txt2img(asked: TextRequest, request: Request) -> Response:

@@ -77,7 +77,7 @@ class ApiKey(Checked):
 class ServerSettings(Checked):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
-    model, backend, device, precision, max_batch, threads: as of `Engine.load`. max_queue: pictures that may wait.
+    model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
     trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
@@ -97,6 +97,7 @@ class ServerSettings(Checked):
     max_batch: int | None = Field(default=None, ge=1)
     max_queue: int = Field(default=64, ge=1)
     threads: int | None = Field(default=None, ge=1)
+    long_prompts: Literal["cut", "joined"] = "cut"
     ray: bool = False
     replicas: int | None = Field(default=None, ge=1)
     api_key_file: Path | None = None
@@ -150,7 +151,10 @@ class ServerSettings(Checked):
     @property
     def loading(self) -> LoadOptions:
         """As of `Engine.load`. Raises RequestError."""
-        values = {name: getattr(self, name) for name in ("backend", "device", "precision", "max_batch", "threads")}
+        values = {
+            name: getattr(self, name)
+            for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts")
+        }
         return LoadOptions(**values, max_waiting=self.max_queue)
 
     def load_engine(self) -> Engine:

@@ -262,7 +262,7 @@ size.addEventListener("change", ({ timeStamp }) => {
   source.offer(hello.from_pictures, size.value);
   draw(timeStamp);
 });
-source.isBusy = () => waiting.size > 0;
+source.isBusy = () => waiting.size > 0 || grid.isOpen; // who chooses is not hurried
 source.addEventListener("change", () => draw(null, true));
 find("copy").addEventListener("click", async () => {
   flash(find("copy"), (await toClipboard(find("command").textContent)) ? "Copied" : "Not copied");
@@ -280,6 +280,7 @@ find("four").addEventListener("click", async () => {
   try {
     await grid.open(wish, stream.headers, source.current && { blob: source.current.blob, strength: source.strength });
   } catch (error) {
+    grid.close();
     if (error.name !== "AbortError") say("failed", sentence(error.message));
   }
   find("four").disabled = false;

@@ -13,8 +13,9 @@ export class Grid {
     place.addEventListener("keydown", ({ key }) => key === "Escape" && this.close());
   }
 
+  /** From the moment it is asked for. */
   get isOpen() {
-    return !this.#place.hidden;
+    return this.#asking !== null;
   }
 
   /** wish: {prompt, seed, steps, size}; from: {blob, strength} of a picture to start from, or null. Raises Error. */

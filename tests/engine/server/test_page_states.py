@@ -33,6 +33,8 @@ def test_a_busy_server_is_asked_again_and_other_errors_are_said(embedded, open_p
         upstream = socket.connect_to_server()
 
         def up(text: str) -> None:
+            if "ping" in text:
+                return upstream.send(text)
             asked.append(text)
             if len(asked) < 3:
                 seq = re.search(r'"seq":(\d+)', text)

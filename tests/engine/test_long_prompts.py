@@ -1,0 +1,63 @@
+"""Prompts that are longer than a CLIP's context: cut, or read in chunks whose embeddings are joined."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imagine_flash.core.errors import RequestError
+from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.pipelines.loading import load_stages
+
+LONG = " ".join(["a fox on a pink background to the left of a cat above a dog"] * 3)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_student: Path):
+    with Engine.load(tiny_student, backend="torch", device="cpu", long_prompts="joined") as loaded:
+        yield loaded
+
+
+def test_chunks_are_encoded_apart_and_joined(engine: Engine, tiny_student: Path) -> None:
+    """As A1111 and compel do: each chunk has a beginning and an end of its own, and their embeddings follow one another."""
+    stages = load_stages(tiny_student)
+    source = stages.tokens[0]
+    ids, room = source.tokenizer(LONG, add_special_tokens=False).input_ids, source.length - 2
+    rows = [ids[start : start + room] for start in range(0, len(ids), room)]
+    assert len(rows) > 2 and len(rows[-1]) < room
+    bos, eos, pad = (getattr(source.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    chunks = [[bos, *row, eos, *[pad] * (room - len(row))] for row in rows]
+    with torch.inference_mode():
+        apart = [stages.text_encoder(torch.tensor([chunk])) for chunk in chunks]
+    result = engine.generate(GenerateRequest(prompt=LONG, seed=7))
+    known = engine.prompt_cache.find(engine.tokenizer.encode(LONG))
+    assert known is not None and result.cut == ""
+    for found, *parts in zip(known, *apart, strict=True):
+        expected = torch.cat(parts, dim=1) if found.ndim == 3 else parts[0]
+        assert torch.allclose(found.float(), expected.float(), atol=1e-5)
+    with Engine.load(tiny_student, backend="torch", device="cpu") as cutting:
+        other = cutting.generate(GenerateRequest(prompt=LONG, seed=7))
+    assert other.cut and not np.array_equal(other.images, result.images)
+
+
+def test_short_and_long_ones_at_once_are_as_alone(engine: Engine) -> None:
+    requests = [GenerateRequest(prompt=prompt, seed=7) for prompt in (LONG, "a cat", LONG + " a dog", "a fox")]
+    requests.append(GenerateRequest(prompt=LONG, seed=7, guidance=3, negative_prompt="a dog"))
+    alone = [engine.generate(request).images for request in requests]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = [result.images for result in pool.map(engine.generate, requests)]
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+    assert not np.array_equal(alone[0], alone[-1])
+
+
+def test_there_is_an_end_and_who_cannot_join_says_so(engine: Engine, tiny_student: Path) -> None:
+    assert engine.generate(GenerateRequest(prompt=LONG * 20, steps=1)).cut
+    with pytest.raises(RequestError, match="joined long_prompts need a student"):
+        Engine.load(long_prompts="joined")
+    with pytest.raises(RequestError, match="torch-compile has networks of one context"):
+        Engine.load(tiny_student, backend="torch-compile", long_prompts="joined")
+    with pytest.raises(RequestError, match="long_prompts"):
+        Engine.load(tiny_student, long_prompts="split")
