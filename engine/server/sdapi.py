@@ -45,7 +45,8 @@ class TextRequest(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        return [name[:40] for name, value in (self.model_extra or {}).items() if value and name.isidentifier()]
+        given = (name[:40] for name, value in (self.model_extra or {}).items() if value)
+        return [name for name in given if name.isascii() and name.isidentifier()][:100]  # what a header can hold
 
 
 class ImageRequest(TextRequest):

@@ -234,7 +234,7 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     ):
         answer = http.post(f"/sdapi/v1/{path}", json=body)
         assert answer.status_code == status and says in answer.json()["error"]["message"], answer.text
-    odd = {"prompt": "a cat", "seed": None, "tiling": False, "enable_hr": True, "width": 64, "height": 64}
+    odd = {"prompt": "a cat", "seed": None, "tiling": False, "enable_hr": True, "width": 64, "height": 64, "名": 1}
     answer = http.post("/sdapi/v1/txt2img", json=odd)
     assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr"
 
