@@ -37,6 +37,8 @@ def test_keys(start_server, tiny_artifact: Path, tmp_path: Path) -> None:
         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
     good = {"authorization": f"Bearer {KEY}"}
     assert httpx.post(f"{url}/v1/images/generations", json=body, headers=good, timeout=30).status_code == 200
+    assert httpx.get(f"{url}/sdapi/v1/options", auth=("anybody", KEY)).status_code == 200
+    assert httpx.get(f"{url}/sdapi/v1/options", auth=("anybody", "wrong")).status_code == 401
     assert httpx.get(f"{url}/v1/models").status_code == 401 and httpx.get(f"{url}/healthz").status_code == 200
     stream = url.replace("http", "ws") + "/v1/stream"
     with pytest.raises(InvalidStatus) as refused:
