@@ -81,6 +81,12 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
     _operations(app, model, metrics)
     handle_errors(app, model)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    _middleware(app, settings, clients, metrics)
+    return app
+
+
+def _middleware(app: FastAPI, settings: ServerSettings, clients: Clients, metrics: Metrics) -> None:
+    """What every request passes, the last of it first."""
     app.add_middleware(Access, settings=settings, clients=clients)
     if settings.allow_origin:  # before access: a browser asks for leave without a key, and reads refusals too
         app.add_middleware(
@@ -99,7 +105,6 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
         generator=lambda: secrets.token_hex(8),
         validator=lambda given: REQUEST_ID.fullmatch(given) is not None,
     )
-    return app
 
 
 async def _get_ready(studio: Studio) -> None:

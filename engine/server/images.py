@@ -71,6 +71,11 @@ def images_router(studio: Studio) -> APIRouter:
         wish = _wish(studio, asked, client_of(request), seed=wish.request.seed, strength=asked.strength, **pixels)
         return await _answer(studio, stored, asked, wish, request)
 
+    _lookups(router, studio, stored)
+    return router
+
+
+def _lookups(router: APIRouter, studio: Studio, stored: StoredPictures) -> None:
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
         """The one model that is loaded."""
@@ -88,8 +93,6 @@ def images_router(studio: Studio) -> APIRouter:
         if (file := stored.find(name)) is None:
             raise HTTPException(404, "no such picture; they are kept for an hour")
         return Response(file, media_type=f"image/{name.rpartition('.')[2]}")
-
-    return router
 
 
 def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> Wish:

@@ -79,6 +79,11 @@ def sdapi_router(studio: Studio) -> APIRouter:
             studio, asked, request, {**pixels, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
         )
 
+    _lookups(router, studio)
+    return router
+
+
+def _lookups(router: APIRouter, studio: Studio) -> None:
     @router.get("/progress")
     async def progress() -> dict[str, Any]:
         """Whether anything is being drawn: few steps are over before anybody has asked how many are left."""
@@ -108,8 +113,6 @@ def sdapi_router(studio: Studio) -> APIRouter:
     async def samplers() -> list[dict[str, Any]]:
         """One: a distilled model is drawn as it was distilled."""
         return [{"name": SAMPLER, "aliases": [], "options": {}}]
-
-    return router
 
 
 async def _answer(studio: Studio, asked: TextRequest, request: Request, start: dict[str, Any]) -> Response:
