@@ -5,6 +5,7 @@ import concurrent.futures
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -246,7 +247,7 @@ def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact:
     write_manifest(folder, manifest.model_copy(update={"guidance": Guidance(default=2.0, range=(1, 5))}))
     with Engine.load(folder, backend="onnxruntime") as engine, TestClient(create_app(engine)) as http:
 
-        def draw(path: str = "/v1/images/generations", **fields: object) -> httpx.Response:
+        def draw(path: str = "/v1/images/generations", **fields: object) -> Any:  # httpx's, or its successor's
             return http.post(path, json={"prompt": "a cat", "seed": 7, **fields})
 
         plain, strong = draw(), draw(guidance_scale=4, negative_prompt="a dog", quality="hd")
