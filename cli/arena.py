@@ -21,7 +21,10 @@ def arena_command(
     a: Annotated[Path, typer.Argument(metavar="A", help=_ENTRY)],
     b: Annotated[Path, typer.Argument(metavar="B", help="What it is compared with, by the same names or prompts.")],
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts for the models to draw, one a line.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Prompts for the models to draw, one a line; general: 2,000 that are built in."
+        ),
     ] = None,
     steps_a: Annotated[int | None, typer.Option(metavar="INTEGER", help="Steps of A; by default its most.")] = None,
     steps_b: Annotated[int | None, typer.Option(metavar="INTEGER", help="Steps of B; by default its most.")] = None,
@@ -43,23 +46,14 @@ def arena_command(
     needs("serve", "fastapi", "uvicorn")
     from ..benchmarks.arena.app import create_app
     from ..benchmarks.arena.pairs import pairs_of
+    from ..distill.data.prompts import read_prompts
 
-    texts = _prompts(prompts)
+    texts = read_prompts(prompts) if prompts else []
     pairs = pairs_of(_pictures(a, texts, steps_a), _pictures(b, texts, steps_b))
     note(f"{len(pairs)} pairs; votes go to {votes}; Ctrl-C ends it and says the results")
     _serve(create_app(pairs, votes), host, port)
     if votes.exists():
         _say_results(votes)
-
-
-def _prompts(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImagineFlashError(f"cannot read the prompts {path}: {error}") from None
-    return [line for line in lines if line]
 
 
 def _pictures(entry: Path, prompts: Sequence[str], steps: int | None) -> dict[str, Shown]:

@@ -64,7 +64,10 @@ def distill_command(
     recipe: Recipe = "imagine_flash",
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts to train on, one a line; by default captions of emoji scenes."),
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to train on, one a line; general: 2,000 that are built in; by default captions of emoji scenes.",
+        ),
     ] = None,
     start: Annotated[
         Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights instead of the teacher's.")

@@ -1,13 +1,16 @@
 """Scenes are deterministic, captions are true, and the held-out combinations stay held out."""
 
 import itertools
+import re
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.distill.data import captions, emoji, vocabulary
-from imagine_flash.distill.data.prompts import read_prompts
+from imagine_flash.distill.data.prompts import general_prompts, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,11 @@ def test_prompts_from_a_file(tmp_path) -> None:
     for bad in (path, tmp_path / "none.txt"):
         with pytest.raises(ImagineFlashError, match=r"one a line|one prompt a line"):
             read_prompts(bad)
+
+
+def test_the_prompts_that_the_package_brings() -> None:
+    found = read_prompts(Path("general"))
+    assert len(set(found)) == len(found) == 2000 and found == general_prompts(2000)
+    assert not [prompt for prompt in found if re.search(r"[{}]|  |\ba [aeiou]|\ban [^aeiou]", prompt)]
+    words = Counter(word for prompt in found for word in set(prompt.split()))
+    assert len(words) > 350 and words.most_common(4)[3][1] < 700  # no word but articles and prepositions everywhere
