@@ -16,7 +16,14 @@ from .exporting import build_tensorrt_command, export_command, inspect_command
 from .generate import generate_command
 from .models import models_command
 from .serve import serve_command
-from .training import distill_command, evaluate_command, study_command, train_judge_command, train_teacher_command
+from .training import (
+    compare_command,
+    distill_command,
+    evaluate_command,
+    study_command,
+    train_judge_command,
+    train_teacher_command,
+)
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -44,6 +51,10 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "train-judge judge.safetensors --font NotoColorEmoji.ttf",
     ),
     evaluate_command: ("evaluate -o evaluation", "evaluate runs/teacher runs/student --split validation --count 2048"),
+    compare_command: (
+        "compare pictures/teacher pictures/student",
+        "compare pictures/teacher pictures/student --features facebook/dinov2-base --real pictures/real",
+    ),
     study_command: (
         "study benchmarks/studies/shifted_target.yaml runs/teacher --judge runs/judge.safetensors -o runs/gamma",
         "study my-study.yaml -o runs/my-study",

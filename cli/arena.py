@@ -12,7 +12,7 @@ from ..core.errors import ImagineFlashError
 from .common import Quiet, flag, needs, note, progress, say, writable
 
 if TYPE_CHECKING:
-    from ..benchmarks.arena.pairs import Shown
+    from ..benchmarks.picture_folders import Shown
 
 _ENTRY = "A folder of pictures, an artifact or student folder, a hub id, or a name of `imagine-flash models`."
 
@@ -60,7 +60,8 @@ def _pictures(entry: Path, prompts: Sequence[str], steps: int | None) -> dict[st
     """Those of a folder; otherwise the model draws the prompts."""
     from rich.progress import track
 
-    from ..benchmarks.arena.pairs import pictures_drawn, pictures_in
+    from ..benchmarks.arena.pairs import pictures_drawn
+    from ..benchmarks.picture_folders import pictures_in
     from ..engine import Engine
     from ..models.describe import ModelOptions
     from .first_run import ready

@@ -9,8 +9,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from imagine_flash.benchmarks.arena.app import create_app
-from imagine_flash.benchmarks.arena.pairs import pairs_of, pictures_drawn, pictures_in
+from imagine_flash.benchmarks.arena.pairs import pairs_of, pictures_drawn
 from imagine_flash.benchmarks.arena.votes import Vote, read_votes, summary
+from imagine_flash.benchmarks.picture_folders import pictures_in
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.engine import Engine
 from imagine_flash.tests.commands import fails, run

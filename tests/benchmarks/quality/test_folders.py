@@ -1,0 +1,109 @@
+"""Two folders of pictures compared by the features of a real, tiny, random CLIP."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagine_flash.benchmarks.quality.features import Features
+from imagine_flash.benchmarks.quality.folders import compare_folders
+from imagine_flash.core.errors import ArtifactError
+from imagine_flash.tests.commands import fails, run
+from imagine_flash.tests.pipelines import CAPTIONS, build_tokenizer
+
+SIZE, COUNT = 8, 40
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    folder, tokenizer = tmp_path_factory.mktemp("clip") / "clip", build_tokenizer()
+    common: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    words: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    torch.manual_seed(0)
+    text, vision = CLIPTextConfig(**common, **words), CLIPVisionConfig(**common, image_size=SIZE, patch_size=4)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Noise, and the same noise a little changed; captions with the first."""
+    root, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (COUNT, SIZE, SIZE, 3), dtype=np.uint8)
+    for name, each in (("teacher", pixels), ("student", pixels // 2 + 60)):
+        (root / name).mkdir()
+        for i, picture in enumerate(each):
+            Image.fromarray(picture.astype(np.uint8)).save(root / name / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": CAPTIONS[i % len(CAPTIONS)]} for i in range(COUNT)]
+    (root / "teacher" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return root / "teacher", root / "student"
+
+
+def test_the_same_pictures_are_no_distance_apart(clip: Path, folders: tuple[Path, Path]) -> None:
+    record = compare_folders(folders[0], folders[0], Features(clip))
+    same = record["student"]
+    assert abs(same["fd"]) < 1e-6 and same["precision"] == same["recall"] == same["similarity"] == 1.0
+    assert record["clip_score_difference"] == 0.0 and record["clip_score_interval"] == [0.0, 0.0]
+
+
+def test_scores_are_transformers_own(clip: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    record = compare_folders(*folders, Features(clip), real=folders[0], out=tmp_path / "c")
+    model, processor = CLIPModel.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
+    pictures: Any = [Image.open(folders[1] / f"{i}.png") for i in range(COUNT)]
+    texts = [CAPTIONS[i % len(CAPTIONS)] for i in range(COUNT)]
+    tokens = build_tokenizer()(texts, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        out = model(**tokens, pixel_values=processor(images=pictures, return_tensors="pt")["pixel_values"])
+    expected = 100 * (out.image_embeds * out.text_embeds).sum(1).mean().item()
+    assert record["clip_score"]["student"] == pytest.approx(expected, abs=2e-3)
+    assert record["student"]["fd"] > 0 and record["to_real"]["student"] == {
+        key: value for key, value in record["student"].items() if key != "similarity"
+    }
+    assert json.loads((tmp_path / "c.json").read_text()) == record
+
+
+def test_the_command_and_what_it_refuses(clip: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run("compare", *folders, "--features", clip, "-o", tmp_path / "c")
+    assert done.returncode == 0 and "CLIP score: teacher" in done.stdout and (tmp_path / "c.json").is_file()
+    assert "is no folder of pictures" in fails(
+        "compare", folders[0], tmp_path, "--features", clip, "-o", tmp_path / "d"
+    )
+    assert "it has no config.json" in fails("compare", *folders, "--features", tmp_path, "-o", tmp_path / "d")
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "0.png").write_bytes((folders[0] / "0.png").read_bytes())
+    assert "have 1 pictures of one name" in fails(
+        "compare", folders[0], tmp_path / "few", "--features", clip, "-o", tmp_path / "d"
+    )
+    (tmp_path / "bad").mkdir()
+    for i in range(4):
+        (tmp_path / "bad" / f"{i}.png").write_bytes(b"no picture")
+    assert "a picture cannot be read" in fails(
+        "compare", folders[0], tmp_path / "bad", "--features", clip, "-o", tmp_path / "d"
+    )
+    assert not (tmp_path / "d.json").exists()
+    with pytest.raises(ArtifactError, match="gives no features"):
+        (tmp_path / "config.json").write_text("{}")
+        Features(tmp_path)
