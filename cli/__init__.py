@@ -11,9 +11,11 @@ import typer
 from ..core.errors import ImagineFlashError, Interrupted, ParityError
 from .arena import arena_command
 from .bench import bench
+from .cache import cache
 from .common import examples, flag
-from .exporting import build_tensorrt_command, export_command, inspect_command
+from .exporting import build_tensorrt_command, export_command
 from .generate import generate_command
+from .inspecting import inspect_command
 from .models import models_command
 from .serve import serve_command
 from .training import (
@@ -68,6 +70,7 @@ for command, lines in COMMANDS.items():
     name = command.__name__.removesuffix("_command").replace("_", "-")
     app.command(name, epilog=examples(*lines))(command)
 app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
 
 
 @app.callback(invoke_without_command=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import ImagineFlashError, missing_extra
+
+if TYPE_CHECKING:
+    from ..models.describe import ModelOptions
 
 _quiet = False
 
@@ -61,6 +66,44 @@ Prediction = Annotated[
 AnySteps = Annotated[bool, flag("--any-steps", help="Also numbers of steps that the model was not trained for.")]
 
 
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HUBID|FOLDER", help="Whose configs a single .safetensors file of a whole pipeline is read with."
+    ),
+]
+TinyDecoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HUBID|FOLDER|none", help="An AutoencoderTiny to decode with instead of the model's own decoder."
+    ),
+]
+
+
+def model_options(
+    entry: str | None,
+    timesteps: str | None,
+    sampler: str | None,
+    prediction: str | None,
+    any_steps: bool,
+    tiny_decoder: str | None,
+    **more: Any,
+) -> ModelOptions:
+    """What was typed of a model. Raises ArtifactError."""
+    from ..models.describe import ModelOptions, parse_timesteps
+
+    how: Any = sampler  # the name is checked there
+    return ModelOptions(
+        entry=entry,
+        timesteps=parse_timesteps(timesteps),
+        sampler=how,
+        prediction=prediction,
+        any_steps=any_steps,
+        tiny_decoder=tiny_decoder,
+        **more,
+    )
+
+
 def say(line: str) -> None:
     """A result, on standard output: what a script reads."""
     typer.echo(line)
@@ -77,6 +120,30 @@ def progress() -> Any:
     from rich.console import Console
 
     return Console(stderr=True, quiet=_quiet)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int], None]]:
+    """A progress bar: call it with what is being done and how many such things there are in all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        started = False
+
+        def tell(what: str, total: int) -> None:
+            nonlocal started
+            progress.update(task, description=what, total=total or None, advance=int(started))
+            started = True
+
+        yield tell
 
 
 def examples(*lines: str) -> str:
@@ -116,13 +183,16 @@ def writable(path: Path, *, make: bool = False) -> None:
 
 
 def say_sources(student: Path) -> None:
-    """A line for each place that something of a foreign model was taken from."""
+    """A line that says which decoder draws, and one for each place that something of a foreign model was taken from."""
     from ..folders.files import STUDENT_FILE
     from ..folders.reading import read_student_manifest
 
     if not (student / STUDENT_FILE).is_file():
         return
     manifest = read_student_manifest(student)
+    if "decoder" in manifest.sources:
+        note(f"{student.name}: decodes with {manifest.sources['decoder']}")
     for source in dict.fromkeys(manifest.sources.values()):
-        fields = [field for field, other in manifest.sources.items() if other == source]
-        note(f"{student.name}: {', '.join(fields)} from {source}")
+        fields = [field for field, other in manifest.sources.items() if other == source and field != "decoder"]
+        if fields:
+            note(f"{student.name}: {', '.join(fields)} from {source}")

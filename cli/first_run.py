@@ -3,64 +3,112 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import ImagineFlashError, missing_extra
-from .common import note, say_sources
+from ..core.errors import ImagineFlashError, PlanError, missing_extra
+from .common import note, progress_bar, say_sources
 
 if TYPE_CHECKING:
     from ..models.describe import ModelOptions
 
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")
+GPU = "/dev/nvidiactl"
 
 
-def ready(model: str | Path | None, options: ModelOptions, backend: str, *, steps: int | None = None) -> Path | None:
+def ready(
+    model: str | Path | None,
+    options: ModelOptions,
+    backend: str,
+    *,
+    device: str = "auto",
+    steps: int | None = None,
+    quality: bool = False,
+    base: str | None = None,
+) -> Path | None:
     """The folder to load: of an artifact, or of a student where torch draws with it. None is the embedded model.
 
-    steps: that will be asked for, of a model that does not say for how many it was trained. Raises ImagineFlashError.
+    steps: that will be asked for, of a model that does not say for how many it was trained. quality: the model's own decoder,
+    where on a CPU a tiny one would be taken. base: whose configs a single file is read with. Raises ImagineFlashError.
     """
     from ..folders.files import ARTIFACT_FILE, STUDENT_FILE
+    from ..folders.reading import read_student_manifest
+    from ..models.catalogue import find
     from ..models.student import student_of
 
     if model is None:
+        if options.tiny_decoder is not None:
+            raise ImagineFlashError("the embedded model has one decoder; --tiny-decoder goes with --model")
         return None
+    if Path(model).is_file() or base is not None:
+        from ..pipelines.single_file import unpacked
+
+        model = unpacked(model, base=base, entry=options.entry)
     given = Path(model)
-    if (given / ARTIFACT_FILE).is_file() or (given / STUDENT_FILE).is_file():
+    if (given / ARTIFACT_FILE).is_file() and options.tiny_decoder is None:
+        return given
+    if (given / STUDENT_FILE).is_file() and options.tiny_decoder is None:
         return given  # a student of ours runs in torch, unless it is exported by name
-    own = options.timesteps is not None
-    plain = given.is_dir() and options.entry is None
-    if steps is not None and not own and (plain or options.any_steps):
+    unknown = options.entry is None and (given.exists() or find(str(model)) is None)
+    if steps is not None and options.timesteps is None and (unknown or options.any_steps):
         options = options.model_copy(update={"steps": (steps,)})
+    if not quality and options.tiny_decoder is None and on_cpu(device):
+        options = options.model_copy(update={"prefer_tiny": True})
     student = student_of(model, options)
     if (student / ARTIFACT_FILE).is_file():
         return student
     say_sources(student)
+    plans = read_student_manifest(student).plans
+    if steps is not None and steps not in plans:
+        raise PlanError(
+            f"steps must be {', '.join(map(str, sorted(plans)))} for {student.name}, got {steps}; it was trained for no other; "
+            "--any-steps draws anyway"
+        )
     return student if backend in STUDENT_BACKENDS else _exported(student)
+
+
+def on_cpu(device: str) -> bool:
+    """Whether a picture would be drawn by the processor."""
+    return device == "cpu" or (device == "auto" and not os.path.exists(GPU))
 
 
 def _exported(student: Path) -> Path:
     """The student's export in the cache, made if it is not there. Named by the student's content and what draws it."""
-    from importlib.metadata import version
-
-    from ..folders.files import ARTIFACT_FILE, CACHE_VARIABLE, cache_folder
+    from ..folders.cache import export_folder, mark_used
+    from ..folders.files import ARTIFACT_FILE, CACHE_VARIABLE
     from ..folders.reading import read_student_manifest
 
-    cache = cache_folder("exports")
-    if cache is None:
+    target = export_folder(student.parent.name, student.name)
+    if target is None:
         raise ImagineFlashError(f"there is no cache to export into; set {CACHE_VARIABLE}, or run: imagine-flash export")
-    target = cache / f"{student.parent.name}-{version('imagine-flash')}" / student.name
     if (target / ARTIFACT_FILE).is_file():
+        mark_used(target)
         return target
     if importlib.util.find_spec("onnxscript") is None:
         raise missing_extra("onnxscript", "export")
     from ..export import ExportOptions, export_student
-    from .exporting import progress_bar
 
     manifest = read_student_manifest(student)
     options = ExportOptions(batch=(1, 2), forms="stages", gated=manifest.default_steps or max(manifest.plans))
     note(f"exporting {student.name} once into {target}; the next run starts from there")
+    say_needs(student)
     target.parent.mkdir(exist_ok=True)
     with progress_bar() as progress:
         export_student(student, target, options=options, progress=progress)
     return target
+
+
+def say_needs(student: Path) -> None:
+    """How long an export may take and, where this machine has less memory than it may take, what would fit."""
+    from ..models.files import count_parameters, weights_files
+    from ..models.machine import MINUTES_PER_BILLION, advice
+
+    with suppress(OSError, ValueError):  # a damaged file: loading says so
+        parameters = count_parameters(weights_files(student))
+        if parameters > 1e8:
+            minutes = MINUTES_PER_BILLION * parameters / 1e9
+            note(f"{parameters / 1e9:.2f} G parameters: two cores need up to {minutes:.0f} minutes")
+        if (problem := advice(parameters)) is not None:
+            note(f"note: {problem}")

@@ -13,12 +13,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ImagineFlashError
-from .common import AnySteps, Entry, Prediction, Quiet, SamplerName, Timesteps, flag, note, say, writable
+from .common import (
+    AnySteps,
+    Base,
+    Entry,
+    Prediction,
+    Quiet,
+    SamplerName,
+    Timesteps,
+    TinyDecoder,
+    flag,
+    model_options,
+    note,
+    say,
+    writable,
+)
 
 FEW = 8  # pictures that are drawn before another backend would have been loaded
 
 if TYPE_CHECKING:
     from ..engine import GenerateResult
+    from ..folders.manifests import ModelDescription
 
 
 def generate_command(
@@ -103,17 +118,22 @@ def generate_command(
         str | None, typer.Option(metavar="TEXT", help="What to draw away from, where guidance is above 1.")
     ] = None,
     entry: Entry = None,
+    base: Base = None,
     timesteps: Timesteps = None,
     sampler: SamplerName = None,
     prediction: Prediction = None,
     any_steps: AnySteps = False,
+    tiny_decoder: TinyDecoder = None,
+    quality: Annotated[
+        bool,
+        flag("--quality", help="The model's own decoder; by default, on a CPU, a tiny one where the catalogue has it."),
+    ] = False,
     json_: Annotated[bool, flag("--json", help="Print files, seed, steps, timings and words as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw a prompt in 1 to 3 network evaluations."""
     from ..engine import Engine, GenerateRequest
-    from ..engine.saving import image_format, png_bytes
-    from ..models.describe import ModelOptions, parse_timesteps
+    from ..engine.saving import image_format
     from .first_run import ready
 
     piped = str(output) == "-"
@@ -133,14 +153,8 @@ def generate_command(
         "negative_prompt": negative_prompt,
     }
     request = GenerateRequest(**values)
-    described = ModelOptions(
-        entry=entry,
-        timesteps=parse_timesteps(timesteps),
-        sampler=sampler,  # type: ignore[arg-type]  (checked there)
-        prediction=prediction,
-        any_steps=any_steps,
-    )
-    model = ready(model, described, backend, steps=request.steps)
+    described = model_options(entry, timesteps, sampler, prediction, any_steps, tiny_decoder)
+    model = ready(model, described, backend, device=device, steps=request.steps, quality=quality, base=base)
     if (backend, device, precision) == ("auto", "auto", "auto") and request.count <= FEW:
         backend = _soonest(model)
     with Engine.load(model, backend=backend, device=device, precision=precision) as engine:
@@ -149,14 +163,21 @@ def generate_command(
             pictures = {"image": _read(image, size, "RGB"), "mask": _read(mask, size, "L")}
             request = GenerateRequest(**values, **pictures, strength=_number(strength, float))
         result, what = engine.generate(request), engine.describe()
-    for line in [*notes(result, engine.tokenizer.nearest), what]:
+    for line in [*notes(result, engine.tokenizer.nearest), *guidance_notes(engine.manifest, request.guidance), what]:
         note(line)
     note("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
-    if piped:
+    _hand_out(result, output, as_json=json_)
+
+
+def _hand_out(result: GenerateResult, output: Path, *, as_json: bool) -> None:
+    """Writes the pictures, and says where. Raises ImagineFlashError."""
+    from ..engine.saving import png_bytes
+
+    if str(output) == "-":
         sys.stdout.buffer.write(png_bytes(result.images[0], result.caption()))
         return
     paths = result.save(output)
-    if json_:
+    if as_json:
         say(json.dumps(_facts(result, paths)))
         return
     for i, path in enumerate(paths):
@@ -188,6 +209,16 @@ def notes(result: GenerateResult, nearest: Callable[[str], list[str]]) -> list[s
     if result.cut:
         found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
     return found
+
+
+def guidance_notes(model: ModelDescription, asked: float | None) -> list[str]:
+    """A line where the scale asked for is none that the model was made for."""
+    known = model.guidance
+    low, high = known.range or (0.0, float("inf") if known.embedded or known.default > 1 else 1.0)
+    if asked is None or low <= asked <= high or max(asked, high) <= 1:  # 0 and 1 are none, both
+        return []
+    made = f"{low:g} to {high:g}" if high > max(low, 1) else "1, which is none"
+    return [f"note: {model.name} was made for guidance {made}; drawn with {asked:g}"]
 
 
 def _soonest(model: Path | None) -> str:

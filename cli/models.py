@@ -18,7 +18,7 @@ def models_command(json_: Annotated[bool, typer.Option("--json", help="As JSON, 
     here = memory_of_this_machine()
     found: list[dict[str, Any]] = []
     for entry in catalogue().values():
-        needed = memory_needed(entry)
+        needed = None if entry.parameters is None else memory_needed(entry.parameters * 1e9)
         fits = None if needed is None or here is None else needed <= here
         found.append({**entry.model_dump(mode="json"), "memory": needed, "fits": fits})
     if json_:

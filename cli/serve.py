@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import EngineError, ImagineFlashError, RequestError
-from .common import Quiet, flag, needs, note, say
+from .common import Quiet, TinyDecoder, flag, needs, note, say
 
 if TYPE_CHECKING:
     import uvicorn
@@ -32,6 +32,7 @@ def serve_command(
             help="An artifact or student folder, a hub id or a name of `imagine-flash models`; by default the embedded model.",
         ),
     ] = None,
+    tiny_decoder: TinyDecoder = None,
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets in everybody who can reach this machine."),
@@ -139,8 +140,10 @@ def _serve_here(settings: ServerSettings) -> None:
     from ..models.describe import ModelOptions
     from .first_run import ready
 
-    if settings.model is not None:
-        settings = settings.model_copy(update={"model": ready(settings.model, ModelOptions(), settings.backend)})
+    options = ModelOptions(tiny_decoder=settings.tiny_decoder)
+    settings = settings.model_copy(
+        update={"model": ready(settings.model, options, settings.backend, device=settings.device)}
+    )
     settings.check_model()
     failed: list[ImagineFlashError] = []
 

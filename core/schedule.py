@@ -127,6 +127,11 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return name.startswith("FlowMatch") or name == SCM_CLASS
 
 
+def prediction_type_of(config: Mapping[str, Any]) -> str:
+    """What the network predicts, from a diffusers scheduler config; a flow's has no field for it."""
+    return "flow" if is_flow(config) else config.get("prediction_type", "epsilon")
+
+
 def rescale_zero_terminal_snr(alpha_bar: NDArray[np.float64]) -> NDArray[np.float64]:
     """alphas_cumprod shifted and scaled so that the last is 0 and the first is kept (Lin et al. 2023, algorithm 1)."""
     root = np.sqrt(np.asarray(alpha_bar, dtype=np.float64))

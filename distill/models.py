@@ -14,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from ..core.errors import RecipeError
+from ..core.errors import ArtifactError, RecipeError
 from ..core.noise import step_noise
 from ..core.prediction import x0_and_eps
 from ..core.schedule import NoiseSchedule
@@ -102,6 +102,7 @@ class Denoiser:
         return torch.from_numpy(np.stack([self.schedule.alpha, self.schedule.sigma, told])).float()
 
 
+NOT_DISTILLED = ("FluxPipeline",)
 Step = Callable[[torch.Tensor, Times], torch.Tensor]
 
 
@@ -188,6 +189,9 @@ class Model:
 def model_of(pipeline: Any) -> Model:
     """The model of a pipeline in memory, frozen. Raises ArtifactError for a class that is not known."""
     stages = stages_of(pipeline)
+    if stages.is_told_guidance or stages.pipeline in NOT_DISTILLED:
+        why = "is told a guidance scale" if stages.is_told_guidance else "has not been tried"
+        raise ArtifactError(f"a {stages.pipeline} of this kind {why}: it can be exported and drawn with, not distilled")
     denoiser = Denoiser(
         network=stages.denoiser(stages.default_size),
         schedule=NoiseSchedule.from_scheduler_config(stages.scheduler),

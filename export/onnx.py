@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.manifests import GraphSpec, Size, TensorSpec
-from ..pipelines.stages import FINITE, IMAGES, LATENTS, Stages, quiet
+from ..pipelines.stages import FINITE, GUIDANCE, IMAGES, LATENTS, Stages, quiet
 from .options import MAX_BATCH
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
@@ -64,12 +64,14 @@ def export_text_encoder(stages: Stages, store: WeightStore, *, opset: int = OPSE
 
 
 def export_denoiser(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """The denoiser at one image size: latents, timestep, conditions -> m."""
+    """The denoiser at one image size: latents, timestep, conditions, and the guidance scale if it is told one -> m."""
     latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
     with torch.inference_mode():
         conditions = [c.clone() for c in stages.text_encoder(*stages.example_tokens(EXAMPLE_BATCH).values())]
     inputs = {LATENTS: latents, "timestep": torch.full((EXAMPLE_BATCH,), 999.0)}
     inputs |= dict(zip(stages.conditions, conditions, strict=True))
+    if stages.is_told_guidance:
+        inputs[GUIDANCE] = torch.full((EXAMPLE_BATCH,), 8.0)
     return _export(stages.denoiser(size), inputs, ("m",), store, opset)
 
 
@@ -147,24 +149,7 @@ def _export(
 
 def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph:
     """Moves large float initializers to the store, then strips names of files, stack traces and inferred shapes."""
-    weights: dict[str, WeightRef] = {}
-    moved: set[str] = set()
-    folded: set[str | None] = set()  # what the Casts of half weights and the Transposes behind them gave
-    for name, value in list(model.graph.initializers.items()):
-        tensor = value.const_value
-        assert tensor is not None, name
-        if tensor.dtype not in FLOATS or tensor.nbytes <= INLINE_BYTES:
-            continue
-        seen = {value.name: None} if tensor.dtype == ir.DataType.FLOAT else _widened(value)
-        if tensor.dtype != ir.DataType.FLOAT:
-            folded.update(seen, (cast.outputs[0].name for cast, _ in value.uses()))
-        for seen_name, axes in seen.items():
-            values = tensor.numpy()
-            weights[str(seen_name)] = store.add(
-                values if axes is None else np.ascontiguousarray(values.transpose(axes))
-            )
-        value.const_value = ir.Tensor(np.zeros(0, np.float32), name=name)  # a place holder, dropped below
-        moved.add(name)
+    weights, dropped = _store_large(model, store)
     idle = {node.outputs[0].name for node in model.graph if _is_idle_squeeze(node)}
     masked = {node.outputs[0].name: rows for node in model.graph if (rows := _rows_of_mask(node)) > 1}
     proto = ir.to_proto(model)
@@ -172,7 +157,7 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         raise ArtifactError(f"torch left the function {proto.functions[0].name!r} in the graph; it must be plain ONNX")
     graph = onnx.GraphProto(name=proto.graph.name)
     for node in proto.graph.node:
-        if node.output[0] in folded:
+        if node.output[0] in dropped:
             continue
         if node.domain not in ("", "ai.onnx"):
             raise ArtifactError(f"the graph uses {node.domain}.{node.op_type}, which is no standard ONNX operator")
@@ -181,20 +166,42 @@ def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph
         if node.output[0] in idle:
             node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
         if node.output[0] in masked:
-            shape, mask = f"{node.output[0]}:mask_shape", f"{node.output[0]}:mask"
-            graph.initializer.append(
-                helper.make_tensor(shape, TensorProto.INT64, [4], [1, 1, masked[node.output[0]], 1])
-            )
-            graph.node.append(helper.make_node("Expand", [node.input[3], shape], [mask], scope))
-            node.input[3] = mask
+            _expand_mask(graph, node, masked[node.output[0]], scope)
         _strip(node).name = scope
         graph.node.append(node)
-    for value in proto.graph.input:
-        graph.input.append(_strip(value))
-    for value in proto.graph.output:
-        graph.output.append(_strip(value))
-    graph.initializer.extend(_strip(tensor) for tensor in proto.graph.initializer if tensor.name not in moved)
+    graph.input.extend(map(_strip, proto.graph.input))
+    graph.output.extend(map(_strip, proto.graph.output))
+    graph.initializer.extend(_strip(tensor) for tensor in proto.graph.initializer if tensor.name not in dropped)
     return StageGraph(graph, weights, opset)
+
+
+def _store_large(model: ir.Model, store: WeightStore) -> tuple[dict[str, WeightRef], set[str | None]]:
+    """The large float initializers as weights of the store, by the names that nodes read; and the values that nobody gives any
+    more: these initializers, what the Casts of half weights gave, and the Transposes behind them."""
+    weights: dict[str, WeightRef] = {}
+    dropped: set[str | None] = set()
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None, name
+        if tensor.dtype not in FLOATS or tensor.nbytes <= INLINE_BYTES:
+            continue
+        half = tensor.dtype != ir.DataType.FLOAT
+        seen = _widened(value) if half else {value.name: None}
+        dropped.update((name, *seen, *((cast.outputs[0].name for cast, _ in value.uses()) if half else ())))
+        for seen_name, axes in seen.items():
+            values = tensor.numpy()
+            values = values if axes is None else np.ascontiguousarray(values.transpose(axes))
+            weights[str(seen_name)] = store.add(values)
+        value.const_value = ir.Tensor(np.zeros(0, np.float32), name=name)  # a place holder
+    return weights, dropped
+
+
+def _expand_mask(graph: onnx.GraphProto, attention: onnx.NodeProto, rows: int, scope: str) -> None:
+    """Gives an Attention a mask of one row for each query."""
+    shape, mask = f"{attention.output[0]}:mask_shape", f"{attention.output[0]}:mask"
+    graph.initializer.append(helper.make_tensor(shape, TensorProto.INT64, [4], [1, 1, rows, 1]))
+    graph.node.append(helper.make_node("Expand", [attention.input[3], shape], [mask], scope))
+    attention.input[3] = mask
 
 
 def _widened(weight: ir.Value) -> dict[str | None, tuple[int, ...] | None]:

@@ -28,6 +28,7 @@ from ..core.errors import ArtifactError, ParityError, missing_extra
 from ..core.images import MAX_PSNR, psnr
 from ..folders.files import atomic_folder
 from ..folders.manifests import STAGES, ArtifactManifest, GraphSpec, TensorSpec
+from ..pipelines.stages import GUIDANCE
 
 FOLDER = "openvino"
 RELATIVE_TOLERANCE = 1e-4  # of the largest value
@@ -130,6 +131,8 @@ def _inputs(folder: Path, manifest: ArtifactManifest, spec: GraphSpec, batch: in
             return np.broadcast_to(np.arange(shape[1]) < (shape[1] + 1) // 2, shape).astype(tensor.dtype)
         if tensor.name == "timestep":
             return random.choice(np.concatenate(times), batch).astype(tensor.dtype)
+        if tensor.name == GUIDANCE:
+            return np.full(shape, manifest.guidance.default, tensor.dtype)
         return random.standard_normal(shape).astype(tensor.dtype)
 
     return {tensor.name: draw(tensor) for tensor in spec.inputs}

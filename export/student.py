@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from filelock import FileLock, Timeout
 
 from ..core.errors import ArtifactError, ParityError
-from ..core.plan import plans_by_steps, select
-from ..core.schedule import NoiseSchedule
-from ..core.update import update_table
+from ..folders.cache import check_room
 from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_files, hash_folder
-from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, Plans, Size, StudentManifest, graph_name
+from ..folders.manifests import ArtifactManifest
 from ..folders.reading import read_student_manifest, signed, write_manifest
-from ..pipelines.loading import load_stages, student_folder
-from ..pipelines.lora import fused_records
-from ..pipelines.stages import IMAGES, LATENTS, Stages
-from .cases import Case, Sampling
+from ..models.files import weights_files
+from ..pipelines.loading import student_folder
+from .cases import Case
 from .ledger import Ledger
-from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder, save_graph
+from .onnx import save_graph
 from .options import ExportOptions
-from .parity import SEEDS, check_parity, check_tokenizers, make_cases
-from .precision import emulate, find_islands, lower
+from .parity import SEEDS, check_parity
+from .precision import emulate
 from .report import save_references, write_report
-from .sampler_graph import sampler_graph
 from .sessions import give_back_memory, is_large
-from .tokenizer import parity_prompts, write_tokenizers
+from .tracing import Graphs, Progress, Traced, lowered, samplers, trace
 from .weights import WEIGHTS_FILE, WeightStore
 
-VERSIONED = ("imagine-flash", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 CHECKED = ".check-"  # graphs that stand for the artifact's own in the gate, where those do not compute as on a GPU
-Progress = Callable[[str], None]
-Graphs = dict[str, StageGraph]
 
 
 def export_student(
@@ -75,21 +64,14 @@ def _lock_of(out: Path) -> Path:
     return folder / f"{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:32]}.lock"
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """What is left of the networks once they are graphs: torch's memory is free before the first graph runs."""
-
-    stages: Graphs  # float32; by the manifest's names
-    cases: list[Case]
-    sampling: Sampling
-    facts: dict[str, Any]  # fields of the manifest
-
-
 def _export(
     student: str | Path, out: Path, options: ExportOptions, tell: Callable[[str, int], None]
 ) -> ArtifactManifest:
     folder = student_folder(student)
     described = read_student_manifest(folder)
+    copies = 1.2 + (options.precision != "fp32") + sum(kind != "onnx" for kind in options.formats)
+    size = sum(file.stat().st_size for file in weights_files(folder))
+    check_room(out, int(size * copies), f"the export of {folder.name}")
     total = _count(options, len(options.steps or described.plans))
 
     def progress(what: str) -> None:
@@ -97,12 +79,12 @@ def _export(
 
     with atomic_folder(out, replaces=(ARTIFACT_FILE,)) as target, torch.inference_mode():
         store = WeightStore(target / WEIGHTS_FILE)
-        traced = _trace(folder, target, described, store, options, progress)
+        traced = trace(folder, target, described, store, options, progress)
         if is_large(store.path):
             give_back_memory()
-        stages = _lowered(traced, store, options, progress)
+        stages = lowered(traced, store, options, progress)
         whole = options.forms != "stages"  # what is not asked for is neither built nor checked
-        graphs = stages | (_samplers(stages, traced) if whole else {})
+        graphs = stages | (samplers(stages, traced) if whole else {})
         specs = {name: save_graph(graph, target / f"{name}.onnx") for name, graph in graphs.items()}
         manifest = ArtifactManifest(
             name=options.name or folder.resolve().name,
@@ -120,129 +102,8 @@ def _export(
     return manifest
 
 
-def _trace(
-    folder: Path,
-    target: Path,
-    described: StudentManifest,
-    store: WeightStore,
-    options: ExportOptions,
-    progress: Progress,
-) -> _Traced:
-    """Torch's part: the networks' answers and their graphs."""
-    progress("loading the student")
-    stages = load_stages(
-        folder, tiny_decoder=options.tiny_decoder, loras=options.loras, keep_half=True, variant=options.variant
-    )
-    sizes = options.sizes or (stages.default_size,)
-    for size in sizes:
-        stages.check_size(size)
-    sampling, plans = _sampling(described, stages, options)
-    prompts = list(options.prompts or parity_prompts(stages))
-    facts = {
-        "pipeline": stages.pipeline,
-        "precision": options.precision,
-        "prediction_type": stages.prediction_type,
-        "scheduler": _plain(stages.scheduler),
-        "plans": plans,
-        "noise_correction": described.noise_correction,
-        "sampler": described.sampler,
-        "guidance": described.guidance,
-        "default_steps": described.default_steps if described.default_steps in plans else None,
-        "sources": described.sources,
-        "latent_channels": stages.latent_channels,
-        "downscale": stages.downscale,
-        "sizes": list(sizes),
-        "batch": options.batch,
-        "scaling_factor": stages.decoder.scaling_factor,
-        "vocabulary": described.vocabulary,
-        "tokenizers": write_tokenizers(target, stages, described.known_words),
-        "created_with": {package: version(package) for package in VERSIONED} | {"onnxruntime": onnxruntime.__version__},
-        "loras": [record for lora in options.loras for record in fused_records(lora)],
-        "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},
-    }
-    check_tokenizers(target, facts["tokenizers"], stages, prompts)
-    gated = {steps: table for steps, table in sampling.tables.items() if options.gated in (None, steps)}
-    cases = make_cases(stages, replace(sampling, tables=gated), sizes, sorted({*options.batch}), prompts, progress)
-    return _Traced(_stage_graphs(stages, store, sizes, options, progress), cases, sampling, facts)
-
-
-def _stage_graphs(
-    stages: Stages, store: WeightStore, sizes: tuple[Size, ...], options: ExportOptions, progress: Progress
-) -> Graphs:
-    progress("writing text_encoder")
-    graphs = {"text_encoder": export_text_encoder(stages, store, opset=options.opset)}
-    kinds = {"denoiser": export_denoiser, "decoder": export_decoder, IMAGE_ENCODER: export_image_encoder}
-    for kind, export in list(kinds.items())[: 3 if options.with_image_encoder else 2]:
-        for size in sizes:
-            name = graph_name(kind, size, sizes[0])
-            progress(f"writing {name}")
-            graphs[name] = export(stages, store, size, opset=options.opset)
-    return graphs
-
-
-def _samplers(stages: Graphs, traced: _Traced) -> Graphs:
-    """The whole-sampler graphs of every size and plan, from token ids and from embeddings."""
-    graphs, sizes = {}, traced.facts["sizes"]
-    for size in sizes:
-        denoiser, decoder = (stages[graph_name(kind, size, sizes[0])] for kind in ("denoiser", "decoder"))
-        for steps, table in traced.sampling.tables.items():
-            times = traced.sampling.schedule.network_time(table.timesteps)
-            for kind, text in (
-                (f"sampler_{steps}", stages["text_encoder"]),
-                (f"sampler_{steps}_from_embeddings", None),
-            ):
-                graph = sampler_graph(denoiser, decoder, table, times, text_encoder=text)
-                graphs[graph_name(kind, size, sizes[0])] = graph
-    return graphs
-
-
-def _lowered(traced: _Traced, store: WeightStore, options: ExportOptions, progress: Progress) -> Graphs:
-    """The stage graphs in the precision asked for."""
-    if options.precision == "fp32":
-        return traced.stages
-    graphs = {}
-    for name, graph in traced.stages.items():
-        progress(f"lowering {name}")
-        feeds = [_feed(name, case, traced) for case in traced.cases if _is_of(name, case, traced)]
-        islands = find_islands(graph, store, options.precision, feeds, limit=options.limits.rms / 2)
-        graphs[name] = lower(graph, store, options.precision, islands.modules)
-    moved = store.keep(ref for graph in graphs.values() for ref in graph.weights.values())
-
-    def at_its_place(graph: StageGraph) -> StageGraph:
-        weights = {name: replace(ref, offset=moved[ref.offset]) for name, ref in graph.weights.items()}
-        return replace(graph, weights=weights)
-
-    return {name: at_its_place(graph) for name, graph in graphs.items()}
-
-
-def _is_of(name: str, case: Case, traced: _Traced) -> bool:
-    """One case per stage graph and seed: that of the smallest batch at the graph's size."""
-    default, smallest = traced.facts["sizes"][0], traced.facts["batch"][0]
-    at_its_size = name in {graph_name(kind, case.size, default) for kind in (*STAGES, IMAGE_ENCODER)}
-    return at_its_size and len(case.prompts) == smallest
-
-
-def _feed(name: str, case: Case, traced: _Traced) -> dict[str, Any]:
-    """What torch gave the stage in this case, as arrays by input name: of the longest plan, its noisiest step."""
-    longest = max(case.walks)
-    if name == "text_encoder":
-        return {key: ids.numpy() for key, ids in case.tokens.items()}
-    for stage, key, given in (("decoder", LATENTS, case.latents), (IMAGE_ENCODER, IMAGES, case.images)):
-        if name.startswith(stage):
-            return {key: given[longest].numpy()}
-    x, t, _ = case.walks[longest][0]
-    values = [x, t, *case.conditions, *case.told]
-    names = [value.name for value in traced.stages[name].graph.input]
-    return {key: value.numpy() for key, value in zip(names, values, strict=True)}
-
-
 def _gate(
-    target: Path,
-    manifest: ArtifactManifest,
-    stages: Graphs,
-    traced: _Traced,
-    options: ExportOptions,
-    progress: Progress,
+    target: Path, manifest: ArtifactManifest, stages: Graphs, traced: Traced, options: ExportOptions, progress: Progress
 ) -> Ledger:
     """Every graph against torch. Lowered graphs are checked by their emulation, since onnxruntime's CPU provider does not
     compute fp16 as a GPU does and bf16 not at all; those of fp16 must also run there."""
@@ -251,7 +112,7 @@ def _gate(
         return check_parity(paths, manifest, traced.cases, limits, progress)
     emulated = {name: emulate(graph) for name, graph in stages.items()}
     checked = {name: target / f"{CHECKED}{name}.onnx" for name in paths}
-    for name, graph in (emulated | (_samplers(emulated, traced) if options.forms != "stages" else {})).items():
+    for name, graph in (emulated | (samplers(emulated, traced) if options.forms != "stages" else {})).items():
         save_graph(graph, checked[name])
     try:
         ledger = check_parity(checked, manifest, traced.cases, limits, progress)
@@ -304,17 +165,6 @@ def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: 
     return write_triton_repository(target, manifest)
 
 
-def _sampling(described: StudentManifest, stages: Stages, options: ExportOptions) -> tuple[Sampling, Plans]:
-    """The plans asked for: coefficients and schedule, and the timesteps by number of steps."""
-    schedule = NoiseSchedule.from_scheduler_config(stages.scheduler)
-    plans = plans_by_steps(described.plans, schedule.num_train_timesteps)
-    if options.steps is not None:
-        plans = {steps: select(plans, steps) for steps in sorted(options.steps)}
-    how: dict[str, Any] = {"noise_correction": described.noise_correction, "sampler": described.sampler}
-    tables = {n: update_table(schedule, plan, stages.prediction_type, **how) for n, plan in plans.items()}
-    return Sampling(tables, schedule), {n: list(plan) for n, plan in plans.items()}
-
-
 def _count(options: ExportOptions, plans: int) -> int:
     """How many things an export tells that it does."""
     sizes = len(options.sizes or [1])
@@ -331,8 +181,3 @@ def _failure(out: Path, ledger: Ledger) -> ParityError:
     others = len(ledger.failures) - 1
     more = f" and {others} more" if others else ""
     return ParityError(f"{ledger.failures[0].message}{more}; nothing was written to {out}; see {report}")
-
-
-def _plain(config: dict) -> dict:
-    """The scheduler config without private keys (but for the class name), which may hold paths."""
-    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}

@@ -41,8 +41,10 @@ def local_folder(name: str | Path, *, ignore: Sequence[str] = (), only: Sequence
         ) from None
     except known as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        place = Path(hub.constants.HF_HUB_CACHE) / f"models--{str(name).replace('/', '--')}"
         raise ArtifactError(
-            f"{name} is no folder here and could not be fetched from the Hugging Face hub ({reason}); check the path"
+            f"{name} is no folder here and could not be fetched from the Hugging Face hub ({reason}); without network, download "
+            f"it elsewhere (hf download {name}) and copy it to {place}, or give the path of its folder"
         ) from None
 
 

@@ -21,6 +21,7 @@ STAGES = ("text_encoder", "denoiser", "decoder")
 IMAGE_ENCODER = "image_encoder"  # a stage that only drawing from a picture needs
 SAMPLERS = ("sampler_{}", "sampler_{}_from_embeddings")  # by number of steps
 PIPELINE_FILE = "model_index.json"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
@@ -112,10 +113,10 @@ class FusedLora(_Frozen):
     sha256: str
 
 
-class StudentManifest(_Frozen):
-    """`imagine_flash.json`: what diffusers' own files do not say about a student."""
+class _Sampled(_Frozen):
+    """How a model is sampled, and what it can draw."""
 
-    format: Literal["imagine-flash-student"] = "imagine-flash-student"
+    format: str
     format_version: Literal[1] = 1
     plans: Plans
     noise_correction: bool
@@ -123,11 +124,19 @@ class StudentManifest(_Frozen):
     guidance: Guidance = Guidance()
     default_steps: int | None = None  # of a request that says nothing; None: the most
     sources: dict[str, str] = {}  # what was taken from where, of a model that somebody else trained
+    vocabulary: dict[
+        str, list[str]
+    ] = {}  # in groups of words for a person to choose from; empty where it knows them all
+
+
+class StudentManifest(_Sampled):
+    """`imagine_flash.json`: what diffusers' own files do not say about a student."""
+
+    format: Literal["imagine-flash-student"] = "imagine-flash-student"
     recipe: dict[str, Any]
     teacher_sha256: str
     base: str | None = None  # of a LoRA student: the pipeline (folder or hub id) that its weights are fused into
     known_words: list[str] = []  # of the prompts it was distilled with; empty where they are too many to tell
-    vocabulary: dict[str, list[str]] = {}  # what it can draw, in groups of words for a person to choose from
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
 
@@ -143,32 +152,24 @@ class StudentManifest(_Frozen):
         return {n: StepPlan(tuple(steps)) for n, steps in sorted(self.plans.items())}
 
 
-class ModelDescription(_Frozen):
+class ModelDescription(_Sampled):
     """What the runtime knows of any model that it draws with, be it an artifact or a student that runs in torch.
 
     It is refused unless every plan can be sampled.
     """
 
     format: Literal["imagine-flash-artifact", "imagine-flash-student"]
-    format_version: Literal[1] = 1
     name: str
     created_with: dict[str, str]
     pipeline: str = "StableDiffusionPipeline"  # diffusers' class
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]
     scheduler: dict[str, Any]
-    plans: Plans
-    noise_correction: bool
-    sampler: Sampler = DETERMINISTIC
-    guidance: Guidance = Guidance()
-    default_steps: int | None = None  # of a request that says nothing; None: the most
-    sources: dict[str, str] = {}  # what was taken from where, of a model that somebody else trained
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1)  # pixels of an image's side per latent
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
     batch: tuple[int, int]  # the smallest and the largest that may be asked for; of an artifact, that was checked
     scaling_factor: float = Field(gt=0)
-    vocabulary: dict[str, list[str]] = {}  # what it can draw, in groups; empty for models that know every word
     tokenizers: list[TokenizerSpec] = Field(min_length=1)
 
     @field_validator("sizes")

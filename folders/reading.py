@@ -122,6 +122,20 @@ def digest_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of one of diffusers' own JSON files. Raises ArtifactError."""
+    if not path.parent.is_dir():
+        raise ArtifactError(f"no folder {path.parent}; give a diffusers pipeline folder")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot read {path}: {reason}; is {path.parent} part of a diffusers pipeline?") from None
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return values
+
+
 def _why_no_manifest(folder: Path, file: str) -> str:
     if not folder.exists():
         return f"{folder} does not exist; check the path"

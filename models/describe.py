@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..core.checked import Checked
 from ..core.diffusers_samplers import plan_of, sampler_of
@@ -14,15 +13,25 @@ from ..core.errors import ArtifactError, PlanError
 from ..core.plan import StepPlan, plans_by_steps
 from ..core.prediction import check_prediction_type
 from ..core.sampler import DETERMINISTIC, Kind, Sampler
-from ..core.schedule import NoiseSchedule, is_flow
-from ..folders.files import ARTIFACT_FILE, STUDENT_FILE
-from ..folders.manifests import PIPELINE_FILE, Guidance, Plans, Size, StudentManifest
-from ..folders.reading import read_student_manifest
+from ..core.schedule import NoiseSchedule, is_flow, prediction_type_of
+from ..folders.files import STUDENT_FILE
+from ..folders.manifests import PIPELINE_FILE, Guidance, Plans, StudentManifest
+from ..folders.reading import read_config, read_student_manifest
 from .catalogue import Entry, entry_called, find
+from .files import NETWORKS, read_pipeline
 
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
 OPTION, STUDENT, SCHEDULER = "option", STUDENT_FILE, "the scheduler's config"
-Fetch = Callable[[str, str | None], Path]  # a repository's folder, or one file of it
+NONE, FULL_DECODER = "none", "the model's own"
+LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline takes where nobody says another
+
+
+class Fetch(Protocol):
+    """The folder of a path or hub id, or one file of it. without: components whose weights are not needed; network: the
+    repository is of one network alone, not of a pipeline."""
+
+    def __call__(
+        self, name: str, file: str | None = None, *, without: Sequence[str] = (), network: bool = False
+    ) -> Path: ...
 
 
 class ModelOptions(Checked):
@@ -30,6 +39,8 @@ class ModelOptions(Checked):
 
     entry: a name of the catalogue that the folder is read as. steps: the numbers of steps that there shall be plans for; any_steps:
     also those that it was not trained for. timesteps: of one plan, the noisiest first. sampler: instead of the scheduler's.
+    tiny_decoder: a folder or hub id of an AutoencoderTiny that takes the decoder's place, or "none"; prefer_tiny: without one,
+    that of the catalogue where it can be had.
     """
 
     refusal = ArtifactError
@@ -41,6 +52,8 @@ class ModelOptions(Checked):
     sampler: Kind | None = None
     prediction: str | None = None
     guidance: float | None = None
+    tiny_decoder: str | None = None
+    prefer_tiny: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,8 @@ class Described:
     """A model, and how it is sampled.
 
     folder: of the diffusers pipeline. network: a file or folder of the denoiser's weights that take the place of the
-    folder's. lora: a file or folder that is fused into them. sources: field -> where it was taken from.
+    folder's. lora: a file or folder that is fused into them. decoder: the folder of an AutoencoderTiny that takes the place
+    of the folder's vae; tiny_decoder: what the catalogue names as such. sources: field -> where it was taken from.
     """
 
     name: str
@@ -62,21 +76,11 @@ class Described:
     noise_correction: bool = False
     sampler: Sampler = DETERMINISTIC
     guidance: Guidance = field(default_factory=Guidance)
-    size: Size | None = None
+    decoder: Path | None = None
     tiny_decoder: str | None = None
     known_words: list[str] = field(default_factory=list)
     vocabulary: dict[str, list[str]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """Raises ScheduleError."""
-        return NoiseSchedule.from_scheduler_config(self.scheduler)
-
-    @property
-    def step_plans(self) -> dict[int, StepPlan]:
-        """The plans by number of steps. Raises PlanError, ScheduleError."""
-        return plans_by_steps(self.plans, self.schedule.num_train_timesteps)
 
     @property
     def default_steps(self) -> int:
@@ -91,15 +95,19 @@ def describe(model: str | Path, options: ModelOptions | None = None, *, fetch: F
     file of it. Raises ArtifactError, PlanError, ScheduleError.
     """
     options = options or ModelOptions()
-    local = Path(model).exists()
+    local = Path(model) if Path(model).exists() else None
+    where = str(model) if local is None else str(local.resolve())
     entry = entry_called(options.entry) if options.entry else None if local else find(str(model), _one(options.steps))
     if entry is not None:
-        found = _of_entry(Path(model) if local else None, entry, fetch)
+        if local is None and find(str(model)) is None:  # a hub id of one's own, read as that entry
+            local = fetch(str(model), network=entry.weights == "network")
+        found = _of_entry(local, entry, fetch)
     else:
-        folder = fetch(str(model), None)
+        folder = fetch(str(model))
         is_student = (folder / STUDENT_FILE).is_file()
         found = _of_student(folder, read_student_manifest(folder), fetch) if is_student else _of_pipeline(folder)
-    return _with_options(found, options, entry)
+    found = replace(found, sources={"weights": where} | found.sources)
+    return _with_decoder(_with_options(found, options, entry), options, fetch)
 
 
 def _one(steps: tuple[int, ...] | None) -> int | None:
@@ -109,8 +117,8 @@ def _one(steps: tuple[int, ...] | None) -> int | None:
 def _of_student(folder: Path, student: StudentManifest, fetch: Fetch) -> Described:
     base, beside = folder, folder / (student.base or "")
     if student.base is not None:
-        base = beside if beside.is_dir() else fetch(student.base, None)
-    pipeline, scheduler = _read_pipeline(base)
+        base = beside if beside.is_dir() else fetch(student.base)
+    pipeline, scheduler = read_pipeline(base)
     return Described(
         name=folder.resolve().name,
         folder=base,
@@ -128,7 +136,7 @@ def _of_student(folder: Path, student: StudentManifest, fetch: Fetch) -> Describ
 
 
 def _of_pipeline(folder: Path) -> Described:
-    pipeline, scheduler = _read_pipeline(folder)
+    pipeline, scheduler = read_pipeline(folder)
     return Described(
         name=folder.resolve().name,
         folder=folder,
@@ -143,11 +151,12 @@ def _of_pipeline(folder: Path) -> Described:
 def _of_entry(local: Path | None, entry: Entry, fetch: Fetch) -> Described:
     """local: the folder, or the file of single weights, that is read as the entry says."""
     whole = local is not None and (local / PIPELINE_FILE).is_file()
-    folder = local if local is not None and whole else fetch(entry.pipeline_id, None)
+    without = NETWORKS if entry.weights == "network" and not whole else ()
+    folder = local if local is not None and whole else fetch(entry.pipeline_id, without=without)
     weights = None
     if entry.weights != "pipeline" and not whole:
-        weights = local or fetch(entry.hub, entry.file)
-    pipeline, config = _read_pipeline(folder)
+        weights = local or fetch(entry.hub, entry.file, network=entry.weights == "network")
+    pipeline, config = read_pipeline(folder, without)
     source = f"the catalogue's {entry.name} ({entry.sources[0]})"
     scheduler = entry.scheduler_of(config)
     return Described(
@@ -161,9 +170,8 @@ def _of_entry(local: Path | None, entry: Entry, fetch: Fetch) -> Described:
         plans={steps: entry.plans(config)[steps] for steps in entry.steps},
         sampler=entry.sampler_of(config),
         guidance=entry.guidance,
-        size=entry.size,
         tiny_decoder=entry.tiny_decoder,
-        sources=dict.fromkeys(("plans", "sampler", "guidance", "size", "tiny_decoder"), source)
+        sources=dict.fromkeys(("plans", "sampler", "guidance"), source)
         | {"prediction_type": source if "prediction_type" in entry.scheduler else SCHEDULER},
     )
 
@@ -174,11 +182,15 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
     if options.prediction is not None:
         check_prediction_type(options.prediction)
         changed["prediction_type"] = options.prediction
-    if options.guidance is not None:
-        changed["guidance"] = found.guidance.model_copy(update={"default": options.guidance})
     if options.sampler is not None:
         changed["sampler"] = Sampler(kind=options.sampler)
     sources = {**found.sources, **dict.fromkeys(changed, OPTION)}
+    scale, told = {}, _is_told_guidance(found)
+    if options.guidance is not None:
+        scale, sources["guidance"] = {"default": options.guidance}, OPTION
+    elif told and "guidance" not in sources:
+        scale, sources["guidance"] = {"default": LCM_GUIDANCE}, "diffusers' pipeline of networks that are told a scale"
+    changed["guidance"] = found.guidance.model_copy(update={**scale, "embedded": told})
     if options.timesteps is not None:
         changed["plans"] = {len(options.timesteps): list(StepPlan(options.timesteps))}
         sources["plans"] = f"{OPTION} timesteps"
@@ -192,7 +204,7 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
     described = replace(found, **changed, sources=sources)
     if is_flow(described.scheduler) and described.prediction_type != "flow":
         raise ArtifactError(f"a flow's network predicts 'flow', got {described.prediction_type!r}")
-    described.step_plans  # noqa: B018  (raises for timesteps outside the schedule)
+    plans_by_steps(described.plans, NoiseSchedule.from_scheduler_config(described.scheduler).num_train_timesteps)
     return described
 
 
@@ -215,7 +227,8 @@ def _plans_for(found: Described, options: ModelOptions, entry: Entry | None) -> 
                 param="steps",
             )
         plans[steps] = _spaced(found, steps, options, entry)
-        source = f"{OPTION} steps, spaced as {found.scheduler.get('_class_name')} does"
+        untrained = ", which it was not trained for" if found.plans else ""
+        source = f"{OPTION} steps{untrained}, spaced as {found.scheduler.get('_class_name')} does"
     return plans, source
 
 
@@ -235,34 +248,25 @@ def parse_timesteps(text: str | None) -> tuple[int | float, ...] | None:
         raise ArtifactError(f"timesteps are numbers such as 999,749,499,249, got {text!r}") from None
 
 
-def prediction_type_of(scheduler: dict[str, Any]) -> str:
-    """What the network predicts, from a scheduler config."""
-    return "flow" if is_flow(scheduler) else scheduler.get("prediction_type", "epsilon")
-
-
-def _read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The class and the scheduler's config of a diffusers folder. Raises ArtifactError, ScheduleError."""
-    if not (folder / PIPELINE_FILE).is_file():
-        raise ArtifactError(_no_pipeline(folder))
-    index, scheduler = read_json(folder / PIPELINE_FILE), read_json(folder / SCHEDULER_FILE)
-    NoiseSchedule.from_scheduler_config(scheduler)
-    return str(index.get("_class_name")), scheduler
-
-
-def _no_pipeline(folder: Path) -> str:
-    if not folder.exists():
-        return f"{folder} does not exist; check the path, or see the names that are known: imagine-flash models"
-    if not folder.is_dir():
-        return f"{folder} is a file, not a folder; for single weights add --as and a catalogue's name"
-    if (folder / ARTIFACT_FILE).is_file():
-        return f"{folder} is an exported artifact, not a student; give the folder that it was exported from"
-    return f"{folder} is no diffusers pipeline: {PIPELINE_FILE} is missing"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ArtifactError."""
+def _with_decoder(found: Described, options: ModelOptions, fetch: Fetch) -> Described:
+    """The decoder asked for. Of one that is only preferred, and that is not here, the model's own takes the place."""
+    wanted = options.tiny_decoder or (found.tiny_decoder if options.prefer_tiny else None)
+    if wanted in (None, NONE):
+        return replace(found, sources=found.sources | {"decoder": FULL_DECODER})
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"cannot read {path}: {reason}; is {path.parent} part of a diffusers pipeline?") from None
+        folder = fetch(wanted, network=True)
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise ArtifactError(f"{folder} is no AutoencoderTiny: it needs config.json and a .safetensors file")
+    except ArtifactError as error:
+        if options.tiny_decoder is not None:
+            raise
+        return replace(found, sources=found.sources | {"decoder": f"{FULL_DECODER}; the tiny one is not here: {error}"})
+    return replace(found, decoder=folder, sources=found.sources | {"decoder": f"{wanted}, a tiny one"})
+
+
+def _is_told_guidance(found: Described) -> bool:
+    """Whether the denoiser takes a guidance scale: by its own config, which may come with its weights."""
+    places = [found.network, *(found.folder / name for name in NETWORKS)]
+    configs = [place / "config.json" for place in places if place is not None]
+    own = next((config for config in configs if config.is_file()), None)
+    return own is not None and bool(read_config(own).get("time_cond_proj_dim"))

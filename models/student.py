@@ -8,23 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ArtifactError
 from ..folders.files import ARTIFACT_FILE, STUDENT_FILE, atomic_folder, cache_folder
 from ..folders.hub import PICKLED, local_folder
-from ..folders.manifests import LORA_FILE, PIPELINE_FILE, StudentManifest
-from ..folders.reading import write_manifest
+from ..folders.manifests import LORA_FILE, PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
+from ..folders.reading import read_config, write_manifest
 from .catalogue import catalogue, find
-from .describe import SCHEDULER_FILE, Described, ModelOptions, describe
+from .describe import NONE, Described, ModelOptions, describe
+from .files import NETWORKS, UNDRAWN, WEIGHTS, missing_files
 
-UNUSED = ("*.onnx*", "*.bin", "*openvino_*", "*.jpg", "*.png", "safety_checker/*", "feature_extractor/*")
+UNUSED = ("*.onnx*", "*.bin", "*openvino_*", "*.jpg", "*.png", *(f"{part}/*" for part in UNDRAWN))
 PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not whole checkpoints at the top
-VARIANTS = ("*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors")
-NETWORKS = ("unet", "transformer")
+HALF_VARIANT = ".fp16"
+FULL = tuple(f"*/{stem}{rest}.safetensors" for stem in WEIGHTS.values() for rest in ("", "-*-of-*"))
+NON_EMA = "*.non_ema.safetensors"
 
 
 def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
@@ -33,12 +37,12 @@ def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
     model: a folder, a hub id or a name of the catalogue. Raises ArtifactError, PlanError, ScheduleError, MissingExtraError.
     """
     options, folder = options or ModelOptions(), Path(model)
-    if _is_ours(folder):
+    if not folder.exists() and find(str(model)) is None:
+        folder = _fetch_unknown(str(model))
+    if _is_ours(folder) and options.tiny_decoder in (None, NONE):
         return folder
-    if not folder.exists() and find(str(model)) is None and options == ModelOptions():
-        folder = _fetch(str(model), None)
-        if _is_ours(folder):
-            return folder
+    if (folder / ARTIFACT_FILE).is_file():
+        raise ArtifactError(f"{folder} was exported with its decoder; export its student again with --tiny-decoder")
     return write_student(describe(model, options, fetch=_fetch))
 
 
@@ -48,7 +52,7 @@ def _is_ours(folder: Path) -> bool:
 
 def write_student(described: Described) -> Path:
     """The student folder of a description, named by its content, so that the same is made once. Raises ArtifactError."""
-    places = [described.folder, described.network, described.lora]
+    places = [described.folder, described.network, described.lora, described.decoder]
     named = [str(place.resolve()) for place in places if place is not None]
     manifest = StudentManifest(
         plans=described.plans,
@@ -96,27 +100,57 @@ def _link_pipeline(described: Described, target: Path) -> None:
             continue
         if len(name.parts) > 1 or name.suffix == ".json":
             _link(path, target / name)
+            full = (target / name).with_name(name.name.replace(HALF_VARIANT, "", 1))
+            is_piece = re.search(r"-\d+-of-\d+\.", name.name)  # found by its index, which says its name
+            if (
+                HALF_VARIANT in name.name
+                and not is_piece
+                and not (described.folder / full.relative_to(target)).exists()
+            ):
+                _link(path, full)  # half the precision is all there is
+    _write_scheduler(described, target)
+    if described.network is not None:
+        _replace_network(described.network, target)
+    if described.decoder is not None:
+        _replace_decoder(described.decoder, target)
+
+
+def _write_scheduler(described: Described, target: Path) -> None:
     scheduler = target / SCHEDULER_FILE
     scheduler.parent.mkdir(parents=True, exist_ok=True)
     values = {**described.scheduler}
     if described.prediction_type != "flow":
         values["prediction_type"] = described.prediction_type
     scheduler.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    index = json.loads((target / PIPELINE_FILE).read_text(encoding="utf-8"))
-    index["scheduler"] = ["diffusers", values["_class_name"]]
-    (target / PIPELINE_FILE).unlink()
-    (target / PIPELINE_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    if described.network is not None:
-        network = next((target / name for name in NETWORKS if (target / name).is_dir()), None)
-        if network is None:
-            raise ArtifactError(f"{described.folder} has no {' or '.join(NETWORKS)} whose weights could be replaced")
-        config = described.network / "config.json"
-        if config.is_file():  # the network's own, such as one that is told a guidance scale
-            (network / "config.json").unlink()
-            _link(config, network / "config.json")
-        for index_file in network.glob("*.index.json"):
-            index_file.unlink()
-        _link(_safetensors(described.network), network / "diffusion_pytorch_model.safetensors")
+    _set_class(target, "scheduler", values["_class_name"])
+
+
+def _set_class(target: Path, part: str, name: str) -> None:
+    """Which class of diffusers a component is, in a file of its own instead of a link."""
+    index = target / PIPELINE_FILE
+    values = read_config(index) | {part: ["diffusers", name]}
+    index.unlink()
+    index.write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _replace_decoder(place: Path, target: Path) -> None:
+    shutil.rmtree(target / "vae", ignore_errors=True)
+    _link(place / "config.json", target / "vae" / "config.json")
+    _link(_safetensors(place), target / "vae" / "diffusion_pytorch_model.safetensors")
+    _set_class(target, "vae", "AutoencoderTiny")
+
+
+def _replace_network(place: Path, target: Path) -> None:
+    """The denoiser's weights, and its config where there is one, such as of a network that is told a guidance scale."""
+    network = next((target / name for name in NETWORKS if (target / name).is_dir()), None)
+    if network is None:
+        raise ArtifactError(f"{target.name} has no {' or '.join(NETWORKS)} whose weights could be replaced")
+    if (place / "config.json").is_file():
+        (network / "config.json").unlink()
+        _link(place / "config.json", network / "config.json")
+    for index_file in network.glob("*.index*.json"):
+        index_file.unlink()
+    _link(_safetensors(place), network / "diffusion_pytorch_model.safetensors")
 
 
 def _safetensors(place: Path) -> Path:
@@ -149,14 +183,32 @@ def _link(source: Path, target: Path) -> None:
     raise ArtifactError(f"cannot link or copy {source} to {target}")
 
 
-def _fetch(name: str, file: str | None) -> Path:
-    """The folder of a hub id, or a file of it; a path stays what it is."""
+def _fetch(name: str, file: str | None = None, *, without: Sequence[str] = (), network: bool = False) -> Path:
+    """The folder of a hub id, or a file of it, with the weights that are drawn with; a path stays what it is. Of weights in
+    several precisions half, as the cards load them, and full ones for the components that have no other."""
+    if file is None and network:
+        folder = local_folder(name, only=("config.json", f"*{HALF_VARIANT}.safetensors"))
+        return folder if any(folder.glob("*.safetensors")) else local_folder(name, ignore=UNUSED)
     if file is None:
-        return local_folder(name, ignore=(*UNUSED, *VARIANTS), only=PIPELINE_FILES if find_base(name) else None)
+        only = PIPELINE_FILES if find_base(name) else None
+        unused = (*UNUSED, *(f"{part}/*.safetensors" for part in without))
+        folder = local_folder(name, ignore=(*unused, *FULL, NON_EMA), only=only)
+        missing = {path.partition("/")[0] for path in missing_files(folder, without=without)}
+        if missing and folder != Path(name):
+            there = (f"{part.name}/*.safetensors" for part in folder.iterdir() if part.name not in missing)
+            folder = local_folder(name, ignore=(*unused, f"*{HALF_VARIANT}*", NON_EMA, *there), only=only)
+        return folder
     folder = local_folder(name, only=[file])
     if not (folder / file).is_file():
         raise ArtifactError(f"{name} has no file {file}; it may have been renamed there")
     return folder / file
+
+
+def _fetch_unknown(name: str) -> Path:
+    """The folder of a hub id that the catalogue does not have: all of an artifact, of a pipeline what is drawn with."""
+    told = local_folder(name, only=(PIPELINE_FILE, STUDENT_FILE))
+    is_pipeline = (told / PIPELINE_FILE).is_file() or (told / STUDENT_FILE).is_file()
+    return _fetch(name) if is_pipeline else local_folder(name)
 
 
 def find_base(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,31 @@ import torch
 
 from ..core.errors import ArtifactError, nearest
 from ..folders.manifests import Size
-from .networks import SD3, ClipAndT5Texts, ClipText, PixArt, T5Text, TwoClipTexts, UNet, UNetXL
+from .networks import (
+    SD3,
+    ClipAndT5Texts,
+    ClipText,
+    Flux,
+    GemmaText,
+    PixArt,
+    PooledAndT5Texts,
+    Sana,
+    T5Text,
+    TwoClipTexts,
+    UNet,
+    UNetXL,
+)
 from .stages import Decoder, ImageEncoder, Stages, TokenInput, downscale_of
 
+SIDE = 128  # latents of a side where a network's config does not say, as of FLUX: 1024 pixels
 EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"
 
 
 @dataclass(frozen=True)
 class Architecture:
     """How one pipeline class becomes stages. text: (pipeline) -> (module, tokenizers, names of the conditions). heeds: what
-    the class reads of the vae's config beside scaling_factor. told: the network's addition_embed_type."""
+    the class reads of the vae's config beside scaling_factor. told: the network's addition_embed_type. packs: latents of a side
+    that the network takes as channels."""
 
     network: str  # the denoiser's component
     parts: tuple[str, ...]  # the other components it needs
@@ -27,6 +43,7 @@ class Architecture:
     denoiser: Callable[[Any, Size], torch.nn.Module]
     heeds: tuple[str, ...] = ()
     told: str | None = None
+    packs: int = 1
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -55,7 +72,7 @@ def stages_of(pipeline: Any) -> Stages:
             module.eval().requires_grad_(False)
     network = getattr(pipeline, architecture.network)
     decoder = Decoder(pipeline.vae, architecture.heeds)
-    channels, latent_channels = network.config.in_channels, decoder.vae.config.latent_channels
+    channels, latent_channels = network.config.in_channels // architecture.packs**2, decoder.vae.config.latent_channels
     if channels != latent_channels:
         raise ArtifactError(
             f"the {architecture.network} takes {channels} channels and the vae has {latent_channels}; "
@@ -63,7 +80,7 @@ def stages_of(pipeline: Any) -> Stages:
         )
     _check_network(network, architecture)
     downscale = downscale_of(decoder, channels)
-    side = network.config.sample_size
+    side = network.config.get("sample_size") or SIDE
     height, width = (side, side) if isinstance(side, int) else side
     text, tokens, conditions = architecture.text(pipeline)
     if architecture is _SDXL:
@@ -80,16 +97,15 @@ def stages_of(pipeline: Any) -> Stages:
         scheduler=scheduler,
         latent_channels=channels,
         downscale=downscale,
-        multiple=downscale * int(network.config.get("patch_size") or 1),
+        multiple=downscale * int(network.config.get("patch_size") or 1) * architecture.packs,
         default_size=(height * downscale, width * downscale),
+        is_told_guidance=bool(network.config.get("time_cond_proj_dim") or network.config.get("guidance_embeds")),
     )
 
 
 def _check_network(network: Any, architecture: Architecture) -> None:
     """Raises ArtifactError for a network that is told, or that gives, something else than its pipeline class passes on."""
     name, config = architecture.network, network.config
-    if config.get("time_cond_proj_dim"):
-        raise ArtifactError(f"the {name} is told a guidance scale (time_cond_proj_dim); students are not")
     for key, known in (
         ("class_embed_type", None),
         ("num_class_embeds", None),
@@ -147,6 +163,29 @@ def _sd3_text(p: Any) -> tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[st
     return ClipAndT5Texts(p.text_encoder, p.text_encoder_2, p.text_encoder_3), tokens, (EMBEDDINGS, POOLED)
 
 
+def _flux_text(p: Any) -> tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]:
+    tokens = (
+        TokenInput("input_ids", p.tokenizer, _clip_length(p), truncates=True),
+        TokenInput("input_ids_2", p.tokenizer_2, _t5_length(p.transformer)),
+    )
+    return PooledAndT5Texts(p.text_encoder, p.text_encoder_2), tokens, (EMBEDDINGS, POOLED)
+
+
+def _t5_length(transformer: Any) -> int:
+    """What the cards say: 256 of schnell, 512 of those that are told a guidance scale."""
+    return 512 if transformer.config.guidance_embeds else 256
+
+
+def _sana_text(p: Any) -> tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]:
+    """An instruction goes before every prompt: the pipeline's default. Of the tokens, the first and the last are read."""
+    asked = inspect.signature(type(p).__call__).parameters
+    prefix, kept = "\n".join(asked["complex_human_instruction"].default), asked["max_sequence_length"].default
+    length = len(p.tokenizer.encode(prefix)) + kept - 2
+    p.tokenizer.padding_side = "right"
+    tokens = TokenInput("input_ids", p.tokenizer, length, mask="attention_mask", lowercase=True, prefix=prefix)
+    return GemmaText(p.text_encoder, kept), (tokens,), (EMBEDDINGS, MASK)
+
+
 def _pixart_text(length: int) -> Callable[[Any], tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]]:
     def text(p: Any) -> tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]:
         tokens = TokenInput("input_ids", p.tokenizer, length, mask="attention_mask", lowercase=True)
@@ -169,10 +208,23 @@ _SD3 = Architecture(
     lambda transformer, size: SD3(transformer),
     ("shift_factor",),
 )
+_FLUX = Architecture(
+    "transformer",
+    _TWO,
+    _flux_text,
+    lambda transformer, size: Flux(transformer, size, _t5_length(transformer), 8),
+    ("shift_factor",),
+    packs=2,
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "StableDiffusionPipeline": _SD,
+    "LatentConsistencyModelPipeline": _SD,
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusion3Pipeline": _SD3,
+    "FluxPipeline": _FLUX,
+    "SanaSprintPipeline": Architecture(
+        "transformer", ("text_encoder", "tokenizer"), _sana_text, lambda transformer, size: Sana(transformer)
+    ),
     "PixArtAlphaPipeline": _pixart(120),
     "PixArtSigmaPipeline": _pixart(300),
 }

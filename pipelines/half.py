@@ -5,6 +5,7 @@ Half a number is exactly a float32 number, so nothing is lost; a layer's weight 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,10 +22,14 @@ def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
 
     variant: whose files are read, such as "fp16"; those of others stand beside them.
     """
+    files = folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors")
+    return dtype_of(path for path in files if variant is not None or not variant_of(path))
+
+
+def dtype_of(files: Iterable[Path]) -> torch.dtype:
+    """What all float tensors of safetensors files are stored in: float16, bfloat16, or else float32."""
     found: set[str] = set()
-    for path in folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors"):
-        if variant is None and variant_of(path):
-            continue
+    for path in files:
         try:
             with safe_open(str(path), "pt") as file:
                 found |= {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -14,8 +14,8 @@ from ..core.errors import ArtifactError, ScheduleError, missing_extra
 from ..core.schedule import NoiseSchedule
 from ..folders.files import STUDENT_FILE
 from ..folders.hub import local_folder
-from ..folders.manifests import PIPELINE_FILE, StudentManifest
-from ..folders.reading import read_student_manifest
+from ..folders.manifests import PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
+from ..folders.reading import read_config, read_student_manifest
 from .architectures import Architecture, architecture_of, stages_of
 from .half import compute_in_float32, stored_dtype, variant_of
 from .lora import Lora, fuse
@@ -56,7 +56,7 @@ def load_student_pipeline(
     loras = [*([Lora(str(folder))] if described.base is not None else []), *loras]
     base = folder if described.base is None else _base_folder(folder, described)
     if (base / PIPELINE_FILE).is_file():
-        _check_sampler(described, _read_json(base / "scheduler" / "scheduler_config.json"))
+        _check_sampler(described, read_config(base / SCHEDULER_FILE))
     pipeline = load_pipeline(
         base, dtype=torch.float32 if loras else dtype, keep_half=keep_half and not loras, variant=variant
     )
@@ -82,9 +82,9 @@ def load_pipeline(
     without a closed form (before any weight is read), MissingExtraError.
     """
     folder = student_folder(source)
-    index = _read_json(folder / PIPELINE_FILE)
+    index = read_config(folder / PIPELINE_FILE)
     architecture = architecture_of(str(index.get("_class_name")))
-    NoiseSchedule.from_scheduler_config(_read_json(folder / "scheduler" / "scheduler_config.json"))
+    NoiseSchedule.from_scheduler_config(read_config(folder / SCHEDULER_FILE))
     unused = {
         part: None
         for part in index
@@ -144,7 +144,7 @@ def _load(folder: Path, unused: dict[str, None], dtype: dict[str, torch.dtype], 
     except Exception as error:  # whatever a damaged folder makes the libraries raise
         there = sorted({found for path in folder.glob("*/*.safetensors") if (found := variant_of(path))})
         hint = f"; it holds the variant {' and '.join(there)}: add --variant" if there and variant not in there else ""
-        raise ArtifactError(f"{folder} does not load in diffusers: {_first_line(error)}{hint}") from error
+        raise ArtifactError(f"{folder} does not load in diffusers: {first_line(error)}{hint}") from error
 
 
 def _load_tiny(folder: Path) -> Any:
@@ -156,21 +156,9 @@ def _load_tiny(folder: Path) -> Any:
                 str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
     except Exception as error:
-        raise ArtifactError(f"{folder} is no AutoencoderTiny: {_first_line(error)}") from error
+        raise ArtifactError(f"{folder} is no AutoencoderTiny: {first_line(error)}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise ArtifactError(f"no folder {path.parent}; give a diffusers pipeline folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"cannot read {path}: {reason}; is {path.parent} part of a diffusers pipeline?") from None
-    if not isinstance(values, dict):
-        raise ArtifactError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return values
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's error says, as far as it goes into one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import torch
 
 from ..folders.manifests import Size
+from .stages import cast
 
 Conditions = tuple[torch.Tensor, ...]
 
@@ -63,32 +66,75 @@ class T5Text(torch.nn.Module):
         return self.text_encoder(input_ids, attention_mask=attention_mask)[0], attention_mask.to(torch.float32)
 
 
-class UNet(torch.nn.Module):
-    """latents (B, C, h, w), timestep float32 (B,), embeddings (B, L, D) -> m (B, C, h, w)."""
+class GuidanceEmbedding(torch.nn.Module):
+    """guidance w float32 (B,) -> (B, D), as diffusers' pipelines compute it: sines and cosines of 1000 (w - 1) f, where the
+    frequencies f fall from 1 to 1/10000 (get_guidance_scale_embedding; Meng et al. 2023, section 3)."""
 
-    def __init__(self, unet: torch.nn.Module) -> None:
+    frequencies: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        exponents = torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))
+        self.register_buffer("frequencies", 1000.0 * exponents.exp(), persistent=False)
+        self.odd = width % 2
+
+    def forward(self, guidance: torch.Tensor) -> torch.Tensor:
+        angles = (guidance - 1.0)[:, None] * self.frequencies
+        return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.odd))
+
+
+class UNet(torch.nn.Module):
+    """latents (B, C, h, w), timestep float32 (B,), embeddings (B, L, D) -> m (B, C, h, w). guidance float32 (B,): of a network
+    that is told a scale (time_cond_proj_dim)."""
+
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        width = unet.config.get("time_cond_proj_dim")
+        self.guidance_embedding = GuidanceEmbedding(width) if width else None
 
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.unet(latents, timestep, embeddings, return_dict=False)[0]
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeddings: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._ask(latents, timestep, embeddings, guidance)
+
+    def _ask(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeddings: torch.Tensor,
+        guidance: torch.Tensor | None,
+        **added: Any,
+    ) -> torch.Tensor:
+        if self.guidance_embedding is not None and guidance is not None:
+            added["timestep_cond"] = cast(self.guidance_embedding(cast(guidance, torch.float32)), latents.dtype)
+        return self.unet(latents, timestep, embeddings, return_dict=False, **added)[0]
 
 
-class UNetXL(torch.nn.Module):
+class UNetXL(UNet):
     """As UNet, with pooled (B, P); the network is told the image's size, uncropped."""
 
     time_ids: torch.Tensor
 
-    def __init__(self, unet: torch.nn.Module, size: Size) -> None:
-        super().__init__()
-        self.unet = unet
+    def __init__(self, unet: Any, size: Size) -> None:
+        super().__init__(unet)
         self.register_buffer("time_ids", torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32), persistent=False)
 
-    def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, pooled: torch.Tensor
+    def forward(  # type: ignore[override]
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeddings: torch.Tensor,
+        pooled: torch.Tensor,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(latents.shape[0], -1)}
-        return self.unet(latents, timestep, embeddings, added_cond_kwargs=added, return_dict=False)[0]
+        return self._ask(latents, timestep, embeddings, guidance, added_cond_kwargs=added)
 
 
 class PixArt(torch.nn.Module):
@@ -138,3 +184,108 @@ class SD3(torch.nn.Module):
             timestep=timestep,
             return_dict=False,
         )[0]
+
+
+class PooledAndT5Texts(torch.nn.Module):
+    """Two ids -> embeddings (B, L, D) of T5, pooled (B, P) of a CLIP without projection (FLUX)."""
+
+    def __init__(self, clip: torch.nn.Module, t5: torch.nn.Module) -> None:
+        super().__init__()
+        self.clip, self.t5 = clip, t5
+
+    def forward(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> Conditions:
+        return self.t5(input_ids_2)[0], self.clip(input_ids).pooler_output
+
+
+class Flux(torch.nn.Module):
+    """As UNet, with pooled (B, P). The network reads 2x2 latents as one token, and the places of all tokens as angles, which
+    only the size decides: computed here, once, in the float64 that diffusers takes, which not every runtime has."""
+
+    def __init__(self, transformer: Any, size: Size, text_length: int, downscale: int) -> None:
+        super().__init__()
+        self.rows, self.columns = size[0] // downscale // 2, size[1] // downscale // 2
+        places = torch.zeros(self.rows, self.columns, 3)
+        places[..., 1] += torch.arange(self.rows)[:, None]
+        places[..., 2] += torch.arange(self.columns)[None]
+        self.register_buffer("text_places", torch.zeros(text_length, 3), persistent=False)
+        self.register_buffer("places", places.flatten(0, 1), persistent=False)
+        angles = transformer.pos_embed(torch.cat([self.text_places, self.places]))  # type: ignore[list-item]
+        self.transformer = copy.copy(transformer)  # the same weights
+        self.transformer._modules = {**transformer._modules, "pos_embed": _Known(*angles)}
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeddings: torch.Tensor,
+        pooled: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        batch, channels = latents.shape[:2]
+        packed = latents.view(batch, channels, self.rows, 2, self.columns, 2).permute(0, 2, 4, 1, 3, 5)
+        m = self.transformer(
+            hidden_states=packed.reshape(batch, self.rows * self.columns, 4 * channels),
+            encoder_hidden_states=embeddings,
+            pooled_projections=pooled,
+            timestep=timestep / 1000,
+            guidance=guidance,
+            txt_ids=self.text_places,
+            img_ids=self.places,
+            return_dict=False,
+        )[0]
+        unpacked = m.view(batch, self.rows, self.columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return unpacked.reshape(latents.shape)
+
+
+class GemmaText(torch.nn.Module):
+    """input_ids, attention_mask (B, L) -> embeddings (B, K, D), attention_mask float32 (B, K): of the first token and the last
+    K - 1, behind an instruction that all prompts share (SANA)."""
+
+    def __init__(self, text_encoder: torch.nn.Module, kept: int) -> None:
+        super().__init__()
+        self.text_encoder, self.kept = text_encoder, kept
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Conditions:
+        embeddings = self.text_encoder(input_ids, attention_mask=attention_mask)[0]
+        ends = (torch.cat([all_[:, :1], all_[:, 1 - self.kept :]], dim=1) for all_ in (embeddings, attention_mask))
+        chosen, mask = ends
+        return chosen, mask.to(torch.float32)
+
+
+class Sana(torch.nn.Module):
+    """As UNet, with attention_mask (B, L). Of SANA-Sprint, whose state of angles cos(t) x0 + sin(t) eps is that of a flow but
+    for its length: diffusers' pipeline stretches it to the flow's before it asks the network, and its m back."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.scale = float(transformer.config.guidance_embeds_scale)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.transformer(
+            latents,
+            encoder_hidden_states=embeddings,
+            encoder_attention_mask=attention_mask,
+            guidance=None if guidance is None else cast(guidance * self.scale, latents.dtype),
+            timestep=timestep / 1000,
+            return_dict=False,
+        )[0]
+
+
+class _Known(torch.nn.Module):
+    """Gives the same tensors whatever it is asked."""
+
+    def __init__(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
+
+    def forward(self, _: torch.Tensor) -> tuple[Any, Any]:
+        return self.cosines, self.sines

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import ArtifactError, missing_extra
-from ..folders.manifests import Size, size_name
+from ..core.schedule import prediction_type_of
+from ..folders.manifests import Guidance, Size, size_name
 
 try:
     import torch
 except ImportError:
     raise missing_extra("torch", "export") from None
 
-IMAGES, FINITE, LATENTS = "images", "finite", "latents"
+IMAGES, FINITE, LATENTS, GUIDANCE = "images", "finite", "latents", "guidance"
 PROBE = 8  # latents of a side: enough for any decoder, cheap for all
 
 
@@ -94,7 +95,7 @@ class ImageEncoder(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0
         encoded = self.vae.encode(cast(pixels, self.vae.dtype))
-        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         return (cast(z, torch.float32) - self.shift) / self.scale
 
 
@@ -104,7 +105,7 @@ class TokenInput:
 
     tokenizer: of transformers, with a backend of `tokenizers`. length: prompts are padded to it. mask: the name of the
     input that takes the attention mask, if any. truncates: a longer prompt is cut, since another encoder reads all of it.
-    lowercase: the pipeline lowers and strips the prompt first.
+    lowercase: the pipeline lowers and strips the prompt first; prefix: and writes this before it.
     """
 
     name: str
@@ -113,10 +114,11 @@ class TokenInput:
     mask: str | None = None
     truncates: bool = False
     lowercase: bool = False
+    prefix: str = ""
 
     def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """int64 (B, L) by input name, as the diffusers pipeline computes them."""
-        texts = [prompt.lower().strip() if self.lowercase else prompt for prompt in prompts]
+        texts = [self.prefix + (prompt.lower().strip() if self.lowercase else prompt) for prompt in prompts]
         encoded = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True)
         found = {self.name: torch.tensor(encoded.input_ids)}
         return found | ({self.mask: torch.tensor(encoded.attention_mask)} if self.mask else {})
@@ -127,8 +129,9 @@ class Stages:
     """A student's networks, in evaluation mode, on the CPU, and what the graphs' shapes follow from.
 
     text_encoder(*ids and masks) -> one tensor per name in `conditions`; denoiser(size)(latents, timestep, *conditions)
-    -> m; decoder(latents) -> images, finite; image_encoder(images) -> latents. Every tensor is batched; text encoder and
-    denoiser take and give their own dtype, float32 for an export.
+    -> m, with a guidance scale (B,) behind the conditions if is_told_guidance; decoder(latents) -> images, finite;
+    image_encoder(images) -> latents. Every tensor is batched; text encoder and denoiser take and give their own dtype,
+    float32 for an export.
     """
 
     pipeline: str  # diffusers' class
@@ -143,10 +146,11 @@ class Stages:
     downscale: int  # pixels of an image's side per latent
     multiple: int  # what the sides of an image must be a multiple of
     default_size: Size
+    is_told_guidance: bool = False
 
     @property
     def prediction_type(self) -> str:
-        """The scheduler config's prediction_type; flow matching has none of its own."""
+        """What the denoiser's m is."""
         return prediction_type_of(self.scheduler)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
@@ -156,6 +160,10 @@ class Stages:
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """int64 (B, L) for every input of the text encoder, in its order."""
         return {name: ids for tokens in self.tokens for name, ids in tokens.encode(prompts).items()}
+
+    def guidance(self, described: Guidance) -> Guidance:
+        """What a student's manifest says of guidance, with what its network shows of it."""
+        return described.model_copy(update={"embedded": self.is_told_guidance})
 
     def example_tokens(self, batch: int) -> dict[str, torch.Tensor]:
         """The tokens of a short prompt, `batch` times."""
@@ -169,13 +177,6 @@ class Stages:
                 f"a size must be a multiple of {self.multiple} for this student, got {size_name(size)}; "
                 f"try {size_name((near[0], near[1]))}"
             )
-
-
-def prediction_type_of(scheduler: dict[str, Any]) -> str:
-    """What the network predicts, from a scheduler config."""
-    if str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
-        return "flow"
-    return scheduler.get("prediction_type", "epsilon")
 
 
 def downscale_of(decoder: Decoder, latent_channels: int) -> int:

@@ -37,6 +37,7 @@ def _padding(tokens: TokenInput) -> Tokenizer:
         tokenizer.enable_truncation(tokens.length)
     if tokens.lowercase:
         first = [normalizers.Lowercase(), normalizers.Strip()]
+        first += [normalizers.Prepend(tokens.prefix)] if tokens.prefix else []
         tokenizer.normalizer = normalizers.Sequence([*first, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
     tokenizer.enable_padding(length=tokens.length, pad_id=source.pad_token_id, pad_token=str(source.pad_token))
     return tokenizer

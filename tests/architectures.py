@@ -183,14 +183,118 @@ def build_pixart(sample_size: int = 8) -> Any:
     )
 
 
+def build_flux() -> Any:
+    """A CLIP for one vector, a T5 for the words, a transformer of packed latents whose places are angles."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = build_vae("kl", 16)
+    vae.register_to_config(shift_factor=0.1)
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=build_clip(1, projection=False),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=build_t5(T5_WIDTH),
+        tokenizer_2=build_t5_tokenizer(),
+    )
+
+
+def build_sana() -> Any:
+    """SANA-Sprint: a Gemma that reads an instruction too, linear attention, a 32x autoencoder, a network told its guidance."""
+    import torch
+    from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    letters = [chr(i) for i in range(32, 127)]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters, *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    torch.manual_seed(0)
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(pieces),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=8192,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=WIDTH,
+        sample_size=2,
+        guidance_embeds=True,
+        qk_norm="rms_norm_across_heads",
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8,) * 6,
+        decoder_block_out_channels=(8,) * 6,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        scaling_factor=0.41407,
+    )
+    return SanaSprintPipeline(tokenizer, text_encoder, vae, transformer, SCMScheduler())
+
+
+def told_guidance(pipeline: Any) -> Any:
+    """The same with a UNet that is told a guidance scale, as latent consistency models are, and their scheduler."""
+    import torch
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(5)
+    config = {key: value for key, value in pipeline.unet.config.items() if key != "_use_default_values"}
+    pipeline.unet = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 32})
+    pipeline.scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return pipeline
+
+
+def build_lcm() -> Any:
+    """A latent consistency model of Stable Diffusion's form."""
+    from diffusers import LatentConsistencyModelPipeline
+
+    parts = told_guidance(build_pipeline()).components
+    return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+
+
 BUILDERS = {"sd15": build_pipeline, "sd21": build_sd21, "sdxl": build_sdxl, "sd3": build_sd3, "pixart": build_pixart}
+
+
+DRAWN = {**BUILDERS, "flux": build_flux, "sana": build_sana}  # what is exported and drawn with, if not distilled
 
 
 def build_student(kind: str, folder: Path) -> Path:
     """A student folder of that architecture, float16 weights."""
     import torch
 
-    pipeline = BUILDERS[kind]()
+    pipeline = DRAWN[kind]()
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     return describe(folder, sampler={"kind": "deterministic"})

@@ -194,7 +194,8 @@ class TorchBackend(GraphBackend[ModelDescription]):
         conditions = [
             values.expand(batch, *values.shape[1:]).clone() for values in self._networks["text_encoder"](*self._tokens)
         ]
-        return [latents, torch.zeros(batch, device=self.device), *conditions]
+        told = [torch.ones(batch, device=self.device)] * self.manifest.guidance.embedded
+        return [latents, torch.zeros(batch, device=self.device), *conditions, *told]
 
     @torch.inference_mode()
     def upload(self, values: NDArray[Any]) -> torch.Tensor:
@@ -294,7 +295,7 @@ def _description(
         "plans": student.plans,
         "noise_correction": student.noise_correction,
         "sampler": student.sampler,
-        "guidance": student.guidance,
+        "guidance": stages.guidance(student.guidance),
         "default_steps": student.default_steps,
         "sources": student.sources,
         "latent_channels": stages.latent_channels,

@@ -77,7 +77,8 @@ class ApiKey(Checked):
 class ServerSettings(Checked):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
-    model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. max_queue: pictures that may wait.
+    model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. tiny_decoder: the folder or hub id
+    of one that decodes instead of the model's own, or none. max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
     trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
@@ -91,6 +92,7 @@ class ServerSettings(Checked):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     model: Path | str | None = None
+    tiny_decoder: str | None = None
     backend: str = "auto"
     device: str = "auto"
     precision: str = "auto"

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from imagine_flash.core.errors import ArtifactError
 from imagine_flash.distill.backward import table_of
 from imagine_flash.distill.methods import METHODS, distill_recipe
-from imagine_flash.distill.models import Model, load_model, noise_of, noises_of
+from imagine_flash.distill.models import Model, load_model, model_of, noise_of, noises_of
 from imagine_flash.distill.student import distill
 from imagine_flash.folders.reading import read_student_manifest
-from imagine_flash.tests.architectures import BUILDERS
+from imagine_flash.tests.architectures import BUILDERS, DRAWN
 from imagine_flash.tests.pipelines import CAPTIONS
 
 PROMPTS: list[str] = list(CAPTIONS)
@@ -113,3 +114,9 @@ def test_a_re_noising_student_says_so(teachers, tmp_path: Path) -> None:
     pipeline.scheduler.set_timesteps(2)
     assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert pipeline.scheduler.timesteps.tolist() == [999, 499]
+
+
+@pytest.mark.parametrize(("kind", "says"), [("flux", "has not been tried"), ("sana", "is told a guidance scale")])
+def test_what_is_drawn_with_and_not_distilled(kind: str, says: str) -> None:
+    with pytest.raises(ArtifactError, match=says):
+        model_of(DRAWN[kind]())

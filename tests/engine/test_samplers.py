@@ -11,7 +11,7 @@ from imagine_flash.core.sampler import Sampler
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.reference import reference_generate
 from imagine_flash.folders.manifests import Guidance
-from imagine_flash.tests import pipelines
+from imagine_flash.tests import architectures, pipelines
 
 SAMPLERS = {
     "renoise": Sampler(kind="renoise", boundary=10.0),
@@ -116,15 +116,27 @@ def test_a_models_own_guidance_and_steps_are_the_default(students: dict[str, Pat
         assert likeness(got.images, engine.generate(ask(guidance=3.0, steps=2)).images) == 0
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that re-noises and whose network is told its guidance."""
+    folder = tmp_path_factory.mktemp("students") / "told"
+    architectures.build_lcm().save_pretrained(folder)
+    return pipelines.describe(folder, sampler=SAMPLERS["renoise"], noise_correction=False, guidance={"default": 8.0})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["renoise", "scaled"])
-def test_exports_take_the_noises_as_inputs(students: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """Torch, both backends and both routes draw the same."""
+@pytest.mark.parametrize("name", ["told", "scaled"])
+def test_exports_take_the_noises_as_inputs(students: dict[str, Path], told: Path, tmp_path: Path, name: str) -> None:
+    """Torch, both backends and both routes draw the same; a scale that the network is told is an input like the noises."""
     from imagine_flash.export import ExportOptions, export_student
 
+    students = {**students, "told": told}
     manifest = export_student(students[name], tmp_path / name, options=ExportOptions(batch=(1, 2), image_encoder=False))
     inputs = {spec.name: spec.shape for spec in manifest.graphs["sampler_3"].inputs}
-    assert inputs.get("fresh_noise") == (["batch", 2, 4, 8, 8] if name == "renoise" else None)
+    assert inputs.get("fresh_noise") == (["batch", 2, 4, 8, 8] if name == "told" else None)
+    assert inputs.get("guidance") == (["batch"] if name == "told" else None) and manifest.guidance.embedded == (
+        name == "told"
+    )
     with Engine.load(students[name], backend="torch") as engine:
         expected = {steps: engine.generate(ask(steps=steps, count=2)).images for steps in (1, 2, 3)}
         guided = engine.generate(ask(guidance=3.0)).images
@@ -133,7 +145,7 @@ def test_exports_take_the_noises_as_inputs(students: dict[str, Path], tmp_path: 
             with Engine.load(tmp_path / name, backend=backend, precision="fp32", route=route) as engine:
                 for steps, images in expected.items():
                     assert likeness(engine.generate(ask(steps=steps, count=2)).images, images) <= 1
-                if route == "stages":
+                if route == "stages" or name == "told":
                     assert likeness(engine.generate(ask(guidance=3.0)).images, guided) <= 1
                 else:
                     with pytest.raises(RequestError, match="whole-sampler graphs draw without guidance"):

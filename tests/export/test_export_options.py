@@ -164,12 +164,12 @@ def test_what_is_read(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_student, tmp_path):
-    """A file system of a few pages, where one can be mounted."""
+    """A file system that has room for the weights, but not for the graphs, where one can be mounted."""
     import subprocess
 
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:

@@ -23,7 +23,7 @@ from imagine_flash.core.update import sample
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.ledger import LIMITS
 from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
-from imagine_flash.export.student import _sampling
+from imagine_flash.export.tracing import _sampling
 from imagine_flash.folders.files import hash_files, hash_folder
 from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.pipelines.loading import load_stages

@@ -1,6 +1,5 @@
 """Models by hub id, from a cache laid out as the hub's: contents in `blobs/`, links in `snapshots/`."""
 
-import hashlib
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -10,28 +9,16 @@ from imagine_flash.core.errors import ArtifactError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.folders.hub import local_folder
 from imagine_flash.folders.reading import read_artifact_manifest
-
-REVISION = "a" * 40
+from imagine_flash.tests.commands import fails, run
+from imagine_flash.tests.hub import publish
 
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's cache with the tiny artifact as somebody/scenes."""
-    cache = tmp_path / "hub"
-    repository = cache / "models--somebody--scenes"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(REVISION)
-    (repository / "blobs").mkdir()
-    for path in tiny_artifact.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
-            blob.write_bytes(content)
-            link = repository / "snapshots" / REVISION / path.relative_to(tiny_artifact)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(blob)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    return cache
+    publish(tmp_path / "hub", "somebody/scenes", tiny_artifact)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -55,4 +42,12 @@ def test_its_files_are_not_stored_twice(hub: Path) -> None:
 def test_what_is_not_there_is_one_line(hub: Path) -> None:
     with pytest.raises(ArtifactError, match="somebody/else is no folder here and could not be fetched") as error:
         local_folder("somebody/else")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and f"copy it to {hub}/models--somebody--else" in str(error.value)
+
+
+def test_the_commands_take_it_too(hub: Path, tmp_path: Path) -> None:
+    """With the defaults of `generate`, which prefer a tiny decoder where a model of others has one."""
+    done = run("generate", "a cat", "--model", "somebody/scenes", "--steps", "2", "-o", tmp_path / "cat.png")
+    assert done.returncode == 0 and "decodes with" not in done.stderr, done.stderr
+    said = fails("generate", "a cat", "--model", "somebody/scenes", "--tiny-decoder", "madebyollin/taesd")
+    assert "was exported with its decoder" in said

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.core.prediction import PREDICTION_TYPES
-from imagine_flash.core.schedule import NoiseSchedule, is_flow
+from imagine_flash.core.schedule import NoiseSchedule, is_flow, prediction_type_of
 from imagine_flash.core.update import update_table
 from imagine_flash.models.catalogue import as_markdown, catalogue, entry_called, find
-from imagine_flash.models.describe import prediction_type_of
+from imagine_flash.pipelines.architectures import ARCHITECTURES
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 BASE = SD | {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "steps_offset": 1}
@@ -33,6 +33,7 @@ def test_every_entry_can_be_sampled(name: str) -> None:
         )
         assert len(table) == len(plan) == steps
     assert all(source.startswith("https://") for source in entry.sources) and not entry.verified
+    assert entry.pipeline in ARCHITECTURES
 
 
 def test_entries_are_found_by_name_and_by_hub_id_and_steps() -> None:

@@ -15,7 +15,7 @@ from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.folders.reading import read_student_manifest
 from imagine_flash.models.describe import ModelOptions
 from imagine_flash.models.student import student_of
-from imagine_flash.tests import pipelines
+from imagine_flash.tests import architectures, pipelines
 
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TRAILING: dict[str, Any] = SD | {"timestep_spacing": "trailing"}
@@ -28,6 +28,12 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+def saved(pipeline: Any, folder: Path) -> Path:
+    """As diffusers saves it."""
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny pipeline with each of these schedulers, as diffusers saves it."""
@@ -35,8 +41,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pipeline = pipelines.build_pipeline()
     for name, build in SCHEDULERS.items():
         pipeline.scheduler = build()
-        pipeline.save_pretrained(root / name)
-        found[name] = root / name
+        found[name] = saved(pipeline, root / name)
+    found["told"] = saved(architectures.build_lcm(), root / "told")
+    found["told xl"] = saved(architectures.told_guidance(architectures.build_sdxl()), root / "told-xl")
+    for name in ("flux", "sana"):
+        found[name] = saved(architectures.DRAWN[name](), root / name)
     return found
 
 
@@ -46,21 +55,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def diffusers_picture(folder: Path, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The pipeline's own picture from our noises."""
-    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+def diffusers_picture(
+    folder: Path, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch, vae: Any = None, prompt: str = "a cat"
+) -> np.ndarray:
+    """The pipeline's own picture from our noises; with another decoder where one is given."""
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    draws = iter([torch.from_numpy(step_noise(7, 1, (4, 8, 8), i + 1)) for i in range(steps)])
+    pipeline.vae = pipeline.vae if vae is None else vae
+    is_sana = isinstance(pipeline, diffusers.SanaSprintPipeline)
+    shape = (4, 2, 2) if is_sana else (4, 8, 8)
+    draws = iter([torch.from_numpy(step_noise(7, 1, shape, i + 1)) for i in range(steps)])
     module = type(pipeline.scheduler).__module__
     monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(draws), raising=False)
-    latents = torch.from_numpy(step_noise(7, 1, (4, 8, 8), 0))
+    latents = torch.from_numpy(step_noise(7, 1, shape, 0))
     given: dict[str, Any] = {
         "num_inference_steps": steps,
         "guidance_scale": guidance,
         "latents": latents,
         "output_type": "np",
     }
-    return (pipeline("a cat", **given).images[0] * 255).round().astype(np.uint8)
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        packed = pipeline._pack_latents(latents, 1, 4, 8, 8)
+        given |= {"latents": packed, "height": 64, "width": 64, "max_sequence_length": 256}
+    if is_sana:
+        given |= {"height": 64, "width": 64, "use_resolution_binning": False}
+        given |= {} if steps == 2 else {"intermediate_timesteps": None}
+    return (pipeline(prompt, **given).images[0] * 255).round().astype(np.uint8)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -79,6 +99,65 @@ def test_a_plain_folder_is_drawn_as_diffusers_draws_it(
             request = GenerateRequest(prompt="a cat", steps=steps, seed=7, guidance=guidance)
             got = engine.generate(request).images[0]
             assert psnr(got, diffusers_picture(folders[name], steps, guidance, monkeypatch)) >= 45
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(("name", "entry"), [("flux", "flux.1-schnell"), ("sana", "sana-sprint-0.6b")])
+def test_transformers_are_drawn_as_diffusers_draws_them(
+    folders: dict[str, Path], name: str, entry: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "a Cat on a pink background"
+    student = student_of(folders[name], ModelOptions(entry=entry))
+    with Engine.load(student, backend="torch", sizes=[(64, 64)]) as engine:
+        got = engine.generate(GenerateRequest(prompt=prompt, steps=steps, seed=7))
+    expected = diffusers_picture(folders[name], steps, got.guidance, monkeypatch, prompt=prompt)
+    assert psnr(got.images[0], expected) >= 45
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", ["told", "told xl"])
+def test_a_network_that_is_told_its_guidance(
+    folders: dict[str, Path], name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is a request's, the model's own without: never a second row, nor a negative prompt."""
+    student = student_of(folders[name], ModelOptions(steps=(steps,), guidance=8.0))
+    with Engine.load(student, backend="torch") as engine:
+        for guidance in (None, 2.0):
+            got = engine.generate(GenerateRequest(prompt="a cat", steps=steps, seed=7, guidance=guidance))
+            expected = diffusers_picture(folders[name], steps, guidance or 8.0, monkeypatch)
+            assert psnr(got.images[0], expected) >= 45
+        assert engine.stats().batches == {1: 2 * steps}
+        with pytest.raises(ImagineFlashError, match="it is told its guidance"):
+            engine.generate(GenerateRequest(prompt="a cat", negative_prompt="a dog"))
+
+
+@pytest.mark.parametrize("name", ["euler", "told xl"])
+def test_a_tiny_decoder_is_diffusers_own(
+    folders: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = pipelines.build_vae("tiny", 16)
+    options = ModelOptions(steps=(1,), guidance=1.0, tiny_decoder=str(saved(tiny, tmp_path / "tiny")))
+    student = student_of(folders[name], options)
+    assert read_student_manifest(student).sources["decoder"] == f"{tmp_path / 'tiny'}, a tiny one"
+    with Engine.load(student, backend="torch") as engine:
+        got = engine.generate(GenerateRequest(prompt="a cat", steps=1, seed=7)).images[0]
+    assert psnr(got, diffusers_picture(folders[name], 1, 1.0, monkeypatch, tiny)) >= 45
+    assert psnr(got, diffusers_picture(folders[name], 1, 1.0, monkeypatch)) < 45
+
+
+def test_the_catalogues_tiny_decoder_is_taken_where_it_can_be_had(folders: dict[str, Path]) -> None:
+    """There is no network in the tests: the model's own, which is said."""
+    student = student_of(folders["euler"], ModelOptions(entry="sd-turbo", prefer_tiny=True))
+    said = read_student_manifest(student).sources["decoder"]
+    assert said.startswith("the model's own; the tiny one is not here: madebyollin/taesd is no folder here")
+
+
+def test_the_scale_of_a_network_that_says_none(folders: dict[str, Path]) -> None:
+    found = read_student_manifest(student_of(folders["told"], ModelOptions(steps=(4,))))
+    assert found.guidance.default == 8.5 and found.guidance.embedded
+    assert found.sources["guidance"].startswith("diffusers' pipeline")
+    found = read_student_manifest(student_of(folders["told"], ModelOptions(entry="lcm-dreamshaper-v7")))
+    assert found.guidance.default == 8.0 and found.guidance.embedded and found.default_steps == 4
 
 
 def test_what_was_taken_from_where_is_kept(folders: dict[str, Path]) -> None:
