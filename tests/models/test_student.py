@@ -80,7 +80,8 @@ def diffusers_picture(
     if is_sana:
         given |= {"height": 64, "width": 64, "use_resolution_binning": False}
         given |= {} if steps == 2 else {"intermediate_timesteps": None}
-    return (pipeline(prompt, **given).images[0] * 255).round().astype(np.uint8)
+    drawn: Any = pipeline(prompt, **given)
+    return (drawn.images[0] * 255).round().astype(np.uint8)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
