@@ -3,17 +3,20 @@
 Nothing here names a folder of the machine: records are published.
 """
 
+import json
 import os
 import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ..folders.files import atomic_file
 
 PACKAGES = (
     "imagine-flash",
@@ -119,6 +122,22 @@ def git_of(root: Path) -> Git | None:
         return None
     changes = _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)docs")
     return Git(commit=commit, dirty=changes != "")
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Hardware, versions and commit, as a record of free form keeps them."""
+    git = git_of(Path(__file__).resolve().parents[1])
+    return {
+        "hardware": hardware_of(device).model_dump(),
+        "versions": installed_versions(),
+        "git": git.model_dump() if git else None,
+    }
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _base_name(path: str) -> str:

@@ -19,8 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ...folders.files import atomic_file, hash_folder
-from ..environment import git_of, hardware_of, installed_versions
+from ...folders.files import hash_folder
+from ..environment import surroundings, write_record
 from ..processes import COMMAND
 from ..random_students import SHAPES, Shape, random_student
 
@@ -52,12 +52,9 @@ def measure(kind: Shape, out: Path, *, size: str) -> dict[str, Any]:
             "student_sha256": hash_folder(student),
             "parity": manifest["parity"],
             "nodes": {name: graph["nodes"] for name, graph in manifest["graphs"].items()},
-            "hardware": hardware_of("cpu").model_dump(),
-            "versions": installed_versions(),
-            "git": git.model_dump() if (git := git_of(Path(__file__).resolve().parents[2])) else None,
+            **surroundings("cpu"),
         }
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(out, record)
     return record
 
 

@@ -18,8 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ...folders.files import STUDENT_FILE, atomic_file
-from ..environment import git_of, hardware_of, installed_versions
+from ...folders.files import STUDENT_FILE
+from ..environment import surroundings, write_record
 from ..processes import COMMAND
 from ..random_students import random_student
 
@@ -58,12 +58,9 @@ def measure(out: Path) -> dict[str, Any]:
         "libraries_gib": round(libraries, 2),
         "peak_resident_gib": round(peak, 2),
         "measured_over_planned": round((peak - libraries) / planned["in all"], 3),
-        "hardware": hardware_of("cpu").model_dump(),
-        "versions": installed_versions(),
-        "git": git.model_dump() if (git := git_of(Path(__file__).resolve().parents[2])) else None,
+        **surroundings("cpu"),
     }
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(out, record)
     return record
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import ImagineFlashError
-from ...folders.files import atomic_file
+from ..environment import write_record
 from ..picture_folders import Shown, pictures_in
 from .features import Features
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, unbiased_frechet_distance
@@ -46,8 +45,7 @@ def compare_folders(
         reference = features.of_pictures([each.data for each in _named(real).values()])
         record["to_real"] = {who: distances(each, reference) for who, each in found.items()}
     if out is not None:
-        with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
-            Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(out.with_name(f"{out.name}.json"), record)
     return record
 
 
