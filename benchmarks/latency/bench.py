@@ -22,7 +22,7 @@ from . import energy
 from .candidates import BASELINES, Candidate, CandidateError, Worker, chosen, convert, ours
 from .floor import measure_floor, work_of
 from .models import SHAPES, Model, find_model
-from .rows import Pairing, Setting, WrongPictureError
+from .rows import DisturbedError, Pairing, RowError, Setting
 
 QUESTION = "How long does it take from a prompt to pixels, beside what people would use instead?"
 AGAINST = tuple(name for name in BASELINES if name != "diffusers-compile")  # which compiles for minutes
@@ -73,7 +73,7 @@ def bench_latency(out: Path, options: LatencyOptions) -> Record:
         for row in run.rows():
             run.measured.append(row)
             save(run.record(), out)
-        save(run.record(), out)
+        save(run.record(), out)  # with what was left out since
         return run.record()
 
 
@@ -127,18 +127,21 @@ class _Run:
                     self._leave_out(way.name, lead, error)
             yield from self._teacher(lead, model, told, settings)
             if len(self.measured) == before:  # nothing to compare with
-                yield from (self.pairing.row(lead, lead, setting) for setting in settings)
+                yield from self._of_way(lead, lead, settings)
 
-    def _of_way(self, lead: Worker, other: Worker, settings: Sequence[Setting]) -> Iterator[Case]:
+    def _of_way(
+        self, lead: Worker, other: Worker, settings: Sequence[Setting], differs: Mapping[str, Any] | None = None
+    ) -> Iterator[Case]:
         for setting in settings:
             try:
-                yield self.pairing.row(lead, other, setting)
-            except WrongPictureError as error:
+                yield self.pairing.row(lead, other, setting, differs)
+            except RowError as error:
                 self._leave_out(error.where, lead, error)
 
     def _leave_out(self, name: str, lead: Worker, error: ImagineFlashError) -> None:
         """Says why another way has no row; what is wrong with the first one ends the run."""
-        if isinstance(error, CandidateError) and error.candidate is lead.candidate:
+        of_lead = isinstance(error, CandidateError) and error.candidate is lead.candidate
+        if of_lead and not isinstance(error, DisturbedError):
             raise error
         self.left_out[name] = str(error).removeprefix(f"{name}: ")
 
@@ -167,5 +170,4 @@ class _Run:
         for guided in self.options.teacher:
             named = replace(way, name=f"{way.name}, {guided} guided steps")
             with Worker(named, {**told, "student": str(folder)}) as teacher:
-                for setting in settings:
-                    yield self.pairing.row(lead, teacher, setting, {"guidance": GUIDANCE, "guided_steps": guided})
+                yield from self._of_way(lead, teacher, settings, {"guidance": GUIDANCE, "guided_steps": guided})

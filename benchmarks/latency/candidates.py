@@ -163,6 +163,7 @@ class Worker:
             env={**os.environ, **(environment or {})},
             start_new_session=True,  # Ctrl-C is for the one who asked
         )
+        self.pid = self._process.pid
         self.about: str = self._answer()["about"]
         self.name = f"imagine-flash {self.about}" if self.about else candidate.name
         self.started = time.perf_counter() - started

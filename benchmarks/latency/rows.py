@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .floor import Work, floor_seconds
 from .models import Model
 
 EXACT, ROUNDED = 40.0, 20.0  # dB to torch's picture: of float32, of less (random weights amplify what is rounded)
+MOST_OTHERS = 0.15  # of the processors: what other programs may take while a row is measured
 REST = 0.02  # seconds; torch's threads spin for a few milliseconds
 STAGES = {"text_encoder": "text", "denoiser": "network", "decoder": "decoder"}  # graph -> what workers call it
 
@@ -39,15 +41,55 @@ class Setting:
     work: Mapping[str, Work]
 
 
-class WrongPictureError(CandidateError):
+class RowError(CandidateError):
+    """Why there is no row of this candidate at this setting."""
+
+    def __init__(self, worker: Worker, setting: Setting, reason: str) -> None:
+        super().__init__(worker.candidate, reason)
+        case = setting.case
+        self.where = f"{worker.name}, {case['size']}, batch {case['batch']}, steps {case['steps']}"
+
+
+class DisturbedError(RowError):
+    """Other programs took too much of the processors: what was measured would say more of them."""
+
+    def __init__(self, worker: Worker, setting: Setting, share: float) -> None:
+        super().__init__(
+            worker, setting, f"disturbed: other programs took {share:.0%} of the processors; measure again"
+        )
+
+
+class WrongPictureError(RowError):
     """A picture that is not the reference's."""
 
     def __init__(self, worker: Worker, setting: Setting, allowed: float) -> None:
-        case, found = setting.case, worker.numbers["PSNR dB"]
-        super().__init__(
-            worker.candidate, f"refused: it draws another picture ({found:.1f} dB to torch's, {allowed:g} are asked)"
-        )
-        self.where = f"{worker.name}, {case['size']}, batch {case['batch']}, steps {case['steps']}"
+        found = worker.numbers["PSNR dB"]
+        reason = f"refused: it draws another picture ({found:.1f} dB to torch's, {allowed:g} are asked)"
+        super().__init__(worker, setting, reason)
+
+
+class OthersLoad:
+    """What programs other than these processes take of the processors that this one may use, from now on."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = sorted(set(pids))
+        self._before = self._now()
+
+    def share(self) -> float:
+        """0 to 1; 0 where nothing was counted yet."""
+        seconds, busy, own = (now - then for now, then in zip(self._now(), self._before, strict=True))
+        return max(0.0, busy - own) / seconds if seconds > 0 else 0.0
+
+    def _now(self) -> tuple[float, float, float]:
+        import psutil
+
+        cores = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+        of_core = psutil.cpu_times(percpu=True)
+        times = [of_core[i] for i in cores or range(len(of_core))]
+        idle = sum(one.idle + getattr(one, "iowait", 0.0) for one in times)
+        total = sum(sum(one[:8]) for one in times)  # guests are counted in user already
+        own = sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self._pids)
+        return total, total - idle, own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +131,7 @@ class Pairing:
         seconds: dict[str, list[float]] = {other.name: [], lead.name: []}
         answers: dict[str, list[dict[str, Any]]] = {other.name: [], lead.name: []}
         pairs = ((other, differs or {}), (lead, {}))[other is lead :]
+        busy = OthersLoad([os.getpid(), lead.pid, other.pid])
         for i in range(self.rounds + 1):
             prompts = list(itertools.islice(setting.prompts, len(setting.asked["prompts"])))
             for worker, more in pairs:
@@ -97,6 +140,8 @@ class Pairing:
                 if i:  # the first round warms up
                     seconds[worker.name].append(answer["seconds"])
                     answers[worker.name].append(answer)
+        if (share := busy.share()) > MOST_OTHERS:
+            raise DisturbedError(other, setting, share)
         row = case_of(seconds, baseline=other.name, checks=checks, case=setting.case)
         batch = len(setting.asked["prompts"])
         extra = {worker.name: _numbers(worker, answers[worker.name], batch) for worker in (other, lead)}
