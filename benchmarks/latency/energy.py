@@ -10,7 +10,7 @@ NO_METER = "no meter"
 def meter() -> Callable[[], float] | str:
     """What gives the joules that this machine's processors have taken so far; or why there is none."""
     try:
-        from zeus.device import get_cpus
+        from zeus.device import get_cpus  # pyright: ignore[reportMissingImports]
     except ImportError:
         return f'{NO_METER}: zeus is not installed: pip install "imagine-flash[energy]"'
     try:
