@@ -182,7 +182,7 @@ def test_seed_none_draws_one() -> None:
 
 def test_a_hub_id_that_cannot_be_fetched_is_named(tiny_artifact: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"^nobody/nothing is no folder here and could not be fetched .*check the path"
+        ArtifactError, match=r"^nobody/nothing is no folder here and could not be fetched .*give the path of its folder"
     ):
         Engine.load("nobody/nothing")
 
