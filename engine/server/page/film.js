@@ -43,6 +43,7 @@ export class Film {
       image.src = url;
       await image.decode().catch(() => {});
       URL.revokeObjectURL(url);
+      if (this.#playing !== number) return; // stopped meanwhile: nothing is shown
       image.classList.toggle("small", small);
       text.textContent = prompt;
       this.#stage.hidden = false;
