@@ -43,11 +43,20 @@ def save_pipeline(
         half = {n: copy.deepcopy(p).cpu().to(torch.float16) for n, p in parts.items() if isinstance(p, nn.Module)}
         parts |= half | {"scheduler": stock_scheduler(model, sampler, scheduler.get("plans", {}))}
         type(model.pipeline)(**parts, **settings_of(model.pipeline)).save_pretrained(str(temporary))
+        for path in temporary.rglob("config.json"):
+            _without_origin(path)
         config = temporary / "scheduler" / "scheduler_config.json"
         values = json.loads(config.read_text(encoding="utf-8")) | dict(scheduler)
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")
+
+
+def _without_origin(config: Path) -> None:
+    """Take out the path that diffusers read a component from: it is of one machine, and models are published."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_lora(model: Model, out: Path, *, extra: Mapping[str, str], replaces: Sequence[str] = ()) -> None:

@@ -82,6 +82,9 @@ def test_a_student_loads_in_diffusers_with_its_manifest(teacher: Path, tmp_path:
     out = tmp_path / "student"
     distill(teacher, out, distill_recipe(STUDENT))
     manifest = read_student_manifest(out)
+    assert not [path for path in out.rglob("*.json") if str(teacher.parent) in path.read_text()], (
+        "a path of this machine"
+    )
     assert dict(manifest.plans) == {1: [999], 2: [999, 499], 3: [999, 666, 333]}
     assert manifest.recipe["gamma"] == 0.75
     pipeline: Any = DiffusionPipeline.from_pretrained(str(out), dtype=torch.float32)
