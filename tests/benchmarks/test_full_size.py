@@ -1,12 +1,27 @@
-"""The command that measures the export of large models; what it writes is looked at where a record is made."""
+"""The export of large models is measured as its record says, tried on a small one."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("psutil")
 MODULE = "imagine_flash.benchmarks.full_size.export"
+
+
+@pytest.mark.slow
+def test_a_record_of_an_export(tmp_path: Path) -> None:
+    """In a folder of its own it looked for the tokenizer and the checkout one level too low."""
+    out = tmp_path / "tiny.json"
+    done = subprocess.run([sys.executable, "-m", MODULE, "tiny", out, "64x64"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(out.read_text())
+    assert record["name"].startswith("export of tiny at 64x64") and record["parameters"] > 1e6
+    assert record["seconds"] > 0 and record["peak_resident_gib"] > 0.1 and record["bytes"]["weights.bin"] > 1e6
+    assert set(record["nodes"]) >= {"text_encoder", "denoiser", "decoder"} and record["parity"]
+    assert record["git"] is None or len(record["git"]["commit"]) == 40
 
 
 def test_a_wrong_kind_is_one_line() -> None:

@@ -167,7 +167,7 @@ def test_every_class_passes_the_gate(exported) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "pixart"])
 def test_half_precision_passes_the_gate_of_every_class(kind: str, tmp_path) -> None:
     student = architectures.build_student(kind, tmp_path / "student")
     options = ExportOptions(precision="fp16", steps=(1,), batch=(1, 1), forms="stages", image_encoder=False)

@@ -11,7 +11,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("width", [1280, 320])
+@pytest.mark.parametrize("width", [1280, 390, 320])
 def test_it_shows_every_route_and_asks_nobody_else(embedded, open_page, width: int) -> None:
     """In a wide window it stood at the right edge, as what lies beside the picture does, and broke words: "defaul t"."""
     opened = open_page(embedded.url, viewport={"width": width, "height": 800}).go("docs")
