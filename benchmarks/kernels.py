@@ -6,6 +6,7 @@ GPU `triton.testing.do_bench`, which empties the L2 cache before each run, adds 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,19 @@ class Workload:
     bytes_moved: int
 
 
-def bench_kernels(out: Path, *, device: str | None = None, rounds: int = 50, quick: bool = False) -> Record:
-    """Check and time every kernel, write `out`.json and `out`.png, return the record. ImagineFlashError for a wrong result."""
+def bench_kernels(
+    out: Path, *, device: str | None = None, rounds: int = 50, quick: bool = False, until: float = float("inf")
+) -> Record:
+    """Check and time every kernel, write `out`.json and `out`.png, return the record. until: no further row begins at this
+    time of the monotonic clock, but one is measured. ImagineFlashError for a wrong result."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = clock_for(device)
     refuse_interpreter()
     workloads = track(list(_workloads(device, quick)), description=f"kernels on {device}")
-    rows = [_measure(build(), device, rounds, clock) for build in workloads]
+    rows = list[Case]()
+    for build in workloads:
+        if not rows or time.monotonic() < until:
+            rows.append(_measure(build(), device, rounds, clock))
     where = "as kernels on a GPU" if device != "cpu" else "by their references, which are what a CPU runs"
     record = new_record(f"How fast are the fused update, to_image and GroupNorm + SiLU, {where}?", rows, device=device)
     save(record, out)

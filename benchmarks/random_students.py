@@ -92,12 +92,13 @@ def random_student(
         if tiny_decoder:
             parts["vae"] = AutoencoderTiny()
     name = {"sdxl": "StableDiffusionXLPipeline", "pixart": "PixArtAlphaPipeline"}.get(shape, "StableDiffusionPipeline")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws billions of numbers in no time
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": "0.42.1"}
     total = 0
     for name, module in parts.items():
         total += sum(p.numel() for p in module.parameters())
-        filled: Any = _random_weights(module.to_empty(device="cpu")).half()
-        filled.save_pretrained(folder / name)
+        filled: Any = _random_weights(module.to_empty(device=device)).half()
+        filled.cpu().save_pretrained(folder / name)
         index[name] = [module.__module__.split(".")[0], type(module).__name__]
     prediction = {"prediction_type": "epsilon"} if shape == "pixart" else {}  # its network also gives a variance
     DDIMScheduler(**{**SCHEDULER, **prediction}).save_pretrained(folder / "scheduler")

@@ -84,8 +84,8 @@ class NetworkFeatures:
             for handle in handles:
                 handle.remove()
         height, width = (side // self.places.patch for side in x_t.shape[-2:])
-        # contiguous: the second derivative of a convolution crashed torch 2.13 on the transposed layout
-        return [(f if f.ndim == 4 else f.mT.unflatten(2, (height, width)).contiguous()).float() for f in found]
+        # contiguous: the second derivative of a convolution crashed torch 2.11 and 2.13 on other layouts
+        return [(f if f.ndim == 4 else f.mT.unflatten(2, (height, width))).contiguous().float() for f in found]
 
 
 class Discriminator(nn.Module):
