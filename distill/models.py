@@ -92,7 +92,7 @@ class Denoiser:
         """What the network is told at t, float32 (B,)."""
         if isinstance(t, torch.Tensor):
             return self._tables.to(x_t.device)[2, t.to(x_t.device)].expand(x_t.shape[0])
-        return torch.full(x_t.shape[:1], float(self.schedule.network_time(t)), device=x_t.device)  # no copy from the host
+        return torch.full(x_t.shape[:1], float(self.schedule.network_time(t)), device=x_t.device)
 
     @cached_property
     def _tables(self) -> torch.Tensor:

@@ -46,6 +46,7 @@ from .torch_modes import (
     compiled,
     cuda_graphs,
     device_of,
+    keep_channels_last,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,6 +126,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         found["text_encoder"] = lambda *tokens: tuple(values.to(self._dtype) for values in text(*tokens))
         for size in model.sizes:
             denoiser = stages.denoiser(size).to(**kept)
+            keep_channels_last(denoiser)
             if self._capture:
                 group_norm_silu.apply(denoiser)
             found[model.graph_name("denoiser", size)] = InPrecision(denoiser, self._dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -38,6 +39,31 @@ class OnGpu(torch.nn.Module):
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         decoded = self.decoder.decode(latents)
         return self.to_image(decoded), self.decoder.all_finite(latents, decoded)
+
+
+def keep_channels_last(network: torch.nn.Module) -> int:
+    """Lets the transformers inside a UNet hand on a view where diffusers' copy it to the other layout, in which every norm and
+    convolution after them copies again: about a quarter of what an H100 did for SD-Turbo. Returns how many there were."""
+    found = [part for part in network.modules() if hasattr(part, "_get_output_for_continuous_inputs")]
+    for part in found:
+        part._get_output_for_continuous_inputs = MethodType(_output_as_view, part)
+    return len(found)
+
+
+def _output_as_view(
+    self: Any,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor,
+    batch_size: int,
+    height: int,
+    width: int,
+    inner_dim: int,
+) -> torch.Tensor:
+    """Tokens (B, h w, C) and what they are added to (B, C, h, w) -> (B, C, h, w), channels_last."""
+    shape = (batch_size, height, width, inner_dim)
+    if self.use_linear_projection:
+        return self.proj_out(hidden_states).view(shape).permute(0, 3, 1, 2) + residual
+    return self.proj_out(hidden_states.view(shape).permute(0, 3, 1, 2)) + residual
 
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]  # a call -> its replay, and its static outputs

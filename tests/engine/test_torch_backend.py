@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from imagine_flash.core.errors import ArtifactError, MissingExtraError, RequestError
 from imagine_flash.core.images import psnr
@@ -22,7 +23,7 @@ from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.choosing import choose
 from imagine_flash.engine.backends.torch import TorchBackend, load_student
-from imagine_flash.engine.backends.torch_modes import OnGpu, device_of
+from imagine_flash.engine.backends.torch_modes import OnGpu, device_of, keep_channels_last
 from imagine_flash.folders.files import ARTIFACT_FILE
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, pipelines
@@ -212,16 +213,20 @@ def toy_backend(tiny_student: Path, name: str, device: str, batches: tuple[int, 
     return TorchBackend(tiny_student, model, stages, device_of(device), name=name, batches=batches)
 
 
+def coefficients(backend: TorchBackend) -> tuple[np.ndarray, np.ndarray]:
+    """Of the model's three steps: on a GPU the update knows no others."""
+    table = backend.manifest.update_tables()[3]
+    return table.a.astype(np.float32), table.b.astype(np.float32)
+
+
 def walk(backend: TorchBackend, rows: int) -> np.ndarray:
     """Two steps and the decoder, as the batcher calls them: with conditions that it has copied."""
     tokens = {"input_ids": np.arange(16, dtype=np.int64)[None].repeat(rows, 0)}
     conditions = tuple(values.clone() for values in backend.encode(tokens))
     x = backend.upload(initial_noise(0, rows, (4, 8, 8)))
-    times, ones = np.linspace(999, 500, rows, dtype=np.float32), np.ones(rows, np.float32)
+    times, (a, b) = np.linspace(999, 500, rows, dtype=np.float32), coefficients(backend)
     for _ in range(2):
-        x = backend.update(
-            x, backend.denoise(x, times, conditions), 0.7 * ones, np.linspace(0.1, 0.5, rows).astype("f")
-        )
+        x = backend.update(x, backend.denoise(x, times, conditions), a[:rows], b[:rows])
     assert backend.finite(x).all()
     images, finite = backend.decode(x)
     assert finite.all()
@@ -291,6 +296,38 @@ def test_what_cannot_be_loaded_is_one_line(tiny_student: Path, tiny_artifact: Pa
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_channels_last_unet_stays_so(linear: bool) -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        use_linear_projection=linear,
+    )
+    unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    given = (x, torch.tensor([5, 900]), torch.randn(2, 7, 16))
+    before, others = unet(*given).sample, list[str]()
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, inputs: (
+            None if inputs[0].is_contiguous(memory_format=torch.channels_last) else others.append(name)
+        )
+
+    for name, part in unet.named_modules():
+        if isinstance(part, torch.nn.Conv2d | torch.nn.GroupNorm):
+            part.register_forward_pre_hook(watch(name))
+    unet(*given)
+    assert others, "diffusers does so by itself: keep_channels_last can go"
+    others.clear()
+    assert keep_channels_last(unet) == 6
+    torch.testing.assert_close(unet(*given).sample, before, rtol=1e-4, atol=1e-5)
+    assert not others
+
+
 def test_plans_that_the_schedule_does_not_have(tiny_student: Path, tmp_path: Path) -> None:
     student = Path(shutil.copytree(tiny_student, tmp_path / "student"))
     pipelines.describe(student, plans={1: [1000]})
@@ -342,11 +379,11 @@ def test_a_step_does_not_wait_for_the_gpu(name: str, tiny_student: Path) -> None
     backend = toy_backend(tiny_student, name, "cuda")
     walk(backend, 3)
     conditions = backend.encode({"input_ids": np.arange(16, dtype=np.int64)[None].repeat(3, 0)})
-    x, ones = backend.upload(initial_noise(0, 3, (4, 8, 8))), np.ones(3, np.float32)
+    x, ones, (a, b) = backend.upload(initial_noise(0, 3, (4, 8, 8))), np.ones(3, np.float32), coefficients(backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            x = backend.update(x, backend.denoise(x, 500 * ones, conditions), 0.7 * ones, 0.3 * ones)
+            x = backend.update(x, backend.denoise(x, 500 * ones, conditions), a, b)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert backend.finite(x).all()
