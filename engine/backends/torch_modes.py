@@ -44,10 +44,10 @@ class OnGpu(torch.nn.Module):
 def keep_channels_last(network: torch.nn.Module) -> int:
     """Lets the transformers inside a UNet hand on a view where diffusers' copy it to the other layout, in which every norm and
     convolution after them copies again: about a quarter of what an H100 did for SD-Turbo. Returns how many there were."""
-    found = [part for part in network.modules() if hasattr(part, "_get_output_for_continuous_inputs")]
-    for part in found:
+    parts: list[Any] = [part for part in network.modules() if hasattr(part, "_get_output_for_continuous_inputs")]
+    for part in parts:
         part._get_output_for_continuous_inputs = MethodType(_output_as_view, part)
-    return len(found)
+    return len(parts)
 
 
 def _output_as_view(

@@ -298,7 +298,7 @@ def test_what_cannot_be_loaded_is_one_line(tiny_student: Path, tiny_artifact: Pa
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_channels_last_unet_stays_so(linear: bool) -> None:
-    unet = UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
