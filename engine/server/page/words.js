@@ -18,10 +18,12 @@ export const FIRST = SCENES["a fox"];
 
 /** Buttons of examples: scenes of known words where the model lists its words, else prompts of all kinds. */
 export function fillExamples(place, vocabulary, pick) {
-  const known = new Set(Object.values(vocabulary).flat());
+  const phrases = Object.values(vocabulary).flat();
+  const joining = Object.keys(vocabulary).length > 1 ? ["a", "on", "background"] : []; // groups leave them out
+  const known = new Set([...joining, ...phrases.flatMap((phrase) => phrase.split(" "))]);
   const all = known.size ? SCENES : PROMPTS;
   const usable = Object.entries(all).filter(([, text]) => !known.size || text.split(" ").every((word) => known.has(word)));
-  const chosen = usable.length || !known.size ? usable : [...known].slice(0, 5).map((word) => [word, word]);
+  const chosen = usable.length || !known.size ? usable : phrases.slice(0, 5).map((word) => [word, word]);
   place.replaceChildren(...chosen.map(([label, text]) => button(label, (event) => pick(text, event), text)));
 }
 
