@@ -19,7 +19,7 @@ export const FIRST = SCENES["a fox"];
 /** Buttons of examples: scenes of known words where the model lists its words, else prompts of all kinds. */
 export function fillExamples(place, vocabulary, pick) {
   const phrases = Object.values(vocabulary).flat();
-  const joining = Object.keys(vocabulary).length > 1 ? ["a", "on", "background"] : []; // groups leave them out
+  const joining = Object.keys(vocabulary).length > 1 ? ["a", "an", "on", "background"] : []; // groups leave them out
   const known = new Set([...joining, ...phrases.flatMap((phrase) => phrase.split(" "))]);
   const all = known.size ? SCENES : PROMPTS;
   const usable = Object.entries(all).filter(([, text]) => !known.size || text.split(" ").every((word) => known.has(word)));

@@ -103,7 +103,7 @@ def test_by_keyboard_alone(embedded, open_page) -> None:
     page.keyboard.press("Space")
     playwright.expect(page.locator("#picture")).not_to_have_attribute("data-seed", "6")
     reached = set()
-    for _ in range(20):
+    for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.closest('ul')?.id"))
     assert {"download", "strip", "copy"} <= reached
