@@ -65,9 +65,9 @@ def bench_gpu(
         save(record, out)
         if time.monotonic() > end:
             break
+    assert record is not None
     kernels = out.with_name(f"{out.name}-kernels")
     bench_kernels(kernels, device=device, rounds=rounds, quick=tiny, until=end + 15 * minutes)
-    assert record is not None
     return record
 
 

@@ -43,7 +43,12 @@ def bench_kernels_command(
 def bench_gpu_command(
     output: Output = Path("gpu"),
     device: Device = None,
-    minutes: Annotated[float, typer.Option(metavar="NUMBER", help="No further row begins after so many.")] = 20.0,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER", help="No further picture's row begins after so many; kernels get a quarter more."
+        ),
+    ] = 20.0,
     rounds: Rounds = 50,
     compile: Annotated[
         bool,

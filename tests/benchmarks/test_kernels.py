@@ -50,6 +50,15 @@ def test_the_report_replaces_the_table_and_nothing_else(measured: Path, tmp_path
     assert is_current(document, record, "kernels")
 
 
+@pytest.mark.slow
+def test_no_row_begins_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from imagine_flash.benchmarks import kernels
+
+    monkeypatch.setattr(kernels, "refuse_interpreter", lambda: None)  # on a CPU the references run
+    record = kernels.bench_kernels(tmp_path / "kernels", device="cpu", rounds=5, quick=True, until=0.0)
+    assert [row.case["kernel"] for row in record.rows] == ["update"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from imagine_flash.core.errors import ArtifactError, MissingExtraError, RequestError
 from imagine_flash.core.images import psnr
@@ -296,20 +295,11 @@ def test_what_cannot_be_loaded_is_one_line(tiny_student: Path, tiny_artifact: Pa
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("linear", [True, False])
-def test_a_channels_last_unet_stays_so(linear: bool) -> None:
-    unet: Any = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        use_linear_projection=linear,
-    )
-    unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("build", [architectures.build_sd21, pipelines.build_pipeline], ids=["linear", "convolutions"])
+def test_a_channels_last_unet_stays_so(build: Callable[[], Any]) -> None:
+    unet: Any = build().unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
-    given = (x, torch.tensor([5, 900]), torch.randn(2, 7, 16))
+    given = (x, torch.tensor([5, 900]), torch.randn(2, 7, 32))
     before, others = unet(*given).sample, list[str]()
 
     def watch(name: str) -> Callable[..., None]:
@@ -323,7 +313,7 @@ def test_a_channels_last_unet_stays_so(linear: bool) -> None:
     unet(*given)
     assert others, "diffusers does so by itself: keep_channels_last can go"
     others.clear()
-    assert keep_channels_last(unet) == 6
+    assert keep_channels_last(unet) == 4
     torch.testing.assert_close(unet(*given).sample, before, rtol=1e-4, atol=1e-5)
     assert not others
 
