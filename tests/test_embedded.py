@@ -62,19 +62,18 @@ def rows() -> dict[str, dict]:
 
 
 def test_the_student_is_nearly_as_good_as_its_teacher() -> None:
-    """At 3 steps: at least 90 % of the teacher's fidelity; the teacher at 3 steps clearly worse."""
+    """At 3 steps: at least 90 % of the teacher's fidelity, FD at most 1.5 x; the teacher at 3 steps clearly worse."""
     teacher, hurried, student = (rows()[name] for name in ("teacher, 25 steps", "teacher, 3 steps", "student, 3 steps"))
     assert student["seen"]["all"] >= 0.9 * teacher["seen"]["all"]
+    assert student["fd_judge"] <= 1.5 * teacher["fd_judge"]
     for distance in ("fd_judge", "fd_judge_unbiased"):
         assert hurried[distance] >= 1.5 * teacher[distance] and student[distance] < hurried[distance]
     assert student["seen"]["all"] > hurried["seen"]["all"]
 
 
-@pytest.mark.xfail(strict=True, reason="1.54 and 1.68 x: docs/results/fourth-model.md says why and what comes next")
-@pytest.mark.parametrize("distance", ["fd_judge", "fd_judge_unbiased"])
-def test_and_its_distance_is_near(distance: str) -> None:
-    """With and without the bias that all samples share: at most 1.5 x the teacher's."""
-    assert rows()["student, 3 steps"][distance] <= 1.5 * rows()["teacher, 25 steps"][distance]
+@pytest.mark.xfail(strict=True, reason="1.64 x: docs/results/fourth-model.md says why and what comes next")
+def test_and_its_distance_is_near_without_the_bias_that_all_samples_share() -> None:
+    assert rows()["student, 3 steps"]["fd_judge_unbiased"] <= 1.5 * rows()["teacher, 25 steps"]["fd_judge_unbiased"]
 
 
 def test_it_draws_what_it_is_asked_for() -> None:
