@@ -182,7 +182,7 @@ def test_export_is_deterministic_and_replaces_the_old_artifact(student, artifact
 @pytest.mark.slow
 def test_float32_students_and_tiny_autoencoders_are_exported_without_loss(tmp_path):
     student = pipelines.build_student(tmp_path / "student", half=False, vae="tiny")
-    manifest = export_student(student, tmp_path / "out")
+    manifest = export_student(student, tmp_path / "out", options=ExportOptions(steps=(1,), batch=(1, 2)))
     assert manifest.name == "student" and manifest.scaling_factor == 1.0
     model = onnx.load(tmp_path / "out" / "denoiser.onnx", load_external_data=False)
     outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
