@@ -190,6 +190,7 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
         (["distill", "{tmp}/nowhere", "{tmp}/out"], "no folder"),
         (["distill", "{tmp}", "{tmp}/out", "--recipe", "imagine_falsh"], "did you mean 'imagine_flash'"),
         (["distill", "{tmp}", "{tmp}/out", "--prompts", "{tmp}/none.txt"], "one prompt a line"),
+        (["train-teacher", "/proc/missing/out"], "cannot make the folder /proc/missing"),
         (["train-teacher", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
         (["train-teacher", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
         (["train-judge", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
@@ -209,6 +210,12 @@ def test_the_other_commands_refuse(
     places = {"tmp": tmp_path, "artifact": tiny_artifact, "student": tiny_student}
     assert says in fails(*(a.format(**places) for a in arguments))
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_a_training_makes_the_folder_that_it_writes_to(tmp_path):
+    """It trained for 14 seconds and then found that there was none. What it needs beside is missing here, so it ends at once."""
+    fails("train-teacher", tmp_path / "runs" / "teacher", "--font", tmp_path / "none.ttf")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and not list((tmp_path / "runs").iterdir())
 
 
 def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> None:
