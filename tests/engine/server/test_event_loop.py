@@ -25,7 +25,9 @@ def test_what_takes_long_is_done_beside_the_event_loop(monkeypatch: pytest.Monke
 
         monkeypatch.setattr(owner, name, method)
 
-    monkeypatch.setattr("imagine_flash.engine.pictures.files.SMALL", 50_000)  # bytes; the model's pictures are small ones
+    monkeypatch.setattr(
+        "imagine_flash.engine.pictures.files.SMALL", 50_000
+    )  # bytes; the model's pictures are small ones
     noted(Studio, "start")  # called by the route itself
     noted(Engine, "prepare")
     noted(ImageResponse, "model_dump_json")
