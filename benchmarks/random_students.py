@@ -61,7 +61,14 @@ def networks_of(shape: Shape) -> dict[str, Any]:
             sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
         )
         return {"unet": unet, "text_encoder": _clip(1024, layers=23, heads=16), "vae": _vae(0.18215)}
-    unet = UNet2DConditionModel(
+    texts = {"text_encoder": _clip(768, layers=12, heads=12), "text_encoder_2": _clip(1280, 32, 20, projection=1280)}
+    return {"unet": _xl_unet(), "vae": _vae(0.13025), **texts}
+
+
+def _xl_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
         cross_attention_dim=2048,
@@ -74,8 +81,6 @@ def networks_of(shape: Shape) -> dict[str, Any]:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
-    texts = {"text_encoder": _clip(768, layers=12, heads=12), "text_encoder_2": _clip(1280, 32, 20, projection=1280)}
-    return {"unet": unet, "vae": _vae(0.13025), **texts}
 
 
 def random_student(

@@ -112,14 +112,6 @@ class NoiseSchedule:
             alpha_bar = rescale_zero_terminal_snr(alpha_bar)
         return cls(np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar), "variance_preserving", kept)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The scheduler config that rebuilds this schedule. Raises ScheduleError if it was built from bare tables."""
-        if self.config is None:
-            raise ScheduleError("this schedule was built from bare tables; build it with from_scheduler_config")
-        return dict(self.config)
-
-    from_dict = from_scheduler_config
-
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a diffusers scheduler config is of a rectified flow."""

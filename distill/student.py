@@ -44,8 +44,7 @@ def distill(
     checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
     check_trackers(track)
-    console = console or Console(stderr=True)
-    out = out.resolve()
+    console, out = console or Console(stderr=True), out.resolve()
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
@@ -70,19 +69,27 @@ def distill(
     figures = fit(task, recipe.fit, run, console, track=track)
     if processes().is_main_process:
         console.print(f"student: {figures}")
-    manifest = StudentManifest(
+    manifest = _described(recipe, figures, teacher_sha256, emoji=not prompts)
+    if recipe.lora is not None:
+        manifest = manifest.model_copy(update={"base": _base(teacher_folder, folder)})
+    _save(task, out, manifest)
+    return manifest
+
+
+def _described(
+    recipe: DistillRecipe, figures: dict[str, float], teacher_sha256: str, *, emoji: bool
+) -> StudentManifest:
+    """emoji: it was trained on the captions of emoji scenes, so their words are all that it knows."""
+    return StudentManifest(
         plans={steps: list(timesteps) for steps, timesteps in recipe.plans.items()},
         noise_correction=recipe.noise_correction,
         sampler=method_named(recipe.method).sampler,
         recipe=recipe.model_dump(mode="json"),
         teacher_sha256=teacher_sha256,
-        base=None if recipe.lora is None else _base(teacher_folder, folder),
         training=figures,
-        known_words=[] if prompts else all_words(),
-        vocabulary={} if prompts else vocabulary(),
+        known_words=all_words() if emoji else [],
+        vocabulary=vocabulary() if emoji else {},
     )
-    _save(task, out, manifest)
-    return manifest
 
 
 def _pictures(

@@ -236,15 +236,12 @@ def train_teacher(
         first = AutoencoderTask(recipe, scenes)
         model = build_model(recipe, first.autoencoder)  # before the hours of training: it may not fit together
         first.autoencoder.decoder.requires_grad_(True)  # a model's stages are frozen
-        run.mkdir(parents=True, exist_ok=True)
         figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run, console, track=track)
         console.print(f"autoencoder: {figures['autoencoder']}")
     else:
-        earlier = load_model(start)
-        model = build_model(recipe, earlier.pipeline.vae)
-        figures["start"] = copy_weights(earlier, model)
+        model, figures["start"] = _begun(recipe, start)
         console.print(f"weights from {start}: {figures['start']}")
-        run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     model.pipeline.vae.requires_grad_(False)
     with processes().main_process_first():
         latents = encoded_scenes(
@@ -255,6 +252,13 @@ def train_teacher(
     console.print(f"teacher: {figures['teacher']}")
     save_pipeline(model, out)
     return figures
+
+
+def _begun(recipe: TeacherRecipe, start: Path) -> tuple[Model, dict[str, int]]:
+    """A model with the autoencoder and, where they fit, the weights of the teacher in `start`; and how many were copied."""
+    earlier = load_model(start)
+    model = build_model(recipe, earlier.pipeline.vae)
+    return model, copy_weights(earlier, model)
 
 
 @torch.no_grad()

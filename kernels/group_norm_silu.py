@@ -161,24 +161,10 @@ def launch(
     scale, offset = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
     tile: dict[str, Any] = {"CHANNELS": channels, "WIDTH": width, "ROWS": rows, "num_warps": WARPS}
     statistics_kernel[(programs(batch * splits, 1, 1), columns)](x, sums, squares, pixels, splits, tiles, **tile)
-    group_width = 1 << (group_channels - 1).bit_length()
-    finalise_kernel[(batch * groups,)](
-        x,
-        sums,
-        squares,
-        weight,
-        bias,
-        scale,
-        offset,
-        eps,
-        pixels,
-        splits,
-        GROUPS=groups,
-        GROUP_CHANNELS=group_channels,
-        WIDTH=group_width,
-        ROWS=max(1, TILE // group_width),
-        num_warps=WARPS,
-    )
+    wide = 1 << (group_channels - 1).bit_length()
+    group = {"GROUPS": groups, "GROUP_CHANNELS": group_channels, "WIDTH": wide, "ROWS": max(1, TILE // wide)}
+    joined = x, sums, squares, weight, bias, scale, offset, eps, pixels, splits
+    finalise_kernel[(batch * groups,)](*joined, **group, num_warps=WARPS)
     normalise_kernel[(programs(batch * tiles_per_image, 1, 1), columns)](
         x, scale, offset, out, pixels, tiles_per_image, SILU=silu, **tile
     )

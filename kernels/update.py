@@ -105,43 +105,6 @@ def update_kernel(
         tl.store(next_ptr + place, (x_s * scale).to(next_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(
-    x: Tensor,
-    m: Tensor,
-    rows: Tensor,
-    step_index: Tensor,
-    out: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor | None,
-    guidance_scale: float,
-    noise: Tensor | None,
-    network_input: Tensor | None,
-    scale: float,
-) -> None:
-    """Start the kernel on tensors that `noise_corrected_update` has checked."""
-    batch = x.shape[0]
-    row_elements = x.numel() // batch
-    update_kernel[(programs(batch, row_elements, BLOCK),)](
-        x,
-        m,
-        uncond,
-        noise,
-        guidance,
-        rows,
-        step_index,
-        out,
-        network_input,
-        guidance_scale,
-        scale,
-        row_elements,
-        -(-row_elements // BLOCK),
-        int(step_index.numel() > 1),
-        rows.shape[0],
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
-
-
 def reference(
     x: Tensor,
     m: Tensor,
@@ -182,8 +145,27 @@ def run(
 ) -> None:
     """The kernel where it can run, else the reference, on checked tensors."""
     if runs_kernel(x):
+        row_elements = x.numel() // x.shape[0]
         with torch.cuda.device_of(x):  # Triton starts on the current device, which may be another one
-            launch(x, m, rows, step_index, out, uncond, guidance, guidance_scale, noise, network_input, scale)
+            update_kernel[(programs(x.shape[0], row_elements, BLOCK),)](
+                x,
+                m,
+                uncond,
+                noise,
+                guidance,
+                rows,
+                step_index,
+                out,
+                network_input,
+                guidance_scale,
+                scale,
+                row_elements,
+                -(-row_elements // BLOCK),
+                int(step_index.numel() > 1),
+                rows.shape[0],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
         return
     weight = guidance_scale if guidance is None else guidance
     x_s = reference(x, m, rows, step_index, uncond=uncond, guidance=weight, noise=noise)

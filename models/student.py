@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import ArtifactError
 from ..folders.files import ARTIFACT_FILE, STUDENT_FILE, atomic_folder, cache_folder
@@ -214,8 +213,3 @@ def _fetch_unknown(name: str) -> Path:
 def find_base(name: str) -> bool:
     """Whether the catalogue knows it as a pipeline."""
     return any(entry.pipeline_id == name for entry in catalogue().values())
-
-
-def taken_from(manifest: StudentManifest | Any) -> list[str]:
-    """A line for everything that was taken from somewhere."""
-    return [f"{field}: {source}" for field, source in manifest.sources.items()]

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +81,13 @@ def tiny_artifact(once_a_run: Callable[..., Path], tiny_student: Path) -> Path:
 
     options = ExportOptions(name="tiny", batch=(1, 3))
     return once_a_run("artifact", lambda out: export_student(tiny_student, out, options=options))
+
+
+@pytest.fixture(scope="session")
+def two_sizes(once_a_run: Callable[..., Path], tiny_student: Path) -> Path:
+    """Another of its artifacts: square and wide, in one step, in the formats that can be written here."""
+    from imagine_flash.export import ExportOptions, export_student
+
+    formats: Any = ("triton-repository", *(["openvino"] if find_spec("openvino") else []))
+    options = ExportOptions(sizes=((64, 64), (64, 128)), steps=(1,), batch=(1, 2), formats=formats)
+    return once_a_run("two_sizes", lambda out: export_student(tiny_student, out, options=options))

@@ -41,16 +41,22 @@ class Ballot(BaseModel):
     seconds: Annotated[float, Field(ge=0, le=86400)]
 
 
+class _Chance:
+    """What one person is shown: the same each time, and not to be guessed."""
+
+    def __init__(self) -> None:
+        self.secret = secrets.token_bytes(16)
+
+    def of(self, annotator: str, what: object) -> random.Random:
+        return random.Random(hashlib.sha256(self.secret + f"{annotator}\n{what}".encode()).digest())
+
+    def left(self, annotator: str, pair: int) -> Literal["A", "B"]:
+        return self.of(annotator, pair).choice(("A", "B"))
+
+
 def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
     """Routes: / (the page), /next, /picture/{pair}/{side}, /vote, /results. Votes go to `file`, which is read again at a start."""
-    app, secret = FastAPI(title="Which do you like better?", docs_url=None, redoc_url=None), secrets.token_bytes(16)
-
-    def draw(annotator: str, what: object) -> random.Random:
-        """Of one person and one thing, the same each time, and not to be guessed."""
-        return random.Random(hashlib.sha256(secret + f"{annotator}\n{what}".encode()).digest())
-
-    def left_of(annotator: str, pair: int) -> Literal["A", "B"]:
-        return draw(annotator, pair).choice(("A", "B"))
+    app, chance = FastAPI(title="Which do you like better?", docs_url=None, redoc_url=None), _Chance()
 
     def known(pair: int) -> Pair:
         if pair >= len(pairs):
@@ -62,7 +68,7 @@ def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
         """A pair that this person has not judged; null where none is left."""
         judged = {vote.key for vote in read_votes(file) if vote.annotator == annotator}
         order = list(range(len(pairs)))
-        draw(annotator, "order").shuffle(order)
+        chance.of(annotator, "order").shuffle(order)
         left = [place for place in order if pairs[place].key not in judged]
         found = {"pair": left[0], "caption": pairs[left[0]].caption} if left else {"pair": None, "caption": ""}
         return found | {"judged": len(pairs) - len(left), "total": len(pairs)}
@@ -70,12 +76,12 @@ def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
     @app.get("/picture/{pair}/{side}")
     def picture(pair: int, side: Literal["left", "right"], annotator: Annotator) -> Response:
         one = known(pair)
-        is_a = (left_of(annotator, pair) == "A") == (side == "left")
+        is_a = (chance.left(annotator, pair) == "A") == (side == "left")
         return Response(one.a if is_a else one.b, media_type="image/*", headers=HEADERS)
 
     @app.post("/vote", status_code=204)
     def vote(ballot: Ballot) -> None:
-        one, left = known(ballot.pair), left_of(ballot.annotator, ballot.pair)
+        one, left = known(ballot.pair), chance.left(ballot.annotator, ballot.pair)
         right: Choice = "B" if left == "A" else "A"
         choices: dict[str, Choice] = {"left": left, "right": right, "tie": "tie"}
         said = {"annotator": ballot.annotator, "seconds": round(ballot.seconds, 2)}

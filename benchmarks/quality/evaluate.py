@@ -74,22 +74,14 @@ def evaluate(
     if split not in SPLITS:
         raise ImagineFlashError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     judge, judged = load_judge(judge_file)
-    judge, teacher = judge.to(device), load_model(teacher_folder).to(device)
-    student, plans, default, sampler = None, {}, 2.0, DETERMINISTIC
-    if student_folder is not None:
-        manifest = read_student_manifest(student_folder)
-        student, plans = load_model(student_folder).to(device), manifest.step_plans
-        sampler = manifest.sampler
-        default = float(np.mean(manifest.recipe.get("guidance", [2.0])))
-    weight = guidance if guidance is not None else default
-    methods = table_of_methods(teacher, student, plans, weight, font, sampler)
+    judge = judge.to(device)
+    methods, weight = _methods(teacher_folder, student_folder, guidance, font, device)
     methods = choose(methods, only)
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
     hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
     store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
     prompts = draw_prompts(count, split=split, held_out=False), draw_prompts(held_out, split=split, held_out=True)
     found = measured(methods, *prompts, judge, store, console)
-    rows = compare(methods, found, judge)
     record = {
         "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?",
         "schema": 2,
@@ -99,12 +91,25 @@ def evaluate(
         "seeds": {"prompts": SPLITS[split], "noise": NOISE_SEEDS[split]},
         "sha256": hashes,
         "judge_accuracy": judged,
-        "rows": rows,
+        "rows": compare(methods, found, judge),
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": str(device)},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }
     _write(record, methods, out)
     return record
+
+
+def _methods(
+    teacher_folder: Path, student_folder: Path | None, guidance: float | None, font: Path | None, device: Any
+) -> tuple[list[Method], float]:
+    """All rows, and the teacher's guidance: by default that of the student's recipe."""
+    teacher = load_model(teacher_folder).to(device)
+    if student_folder is None:
+        weight = 2.0 if guidance is None else guidance
+        return table_of_methods(teacher, None, {}, weight, font, DETERMINISTIC), weight
+    student, manifest = load_model(student_folder).to(device), read_student_manifest(student_folder)
+    weight = float(np.mean(manifest.recipe.get("guidance", [2.0]))) if guidance is None else guidance
+    return table_of_methods(teacher, student, manifest.step_plans, weight, font, manifest.sampler), weight
 
 
 def choose(methods: list[Method], only: list[str] | None) -> list[Method]:
@@ -150,8 +155,7 @@ def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> lis
     best = unbiased_frechet_distance(teacher.features, *reference)
     rows = []
     for method in methods:
-        kinds = found[method.name]
-        ours = kinds["seen"]
+        ours = (kinds := found[method.name])["seen"]
         distance = unbiased_frechet_distance(ours.features, *reference)
         own = resampled_distances(ours.features, reference)
         row: dict[str, Any] = {

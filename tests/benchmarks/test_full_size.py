@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def test_a_record_of_an_export(tmp_path: Path) -> None:
     assert record["git"] is None or len(record["git"]["commit"]) == 40
 
 
-def test_a_wrong_kind_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "-m", MODULE, "sd"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("give one of tiny, sd15, sd-turbo"), done.stderr
+def test_a_wrong_kind_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [MODULE, "sd"])
+    with pytest.raises(SystemExit, match=r"^give one of tiny, sd15, sd-turbo"):
+        import_module(MODULE).main()

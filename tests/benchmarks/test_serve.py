@@ -1,8 +1,6 @@
 """`bench serve` as a user runs it, on the tiny artifact."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +8,15 @@ import pytest
 from imagine_flash.benchmarks.harness import case_of
 from imagine_flash.benchmarks.schema import Check, read_record
 from imagine_flash.core.errors import ImagineFlashError
-
-CODE = "from imagine_flash.cli import main; main()"
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CODE, "bench", "serve", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+from imagine_flash.tests.commands import fails, start
 
 
 @pytest.mark.slow
 def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "serve"
-    done = run("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    done = start("bench", "serve", *options, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "times as fast as" in done.stdout and "overhead p50 ms" in done.stdout
     rows = {
@@ -72,10 +65,8 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
 )
 def test_bad_input_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
     given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    done = run(*given, *([] if "-o" in given else ["-o", str(tmp_path / "r")]))
-    line = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and line.startswith("error: ") and says in line, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert says in fails("bench", "serve", *given, *([] if "-o" in given else ["-o", str(tmp_path / "r")]))
+    assert not list(tmp_path.iterdir())
 
 
 RIGHT = Check(what="levels", error=0, tolerance=1)

@@ -8,7 +8,8 @@ import torch
 from onnx import TensorProto, helper
 
 from imagine_flash.export.lowering import TYPES, emulate
-from imagine_flash.export.precision import CHECK
+from imagine_flash.export.precision import CHECK, find_islands
+from imagine_flash.export.weights import WEIGHTS_FILE
 from imagine_flash.tests.lowering_cases import (
     NUMPY,
     OPSETS,
@@ -31,7 +32,7 @@ def real(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", TYPES)
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])  # each exports anew
 @pytest.mark.parametrize("name", STAGES)
 def test_a_real_stage_is_typed_strongly_and_as_exact_as_torch(real, name, opset, precision):
     case = real(name, opset)
@@ -71,6 +72,43 @@ def test_a_stage_of_islands_is_the_stage(real, name):
     assert lowered.graph == case.stage.graph and lowered.weights == case.stage.weights
     assert lowered.islands <= islands, "an island that no node has was reported"
     np.testing.assert_array_equal(case.run(emulate(lowered)), case.run(case.stage))
+
+
+@pytest.mark.slow
+def test_the_search_rounds_weights_as_the_file_does_and_leaves_nothing(real):
+    case = real("denoiser", 23)
+    folder, size = case.store.path.parent, case.store.path.stat().st_size
+    found = find_islands(case.stage, case.store, "bf16", [case.feed], limit=1.0)
+    assert [path.name for path in folder.iterdir()] == [WEIGHTS_FILE] and case.store.path.stat().st_size == size
+    want = case.run(case.stage)
+    assert found.error == pytest.approx(error(case.emulated("bf16", found.modules), want), rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", TYPES)
+def test_an_angle_needs_float32(real, precision):
+    """The half type knows 999 rad to a fraction of a turn at best: the embedding of the time would be another one."""
+    case = real("denoiser", 23)
+    islands = case.islands(precision)
+    assert "999" in islands["unet.time_proj"]
+    want = case.run(case.stage)
+    assert error(case.emulated(precision, islands), want) < error(case.emulated(precision), want)
+
+
+def test_groups_are_added_until_the_error_is_allowed(real):
+    case = real("text_encoder", 23)
+    plain = find_islands(case.stage, case.store, "bf16", [case.feed], limit=1.0)
+    assert plain.modules == {}
+    norms = {node.name for node in case.stage.graph.node if node.op_type == "LayerNormalization"}
+    some = find_islands(case.stage, case.store, "bf16", [case.feed], limit=0.99 * plain.error)
+    assert norms <= set(some.modules) < modules_of(case.stage) and some.error <= 0.99 * plain.error
+    assert all(f"{plain.error:.2g}" in some.modules[name] for name in norms)
+
+
+def test_the_whole_stage_is_the_last_resort(real):
+    case = real("text_encoder", 23)
+    found = find_islands(case.stage, case.store, "bf16", [case.feed], limit=0.0)
+    assert found.error == 0.0 and any("the whole stage" in reason for reason in found.modules.values())
+    np.testing.assert_array_equal(case.run(case.lower("bf16", found.modules)), case.run(case.stage))
 
 
 def test_float16_weights_are_shared_not_stored_again(tmp_path):

@@ -242,10 +242,10 @@ def test_more_rows_than_a_grid_holds_are_refused():
 
 def test_an_index_that_the_host_does_not_see_gives_nan():
     """On a GPU the indices stay there: a wrong one must not pick another step."""
-    from imagine_flash.kernels.update import launch
+    from imagine_flash.kernels.update import run
 
     index, out = torch.tensor([1, 3], device=DEVICE), torch.zeros_like(X)
-    launch(X, X, TABLE.rows, index, out, None, None, 0.0, None, None, 1.0)
+    run(X, X, TABLE.rows, index, out, None, None, 0.0, None, None, 1.0)
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 

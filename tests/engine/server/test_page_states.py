@@ -9,8 +9,6 @@ from typing import Any
 import httpx
 import pytest
 
-from imagine_flash.export import ExportOptions, export_student
-
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 pytestmark = pytest.mark.slow
@@ -190,10 +188,9 @@ def test_a_model_of_several_sizes(embedded, open_page) -> None:
     assert "size=128x64" in opened.page.evaluate("location.hash")
 
 
-def test_no_picture_is_stretched(start_server, tiny_student: Path, tmp_path: Path, open_page) -> None:
+def test_no_picture_is_stretched(start_server, two_sizes: Path, open_page) -> None:
     """One of the strip, or of an address, of another size than the one chosen was shown in the chosen one's box."""
-    export_student(tiny_student, tmp_path / "two", options=ExportOptions(sizes=((64, 64), (64, 128)), steps=(1,)))
-    server = start_server("--model", tmp_path / "two", "--backend", "onnxruntime")
+    server = start_server("--model", two_sizes, "--backend", "onnxruntime")
     opened = open_page(server.url).go("#prompt=a+fox&seed=8")
     page, ratio = (
         opened.page,
