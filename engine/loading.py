@@ -95,6 +95,7 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
         return
     if runs_student(options.backend, folder):
+        _check_int8("torch", options.precision)
         check_device("torch", options.device)
         check_max_batch(options.max_batch, STUDENT_BATCHES)
         if here:
@@ -103,7 +104,9 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
             check_mode(options.backend, device_of(options.device))
     else:
         manifest = read_artifact_manifest(folder)
-        check_device(choose(options.backend, manifest, options.device, folder), options.device)
+        name = choose(options.backend, manifest, options.device, folder)
+        _check_int8(name, options.precision)
+        check_device(name, options.device)
         check_max_batch(options.max_batch, manifest.batch)
         if here:
             check_backend(options.backend, folder, manifest, backend_options)
@@ -118,6 +121,7 @@ def _embedded() -> Path:
 def _load_student(folder: Path, options: LoadOptions) -> LoadedModel:
     from .backends.torch import load_student
 
+    _check_int8("torch", options.precision)
     max_batch = STUDENT_BATCH if options.max_batch is None else options.max_batch
     check_max_batch(max_batch, STUDENT_BATCHES)
     joins = options.long_prompts == "joined"
@@ -136,13 +140,22 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.backend, manifest, options.device, folder), options.precision
-    if precision == "auto" and name == "openvino" and bf16_is_accurate(folder, manifest):
+    _check_int8(name, precision)
+    if precision == "auto" and name == "openvino" and not manifest.holds_int8 and bf16_is_accurate(folder, manifest):
         precision = "bf16"
     backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))
     tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
     return LoadedModel(
         backend=backend, tokenizer=tokenizer, manifest=manifest, folder=folder, route=route, max_batch=max_batch
     )
+
+
+def _check_int8(backend: str, precision: str) -> None:
+    if precision == "int8" and backend != "openvino":
+        raise ArtifactError(
+            f"{backend} does not compute in int8; take the backend openvino, and an artifact of: imagine-flash export "
+            "STUDENT OUT --format openvino --int8 full"
+        )
 
 
 def batch_buckets(max_batch: int) -> tuple[int, ...]:
