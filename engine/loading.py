@@ -37,7 +37,8 @@ class LoadOptions(Checked):
     takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait before requests
     are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time. threads: of the
     processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the context, with a
-    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly.
+    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. revision: of a hub
+    id, a branch, tag or commit; None is main.
     """
 
     model_config = ConfigDict(strict=True)
@@ -52,6 +53,7 @@ class LoadOptions(Checked):
     prompt_cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
     threads: int | None = Field(default=None, ge=1)
     long_prompts: Literal["cut", "joined"] = "cut"
+    revision: str | None = None
 
     def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:
         """What the backend is told of it. Raises ArtifactError."""
@@ -78,7 +80,7 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     embedded model. Raises ArtifactError for a folder that is missing, damaged, newer or of another kind,
     MissingExtraError for a backend that is not installed, RequestError for options that the model does not have.
     """
-    folder = _embedded() if path is None else local_folder(path)
+    folder = _embedded() if path is None else local_folder(path, revision=options.revision)
     is_student = runs_student(options.backend, folder)
     model = _load_student(folder, options) if is_student else _load_artifact(folder, options)
     model.backend.prepare(STAGES if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"])
