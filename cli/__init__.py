@@ -17,6 +17,7 @@ from .exporting import build_tensorrt_command, export_command
 from .generate import generate_command
 from .inspecting import inspect_command
 from .models import models_command
+from .pushing import push_command
 from .serve import serve_command
 from .training import (
     compare_command,
@@ -45,6 +46,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     export_command: ("export runs/student runs/artifact", "export runs/student out --precision fp16 --format tensorrt"),
     models_command: ("models", "models --json"),
     inspect_command: ("inspect runs/artifact", "inspect runs/artifact --run"),
+    push_command: ("push runs/artifact owner/name --private", "push runs/artifact owner/name --dry-run"),
     build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
     train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),
     distill_command: ("distill runs/teacher runs/student", "distill ./my-teacher runs/student --prompts prompts.txt"),

@@ -103,7 +103,13 @@ def export_command(
         float | None,
         typer.Option(metavar="NUMBER", help="The largest error against torch's tensors, instead of the precision's."),
     ] = None,
-    int8: Annotated[bool, flag("--int8", help="Compress the OpenVINO weights to 8 bits with NNCF.")] = False,
+    int8: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of the OpenVINO files, with NNCF: weights (8 bits, less memory) or full (8-bit products too, faster).",
+        ),
+    ] = None,
     entry: Entry = None,
     base: Base = None,
     timesteps: Timesteps = None,
@@ -124,7 +130,8 @@ def export_command(
     from ..pipelines.lora import parse_lora
     from ..pipelines.single_file import unpacked
 
-    chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision}  # names not yet checked
+    # names not yet checked
+    chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision, "int8": int8}
     options = ExportOptions(
         **chosen,
         name=name,
@@ -138,7 +145,6 @@ def export_command(
         error=max_error,
         image_encoder=image_encoder,
         forms="both" if whole is None else "whole-sampler" if whole else "stages",
-        int8=int8,
         prompts=None if check_prompts is None else read_prompts(check_prompts),
     )
     described = model_options(

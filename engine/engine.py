@@ -16,6 +16,7 @@ from ..core.errors import ArtifactError, RequestError
 from ..core.noise import step_noise
 from ..core.plan import select
 from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
+from ..folders.publish import push_to_hub
 from .backends.base import Backend
 from .batching import Batcher
 from .editing import check_picture
@@ -102,6 +103,19 @@ class Engine:
             prompt_cache=PromptCache(options.prompt_cache_bytes),
             folder=loaded.folder,
         )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Engine:
+        """`Engine.load`, by the name that the hub's libraries have for it: a hub id with its revision, or a folder."""
+        return cls.load(path, **options)
+
+    def push_to_hub(self, name: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Uploads the artifact that it draws with as the hub's model `name`, with a model card; returns its address.
+
+        Raises ArtifactError for an engine of a student, and for what the hub refuses.
+        """
+        _ = self.artifact  # a student is refused
+        return push_to_hub(self.folder, name, private=private, revision=revision)
 
     @property
     def artifact(self) -> ArtifactManifest:

@@ -37,7 +37,8 @@ class LoadOptions(Checked):
     takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait before requests
     are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time. threads: of the
     processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the context, with a
-    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly.
+    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. revision: of a hub
+    id, a branch, tag or commit; None is main.
     """
 
     model_config = ConfigDict(strict=True)
@@ -52,6 +53,7 @@ class LoadOptions(Checked):
     prompt_cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
     threads: int | None = Field(default=None, ge=1)
     long_prompts: Literal["cut", "joined"] = "cut"
+    revision: str | None = None
 
     def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:
         """What the backend is told of it. Raises ArtifactError."""
@@ -78,7 +80,7 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     embedded model. Raises ArtifactError for a folder that is missing, damaged, newer or of another kind,
     MissingExtraError for a backend that is not installed, RequestError for options that the model does not have.
     """
-    folder = _embedded() if path is None else local_folder(path)
+    folder = _embedded() if path is None else local_folder(path, revision=options.revision)
     is_student = runs_student(options.backend, folder)
     model = _load_student(folder, options) if is_student else _load_artifact(folder, options)
     model.backend.prepare(STAGES if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"])
@@ -95,6 +97,7 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
         return
     if runs_student(options.backend, folder):
+        _check_int8("torch", options.precision)
         check_device("torch", options.device)
         check_max_batch(options.max_batch, STUDENT_BATCHES)
         if here:
@@ -103,7 +106,9 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
             check_mode(options.backend, device_of(options.device))
     else:
         manifest = read_artifact_manifest(folder)
-        check_device(choose(options.backend, manifest, options.device, folder), options.device)
+        name = choose(options.backend, manifest, options.device, folder)
+        _check_int8(name, options.precision)
+        check_device(name, options.device)
         check_max_batch(options.max_batch, manifest.batch)
         if here:
             check_backend(options.backend, folder, manifest, backend_options)
@@ -118,6 +123,7 @@ def _embedded() -> Path:
 def _load_student(folder: Path, options: LoadOptions) -> LoadedModel:
     from .backends.torch import load_student
 
+    _check_int8("torch", options.precision)
     max_batch = STUDENT_BATCH if options.max_batch is None else options.max_batch
     check_max_batch(max_batch, STUDENT_BATCHES)
     joins = options.long_prompts == "joined"
@@ -136,13 +142,22 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.backend, manifest, options.device, folder), options.precision
-    if precision == "auto" and name == "openvino" and bf16_is_accurate(folder, manifest):
+    _check_int8(name, precision)
+    if precision == "auto" and name == "openvino" and not manifest.holds_int8 and bf16_is_accurate(folder, manifest):
         precision = "bf16"
     backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))
     tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
     return LoadedModel(
         backend=backend, tokenizer=tokenizer, manifest=manifest, folder=folder, route=route, max_batch=max_batch
     )
+
+
+def _check_int8(backend: str, precision: str) -> None:
+    if precision == "int8" and backend != "openvino":
+        raise ArtifactError(
+            f"{backend} does not compute in int8; take the backend openvino, and an artifact of: imagine-flash export "
+            "STUDENT OUT --format openvino --int8 full"
+        )
 
 
 def batch_buckets(max_batch: int) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ LIMITS = {
     "fp32": Limits(error=1e-4, levels=1),
     "fp16": Limits(rms=0.02, psnr=35.0),
     "bf16": Limits(rms=0.15, psnr=20.0),
+    "int8": Limits(psnr=20.0),
 }
 
 

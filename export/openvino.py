@@ -13,11 +13,8 @@ within one, OpenVINO numbers the nodes without a name ever higher.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,18 @@ from ..core.images import MAX_PSNR, psnr
 from ..folders.files import atomic_folder
 from ..folders.manifests import STAGES, ArtifactManifest, GraphSpec, TensorSpec
 from ..pipelines.stages import GUIDANCE
+from .cases import Case
+from .int8 import (
+    QUANTISED,
+    Compiled,
+    Int8,
+    Tensors,
+    calibration,
+    check_pictures,
+    compress_weights,
+    import_nncf,
+    quantise,
+)
 
 FOLDER = "openvino"
 RELATIVE_TOLERANCE = 1e-4  # of the largest value
@@ -36,14 +45,22 @@ IMAGE_TOLERANCE = 1.0  # levels of 0..255
 INT8_PSNR = 25.0  # dB
 SEED = 0
 
-Tensors = dict[str, NDArray[Any]]
 Errors = dict[str, dict[str, float | None]]  # output -> measure -> value; None for NaN or Inf
 
 
-def write_openvino(folder: Path, manifest: ArtifactManifest, *, int8: bool = False) -> dict[str, Any]:
-    """Writes folder/openvino/NAME.xml and NAME.bin for every stage graph; returns what the manifest says about them.
+def write_openvino(
+    folder: Path,
+    manifest: ArtifactManifest,
+    *,
+    int8: Int8 | None = None,
+    cases: Sequence[Case] = (),
+    prompts: Sequence[str] | None = None,
+    psnr: float = INT8_PSNR,
+) -> dict[str, Any]:
+    """Writes folder/openvino/NAME.xml and NAME.bin for the stage graphs; returns what the manifest says about them.
 
-    int8: the weights of matrices and convolutions as 8-bit integers, asymmetric, one scale per output channel (NNCF).
+    int8: "weights" or "full", of denoiser and decoder alone: see export/int8.py. cases: what torch drew, at least one for
+    "full", whose pictures must have this psnr (dB); prompts: what "full" is calibrated on.
 
     Every file is read back and run on the CPU against onnxruntime on seeded inputs, at the smallest and the largest
     batch of the manifest. "errors" holds the worst, by precision hint ("f32", and "bf16" on a CPU that has it) and
@@ -51,46 +68,75 @@ def write_openvino(folder: Path, manifest: ArtifactManifest, *, int8: bool = Fal
     0..255 and "psnr" in dB, at most 100; None where a value is NaN or Inf. "inference_precision" is the hint that was
     held to a limit; bf16 is only measured.
 
-    Raises ParityError if a float32 error exceeds 1e-4 or one level, or int8 images have a PSNR under 25 dB;
-    ArtifactError, MissingExtraError. An older folder/openvino gives way only then, whole.
+    Raises ParityError if a float32 error exceeds 1e-4 or one level, images of 8-bit weights have a PSNR under 25 dB or
+    pictures of 8-bit products one under `psnr`; ArtifactError, MissingExtraError. An older folder/openvino gives way
+    only then, whole.
     """
     ov = _import_openvino()
-    nncf = _import_nncf() if int8 else None
-    names = _stage_names(folder, manifest)
+    nncf = import_nncf() if int8 else None
+    names = _stage_names(folder, manifest, QUANTISED if int8 == "full" else STAGES)
     core = ov.Core()
     hints = ["f32"] + ["bf16"] * ("BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     graphs: dict[str, Any] = {}
+    feeds = dict[str, list[Tensors]]()
+    if int8 == "full":
+        feeds = {
+            name: fed for size in manifest.sizes for name, fed in calibration(folder, manifest, size, prompts).items()
+        }
+    pictures: dict[str, Any] = {}
     with atomic_folder(folder / FOLDER, replaces=[f"{name}.xml" for name in manifest.graphs]) as target:
         for name in names:
             model = _read(core, folder / manifest.graphs[name].file)
-            cases = list(_cases(folder, manifest, name))
+            seeded = list(_cases(folder, manifest, name))
             path = target / f"{name}.xml"
             ov.save_model(model, path, compress_to_fp16=False)
-            errors = _checked(core, path, name, cases, hints)
+            errors = _checked(core, path, name, seeded, hints)
             if nncf is not None:
                 path.with_suffix(".bin").unlink()  # it may be mapped into memory
-                ov.save_model(_compress(nncf, model), path, compress_to_fp16=False)
-                errors = _measured(core, path, cases, hints)
-                _check_int8(name, errors["f32"])
+                model = quantise(nncf, model, feeds[name]) if int8 == "full" else compress_weights(nncf, model)
+                ov.save_model(model, path, compress_to_fp16=False)
+                errors = _measured(core, path, seeded, hints)
+                if int8 == "weights":
+                    _check_int8(name, errors["f32"])
             graphs[name] = {"file": f"{FOLDER}/{name}.xml", "weights": f"{FOLDER}/{name}.bin", "errors": errors}
-    return {
-        "openvino": ov.__version__,
-        "weights": "int8_asym" if int8 else "as in the ONNX",
-        "batch": "free; reshape before compiling",
-        "inference_precision": "f32",
-        "checked_batches": sorted(set(manifest.batch)),
-        "graphs": graphs,
-    } | ({"nncf": nncf.__version__} if nncf is not None else {})
+        if int8 == "full":
+            compiled = partial(_compiled, core, target, hints[-1])
+            pictures = {"psnr": check_pictures(compiled, manifest, cases, psnr), "prompts": len(feeds[names[-1]])}
+    return (
+        {
+            "openvino": ov.__version__,
+            "weights": {None: "as in the ONNX", "weights": "int8_asym", "full": "int8_sym"}[int8],
+            "batch": "free; reshape before compiling",
+            "inference_precision": "f32",
+            "checked_batches": sorted(set(manifest.batch)),
+            "graphs": graphs,
+        }
+        | ({"nncf": nncf.__version__} if nncf is not None else {})
+        | ({"activations": "int8", "pictures": pictures} if pictures else {})
+    )
 
 
-def _stage_names(folder: Path, manifest: ArtifactManifest) -> list[str]:
-    """The stage graphs at every size, text encoder first."""
+def _compiled(core: Any, folder: Path, hint: str, name: str, batch: int) -> Compiled:
+    """An IR at one batch size, as the runtime compiles it."""
+    model = core.read_model(folder / f"{name}.xml")
+    model.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+
+    def run(inputs: Tensors) -> Tensors:
+        found = compiled(inputs)
+        return {name: found[name] for port in compiled.outputs for name in port.names}
+
+    return run
+
+
+def _stage_names(folder: Path, manifest: ArtifactManifest, stages: Sequence[str]) -> list[str]:
+    """The graphs of these stages at every size, in their order."""
     if manifest.precision != "fp32":
         raise ArtifactError(
             f"OpenVINO lowers the precision itself when it loads a graph; export with precision fp32 for it, "
             f"got {manifest.precision}"
         )
-    wanted = dict.fromkeys(manifest.graph_name(stage, size) for stage in STAGES for size in manifest.sizes)
+    wanted = dict.fromkeys(manifest.graph_name(stage, size) for stage in stages for size in manifest.sizes)
     names = [name for name in wanted if name in manifest.graphs]
     if not names:
         raise ArtifactError(
@@ -171,12 +217,6 @@ def _unreadable(library: str, path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{library} cannot read {path} ({reason}); run 'imagine-flash export' again")
 
 
-def _compress(nncf: Any, model: Any) -> Any:
-    """The model with 8-bit weights, without NNCF's tables and progress bars."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-
-
 def _checked(
     core: Any, path: Path, name: str, cases: list[tuple[Tensors, Tensors]], hints: list[str]
 ) -> dict[str, Errors]:
@@ -245,20 +285,3 @@ def _import_openvino() -> Any:
     except ImportError:
         raise missing_extra("openvino", "openvino") from None
     return openvino
-
-
-def _import_nncf() -> Any:
-    """NNCF, imported with its usage statistics off: it would send them without asking."""
-    switch, before = "NNCF_CI", os.environ.get("NNCF_CI")
-    os.environ[switch] = "1"
-    try:
-        import nncf  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise missing_extra("nncf", "int8") from None
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
-    nncf.set_log_level(logging.ERROR)
-    return nncf

@@ -35,7 +35,8 @@ class ExportOptions(Checked):
     takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an AutoencoderTiny folder that
     replaces the student's decoder. variant: of the student's files, such as fp16. loras: are added to its weights, in this
     order. image_encoder: also the graph that drawing from a picture needs. prompts: what the gate draws. psnr (dB) and
-    error replace the precision's limits. gated: the one plan that the gate draws; None: all.
+    error replace the precision's limits. int8: of the OpenVINO
+    files, the weights alone or the products too. gated: the one plan that the gate draws; None: all.
     """
 
     refusal = ArtifactError
@@ -55,7 +56,7 @@ class ExportOptions(Checked):
     opset: int = 23
     psnr: float | None = Field(default=None, gt=0)
     error: float | None = Field(default=None, gt=0)
-    int8: bool = False
+    int8: Literal["weights", "full"] | None = None
     image_encoder: bool = True
 
     @classmethod
@@ -103,7 +104,7 @@ class ExportOptions(Checked):
                 can = " or ".join(PRECISIONS[kind])
                 raise ValueError(f"the format {kind} takes precision {can}, got {self.precision}")
         if self.int8 and "openvino" not in self.formats:
-            raise ValueError("int8 weights are made for the format openvino; add --format openvino")
+            raise ValueError("int8 is made for the format openvino; add --format openvino")
         return self
 
     @property

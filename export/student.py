@@ -19,7 +19,7 @@ from ..folders.reading import read_student_manifest, signed, write_manifest
 from ..models.files import weights_files
 from ..pipelines.loading import student_folder
 from .cases import Case
-from .ledger import Ledger
+from .ledger import LIMITS, Ledger
 from .onnx import save_graph
 from .options import ExportOptions
 from .parity import SEEDS, check_parity
@@ -146,12 +146,14 @@ def _finish(
     for kind in options.formats:
         if kind != "onnx":
             progress(f"writing {kind}")
-            formats[kind] = _write_format(kind, target, manifest, options)
+            formats[kind] = _write_format(kind, target, manifest, options, cases)
     complete = manifest.model_copy(update={"formats": formats, "files": hash_files(target)})
     return ArtifactManifest.model_validate(complete.model_dump())
 
 
-def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: ExportOptions) -> dict[str, Any]:
+def _write_format(
+    kind: str, target: Path, manifest: ArtifactManifest, options: ExportOptions, cases: list[Case]
+) -> dict[str, Any]:
     if kind == "tensorrt":
         from .tensorrt import write_tensorrt
 
@@ -159,7 +161,8 @@ def _write_format(kind: str, target: Path, manifest: ArtifactManifest, options: 
     if kind == "openvino":
         from .openvino import write_openvino
 
-        return write_openvino(target, manifest, int8=options.int8)
+        limit = options.psnr or LIMITS["int8"].psnr
+        return write_openvino(target, manifest, int8=options.int8, cases=cases, prompts=options.prompts, psnr=limit)
     from .triton_repository import write_triton_repository
 
     return write_triton_repository(target, manifest)

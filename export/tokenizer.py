@@ -29,6 +29,13 @@ def parity_prompts(stages: Stages) -> list[str]:
     return [" ".join(draw.choice(words, size)) for size in (1, 4, 8)]
 
 
+def random_prompts(tokenizer: Tokenizer, count: int = 16) -> list[str]:
+    """Prompts of 3 to 8 words that the tokenizer holds whole, always the same for one vocabulary."""
+    draw = np.random.default_rng(1)
+    words = whole_words(tokenizer) or ["a"]
+    return [" ".join(draw.choice(words, draw.integers(3, 9))) for _ in range(count)]
+
+
 def whole_words(tokenizer: Tokenizer) -> list[str]:
     """What a CLIP vocabulary holds as one token: its entries ending in </w>, without single characters but "a"."""
     words = {entry.removesuffix(END_OF_WORD) for entry in tokenizer.get_vocab() if entry.endswith(END_OF_WORD)}

@@ -14,13 +14,18 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLED = ("*pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # never read here, so never fetched
 
 
-def local_folder(name: str | Path, *, ignore: Sequence[str] = (), only: Sequence[str] | None = None) -> Path:
+def local_folder(
+    name: str | Path, *, ignore: Sequence[str] = (), only: Sequence[str] | None = None, revision: str | None = None
+) -> Path:
     """The folder of that path; a hub id ("owner/name", where no such folder is) is downloaded into the hub's cache.
 
-    ignore: patterns of further files that are not needed; only: of those that are. Raises ArtifactError, MissingExtraError.
+    ignore: patterns of further files that are not needed; only: of those that are. revision: a branch, tag or commit of the
+    hub's. Raises ArtifactError, MissingExtraError.
     """
     folder = Path(name)
     if folder.exists() or not HUB_ID.fullmatch(str(name)):
+        if revision is not None:
+            raise ArtifactError(f"{name} is no hub id (owner/name), so it has no revision {revision!r}; leave it out")
         return folder
     try:
         hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
@@ -28,13 +33,14 @@ def local_folder(name: str | Path, *, ignore: Sequence[str] = (), only: Sequence
         raise missing_extra("huggingface_hub", "cpu") from None
     known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
     try:
-        return _with_files_of_its_own(
-            Path(hub.snapshot_download(str(name), ignore_patterns=[*PICKLED, *ignore], allow_patterns=only)), str(name)
-        )
+        wanted = {"ignore_patterns": [*PICKLED, *ignore], "allow_patterns": only, "revision": revision}
+        return _with_files_of_its_own(Path(hub.snapshot_download(str(name), **wanted)), str(name))
     except errors.GatedRepoError:
         raise ArtifactError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and log in with: hf auth login"
         ) from None
+    except errors.RevisionNotFoundError:
+        raise ArtifactError(f"{name} has no revision {revision!r} on the hub") from None
     except errors.RepositoryNotFoundError:
         raise ArtifactError(
             f"the hub has no {name}, or it is private; see the names that are known: imagine-flash models"

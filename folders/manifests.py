@@ -291,6 +291,11 @@ class ArtifactManifest(ModelDescription):
         """The stages and samplers there are."""
         return self.graphs.keys()
 
+    @property
+    def holds_int8(self) -> bool:
+        """Whether its OpenVINO files are in 8 bits."""
+        return str(self.formats.get("openvino", {}).get("weights", "")).startswith("int8")
+
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)

@@ -95,6 +95,7 @@ class _Run:
         for decoder in options.decoders or ("tiny",):
             steps = list(options.steps) or ([1] if options.model in SHAPES else [])
             how: Any = {"decoder": decoder, "steps": steps, "sizes": options.sizes, "batch": max(options.batches)}
+            how["int8"] = any(name.endswith(":int8") for name in options.backends)
             model = find_model(options.model, self.folder, **how)
             if self.pairing.floor is None:
                 self.pairing = replace(self.pairing, floor=measure_floor())

@@ -39,12 +39,21 @@ class Model:
 
 
 def find_model(
-    model: str, folder: Path, *, decoder: str, steps: Sequence[int], sizes: Sequence[Size], batch: int
+    model: str,
+    folder: Path,
+    *,
+    decoder: str,
+    steps: Sequence[int],
+    sizes: Sequence[Size],
+    batch: int,
+    int8: bool = False,
 ) -> Model:
-    """What --model means. A shape is made in `folder`, or taken from there. Raises ImagineFlashError for an unknown name, for
-    what the artifact does not have, and for a shape that this machine's memory does not hold, before anything is made."""
+    """What --model means. A shape is made in `folder`, with int8 in 8 bits too, or taken from there.
+
+    Raises ImagineFlashError for an unknown name, for what the artifact does not have, and for a shape that this machine's
+    memory does not hold, before anything is made."""
     if model in SHAPES:
-        return _shape(model, folder / f"{model}-{decoder}", decoder, steps, sizes, batch)
+        return _shape(model, folder / f"{model}-{decoder}", decoder, steps, sizes, batch, int8)
     artifact = EMBEDDED if model == "embedded" else Path(model)
     if not (artifact / ARTIFACT_FILE).is_file() and not artifact.exists():
         known = ["embedded", *SHAPES]
@@ -66,7 +75,9 @@ def refuse_too_large(model: str) -> None:
         )
 
 
-def _shape(model: str, folder: Path, decoder: str, steps: Sequence[int], sizes: Sequence[Size], batch: int) -> Model:
+def _shape(
+    model: str, folder: Path, decoder: str, steps: Sequence[int], sizes: Sequence[Size], batch: int, int8: bool
+) -> Model:
     kind, _, own = SHAPES[model]
     refuse_too_large(model)
     student, artifact, sizes = folder / "student", folder / "artifact", list(sizes) or [own]
@@ -75,9 +86,10 @@ def _shape(model: str, folder: Path, decoder: str, steps: Sequence[int], sizes: 
 
         student.mkdir(parents=True, exist_ok=True)
         random_student(student, kind, steps=(1, 2, 4), tiny_decoder=decoder == "tiny")  # type: ignore[arg-type]
-    if not _holds(artifact, steps, sizes, batch):
+    if not _holds(artifact, steps, sizes, batch, int8):
         options = ["--stages", "--no-image-encoder", "--steps", ",".join(map(str, steps)), "--batch", f"1-{batch}"]
         options += ["--sizes", ",".join(map(size_name, sizes)), "--name", model]
+        options += ["--format", "openvino", "--int8", "full"] if int8 else []
         ended = subprocess.run(
             [*COMMAND, "export", str(student), str(artifact), *options], capture_output=True, text=True
         )
@@ -87,8 +99,9 @@ def _shape(model: str, folder: Path, decoder: str, steps: Sequence[int], sizes: 
     return Model(name=model, artifact=artifact, student=student, manifest=read_artifact_manifest(artifact))
 
 
-def _holds(artifact: Path, steps: Sequence[int], sizes: Sequence[Size], batch: int) -> bool:
+def _holds(artifact: Path, steps: Sequence[int], sizes: Sequence[Size], batch: int, int8: bool) -> bool:
     if not (artifact / ARTIFACT_FILE).is_file():
         return False
     manifest = read_artifact_manifest(artifact, verify=False)
-    return set(steps) <= set(manifest.plans) and set(sizes) <= set(manifest.sizes) and batch <= manifest.batch[1]
+    here = set(steps) <= set(manifest.plans) and set(sizes) <= set(manifest.sizes) and batch <= manifest.batch[1]
+    return here and manifest.holds_int8 >= int8

@@ -22,7 +22,7 @@ DEVICES = {
     "torch": "auto, cpu, cuda or cuda:N",
     "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N",
 }
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a device
 Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
 Column = NDArray[np.float32]  # one coefficient for each image (B,)

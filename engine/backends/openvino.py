@@ -1,6 +1,7 @@
 """The graphs on OpenVINO's CPU plugin, compiled for fixed shapes: the fastest on x86.
 
-The stages' IR is read where the artifact holds it, else the ONNX graphs, which OpenVINO reads itself. Compiled models are
+The stages' IR is read where the artifact holds it, else the ONNX graphs, which OpenVINO reads itself; an IR of 8 bits is
+the precision int8, whose other layers compute in bfloat16 where the processor has it. Compiled models are
 kept in a cache folder, whose keys are OpenVINO's own: the model's content, shapes, options, version and processor.
 """
 
@@ -23,7 +24,8 @@ LARGE = 2**29  # bytes of an artifact
 
 
 class OpenvinoBackend(GraphBackend[ArtifactManifest]):
-    """One compiled model per graph and batch size. precision: fp32 (auto), or bf16 on a CPU that has it."""
+    """One compiled model per graph and batch size. precision: fp32, bf16 on a CPU that has it, or int8 where the artifact
+    holds it; auto is int8, else fp32."""
 
     name = "openvino"
 
@@ -35,7 +37,7 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         self.batches = options.batches[:1] if self.splits else options.batches
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_PRECISION_HINT": HINTS[self._rest()],
             "INFERENCE_NUM_THREADS": options.threads or processors(),
         }
         if cache := cache_folder("openvino"):
@@ -54,13 +56,24 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
                 f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
                 "--precision fp32, or take the backend onnxruntime"
             )
-        precision = "fp32" if options.precision == "auto" else options.precision
+        automatic = "int8" if manifest.holds_int8 else "fp32"
+        precision = automatic if options.precision == "auto" else options.precision
         core = openvino.Core()
         native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision not in HINTS or (precision == "bf16" and "BF16" not in native):
+        if precision == "int8":
+            if not manifest.holds_int8:
+                raise ArtifactError(
+                    f"{folder} holds nothing in int8; run: imagine-flash export STUDENT OUT --format openvino --int8 full"
+                )
+        elif precision not in HINTS or (precision == "bf16" and "BF16" not in native):
             there = "fp32, bf16" if "BF16" in native else "fp32"
             raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {precision}")
         return openvino, core, precision
+
+    def _rest(self) -> str:
+        """The precision of what is not in 8 bits."""
+        native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return self.precision if self.precision != "int8" else "bf16" if "BF16" in native else "fp32"
 
     def describe(self) -> str:
         version, threads = self._library.__version__.split("-")[0], self._options["INFERENCE_NUM_THREADS"]
@@ -89,8 +102,9 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         return run
 
     def _file(self, graph: str) -> Path:
-        """The IR of a graph where the artifact has one, else its ONNX."""
-        graphs = self.manifest.formats.get("openvino", {}).get("graphs", {})
+        """The IR of a graph where the artifact has one of this precision, else its ONNX."""
+        fits = (self.precision == "int8") == self.manifest.holds_int8
+        graphs = self.manifest.formats.get("openvino", {}).get("graphs", {}) if fits else {}
         file = graphs.get(graph, {}).get("file", self.manifest.graphs[graph].file)
         return self.folder / file
 

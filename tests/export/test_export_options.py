@@ -117,7 +117,7 @@ BAD = {
         {"formats": ("openvino",), "precision": "fp16"},
         "openvino takes precision fp32, got fp16",
     ),
-    "int8": ({"int8": True}, "int8 weights are made for the format openvino; add --format openvino"),
+    "int8": ({"int8": "full"}, "int8 is made for the format openvino; add --format openvino"),
     "opset": ({"opset": 17}, "opset must be 20 to 24, got 17"),
     "no sizes": ({"sizes": ()}, "sizes must not be empty"),
     "psnr": ({"psnr": -3.0}, "psnr: input should be greater than 0, got -3.0"),

@@ -188,7 +188,7 @@ def test_int8_weights(tmp_path, core):
     write_openvino(tmp_path, manifest)
     full = (tmp_path / "openvino" / "denoiser.bin").stat().st_size
     environment = dict(os.environ)
-    record = write_openvino(tmp_path, manifest, int8=True)
+    record = write_openvino(tmp_path, manifest, int8="weights")
     assert dict(os.environ) == environment
     assert (tmp_path / "openvino" / "denoiser.bin").stat().st_size < 0.6 * full
     assert record["weights"] == "int8_asym" and record["nncf"]
@@ -257,5 +257,5 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, extra):
     manifest = described_copy(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"needs {package}: pip install 'imagine-flash\[{extra}\]'"):
-        write_openvino(tmp_path, manifest, int8=True)
+        write_openvino(tmp_path, manifest, int8="weights")
     assert not (tmp_path / "openvino").exists()
