@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 from pathlib import Path
@@ -67,9 +66,11 @@ def read_networks(folder: Path) -> tuple[Any, dict[str, str]]:
 
 
 def _network(described: dict[str, Any]) -> Any:
-    if described["library"] not in ("diffusers", "transformers"):
-        raise ValueError(f"no networks of {described['library']} are known")
-    kind: Any = getattr(importlib.import_module(described["library"]), described["class"])
+    import diffusers
+    import transformers
+
+    library = {"diffusers": diffusers, "transformers": transformers}[described["library"]]
+    kind: Any = getattr(library, described["class"])
     if torch.nn.Module not in kind.__mro__:
         raise ValueError(f"{described['class']} is no network")
     with torch.device("meta"):

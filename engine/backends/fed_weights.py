@@ -18,8 +18,29 @@ from numpy.typing import NDArray
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from .base import LoraSet
+from .graphs import GraphBackend
 
 READERS = ("MatMul", "Gemm", "Conv")
+TEXT_ENCODER, DENOISER = "text_encoder", "denoiser"
+Memory = dict[str, tuple[NDArray[Any], bool]]  # by layer, the weight and whether it is transposed
+
+
+class FedGraphs(GraphBackend[ArtifactManifest]):
+    """Graphs of an artifact on the host. fed: where there are LoRAs."""
+
+    fed: FedWeights | None = None
+
+    @property
+    def loras(self) -> Mapping[str, frozenset[str]]:
+        return {} if self.fed is None else self.fed.loras
+
+    def adapt(self, loras: LoraSet) -> None:
+        if self.fed is not None:
+            self.fed.write(loras)
+
+    def fed_to(self, graph: str) -> Mapping[str, NDArray[Any]]:
+        """The weights that a graph is fed beside its own inputs, by name; their memory stays the same."""
+        return {} if self.fed is None else self.fed.of(graph)
 
 
 class FedWeights:
@@ -29,26 +50,20 @@ class FedWeights:
         """Raises ArtifactError, MissingExtraError."""
         try:
             import onnx
-            import torch
+        except ImportError:
+            raise missing_extra("onnx", "export") from None
+        from .torch import Rewriter, lora_layers, torch
 
-            from ...pipelines.adapters import DENOISER, TEXT_ENCODER, Rewriter, read_adapters
-            from ...pipelines.architectures import architecture_of
-            from ...pipelines.skeleton import read_networks
-        except ImportError as error:
-            raise missing_extra(error.name or "onnx", "export") from None
         self._onnx: Any = onnx
         self.folder = folder
-        pipeline, prefixes = read_networks(folder)
-        adapters = read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, files)
+        adapters, prefixes = lora_layers(folder, files)
         self.loras = {name: adapter.stages for name, adapter in adapters.items()}
         layers: dict[str, list[Any]] = defaultdict(list)
         for adapter in adapters.values():
             for path, layer in adapter.layers.items():
                 layers[path].append(layer)
         self._arrays: dict[str, dict[str, NDArray[Any]]] = {}  # by graph, what is fed
-        memory: dict[
-            str, tuple[NDArray[Any], bool]
-        ] = {}  # by layer, shared by the graphs of all sizes; whether transposed
+        memory: Memory = {}  # shared by the graphs of all sizes
         for graph in manifest.graph_names:
             is_text = graph.startswith(TEXT_ENCODER)
             if is_text or graph.startswith(DENOISER):
@@ -71,7 +86,7 @@ class FedWeights:
             self._rewriter.write(dict(loras))
 
     def of(self, graph: str) -> Mapping[str, NDArray[Any]]:
-        """What is fed to a graph beside its own inputs, by name; the memory stays the same."""
+        """What a graph is fed, by name."""
         return self._arrays.get(graph, {})
 
     def graph(self, name: str, file: Path) -> bytes:
@@ -92,9 +107,7 @@ class FedWeights:
             graph.input.append(self._onnx.helper.make_tensor_value_info(value, kind, array.shape))
         return model.SerializeToString()
 
-    def _feed(
-        self, file: Path, modules: Mapping[str, str], memory: dict[str, tuple[NDArray[Any], bool]]
-    ) -> dict[str, NDArray[Any]]:
+    def _feed(self, file: Path, modules: Mapping[str, str], memory: Memory) -> dict[str, NDArray[Any]]:
         """The weights of these modules in a graph, by the names that its nodes read; into `memory` those that are not there.
         Raises ArtifactError for one that no node reads as it is."""
         graph = self._onnx.load(str(file), load_external_data=False).graph

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from ...core.errors import ArtifactError
 from ...folders.manifests import IMAGE_ENCODER, ModelDescription
 from .base import Column, Fresh, LoraSet, Pictures, Stopped, stopwatch
-from .fed_weights import FedWeights
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
@@ -31,11 +30,6 @@ class GraphBackend(ABC, Generic[Described]):
     batches: tuple[int, ...] = ()  # increasing; empty where a graph takes any batch
     splits = False
     way_out = "export the student again"
-    fed: FedWeights | None = None  # where LoRAs are swapped by what graphs are fed
-
-    @property
-    def loras(self) -> Mapping[str, frozenset[str]]:
-        return {} if self.fed is None else self.fed.loras
 
     def __init__(self, folder: Path, manifest: Described) -> None:
         self.folder, self.manifest = folder, manifest
@@ -59,9 +53,12 @@ class GraphBackend(ABC, Generic[Described]):
             for batch in sorted({self._bucket(batch) for batch in known}):
                 self._graph(graph, batch)
 
+    @property
+    def loras(self) -> Mapping[str, frozenset[str]]:
+        return {}
+
     def adapt(self, loras: LoraSet) -> None:
-        if self.fed is not None:
-            self.fed.write(loras)
+        assert not loras, "a backend without LoRAs"
 
     def upload(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         return values

@@ -10,15 +10,15 @@ from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from ..processors import processors
 from .base import BackendOptions, check_device
-from .fed_weights import FedWeights
-from .graphs import GraphBackend, Run
+from .fed_weights import FedGraphs, FedWeights
+from .graphs import Run
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 LARGE = 200_000_000  # bytes of weights beyond which memory matters more than loading fast
 
 
-class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
+class OnnxruntimeBackend(FedGraphs):
     """One session per graph, of any batch. device: cpu, cuda, cuda:N, tensorrt or tensorrt:N; auto takes the CPU unless
     onnxruntime-gpu finds CUDA. The precision is the graphs' own. CUDA graphs stay off: the state lives on the host."""
 
@@ -63,7 +63,7 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
         options.enable_mem_reuse = large  # planning it takes five sixths of loading an unrolled graph: decision 004
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
         path: Any = self.folder / self.manifest.graphs[graph].file
-        fed = self.fed.of(graph) if self.fed else {}
+        fed = self.fed_to(graph)
         if self.fed and fed:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
             path = self.fed.graph(graph, path)

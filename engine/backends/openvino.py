@@ -18,14 +18,14 @@ from ...folders.files import cache_folder
 from ...folders.manifests import ArtifactManifest
 from ..processors import processors
 from .base import BackendOptions, check_device
-from .fed_weights import FedWeights
-from .graphs import GraphBackend, Run
+from .fed_weights import FedGraphs, FedWeights
+from .graphs import Run
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 LARGE = 2**29  # bytes of an artifact
 
 
-class OpenvinoBackend(GraphBackend[ArtifactManifest]):
+class OpenvinoBackend(FedGraphs):
     """One compiled model per graph and batch size. precision: fp32 (auto), or bf16 on a CPU that has it."""
 
     name = "openvino"
@@ -75,7 +75,7 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         model = self._core.read_model(self._file(graph))
         spec = self.manifest.graphs[graph]
         model.reshape({v.name: [batch, *v.shape[1:]] if v.shape[0] == "batch" else v.shape for v in spec.inputs})
-        fed = self.fed.of(graph) if self.fed else {}
+        fed = self.fed_to(graph)
         self._make_inputs(model, graph, fed)
         compiled = self._core.compile_model(model, "CPU", self._options)
         if self._large and "CACHE_DIR" in self._options and not compiled.get_property("LOADED_FROM_CACHE"):

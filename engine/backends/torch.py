@@ -30,6 +30,7 @@ from ...kernels import group_norm_silu
 from ...pipelines.adapters import Adapter, Rewriter, read_adapters
 from ...pipelines.architectures import architecture_of, stages_of
 from ...pipelines.loading import load_student_pipeline
+from ...pipelines.skeleton import read_networks
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
@@ -78,6 +79,14 @@ def load_student(
     name = "torch" if backend == "auto" else backend
     loaded = TorchBackend(folder, model, stages, device, name=name, batches=options.batches, adapters=adapters)
     return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
+
+
+def lora_layers(folder: Path, files: Mapping[str, str]) -> tuple[Mapping[str, Adapter], Mapping[str, str]]:
+    """LoRAs for an artifact, whose weights are elsewhere: by name; and by component the path of its layers in its stage.
+
+    Raises ArtifactError, MissingExtraError."""
+    pipeline, paths = read_networks(folder)
+    return read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, files), paths
 
 
 class TorchBackend(GraphBackend[ModelDescription]):
