@@ -74,6 +74,11 @@ class FedWeights:
                 }
                 modules = {f"{prefix}.{path.partition('.')[2]}": path for path, prefix in own.items()}
                 self._arrays[graph] = self._feed(folder / manifest.graphs[graph].file, modules, memory)
+        for name, adapter in adapters.items():
+            if memory.keys().isdisjoint(adapter.layers):
+                raise ArtifactError(
+                    f"{folder} has no graph of a stage that the LoRA {name!r} changes: export --stages, or both"
+                )
         for path, (values, is_transposed) in memory.items():
             weight = torch.from_numpy(values)
             for layer in layers[path]:

@@ -397,6 +397,16 @@ def test_an_engine_that_cannot_be(tiny_artifact: Path, options: Any, says: str) 
         Engine.load(tiny_artifact, **options)
 
 
+def test_whole_samplers_alone_have_nothing_to_swap(tiny_artifact: Path, model: Model) -> None:
+    from imagine_flash.engine.backends.fed_weights import FedWeights
+    from imagine_flash.folders.reading import read_artifact_manifest
+
+    manifest = read_artifact_manifest(tiny_artifact)
+    whole = {name: graph for name, graph in manifest.graphs.items() if name.startswith("sampler")}
+    with pytest.raises(ArtifactError, match="has no graph of a stage that the LoRA 'ink' changes"):
+        FedWeights(tiny_artifact, manifest.model_copy(update={"graphs": whole}), {"ink": model.loras["ink"]})
+
+
 def test_an_artifact_of_before_is_told_apart(tiny_artifact: Path) -> None:
     from imagine_flash.engine.backends.fed_weights import FedWeights
     from imagine_flash.engine.loading import EMBEDDED
