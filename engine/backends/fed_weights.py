@@ -118,15 +118,19 @@ class FedWeights:
         graph = self._onnx.load(str(file), load_external_data=False).graph
         tensors = {one.name: one for one in graph.initializer}
         casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast" and node.input[0] in tensors}
+        readers: dict[str, set[str]] = defaultdict(set)  # modules, by what they read
+        for node in graph.node:
+            for value in node.input:
+                readers[value].add(_module_of(node))
         found: dict[str, NDArray[Any]] = {}
         left = set(modules)
         for node in graph.node:
-            module = node.name.rpartition("/")[0]
+            module = _module_of(node)
             if module not in modules or node.op_type not in READERS:
                 continue
             value, cast = node.input[1], casts.get(node.input[1])
-            if (name := cast.input[0] if cast else value) not in tensors:
-                continue
+            if (name := cast.input[0] if cast else value) not in tensors or readers[value] != {module}:
+                continue  # no weight, or one that equals another's and is stored as that
             is_transposed = node.op_type == "MatMul" or (
                 node.op_type == "Gemm" and not any(one.name == "transB" and one.i for one in node.attribute)
             )
@@ -152,6 +156,10 @@ class FedWeights:
             self._onnx.external_data_helper.load_external_data_for_tensor(copy, str(self.folder))
         values = self._onnx.numpy_helper.to_array(copy)
         return np.array(values, self._onnx.helper.tensor_dtype_to_np_dtype(kind), order="C")
+
+
+def _module_of(node: Any) -> str:
+    return node.name.rpartition("/")[0]
 
 
 def _is_unread(module: str, graph: Any) -> bool:

@@ -195,6 +195,25 @@ def test_an_artifact_draws_with_them_what_torch_does(
     assert NETWORKS_FILE in manifest and str(tmp_path) not in manifest
 
 
+@pytest.mark.slow
+def test_a_weight_that_equals_anothers_is_not_fed(tmp_path: Path) -> None:
+    """An export stores equal weights as one, here zeros: a LoRA of one layer would have changed the other too."""
+    from imagine_flash.tests import pipelines
+
+    pipeline = pipelines.build_pipeline()
+    for name, module in pipeline.unet.named_modules():
+        if name.endswith(("attn1.to_k", "attn1.to_v")):
+            torch.nn.init.zeros_(module.weight)
+    pipeline.save_pretrained(tmp_path / "student")
+    lora = write_lora(tmp_path / "lora", pipelines.build_pipeline(), {"unet": ("to_k",)})
+    options = ExportOptions(batch=(1, 2), forms="stages", image_encoder=False)
+    export_student(pipelines.describe(tmp_path / "student"), tmp_path / "artifact", options=options)
+    with pytest.raises(
+        ArtifactError, match=r"does not hold the weight of unet\..*attn1\.to_k.*as one that can be replaced"
+    ):
+        Engine.load(tmp_path / "artifact", backend="onnxruntime", loras={"a": lora})
+
+
 def test_sets_never_share_a_call_and_equals_do(engine: Engine) -> None:
     chosen = [None, SETS[0], SETS[1], SETS[0], None]
     alone = [picture(engine, one, seed=i) for i, one in enumerate(chosen)]
