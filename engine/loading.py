@@ -153,7 +153,7 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.of_artifacts, manifest, options.device, folder), options.precision
-    if precision == "auto" and name == "openvino" and bf16_is_accurate(folder, manifest):
+    if precision == "auto" and name == "openvino" and not options.loras and bf16_is_accurate(folder, manifest):
         precision = "bf16"
     backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))
     tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)

@@ -60,6 +60,8 @@ class OpenvinoBackend(FedGraphs):
                 "--precision fp32, or take the backend onnxruntime"
             )
         precision = "fp32" if options.precision == "auto" else options.precision
+        if options.loras and precision != "fp32":  # in bf16, 2026.4 computed something else with weights that it is fed
+            raise ArtifactError(f"OpenVINO swaps LoRAs in fp32 alone, not in {precision}; leave out the precision")
         core = openvino.Core()
         native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision not in HINTS or (precision == "bf16" and "BF16" not in native):

@@ -408,6 +408,7 @@ def test_a_lora_that_cannot_be_swapped(model: Model, tmp_path: Path, write: Call
             {"loras": {"a": "x"}, "backend": "tensorrt"},
             r"LoRAs are not swapped in TensorRT plans; take the student with",
         ),
+        ({"loras": {"a": "x"}, "backend": "openvino", "precision": "bf16"}, r"swaps LoRAs in fp32 alone, not in bf16"),
         ({"loras": {"a": "x"}, "backend": "onnxruntime"}, r"there is no LoRA x"),
     ],
 )
