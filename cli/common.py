@@ -72,6 +72,14 @@ Base = Annotated[
         metavar="HUBID|FOLDER", help="Whose configs a single .safetensors file of a whole pipeline is read with."
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="[NAME=]PATH[:WEIGHT]",
+        help="A LoRA to draw with, of diffusers, peft or kohya's format: a file, folder or hub id; may be repeated.",
+    ),
+]
 TinyDecoder = Annotated[
     str | None,
     typer.Option(

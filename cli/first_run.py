@@ -27,11 +27,13 @@ def ready(
     steps: int | None = None,
     quality: bool = False,
     base: str | None = None,
+    swaps: bool = False,
 ) -> Path | None:
     """The folder to load: of an artifact, or of a student where torch draws with it. None is the embedded model.
 
     steps: that will be asked for, of a model that does not say for how many it was trained. quality: the model's own decoder,
-    where on a CPU a tiny one would be taken. base: whose configs a single file is read with. Raises ImagineFlashError.
+    where on a CPU a tiny one would be taken. base: whose configs a single file is read with. swaps: LoRAs will be, which torch
+    does without an export, unless another backend is named. Raises ImagineFlashError.
     """
     from ..folders.files import ARTIFACT_FILE, STUDENT_FILE
     from ..folders.reading import read_student_manifest
@@ -66,7 +68,8 @@ def ready(
             f"steps must be {', '.join(map(str, sorted(plans)))} for {student.name}, got {steps}; it was trained for no other; "
             "--any-steps draws anyway"
         )
-    return student if backend in STUDENT_BACKENDS else _exported(student)
+    runs_in_torch = backend in STUDENT_BACKENDS or (swaps and backend == "auto")
+    return student if runs_in_torch else _exported(student)
 
 
 def on_cpu(device: str) -> bool:

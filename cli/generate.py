@@ -17,6 +17,7 @@ from .common import (
     AnySteps,
     Base,
     Entry,
+    Loras,
     Prediction,
     Quiet,
     SamplerName,
@@ -125,6 +126,7 @@ def generate_command(
     prediction: Prediction = None,
     any_steps: AnySteps = False,
     tiny_decoder: TinyDecoder = None,
+    lora: Loras = None,
     quality: Annotated[
         bool,
         flag("--quality", help="The model's own decoder; by default, on a CPU, a tiny one where the catalogue has it."),
@@ -135,6 +137,7 @@ def generate_command(
     """Draw a prompt in 1 to 3 network evaluations."""
     from ..engine import Engine, GenerateRequest
     from ..engine.saving import image_format
+    from ..folders.loras import parse_named
     from .first_run import ready
 
     piped = str(output) == "-"
@@ -143,6 +146,7 @@ def generate_command(
     if not piped:
         image_format(output)
         writable(output)
+    loras = parse_named(lora or ())
     values: dict[str, Any] = {
         "prompt": prompt,
         "steps": _number(steps),
@@ -152,13 +156,17 @@ def generate_command(
         "height": _number(height),
         "guidance": _number(guidance, float),
         "negative_prompt": negative_prompt,
+        "lora": {name: one.weight for name, one in loras.items()},
     }
     request = GenerateRequest(**values)
     described = model_options(entry, timesteps, sampler, prediction, any_steps, tiny_decoder)
-    model = ready(model, described, backend, device=device, steps=request.steps, quality=quality, base=base)
+    model = ready(
+        model, described, backend, device=device, steps=request.steps, quality=quality, base=base, swaps=bool(loras)
+    )
     if (backend, device, precision) == ("auto", "auto", "auto") and request.count <= FEW:
         backend = _soonest(model)
-    with Engine.load(model, backend=backend, device=device, precision=precision) as engine:
+    files = {name: one.name for name, one in loras.items()}
+    with Engine.load(model, backend=backend, device=device, precision=precision, loras=files) as engine:
         if image is not None or mask is not None or strength is not None:
             _, size = engine.check(request)
             pictures = {"image": _read(image, size, "RGB"), "mask": _read(mask, size, "L")}
@@ -190,6 +198,7 @@ def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
         "files": [str(path) for path in paths],
         "steps": result.steps,
         "seed": result.seed,
+        "lora": dict(result.loras),
         "timings": result.timings.stages(),
         "unknown_words": result.unknown_words,
         "replaced_words": result.replaced_words,

@@ -88,6 +88,13 @@ def serve_command(
         list[str] | None,
         typer.Option(metavar="ADDRESS", help="A proxy whose x-forwarded-for says who asks; may be repeated."),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="A LoRA that requests may ask for by NAME, with a weight of theirs; may be repeated.",
+        ),
+    ] = None,
     alias: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A further name of the model; may be repeated.")
     ] = None,
@@ -142,9 +149,9 @@ def _serve_here(settings: ServerSettings) -> None:
     from .first_run import ready
 
     options = ModelOptions(tiny_decoder=settings.tiny_decoder)
-    settings = settings.model_copy(
-        update={"model": ready(settings.model, options, settings.backend, device=settings.device)}
-    )
+    swaps = bool(settings.lora)
+    model = ready(settings.model, options, settings.backend, device=settings.device, swaps=swaps)
+    settings = settings.model_copy(update={"model": model})
     settings.check_model()
     failed: list[ImagineFlashError] = []
 

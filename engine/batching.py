@@ -97,13 +97,16 @@ class Batcher:
         """One call of the network or decoder, after what those that begin with it need."""
         self._drop_the_ended()
         group = self._share.next_group(self._queue.active, self.max_batch, same_steps=self.whole)
-        if new := [chunk for chunk in group if chunk.turn is None]:
-            self._share.begin(new)
+        new = [chunk for chunk in group if chunk.turn is None]
+        self._share.begin(new)
+        if group and not group[0].is_drawn:
+            self._guarded(self._calls.adapt, group)
+        if new := [chunk for chunk in new if chunk in self._queue.active]:
             self._begin(new)
             for chunk in new:
                 chunk.job.future.begun = True
             self._drop_the_ended()
-            group = [chunk for chunk in group if chunk in self._queue.active]
+        group = [chunk for chunk in group if chunk in self._queue.active]
         if group:
             work = self._sample if self.whole else self._decode if group[0].is_drawn else self._calls.denoise
             self._guarded(work, group)

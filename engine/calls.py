@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable
 from ..folders.manifests import ModelDescription
-from .backends.base import Array, Backend
+from .backends.base import Array, Backend, LoraSet
 from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
 from .work import Chunk, Job, by_job, rows_of, timed
 
@@ -57,6 +57,7 @@ class Calls:
         self._plans = {n: PlanTables.of(manifest.schedule, table) for n, table in manifest.update_tables().items()}
         self._downscale, self._last = manifest.downscale, manifest.schedule.num_train_timesteps - 1
         self._graphs, self._is_told = manifest.graph_names, manifest.guidance.embedded
+        self._loras: LoraSet | None = ()  # that the networks draw with; None after a failure
 
     def start_from_image(self, chunks: Sequence[Chunk]) -> None:
         """The picture as latents, noised to the level of the step where drawing begins."""
@@ -73,6 +74,15 @@ class Calls:
             chunk.start, chunk.step = job.start, first_step(plan.timesteps, self._last, strength)
             if strength < 1:
                 chunk.x = chunk.start.at(self.backend.upload(chunk.noise), *plan.levels[chunk.step])
+
+    def adapt(self, group: Sequence[Chunk]) -> None:
+        """The networks draw with the LoRAs that these chunks share."""
+        loras = group[0].job.loras
+        if loras != self._loras:
+            self._loras = None
+            timed(list(by_job(group)), "adapt", lambda: self.backend.adapt(loras))
+            self._loras = loras
+            self.counts["LoRA sets"] += 1
 
     def denoise(self, group: Sequence[Chunk]) -> None:
         """One network call and update; every chunk is a step further."""

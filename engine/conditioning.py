@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..folders.manifests import Guidance
-from .backends.base import Array, Backend
+from .backends.base import Array, Backend, LoraSet
 from .prompt_cache import PromptCache
 from .tokenizer import Tokens, rows_of_prompt
 from .work import Chunk, Job, by_job, timed
@@ -32,7 +32,8 @@ class Conditioning:
         conditions, end = timed(jobs, "encode", lambda: self.backend.encode(tokens)), 0
         for job, own in prompts:
             begin, end = end, end + rows_of_prompt(own)
-            kept = self.cache.keep(own, tuple(_joined(condition[begin:end]) for condition in conditions))
+            found = tuple(_joined(condition[begin:end]) for condition in conditions)
+            kept = self.cache.keep(own, found, self._loras_of_text(job))
             if own is job.tokens:
                 job.conditions = kept
             else:
@@ -53,12 +54,18 @@ class Conditioning:
 
     def _recall(self, job: Job) -> bool:
         """Whether its prompt is known: to the job, of which chunks were drawn before, or to the cache."""
-        if not job.conditions and (found := self.cache.find(job.tokens)) is not None:
+        loras = self._loras_of_text(job)
+        if not job.conditions and (found := self.cache.find(job.tokens, loras)) is not None:
             job.conditions, job.cached = tuple(found), True
         negative = self._unknown_negative(job)
-        if negative is not None and (found := self.cache.find(negative)) is not None:
+        if negative is not None and (found := self.cache.find(negative, loras)) is not None:
             job.against = tuple(found)
         return bool(job.conditions) and self._unknown_negative(job) is None
+
+    def _loras_of_text(self, job: Job) -> LoraSet:
+        """Those of its LoRAs that change what the text encoder gives."""
+        stages = self.backend.loras
+        return tuple((name, weight) for name, weight in job.loras if "text_encoder" in stages[name])
 
     def _unknown_negative(self, job: Job) -> Tokens | None:
         """The tokens of a negative prompt that is still to be encoded. An empty one may be zeros, no text."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..core.errors import ArtifactError, RequestError
+from ..core.errors import ArtifactError, RequestError, nearest
 from ..core.noise import step_noise
 from ..core.plan import select
 from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
@@ -132,6 +132,11 @@ class Engine:
         return sorted(self._plans)
 
     @property
+    def loras(self) -> list[str]:
+        """The names that a request's `lora` may give a weight."""
+        return sorted(self.backend.loras)
+
+    @property
     def draws_from_pictures(self) -> bool:
         """Whether a request may have an image: the model has an encoder of pictures for every size, and runs in stages."""
         encoders = (self.manifest.graph_name(IMAGE_ENCODER, size) for size in self.sizes)
@@ -214,6 +219,7 @@ class Engine:
         steps = self.manifest.default_plan if request.steps is None else request.steps
         select(self._plans, steps)
         self._check_guidance(request)
+        self._check_loras(request)
         size = self._size(request)
         if request.image is not None:
             check_picture(request.image, request.mask, size, size_name(size))
@@ -235,6 +241,13 @@ class Engine:
             raise RequestError(f"{self.manifest.name} reads no negative prompt here: {why}", param="negative_prompt")
         if self.route == "sampler" and scale > 1 and not known.embedded:
             raise RequestError("whole-sampler graphs draw without guidance; load the route 'stages'", param="guidance")
+
+    def _check_loras(self, request: GenerateRequest) -> None:
+        """Raises RequestError for a LoRA that the engine was not loaded with."""
+        for name in request.lora or ():
+            if name not in self.backend.loras:
+                known = f"it has {', '.join(self.loras)}" if self.loras else "none was loaded"
+                raise RequestError(f"no LoRA {name[:100]!r}{nearest(name, self.loras)}; {known}", param="lora")
 
     def preview(self, prepared: Prepared) -> Prepared | None:
         """The same in one step, from the same noise; None if that is what it asks for, or there is no such plan."""

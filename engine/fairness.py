@@ -95,11 +95,13 @@ class FairShare:
 
 
 def _go_together(one: Chunk, other: Chunk, same_steps: bool, large: int) -> bool:
-    """Whether two may share a call. large: with other clients about, the pictures of a request of more than so many do not ride
-    in the calls of small ones, which they make longer; 0: there are none."""
+    """Whether two may share a call; of the denoiser, where they are drawn with the same LoRAs. large: with other clients about,
+    the pictures of a request of more than so many do not ride in the calls of small ones, which they make longer; 0: there
+    are none."""
     return (
         one.job.size == other.job.size
         and one.is_drawn == other.is_drawn
+        and (one.is_drawn or one.job.loras == other.job.loras)
         and (one.is_drawn or rows_of_prompt(one.job.tokens) == rows_of_prompt(other.job.tokens))
         and (not same_steps or one.job.steps == other.job.steps)
         and (not large or (one.job.request.count > large) == (other.job.request.count > large))

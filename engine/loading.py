@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from ..core.checked import Checked
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..folders.hub import HUB_ID, local_folder
+from ..folders.loras import check_name
 from ..folders.manifests import STAGES, ModelDescription, Size, size_name
 from ..folders.reading import read_artifact_manifest
 from .backends.base import STUDENT_BATCHES, Backend, BackendOptions, check_device
-from .backends.choosing import check_backend, choose, load_backend, runs_student
+from .backends.choosing import check_backend, choose, installed, load_backend, runs_student
 from .precision import bf16_is_accurate
 from .prompt_cache import DEFAULT_BYTES
 from .tokenizer import PromptTokenizer
@@ -37,8 +38,9 @@ class LoadOptions(Checked):
     takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait before requests
     are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time. threads: of the
     processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the context, with a
-    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. revision: of a hub
-    id, a branch, tag or commit; None is main.
+    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. loras: those that
+    requests may ask for by name (GenerateRequest.lora): files, folders or hub ids in the formats of diffusers, peft and kohya.
+    revision: of a hub id, a branch, tag or commit; None is main.
     """
 
     model_config = ConfigDict(strict=True)
@@ -54,10 +56,23 @@ class LoadOptions(Checked):
     threads: int | None = Field(default=None, ge=1)
     long_prompts: Literal["cut", "joined"] = "cut"
     revision: str | None = None
+    loras: Mapping[str, str | Path] = Field(default_factory=dict)
+
+    @field_validator("loras")
+    @classmethod
+    def _can_be_asked_for(cls, loras: Mapping[str, str | Path]) -> Mapping[str, str | Path]:
+        return {check_name(name): file for name, file in loras.items()}
+
+    @property
+    def of_artifacts(self) -> str:
+        """The backend for an artifact: where there are LoRAs, "auto" is the one that they cost least."""
+        swaps = self.loras and self.backend == "auto" and "onnxruntime" in installed()
+        return "onnxruntime" if swaps else self.backend
 
     def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:
         """What the backend is told of it. Raises ArtifactError."""
         known = {"device": self.device, "precision": self.precision, "threads": self.threads}
+        known |= {"loras": {name: str(file) for name, file in self.loras.items()}}
         return BackendOptions(**{**known, **changes}, batches=batch_buckets(max_batch))
 
 
@@ -82,6 +97,8 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     """
     folder = _embedded() if path is None else local_folder(path, revision=options.revision)
     is_student = runs_student(options.backend, folder)
+    if options.loras and options.route == "sampler":
+        raise RequestError("whole-sampler graphs have their weights for good; load the route 'stages' for loras")
     model = _load_student(folder, options) if is_student else _load_artifact(folder, options)
     model.backend.prepare(STAGES if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"])
     return model
@@ -106,12 +123,12 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
             check_mode(options.backend, device_of(options.device))
     else:
         manifest = read_artifact_manifest(folder)
-        name = choose(options.backend, manifest, options.device, folder)
+        name = choose(options.of_artifacts, manifest, options.device, folder)
         _check_int8(name, options.precision)
         check_device(name, options.device)
         check_max_batch(options.max_batch, manifest.batch)
         if here:
-            check_backend(options.backend, folder, manifest, backend_options)
+            check_backend(options.of_artifacts, folder, manifest, backend_options)
 
 
 def _embedded() -> Path:
@@ -141,9 +158,10 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
         raise RequestError(f"{folder} is an artifact, of one context; joined long_prompts need a student, in torch")
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
-    name, precision = choose(options.backend, manifest, options.device, folder), options.precision
+    name, precision = choose(options.of_artifacts, manifest, options.device, folder), options.precision
     _check_int8(name, precision)
-    if precision == "auto" and name == "openvino" and not manifest.holds_int8 and bf16_is_accurate(folder, manifest):
+    automatic = precision == "auto" and name == "openvino" and not (options.loras or manifest.holds_int8)
+    if automatic and bf16_is_accurate(folder, manifest):
         precision = "bf16"
     backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))
     tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)

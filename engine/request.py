@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..core.checked import Checked
+from .backends.base import LoraSet
 
 MAX_COUNT = 64
 MAX_SEED = 2**63 - 1
+MAX_LORA = 20.0  # either way
 _WAYS_OUT = {
     "prompt": "a text such as 'a fox on a pink background'",
     "steps": "a whole number; the embedded model draws in 1, 2 or 3",
@@ -23,6 +25,7 @@ _WAYS_OUT = {
     "timeout": "a number of seconds above 0",
     "guidance": "a number from 0 to 50; 1 is none",
     "negative_prompt": "a text",
+    "lora": f"a weight from {-MAX_LORA:g} to {MAX_LORA:g} by name, such as {{'pixel': 0.8}}",
     "image": "uint8 (H, W, 3)",
     "mask": "(H, W) of bool or of numbers from 0 to 1",
     "strength": "a number above 0, at most 1",
@@ -43,6 +46,9 @@ class GenerateRequest(Checked):
 
     guidance: how strongly the prompt pulls, diffusers' guidance_scale; 1 and less is none, None takes the model's own.
     negative_prompt: what the picture is drawn away from, where guidance is above 1; None is the empty prompt.
+
+    lora: the LoRAs to draw with, of those that the engine was loaded with, and the weight of each, from -20 to 20; None and
+    weights of 0 are none.
     """
 
     model_config = ConfigDict(strict=True)
@@ -59,6 +65,7 @@ class GenerateRequest(Checked):
     strength: float | None = Field(default=None, gt=0, le=1)
     guidance: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
     negative_prompt: str | None = None
+    lora: dict[str, Annotated[float, Field(ge=-MAX_LORA, le=MAX_LORA, allow_inf_nan=False)]] | None = None
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:
@@ -79,7 +86,14 @@ class GenerateRequest(Checked):
     @classmethod
     def _plain_numbers(cls, value: Any) -> Any:
         """NumPy's numbers are numbers."""
+        if isinstance(value, dict):
+            return {name: cls._plain_numbers(one) for name, one in value.items()}
         return value.item() if isinstance(value, (np.integer, np.floating)) else value
+
+    @property
+    def loras(self) -> LoraSet:
+        """What `lora` comes to: by name, without weights of 0."""
+        return tuple(sorted((name, float(weight)) for name, weight in (self.lora or {}).items() if weight))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GenerateRequest):

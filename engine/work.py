@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..folders.manifests import Size
-from .backends.base import Array, Conditions, Stopped, stopwatch
+from .backends.base import Array, Conditions, LoraSet, Stopped, stopwatch
 from .editing import Start, restore
 from .request import GenerateRequest
 from .saving import save_images
@@ -29,14 +29,15 @@ class Timings:
     """Seconds of one request; a call that it shared with others counts whole. Stages by the device's clock, where that is a GPU,
     the rest by the wall's.
 
-    queue: the rest of the total, waiting before and between its calls. denoise: one entry per network call. copy: to and
-    from the device, joining and splitting batches. sampler: of whole-sampler graphs, which have no other stages. total:
-    from the call to the pictures.
+    queue: the rest of the total, waiting before and between its calls. adapt: writing other LoRAs into the networks.
+    denoise: one entry per network call. copy: to and from the device, joining and splitting batches. sampler: of
+    whole-sampler graphs, which have no other stages. total: from the call to the pictures.
     """
 
     tokenize: float = 0.0
     noise: float = 0.0
     queue: float = 0.0
+    adapt: float = 0.0
     encode: float = 0.0
     denoise: tuple[float, ...] = ()
     update: float = 0.0
@@ -57,7 +58,8 @@ class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
     unknown_words: of the prompt, those that training never showed, which were left out; replaced_words: typos, and what was
-    read instead; cut: the end of a long prompt, which the model does not read. guidance: the scale that it was drawn with.
+    read instead; cut: the end of a long prompt, which the model does not read. guidance: the scale that it was drawn with; loras:
+    the LoRAs and their weights.
     """
 
     images: NDArray[np.uint8]
@@ -70,6 +72,7 @@ class GenerateResult:
     cached: bool = False
     prompt: str = ""
     guidance: float = 1.0
+    loras: LoraSet = ()
 
     def __repr__(self) -> str:
         count, height, width = self.images.shape[:3]
@@ -78,7 +81,12 @@ class GenerateResult:
 
     def caption(self, i: int = 0) -> str:
         """What drew picture i, as other programs write it into a PNG."""
-        return f"{self.prompt}\nSteps: {self.steps}, Seed: {self.seed + i}"
+        return f"{self.asked}\nSteps: {self.steps}, Seed: {self.seed + i}"
+
+    @property
+    def asked(self) -> str:
+        """The prompt, with the LoRAs as A1111's clients write them into it."""
+        return " ".join([self.prompt, *(f"<lora:{name}:{weight:g}>" for name, weight in self.loras)])
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the pictures as PNG, JPEG or WebP by the path's ending, numbered where there are several; returns the paths.
@@ -155,6 +163,7 @@ class Job:
         self.pictures: dict[int, NDArray[np.uint8]] = {}  # by the row of a chunk's first picture
         self.cached = False
         self.negative, self.guidance = prepared.negative, prepared.guidance
+        self.loras = prepared.request.loras
         self.conditions: Conditions = ()  # of the prompt, one row; () until it is encoded
         self.against: Conditions = ()  # of the negative prompt, where there is one
         self.start: Start | None = None  # the picture it is drawn from
@@ -190,6 +199,7 @@ class Job:
             cut=self.prepared.reading.cut,
             cached=self.cached,
             guidance=self.guidance,
+            loras=self.loras,
         )
         with suppress(InvalidStateError):  # cancelled meanwhile
             self.future.set_result(result)
@@ -207,6 +217,7 @@ class Job:
             tokenize=tokenize,
             noise=noise,
             queue=max(0.0, total - at_work),
+            adapt=summed("adapt"),
             encode=summed("encode"),
             denoise=tuple(spent.get("denoise", ())),
             update=summed("update"),

@@ -15,8 +15,10 @@ from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
 from ..folders.manifests import IMAGE_ENCODER, STAGES, Plans, Size, StudentManifest, graph_name
-from ..pipelines.loading import load_stages
+from ..pipelines.architectures import stages_of
+from ..pipelines.loading import load_student_pipeline
 from ..pipelines.lora import fused_records
+from ..pipelines.skeleton import write_networks
 from ..pipelines.stages import IMAGES, LATENTS, Stages
 from .cases import Case, Sampling
 from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder
@@ -52,9 +54,12 @@ def trace(
 ) -> Traced:
     """Torch's part: the networks' answers and their graphs."""
     progress("loading the student")
-    stages = load_stages(
+    pipeline = load_student_pipeline(
         folder, tiny_decoder=options.tiny_decoder, loras=options.loras, keep_half=True, variant=options.variant
     )
+    stages = stages_of(pipeline)
+    write_networks(target, pipeline, stages)
+    del pipeline
     sizes = options.sizes or (stages.default_size,)
     for size in sizes:
         stages.check_size(size)

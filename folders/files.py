@@ -17,6 +17,7 @@ from ..core.errors import ArtifactError
 
 STUDENT_FILE = "imagine_flash.json"
 ARTIFACT_FILE = "manifest.json"
+NETWORKS_FILE = "networks.json"  # of an artifact: what its networks are made of
 CACHE_VARIABLE = "IMAGINE_FLASH_CACHE"  # a folder; empty turns the cache off
 REMEMBERED_BYTES = 2**26  # of files from which on the hash is kept in the cache folder
 SETTLED_NS = 2 * 10**9

@@ -1,11 +1,11 @@
-"""LoRA weights, fused into a pipeline's networks: files of diffusers, of peft and of kohya's scripts."""
+"""LoRA files of diffusers, peft and kohya's scripts: read as peft's layers beside a pipeline's weights, or fused into them."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.files import known_sha256
 from ..folders.hub import local_folder
+from ..folders.loras import Lora, parse_lora
 from ..folders.manifests import LORA_FILE, FusedLora
 from .stages import quiet
 
@@ -21,26 +22,9 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."  # of what peft's own save_pretrained writes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = "imagine_flash"
+IDLE = "No LoRA keys associated to"  # what diffusers warns of wherever a LoRA is of the denoiser alone
+__all__ = ["Lora", "fuse", "fused_records", "lora_files", "parse_lora", "place", "take_out"]
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file, folder or hub id, and the weight that it is added with."""
-
-    name: str
-    weight: float = 1.0
-
-
-def parse_lora(text: str) -> Lora:
-    """ "style.safetensors" or "style.safetensors:0.8" -> the LoRA and its weight. Raises ArtifactError."""
-    found = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", text.strip())
-    try:
-        if found is None:
-            raise ValueError
-        return Lora(found[1], float(found[2] or 1.0))
-    except ValueError:
-        raise ArtifactError(f"a LoRA is PATH or PATH:WEIGHT such as style.safetensors:0.8, got {text!r}") from None
 
 
 def fuse(pipeline: Any, network: str, lora: Lora) -> None:
@@ -49,25 +33,53 @@ def fuse(pipeline: Any, network: str, lora: Lora) -> None:
     network: the denoiser's component, which names without a component belong to. Raises ArtifactError for what does not
     fit or changes no weight, MissingExtraError.
     """
+    layers = place(pipeline, network, lora)
+    if not _merge(list(layers.values()), lora.weight):
+        raise ArtifactError(f"the LoRA {lora.name} changes no weight: its own, or the weight {lora.weight:g}, are zero")
+    take_out(pipeline)
+
+
+def place(pipeline: Any, network: str, lora: Lora) -> dict[str, Any]:
+    """Puts a LoRA's factors beside the weights that they change: peft's layers, called ADAPTER, by the path of the layer that each
+    of them wraps, such as unet.mid_block.attentions.0.proj_in. Raises as `fuse`."""
     try:
         import peft  # noqa: F401
     except ImportError:
         raise missing_extra("peft", "export") from None
     files = lora_files(lora.name)
     try:
-        with quiet(diffusers_warns=True):
+        with quiet(diffusers_warns=True), _without_idle_warnings():
             count = sum(_inject(pipeline, network, component, file) for component, file in files.items())
     except ArtifactError:
         raise
     except Exception as error:  # whatever a file of another model makes the libraries raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise _misfit(lora, pipeline, reason) from error
-    placed = sum(f".{ADAPTER}" in name for _, module in _modules(pipeline) for name, _ in module.named_parameters())
-    if placed < count:
-        none = "none" if not placed else f"only {placed}"
+    factors = [
+        (name, values)
+        for _, module in _modules(pipeline)
+        for name, values in module.named_parameters()
+        if f".{ADAPTER}" in name
+    ]
+    if len(factors) < count:
+        none = "none" if not factors else f"only {len(factors)}"
         raise _misfit(lora, pipeline, f"{none} of its {count} tensors have a place there")
-    if not _merge(pipeline, lora.weight):
-        raise ArtifactError(f"the LoRA {lora.name} changes no weight: its own, or the weight {lora.weight:g}, are zero")
+    for name, values in factors:
+        if not torch.isfinite(values).all():
+            raise ArtifactError(f"the LoRA {lora.name} holds NaN or Inf, in {name.partition('.lora_')[0]}")
+    return dict(_layers(pipeline))
+
+
+def take_out(pipeline: Any) -> None:
+    """The networks as they were before `place`, but for what was merged; the layers that it gave stay as they are."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    for _, module in _modules(pipeline):
+        if getattr(module, "peft_config", None) is None and not any(True for _ in _layers_of(module)):
+            continue
+        recurse_remove_peft_layers(module)
+        for left in ("peft_config", "_hf_peft_config_loaded"):
+            module.__dict__.pop(left, None)
 
 
 def lora_files(name: str) -> dict[str, Path]:
@@ -154,25 +166,41 @@ def _inject_peft(module: torch.nn.Module, tensors: Tensors, file: Path) -> None:
     set_peft_model_state_dict(module, tensors, adapter_name=ADAPTER)
 
 
-def _merge(pipeline: Any, weight: float) -> bool:
+def _merge(layers: Sequence[Any], weight: float) -> bool:
     """Makes one weight of each two; whether any is another than before."""
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    changed = False
+    for layer in layers:
+        kept: torch.Tensor = layer.get_base_layer().weight
+        before = torch.hash_tensor(kept.detach())
+        layer.scale_layer(weight)
+        layer.merge(adapter_names=[ADAPTER])
+        changed |= bool(torch.hash_tensor(kept.detach()) != before)
+    return changed
+
+
+def _layers(pipeline: Any) -> Iterator[tuple[str, Any]]:
+    return (
+        (f"{component}.{name}", layer) for component, module in _modules(pipeline) for name, layer in _layers_of(module)
+    )
+
+
+def _layers_of(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    changed = False
-    for _, module in _modules(pipeline):
-        layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-        for layer in layers:
-            kept: torch.Tensor = layer.get_base_layer().weight
-            before = torch.hash_tensor(kept.detach())
-            layer.scale_layer(weight)
-            layer.merge(adapter_names=[ADAPTER])
-            changed |= bool(torch.hash_tensor(kept.detach()) != before)
-        if layers:
-            recurse_remove_peft_layers(module)
-            for left in ("peft_config", "_hf_peft_config_loaded"):
-                module.__dict__.pop(left, None)
-    return changed
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
+
+
+@contextmanager
+def _without_idle_warnings() -> Iterator[None]:
+    logger, is_worth_it = (
+        logging.getLogger("diffusers.loaders.lora_base"),
+        lambda record: IDLE not in record.getMessage(),
+    )
+    logger.addFilter(is_worth_it)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_worth_it)
 
 
 def _modules(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,13 +27,15 @@ Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a d
 Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
 Column = NDArray[np.float32]  # one coefficient for each image (B,)
 Fresh = tuple[Column, Array] | None  # the coefficients of fresh noise, and it, as x
+LoraSet = tuple[tuple[str, float], ...]  # names and weights, in the order of names; () draws without
 Pictures = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # images (B, H, W, 3); finite (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
     """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest.
-    threads: processor threads of a network call; None leaves it to the backend, which takes all it may use.
+    threads: processor threads of a network call; None leaves it to the backend, which takes all it may use. loras: the files,
+    folders or hub ids of LoRAs that `adapt` is to know, by name.
 
     Raises ArtifactError for an unknown precision.
     """
@@ -42,6 +44,7 @@ class BackendOptions:
     precision: str = "auto"
     batches: tuple[int, ...] = (1,)
     threads: int | None = None
+    loras: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -68,6 +71,11 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def loras(self) -> Mapping[str, frozenset[str]]:
+        """Those that `adapt` knows, by name the stages that each changes: text_encoder, denoiser."""
+        ...
+
     def describe(self) -> str:
         """One line: library, device, precision, threads."""
         ...
@@ -78,6 +86,10 @@ class Backend(Protocol):
 
     def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
         """Load these graphs now, so that the first request does not wait for them."""
+        ...
+
+    def adapt(self, loras: LoraSet) -> None:
+        """The networks draw with these LoRAs, and no others, from now on."""
         ...
 
     def upload(self, values: NDArray[np.float32]) -> Array:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
 from ...folders.manifests import IMAGE_ENCODER, ModelDescription
-from .base import Column, Fresh, Pictures, Stopped, stopwatch
+from .base import Column, Fresh, LoraSet, Pictures, Stopped, stopwatch
 
 Described = TypeVar("Described", bound=ModelDescription)
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]  # inputs in the graph's order -> outputs
@@ -52,6 +52,13 @@ class GraphBackend(ABC, Generic[Described]):
             known = [min(batch, self.batches[-1]) for batch in batches] if self.splits else batches
             for batch in sorted({self._bucket(batch) for batch in known}):
                 self._graph(graph, batch)
+
+    @property
+    def loras(self) -> Mapping[str, frozenset[str]]:
+        return {}
+
+    def adapt(self, loras: LoraSet) -> None:
+        assert not loras, "a backend without LoRAs"
 
     def upload(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         return values

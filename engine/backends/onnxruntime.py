@@ -10,14 +10,15 @@ from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from ..processors import processors
 from .base import BackendOptions, check_device
-from .graphs import GraphBackend, Run
+from .fed_weights import FedGraphs, FedWeights
+from .graphs import Run
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 LARGE = 200_000_000  # bytes of weights beyond which memory matters more than loading fast
 
 
-class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
+class OnnxruntimeBackend(FedGraphs):
     """One session per graph, of any batch. device: cpu, cuda, cuda:N, tensorrt or tensorrt:N; auto takes the CPU unless
     onnxruntime-gpu finds CUDA. The precision is the graphs' own. CUDA graphs stay off: the state lives on the host."""
 
@@ -27,6 +28,8 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
         super().__init__(folder, manifest)
         self._library, self.device, self._providers = self.check(folder, manifest, options)
         self.threads = options.threads or processors()
+        if options.loras:
+            self.fed = FedWeights(folder, manifest, options.loras)
 
     @staticmethod
     def check(folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> tuple[Any, str, list[Any]]:
@@ -40,7 +43,13 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
                 f"onnxruntime computes in the graphs' own precision, {manifest.precision}; for {options.precision} run "
                 f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
-        return onnxruntime, *_providers(onnxruntime, options.device)
+        device, providers = _providers(onnxruntime, options.device)
+        if options.loras and (device != "cpu" or manifest.precision == "bf16"):
+            raise ArtifactError(
+                f"onnxruntime swaps LoRAs on the cpu in fp32 and fp16, not {manifest.precision} on {device}; take the student with "
+                "--backend torch, or fuse them: imagine-flash export --lora"
+            )
+        return onnxruntime, device, providers
 
     def describe(self) -> str:
         threads = f", {self.threads} threads" if self.device == "cpu" else ""
@@ -53,14 +62,18 @@ class OnnxruntimeBackend(GraphBackend[ArtifactManifest]):
         large = max(map(_size, self.folder.glob("*.bin")), default=0) > LARGE
         options.enable_mem_reuse = large  # planning it takes five sixths of loading an unrolled graph: decision 004
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
-        path = self.folder / self.manifest.graphs[graph].file
+        path: Any = self.folder / self.manifest.graphs[graph].file
+        fed = self.fed_to(graph)
+        if self.fed and fed:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+            path = self.fed.graph(graph, path)
         session = self._library.InferenceSession(path, options, providers=self._providers)
         if (provider := self._providers[0]) != PROVIDERS["cpu"] and provider[0] not in session.get_providers():
             raise ArtifactError(
                 f"{provider[0]} does not start here, often for want of CUDA's libraries; take the device cpu"
             )
-        names = [value.name for value in session.get_inputs()]
-        return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+        names = [value.name for value in session.get_inputs() if value.name not in fed]
+        return lambda inputs: session.run(None, {**dict(zip(names, inputs, strict=True)), **fed})
 
 
 def _providers(library: Any, device: str) -> tuple[str, list[Any]]:

@@ -7,23 +7,26 @@ kept in a cache folder, whose keys are OpenVINO's own: the model's content, shap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.files import cache_folder
 from ...folders.manifests import ArtifactManifest
 from ..processors import processors
 from .base import BackendOptions, check_device
-from .graphs import GraphBackend, Run
+from .fed_weights import FedGraphs, FedWeights
+from .graphs import Run
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 LARGE = 2**29  # bytes of an artifact
 
 
-class OpenvinoBackend(GraphBackend[ArtifactManifest]):
+class OpenvinoBackend(FedGraphs):
     """One compiled model per graph and batch size. precision: fp32, bf16 on a CPU that has it, or int8 where the artifact
     holds it; auto is int8, else fp32."""
 
@@ -42,6 +45,8 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         }
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)
+        if options.loras:
+            self.fed = FedWeights(folder, manifest, options.loras)
 
     @staticmethod
     def check(folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> tuple[Any, Any, str]:
@@ -56,8 +61,10 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
                 f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
                 "--precision fp32, or take the backend onnxruntime"
             )
-        automatic = "int8" if manifest.holds_int8 else "fp32"
+        automatic = "int8" if manifest.holds_int8 and not options.loras else "fp32"
         precision = automatic if options.precision == "auto" else options.precision
+        if options.loras and precision != "fp32":  # in bf16, 2026.4 computed something else with weights that it is fed
+            raise ArtifactError(f"OpenVINO swaps LoRAs in fp32 alone, not in {precision}; leave out the precision")
         core = openvino.Core()
         native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "int8":
@@ -83,6 +90,8 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
         model = self._core.read_model(self._file(graph))
         spec = self.manifest.graphs[graph]
         model.reshape({v.name: [batch, *v.shape[1:]] if v.shape[0] == "batch" else v.shape for v in spec.inputs})
+        fed = self.fed_to(graph)
+        self._make_inputs(model, graph, fed)
         compiled = self._core.compile_model(model, "CPU", self._options)
         if self._large and "CACHE_DIR" in self._options and not compiled.get_property("LOADED_FROM_CACHE"):
             del (
@@ -91,15 +100,36 @@ class OpenvinoBackend(GraphBackend[ArtifactManifest]):
             compiled = self._core.compile_model(model, "CPU", self._options)
         request = compiled.create_infer_request()
         names = [port.names for port in compiled.inputs]  # several, where a graph hands an input on under another name
-        order = [next(i for i, known in enumerate(names) if value.name in known) for value in spec.inputs]
+        inputs = [*(value.name for value in spec.inputs), *fed]
+        order = [next(i for i, known in enumerate(names) if name in known) for name in inputs]
         outputs = [compiled.output(value.name) for value in spec.outputs]
 
         def run(inputs: Any) -> list[np.ndarray]:
-            feed = {order[i]: values for i, values in enumerate(inputs)}
+            feed = dict(zip(order, [*inputs, *fed.values()], strict=True))
             found = request.infer(feed, share_inputs=True, share_outputs=False)
             return [found[port] for port in outputs]
 
         return run
+
+    def _make_inputs(self, model: Any, graph: str, fed: Mapping[str, NDArray[Any]]) -> None:
+        """Makes these weights of a model inputs of their names. Raises ArtifactError for one that it does not hold as it is."""
+        found = {
+            name: port for op in model.get_ops() for port in op.outputs() for name in port.get_names() if name in fed
+        }
+        for name, values in fed.items():
+            port = found.get(name)
+            if port is None or list(port.get_shape()) != list(values.shape):
+                raise ArtifactError(
+                    f"the OpenVINO graph {self._file(graph).name} does not hold the weight {name}, which a LoRA changes, as it "
+                    "was exported (int8 weights are not); take the backend onnxruntime"
+                )
+            given = self._library.opset13.parameter(values.shape, values.dtype, name)
+            readers = port.get_target_inputs()
+            port.set_names(set())
+            given.output(0).set_names({name})
+            for reader in readers:
+                reader.replace_source_output(given.output(0))
+            model.add_parameters([given])
 
     def _file(self, graph: str) -> Path:
         """The IR of a graph where the artifact has one of this precision, else its ONNX."""

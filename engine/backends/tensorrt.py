@@ -78,6 +78,11 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
                 f"TensorRT plans compute in their graphs' precision, {manifest.precision}; for {options.precision} run "
                 f"'imagine-flash export STUDENT OUT --precision {options.precision}'"
             )
+        if options.loras:
+            raise ArtifactError(
+                "LoRAs are not swapped in TensorRT plans; take the student with --backend torch, or fuse them: "
+                "imagine-flash export --lora"
+            )
         machine = this_machine(folder)
         if find_spec("torch") is None:
             raise missing_extra("torch", "tensorrt")

@@ -27,12 +27,15 @@ except ImportError:
     raise missing_extra("torch", "export") from None
 
 from ...kernels import group_norm_silu
-from ...pipelines.loading import load_stages
+from ...pipelines.adapters import Adapter, Rewriter, read_adapters
+from ...pipelines.architectures import architecture_of, stages_of
+from ...pipelines.loading import load_student_pipeline
+from ...pipelines.skeleton import read_networks
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
 from ..tokenizer import PromptTokenizer
-from .base import STUDENT_BATCHES, BackendOptions, Column, Fresh, Pictures, Stopped
+from .base import STUDENT_BATCHES, BackendOptions, Column, Fresh, LoraSet, Pictures, Stopped
 from .fused_update import FusedUpdate
 from .graphs import GraphBackend, Run
 from .torch_modes import (
@@ -65,16 +68,25 @@ def load_student(
     if options.threads is not None or processors() < torch.get_num_threads():
         torch.set_num_threads(options.threads or processors())
     precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if options.precision == "auto" else options.precision
-    stages = load_stages(folder, dtype=DTYPES[precision])
+    pipeline = load_student_pipeline(folder, dtype=DTYPES[precision])
+    adapters = read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, options.loras)
+    stages = stages_of(pipeline)
     for size in sizes or ():
         stages.check_size(size)
     tokenizers = tokenizers_of(stages, student.known_words)
     specs = [spec for spec, _ in tokenizers]
     model = _description(folder, student, stages, precision, sizes or [stages.default_size], specs)
-    loaded = TorchBackend(
-        folder, model, stages, device, name="torch" if backend == "auto" else backend, batches=options.batches
-    )
+    name = "torch" if backend == "auto" else backend
+    loaded = TorchBackend(folder, model, stages, device, name=name, batches=options.batches, adapters=adapters)
     return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
+
+
+def lora_layers(folder: Path, files: Mapping[str, str]) -> tuple[Mapping[str, Adapter], Mapping[str, str]]:
+    """LoRAs for an artifact, whose weights are elsewhere: by name; and by component the path of its layers in its stage.
+
+    Raises ArtifactError, MissingExtraError."""
+    pipeline, paths = read_networks(folder)
+    return read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, files), paths
 
 
 class TorchBackend(GraphBackend[ModelDescription]):
@@ -96,8 +108,9 @@ class TorchBackend(GraphBackend[ModelDescription]):
         name: str = "torch",
         batches: Sequence[int] = (1,),
         capture: Capture | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
-        """capture: by default CUDA graphs, on a GPU and unless the name is "torch"."""
+        """capture: by default CUDA graphs, on a GPU and unless the name is "torch". adapters: the LoRAs, by name."""
         super().__init__(folder, model)
         self.name, self.device, self.precision = name, device, model.precision
         self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
@@ -108,6 +121,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         self._dtype = DTYPES[model.precision]
         self._tokens = [ids.to(device) for ids in stages.example_tokens(1).values()]
         self._networks = self._on_device(stages)
+        self._rewriter = Rewriter(adapters or {})
         self._sizes = {model.graph_name(kind, size): size for kind in ("denoiser", "decoder") for size in model.sizes}
         self._fixed = {*self._sizes, *(["text_encoder"] if self._capture else [])}  # run at fixed batch sizes
         self._uncaptured: set[str] = set()
@@ -198,6 +212,16 @@ class TorchBackend(GraphBackend[ModelDescription]):
         ]
         told = [torch.ones(batch, device=self.device)] * self.manifest.guidance.embedded
         return [latents, torch.zeros(batch, device=self.device), *conditions, *told]
+
+    @property
+    def loras(self) -> Mapping[str, frozenset[str]]:
+        return {name: adapter.stages for name, adapter in self._rewriter.adapters.items()}
+
+    def adapt(self, loras: LoraSet) -> None:
+        """In place, so that what is compiled or captured computes with the new weights as it is."""
+        if self._rewriter.written != dict(loras):
+            with self._current():
+                self._rewriter.write(dict(loras))
 
     @torch.inference_mode()
     def upload(self, values: NDArray[Any]) -> torch.Tensor:

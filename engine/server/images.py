@@ -201,4 +201,5 @@ def _model(studio: Studio) -> Model:
         steps=engine.steps,
         backend=engine.backend.describe(),
         vocabulary=studio.vocabulary,
+        loras=engine.loras,
     )

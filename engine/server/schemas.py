@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,9 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(default=None, ge=-1, le=MAX_SEED, description="-1 is a random one; picture i has seed + i")
     steps: int | None = Field(default=None, ge=1, le=1000)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000, description="another name of steps")
+    lora: dict[str, StrictFloat] | None = Field(
+        default=None, max_length=16, description="weights by name, of the LoRAs that /v1/models lists"
+    )
     user: Text = None
     quality: Text = None
     style: Text = None
@@ -63,6 +67,15 @@ class ImageRequest(BaseModel):
     def _as_forms_write_it(cls, value: Any) -> Any:
         return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _of_json(cls, value: Any) -> Any:
+        """A form's field is a text."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            return value
+
     @property
     def ignored(self) -> list[str]:
         """The fields that were given and have no meaning here."""
@@ -73,7 +86,7 @@ class ImageRequest(BaseModel):
     def drawing(self) -> dict[str, Any]:
         """Of a GenerateRequest."""
         steps, seed = self.steps or self.num_inference_steps, None if self.seed == -1 else self.seed
-        return {"prompt": self.prompt, "count": self.n or 1, "steps": steps, "seed": seed}
+        return {"prompt": self.prompt, "count": self.n or 1, "steps": steps, "seed": seed, "lora": self.lora}
 
 
 class EditRequest(ImageRequest):
@@ -109,7 +122,8 @@ class ImageResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """A model as OpenAI lists it, and what it draws. vocabulary: the words that it knows, in groups, where it lists them."""
+    """A model as OpenAI lists it, and what it draws. vocabulary: the words that it knows, in groups, where it lists them. loras:
+    the names that a request may give a weight."""
 
     id: str
     object: Literal["model"] = "model"
@@ -119,6 +133,7 @@ class Model(BaseModel):
     steps: list[int]
     backend: str
     vocabulary: dict[str, list[str]]
+    loras: list[str]
 
 
 class ModelList(BaseModel):

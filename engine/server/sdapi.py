@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,6 +19,7 @@ from .drawing import Studio, Wish, client_of, warnings_of
 from .schemas import MAX_PROMPT, MAX_SIDE
 
 SAMPLER = "the model's own"
+LORA_TAG = re.compile(r"<lora:([^<>]*)>")
 LEAST_STRENGTH = 0.01  # theirs may be 0
 
 
@@ -109,17 +111,42 @@ def _lookups(router: APIRouter, studio: Studio) -> None:
         name = studio.engine.manifest.name
         return [{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}]
 
+    @router.get("/loras")
+    async def loras() -> list[dict[str, Any]]:
+        """Those that a prompt may name."""
+        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in studio.engine.loras]
+
     @router.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:
         """One: a distilled model is drawn as it was distilled."""
         return [{"name": SAMPLER, "aliases": [], "options": {}}]
 
 
+def prompt_and_loras(text: str) -> tuple[str, dict[str, float]]:
+    """A prompt without its <lora:NAME:WEIGHT>, and these; without a weight it is 1. Raises RequestError."""
+    found: dict[str, float] = {}
+    for tag in LORA_TAG.findall(text):
+        name, *weights = tag.split(":")
+        if len(weights) > 1:
+            raise RequestError(
+                f"prompt: <lora:{tag[:100]}> has more than one weight; networks share it here", param="prompt"
+            )
+        if name in found:
+            raise RequestError(f"prompt: the LoRA {name[:100]!r} is asked for twice", param="prompt")
+        try:
+            found[name] = float(weights[0]) if weights else 1.0
+        except ValueError:
+            raise RequestError(f"prompt: <lora:{tag[:100]}> has no number as its weight", param="prompt") from None
+    return " ".join(LORA_TAG.sub(" ", text).split()) if found else text, found
+
+
 async def _answer(studio: Studio, asked: TextRequest, request: Request, start: dict[str, Any]) -> Response:
+    prompt, loras = prompt_and_loras(asked.prompt)
     count = asked.batch_size * asked.n_iter
     (height, width), scaled = studio.size((asked.height, asked.width), count)
     drawing: dict[str, Any] = {
-        "prompt": asked.prompt,
+        "prompt": prompt,
+        "lora": loras,
         "seed": None if asked.seed == -1 else asked.seed,
         "steps": min(studio.engine.steps, key=lambda known: (abs(known - asked.steps), -known)),
         "count": count,
@@ -144,11 +171,11 @@ def _info(asked: TextRequest, result: GenerateResult, wish: Wish) -> dict[str, A
     """What drew the pictures, by their names."""
     count, (height, width) = len(result.images), wish.size or result.images.shape[1:3]
     texts = [
-        f"{result.prompt}\nSteps: {result.steps}, Seed: {result.seed + i}, Size: {width}x{height}" for i in range(count)
+        f"{result.asked}\nSteps: {result.steps}, Seed: {result.seed + i}, Size: {width}x{height}" for i in range(count)
     ]
     return {
-        "prompt": result.prompt,
-        "all_prompts": [result.prompt] * count,
+        "prompt": result.asked,
+        "all_prompts": [result.asked] * count,
         "negative_prompt": asked.negative_prompt,
         "seed": result.seed,
         "all_seeds": [result.seed + i for i in range(count)],

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ...core.checked import Checked
 from ...core.errors import RequestError
+from ...folders.loras import parse_named
 from ..engine import Engine
 from ..loading import LoadOptions, check_loading
 
@@ -78,7 +79,8 @@ class ServerSettings(Checked):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
     model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. tiny_decoder: the folder or hub id
-    of one that decodes instead of the model's own, or none. max_queue: pictures that may wait.
+    of one that decodes instead of the model's own, or none. lora: those that requests may ask for, by name, or "NAME=PATH".
+    max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
     trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
@@ -93,6 +95,7 @@ class ServerSettings(Checked):
     port: int = Field(default=8000, ge=0, le=65535)
     model: Path | str | None = None
     tiny_decoder: str | None = None
+    lora: dict[str, str] = Field(default_factory=dict)
     backend: str = "auto"
     device: str = "auto"
     precision: str = "auto"
@@ -130,6 +133,17 @@ class ServerSettings(Checked):
     def _one_or_several(cls, given: Any) -> Any:
         return (given,) if isinstance(given, str) else given or ()
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return given
+        found = parse_named((given,) if isinstance(given, str) else given or ())
+        for lora in found.values():
+            if lora.weight != 1:
+                raise ValueError(f"requests say the weight; leave out :{lora.weight:g}")
+        return {name: lora.name for name, lora in found.items()}
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _plain_keys(cls, given: Any) -> Any:
@@ -157,7 +171,7 @@ class ServerSettings(Checked):
             name: getattr(self, name)
             for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts")
         }
-        return LoadOptions(**values, max_waiting=self.max_queue)
+        return LoadOptions(**values, loras=self.lora, max_waiting=self.max_queue)
 
     def load_engine(self) -> Engine:
         """Raises ArtifactError, MissingExtraError."""

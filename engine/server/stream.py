@@ -46,6 +46,7 @@ class StreamRequest(BaseModel):
     size: str | None = Field(default=None, max_length=20)
     format: Format = "webp"
     preview: bool = False
+    lora: dict[str, float] | None = Field(default=None, max_length=16)
     strength: float | None = Field(default=None, gt=0, le=1)  # drawn from the picture that was sent last
 
 
@@ -137,6 +138,7 @@ class _Connection:
                 "prompt": asked.prompt,
                 "seed": asked.seed or 0,
                 "steps": asked.steps,
+                "lora": asked.lora,
                 "timeout": self.studio.settings.timeout,
             }
             if asked.strength is not None:
@@ -200,6 +202,7 @@ class _Connection:
             "backend": engine.backend.describe(),
             "vocabulary": self.studio.vocabulary,
             "from_pictures": engine.draws_from_pictures,
+            "loras": engine.loras,
         }
 
 
