@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
-READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers
+READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers; MPO, as phones write it, is a JPEG
 MOST_SCANS = 64  # of a JPEG; cameras and programs write a dozen
 MOST_FRAMES = 64  # of an animation, of which the first is taken
 MEMORY = 300_000_000  # bytes, beside what the process has when it begins
@@ -49,7 +49,7 @@ def _open(data: bytes, size: Size, max_pixels: int) -> Image.Image:
         raise Unreadable(f"has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked")
     if (frames := getattr(found, "n_frames", 1)) > MOST_FRAMES:
         raise Unreadable(f"has {frames} frames; at most {MOST_FRAMES} are looked at, and the first is taken")
-    if found.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+    if found.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
         raise Unreadable(f"has {scans} scans; at most {MOST_SCANS} are unpacked")
     found.draft("RGB", (max(size), max(size)))  # a JPEG in an eighth, a quarter or half of its size
     found.load()

@@ -71,12 +71,12 @@ def sdapi_router(studio: Studio) -> APIRouter:
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
         size, _ = studio.size((asked.height, asked.width), asked.batch_size * asked.n_iter)
-        pixels: dict[str, Any] = {"image": await studio.uploads.image(_file(asked.init_images[0], "init_images"), size)}
-        if asked.mask is not None:
-            mask = await studio.uploads.mask(_file(asked.mask, "mask"), size)
-            pixels["mask"] = 1 - mask if asked.inpainting_mask_invert else mask
+        mask = None if asked.mask is None else _file(asked.mask, "mask")
+        start = await studio.pixels(_file(asked.init_images[0], "init_images"), mask, size, client_of(request))
+        if mask is not None and asked.inpainting_mask_invert:
+            start["mask"] = 1 - start["mask"]
         return await _answer(
-            studio, asked, request, {**pixels, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
+            studio, asked, request, {**start, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
         )
 
     _lookups(router, studio)
