@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -22,6 +23,7 @@ from .files import Turns
 
 WORKERS, MOST_WAITING = 2, 8
 SECONDS = 1.8  # for one picture
+FREED_AT_ONCE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # else glibc keeps some 64 MB of a picture
 READER = Path(__file__).with_name("reader.py")
 LOG = logging.getLogger(__name__)
 
@@ -100,7 +102,12 @@ class UploadReader:
             try:
                 command = [sys.executable, "-I", str(READER)]
                 process = await asyncio.create_subprocess_exec(
-                    *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+                    *command,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=DEVNULL,
+                    start_new_session=True,
+                    env={**os.environ, **FREED_AT_ONCE},
                 )
                 self._processes.add(process)
                 return self._free.put_nowait(process)

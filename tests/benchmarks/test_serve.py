@@ -36,7 +36,10 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
         ("typing", 1),
         ("typing", 4),
         ("load", 1),
+        ("malformed requests", 0),
+        ("edits beside bombs", 3),
         ("a greedy client", 3),
+        ("SIGTERM", 0),
         ("overhead on Ray", 1),
         ("load on Ray", 1),
     ]
@@ -54,6 +57,13 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     load = rows["load", 1].extra["HTTP"]
     assert load.pop("% of the throughput") > 0 and load.pop("MB grown") is not None
     assert load == {"lost": 0, "doubled": 0, "5xx": 0, "429 repeated": 0}
+    refused = rows["malformed requests", 0].extra["between malformed requests"]
+    assert refused.pop("5xx") == 0 and refused.pop("MB grown") is not None and sum(refused.values()) == 640
+    for kind in ("PNG", "JPEG", "WebP"):
+        bombs = rows["edits beside bombs", 3].extra[kind]
+        assert bombs["bombs"] >= 1 and 0 < bombs["s alone"] < 60 and 10 < bombs["peak MB"] <= 330
+    busy = rows["SIGTERM", 0].extra["bombs"]
+    assert busy["answered"] > 0 == busy["lost"] and busy["slowest s"] < 60
     for way in ("HTTP", "HTTP, Ray Serve"):
         assert rows["overhead on Ray", 1].extra[way].keys() == {"overhead p50 ms", "overhead p95 ms"}
         assert rows["load on Ray", 1].extra[way]["lost"] == rows["load on Ray", 1].extra[way]["doubled"] == 0
@@ -65,6 +75,8 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     ("arguments", "says"),
     [
         (["--rounds", "2"], "--rounds must be at least 5, got 2"),
+        (["--requests", "10"], "--requests must be at least 640, got 10"),
+        (["--only", "bomb"], "--only must be of overhead, typing, load"),
         (["--backend", "openvin"], "no backend 'openvin'; did you mean 'openvino'?"),
         (["--model", "{tmp}/nowhere"], "nowhere"),
         (["-o", "{tmp}/missing/r"], "is not a folder; make it first"),

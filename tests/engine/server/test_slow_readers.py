@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
 
+from imagine_flash.benchmarks.serving.malformed import frame, handshake
 from imagine_flash.cli.serve import _configuration, _listen
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import ServerSettings, connections, create_app
-from imagine_flash.tests.engine.server.malformed import _frame, handshake
 
 LARGE = {"prompt": "a cat", "steps": 1, "size": "2048x2048", "n": 4}  # some 2 MB of answer
 
@@ -25,7 +26,7 @@ def serve(tiny_artifact: Path) -> Iterator[Callable[..., tuple[uvicorn.Server, i
     started: list[tuple[uvicorn.Server, threading.Thread]] = []
     with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
 
-        def start(**values: object) -> tuple[uvicorn.Server, int]:
+        def start(**values: Any) -> tuple[uvicorn.Server, int]:
             settings = ServerSettings(**values)
             server, listening = (
                 uvicorn.Server(_configuration(create_app(engine, settings), settings)),
@@ -73,7 +74,7 @@ def flood_with_pings(port: int) -> socket.socket:
     while b'"ready"' not in greeting:
         greeting += stream.recv(2000)
     stream.settimeout(0.5)
-    pings = _frame(b"a" * 125, first=0x89) * 4000
+    pings = frame(b"a" * 125, first=0x89) * 4000
     with suppress(TimeoutError):
         for _ in range(100):
             stream.sendall(pings)
