@@ -23,7 +23,10 @@ from .files import Turns
 
 WORKERS, MOST_WAITING = 2, 8
 SECONDS = 1.8  # for one picture
-FREED_AT_ONCE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # else glibc keeps some 64 MB of a picture
+FREED_AT_ONCE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1000000",
+}  # else glibc keeps some 64 MB of a picture
 READER = Path(__file__).with_name("reader.py")
 LOG = logging.getLogger(__name__)
 
