@@ -22,6 +22,7 @@ MOST_HEADER_SECONDS = 10.0  # from their first byte to their last
 LOOK_EVERY = 0.25  # seconds, whether a client that has stopped sending is still there
 LOOK_WHETHER_READ_EVERY = 10.0  # seconds, in which so many bytes of an answer are to be read:
 LEAST_READ = 100_000
+PIECE = 4096  # bytes of frames: 256 KB, as they come, of pings keep everybody else waiting for 0.2 seconds
 GOODBYE_SECONDS = 4.0  # at the server's end, for the rest of a request, and for reading an answer
 SAY_EVERY = 10.0  # seconds
 LOOK_FOR_FILES_EVERY = 1.0  # seconds
@@ -85,15 +86,43 @@ class _EndsForSlowReaders:
 
 
 class Stream(_EndsForSlowReaders, WebSocketsSansIOProtocol):
-    """A WebSocket; who does not read what is sent is not listened to, since each ping is answered."""
+    """A WebSocket. Many small frames are taken in pieces, with everybody else's between them, and who does not read what is sent
+    is not listened to, since each ping is answered."""
+
+    _rest = b""  # of what was received
+
+    def data_received(self, data: bytes) -> None:
+        had_some, self._rest = bool(self._rest), self._rest + data
+        if not had_some:
+            self._take_a_piece()
+        self._listen_or_not()
+
+    def _take_a_piece(self) -> None:
+        piece, self._rest = self._rest[:PIECE], self._rest[PIECE:]
+        super().data_received(piece)
+        if self.transport.is_closing():
+            self._rest = b""
+        elif self._rest:
+            self.loop.call_soon(self._take_a_piece)
+        self._listen_or_not()
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        self._listen_or_not()  # whatever it has done
+        return message
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.transport.pause_reading()
+        self._listen_or_not()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if not self.read_paused:
+        self._listen_or_not()
+
+    def _listen_or_not(self) -> None:
+        if self._rest or self.read_paused or self in self.unread:
+            self.transport.pause_reading()
+        else:
             self.transport.resume_reading()
 
 

@@ -116,6 +116,7 @@ class _Connection:
             else:
                 await self._take(text)
             self._count()
+            await asyncio.sleep(0)  # a flood of messages keeps nobody else waiting
 
     def _count(self) -> None:
         """What became stale or was skipped since the last time."""

@@ -250,7 +250,15 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     for path, body, status, says in (
         ("txt2img", {"prompt": ""}, 400, "prompt must be"),
         ("txt2img", {"prompt": "a cat", "width": 9999}, 400, "width: Input should be less than or equal to 4096"),
-        ("txt2img", {"prompt": "a cat", "n_iter": 60, "batch_size": 60}, 400, "too much at once"),
+        (
+            "txt2img",
+            {"prompt": "a cat", "n_iter": 8, "batch_size": 9},
+            400,
+            "n_iter: at most 64 pictures with batch_size",
+        ),
+        ("txt2img", {"prompt": "a cat", "n_iter": 60, "width": 1000, "height": 1000}, 400, "too much at once"),
+        ("txt2img", {"prompt": "a cat", "rubbish": 70_000 * [[]]}, 413, "more than 65,536 fields and items"),
+        ("png-info", {}, 404, "there is no POST /sdapi/v1/png-info; /docs lists what there is"),
         ("img2img", {"prompt": "a cat"}, 400, "init_images"),
         ("img2img", {"prompt": "a cat", "init_images": ["*"]}, 400, "send a picture in base64"),
         ("img2img", {"prompt": "a cat", "init_images": ["AAAA"]}, 400, "image is no PNG"),
@@ -258,9 +266,21 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     ):
         answer = http.post(f"/sdapi/v1/{path}", json=body)
         assert answer.status_code == status and says in answer.json()["error"]["message"], answer.text
-    odd = {"prompt": "a cat", "seed": None, "tiling": False, "enable_hr": True, "width": 64, "height": 64, "名": 1}
-    answer = http.post("/sdapi/v1/txt2img", json=odd)
-    assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr"
+    odd = {
+        "prompt": "a cat",
+        "seed": None,
+        "tiling": False,
+        "enable_hr": True,
+        "width": 64,
+        "height": 64,
+        "名": 1,
+        "n": float("nan"),
+    }
+    answer = http.post("/sdapi/v1/txt2img", content=json.dumps(odd), headers={"content-type": "application/json"})
+    assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr, n"
+    assert "NaN" not in answer.text and answer.json()["parameters"]["width"] == 64
+    full_width = http.post("/v1/images/generations", json={"prompt": "a cat", "size": "\uff14x\uff14"})
+    assert full_width.status_code == 400 and "size must be WIDTHxHEIGHT" in full_width.text
 
 
 def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact: Path, tmp_path: Path) -> None:

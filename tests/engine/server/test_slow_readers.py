@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.sync import client
 
 from imagine_flash.benchmarks.serving.malformed import frame, handshake
 from imagine_flash.cli.serve import _configuration, _listen
@@ -109,6 +111,25 @@ def test_pings_of_who_does_not_read_are_not_answered_for_ever(serve) -> None:
     with flood_with_pings(port):
         (connection,) = server.server_state.connections
         assert connection.transport.get_write_buffer_size() < 2**20  # type: ignore[union-attr]
+
+
+def test_small_frames_are_taken_in_pieces(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few hundred thousand at once kept everybody else waiting for three seconds."""
+    taken, inner = [], WebSocketsSansIOProtocol.data_received
+    monkeypatch.setattr(
+        WebSocketsSansIOProtocol, "data_received", lambda self, data: (taken.append(len(data)), inner(self, data))
+    )
+    _, port = serve()
+    with client.connect(f"ws://[::1]:{port}/v1/stream", max_size=None) as stream:
+        assert "ready" in str(stream.recv(20))
+        stream.socket.sendall(50 * frame(b'{"type":"ping"}') + 20_000 * frame(b"", first=0x89))
+        assert [stream.recv(20) for _ in range(50)] == 50 * ['{"type":"pong"}']
+        stream.send(bytes(200_000))
+        stream.send('{"seq":1,"prompt":"a cat","strength":0.5}')
+        assert "image is no PNG" in str(stream.recv(20))
+        stream.send('{"seq":2,"prompt":"a cat"}')
+        assert isinstance(stream.recv(20), bytes)
+    assert sum(taken) > 320_000 and max(taken) <= connections.PIECE
 
 
 @pytest.mark.parametrize("kind", ["half a body", "unread", "unread stream"])
