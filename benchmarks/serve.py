@@ -1,17 +1,17 @@
-"""`bench serve`: what the server adds to the engine, what latest wins saves while somebody types, what load and a
-greedy client do to it. A real server process on loopback; its clients' prompts are warm.
+"""`bench serve`: what the server adds to the engine, what latest wins saves while somebody types, and what load, malformed input,
+slow files, a greedy client and SIGTERM do to it. A real server process on loopback; its clients' prompts are warm.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 from rich.progress import track
 
-from ..core.errors import ImagineFlashError
+from ..core.errors import ImagineFlashError, nearest
 from ..engine import Engine
 from ..engine.backends.choosing import choose
 from ..engine.loading import EMBEDDED
@@ -20,26 +20,38 @@ from .pictures import drawn_by_torch
 from .records import save
 from .schema import FEWEST_ROUNDS, Case, Record, new_record
 from .serving.bench import CLIENTS, REPLICAS, Bench
+from .serving.bombs import beside_bombs
 from .serving.clients import serving
+from .serving.ending import BOMBS, IDLE, MOMENTS, ending
 from .serving.greedy import beside_a_greedy_client
-from .serving.load import load, load_on_ray
+from .serving.load import LOAD_ROUNDS, load, load_on_ray
 from .serving.overhead import overhead, overhead_on_ray
+from .serving.refusals import refusals
 from .serving.typing import typing
 
 SENTENCE, SHORT = "a fox on a pink background", "a fox"
+PARTS = ("overhead", "typing", "load", "malformed", "bombs", "greedy", "sigterm", "ray")
+FEWEST_REQUESTS = LOAD_ROUNDS * CLIENTS
 QUESTION = (
-    "What does the server add to the engine, what does latest wins save while somebody types, and what do load and a "
-    "greedy client do to it?"
+    "What does the server add to the engine, what does latest wins save while somebody types, and what do load, malformed "
+    "input and a greedy client do to it?"
 )
 
 
 def bench_serve(
-    out: Path, *, model: Path | None = None, backend: str = "auto", rounds: int = 200, quick: bool = False
+    out: Path,
+    *,
+    model: Path | None = None,
+    backend: str = "auto",
+    rounds: int = 200,
+    requests: int = 10_000,
+    only: Collection[str] = (),
+    quick: bool = False,
 ) -> Record:
     """Check and time everything, write `out`.json and `out`.png, return the record. rounds: of single pictures; a twentieth
-    as many sentences are typed. Raises ImagineFlashError for a wrong picture."""
-    if rounds < FEWEST_ROUNDS:
-        raise ImagineFlashError(f"--rounds must be at least {FEWEST_ROUNDS}, got {rounds}; quantiles need them")
+    as many sentences are typed. requests: of "load", and malformed ones. only: some of PARTS; none is all. Raises
+    ImagineFlashError for a wrong picture, and for malformed input that is not refused."""
+    _refuse_settings(rounds, requests, only)
     folder = EMBEDDED if model is None else model
     manifest = read_artifact_manifest(folder)
     backend = choose(backend, manifest, folder=folder)
@@ -50,27 +62,43 @@ def bench_serve(
             server=opened.enter_context(serving(folder, backend, max_queue=4 * CLIENTS)),
         )
         bench.engine.warm_up()
-        parts = _parts(bench, rounds, quick)
-        rows = [case for part in track(parts, description="serve") for case in part()]
+        parts = _parts(bench, rounds, FEWEST_REQUESTS if quick else requests, quick)
+        chosen = [part for name in PARTS if not only or name in only for part in parts[name]]
+        rows = [case for part in track(chosen, description="serve") for case in part()]
+    if not rows:
+        raise ImagineFlashError(f"nothing of {', '.join(only)} can be measured here")
     record = new_record(QUESTION, rows)
     save(record, out)
     return record
 
 
-def _parts(bench: Bench, rounds: int, quick: bool) -> list[Callable[[], Iterable[Case]]]:
+def _refuse_settings(rounds: int, requests: int, only: Collection[str]) -> None:
+    if rounds < FEWEST_ROUNDS:
+        raise ImagineFlashError(f"--rounds must be at least {FEWEST_ROUNDS}, got {rounds}; quantiles need them")
+    if requests < FEWEST_REQUESTS:
+        raise ImagineFlashError(
+            f"--requests must be at least {FEWEST_REQUESTS}, got {requests}; {CLIENTS} are sent at once"
+        )
+    for name in only:
+        if name not in PARTS:
+            raise ImagineFlashError(f"--only must be of {', '.join(PARTS)}, got {name!r}{nearest(name, PARTS)}")
+
+
+def _parts(bench: Bench, rounds: int, requests: int, quick: bool) -> dict[str, list[Callable[[], Iterable[Case]]]]:
+    """What is measured, by its name in PARTS, in pieces for the progress bar."""
     drawn = drawn_by_torch(bench.folder, bench.engine.artifact)
-    steps = sorted({min(drawn), max(drawn)})
     sentences, text = max(FEWEST_ROUNDS, rounds // 20), SHORT if quick else SENTENCE
-    return [
-        *(lambda n=n: [overhead(bench, n, rounds)] for n in steps),
-        *(
-            lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)]
-            for n in ((1, 4) if quick else (1, 4, 16, 100))
-        ),
-        lambda: [load(bench, CLIENTS if quick else 1500)],
-        lambda: [beside_a_greedy_client(bench, rounds)],
-        lambda: on_ray(bench, rounds, CLIENTS if quick else 300),
-    ]
+    crowds, moments = ((1, 4), (IDLE, BOMBS)) if quick else ((1, 4, 16, 100), MOMENTS)
+    return {
+        "overhead": [lambda n=n: [overhead(bench, n, rounds)] for n in sorted({min(drawn), max(drawn)})],
+        "typing": [lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)] for n in crowds],
+        "load": [lambda: [load(bench, requests)]],
+        "malformed": [lambda: [refusals(bench, requests)]],
+        "bombs": [lambda: [beside_bombs(bench, rounds)] if bench.engine.draws_from_pictures else []],
+        "greedy": [lambda: [beside_a_greedy_client(bench, rounds)]],
+        "sigterm": [lambda: [ending(bench, moments)]],
+        "ray": [lambda: on_ray(bench, rounds, requests // 5)],
+    }
 
 
 def on_ray(bench: Bench, rounds: int, requests: int) -> list[Case]:

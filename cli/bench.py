@@ -95,7 +95,10 @@ def bench_runtime_command(
     _show(bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick), output)
 
 
-@bench.command("serve", epilog=examples("bench serve --quick", "bench serve --model runs/artifact -o mine"))
+@bench.command(
+    "serve",
+    epilog=examples("bench serve --quick", "bench serve --only load --only malformed --requests 100000 -o many"),
+)
 def bench_serve_command(
     output: Output = Path("serve"),
     model: Model = None,
@@ -108,16 +111,30 @@ def bench_serve_command(
             metavar="INTEGER", help="Timings of single pictures, at least 5; a twentieth as many typed sentences."
         ),
     ] = 200,
+    requests: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Of 64 clients at once, and malformed ones; at least 640.")
+    ] = 10_000,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="overhead, typing, load, malformed, bombs, greedy, sigterm or ray; may be repeated; by default all.",
+        ),
+    ] = None,
     quick: Quick = False,
 ) -> None:
-    """Time the server: overhead, typing, 64 clients at once, a greedy client, two replicas on Ray Serve."""
+    """Time the server: overhead, typing, many and malformed requests, files that are slow to read, a greedy client, SIGTERM, and
+    two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib", "psutil")
     from ..benchmarks.serve import bench_serve
 
     writable(output)
-    _show(bench_serve(output, model=model, backend=backend, rounds=rounds, quick=quick), output)
+    record = bench_serve(
+        output, model=model, backend=backend, rounds=rounds, requests=requests, only=only or (), quick=quick
+    )
+    _show(record, output)
 
 
 @bench.command(

@@ -181,12 +181,13 @@ def _configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     from ..engine.server import connections
     from ..engine.server.stream import MAX_PICTURE
 
+    http, stream = connections.at_most(settings.max_connections, settings.max_memory)
     return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
-        http=connections.at_most(settings.max_connections),
-        ws="websockets-sansio",
+        http=http,
+        ws=stream,
         ws_max_size=max(settings.max_body, MAX_PICTURE),
         ws_ping_interval=20,
         ws_per_message_deflate=False,

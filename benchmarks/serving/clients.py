@@ -16,7 +16,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from ...engine import GenerateRequest
 from ...engine.work import GenerateResult
 from ..processes import COMMAND, resident_mb
 
-GENERATIONS = "/v1/images/generations"
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 NO_ANSWER_AFTER = 60.0  # seconds until a server that does not answer is an error
 
 
@@ -56,8 +56,17 @@ class Server:
         return self.metric("imagine_flash_pictures_total")
 
     def resident_mb(self) -> float:
-        """Its memory, in 10^6 bytes."""
-        return resident_mb(self.process.pid)
+        """Its memory and that of the processes that read uploads, in 10^6 bytes."""
+        return sum(map(resident_mb, [self.process.pid, *self.readers()]))
+
+    def readers(self) -> list[int]:
+        """The processes that read uploads, by id."""
+        from psutil import NoSuchProcess, Process
+
+        try:
+            return [child.pid for child in Process(self.process.pid).children()]
+        except NoSuchProcess:
+            return []
 
     def last_words(self) -> str:
         """The last line that it wrote, to say what became of it."""
@@ -143,10 +152,23 @@ class HttpClient:
 
     def post(self, request: GenerateRequest) -> tuple[int, Answer | None]:
         """The status, 0 where there was none, and with 200 the answer."""
-        asked = {"prompt": request.prompt, "seed": request.seed, "steps": request.steps}
+        return self._post(GENERATIONS, json.dumps(_fields(request)).encode(), self._headers)
+
+    def edit(self, request: GenerateRequest, file: bytes) -> tuple[int, Answer | None]:
+        """The same, drawn from a picture's file with the request's strength."""
+        edge = "the-edge-of-a-part"
+        head = f"--{edge}\r\ncontent-disposition: form-data; name="
+        fields = {**_fields(request), "strength": request.strength}
+        parts = [f'{head}"{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
+        picture = f'{head}"image"; filename="a"\r\n\r\n'
+        body = "".join([*parts, picture]).encode() + file + f"\r\n--{edge}--\r\n".encode()
+        headers = {**self._headers, "Content-Type": f"multipart/form-data; boundary={edge}"}
+        return self._post(EDITS, body, headers)
+
+    def _post(self, path: str, sent: bytes, headers: Mapping[str, str]) -> tuple[int, Answer | None]:
         started = time.perf_counter()
         try:
-            self._connection.request("POST", GENERATIONS, json.dumps(asked), self._headers)
+            self._connection.request("POST", path, sent, dict(headers))
             answer = self._connection.getresponse()
             body = answer.read()
             if answer.status != 200:
@@ -172,6 +194,10 @@ class HttpClient:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+
+
+def _fields(request: GenerateRequest) -> dict[str, object]:
+    return {"prompt": request.prompt, "seed": request.seed, "steps": request.steps}
 
 
 class StreamClient:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,17 +25,15 @@ def beside_a_greedy_client(bench: Bench, rounds: int) -> Case:
     """Seconds of one picture in the most steps, alone and while somebody with another key has 64 drawn again and again."""
     request, _ = drawn_by_torch(bench.folder, bench.engine.artifact)[max(bench.engine.steps)]
     with ExitStack() as opened:
-        keys = Path(opened.enter_context(TemporaryDirectory())) / "keys"
-        keys.write_text(f"{GREEDY}\n{MODEST}\n")
-        backend = bench.engine.backend.name
-        server = opened.enter_context(serving(bench.folder, backend, "--api-key-file", str(keys), max_queue=64))
+        options = ("--api-key-file", str(opened.enter_context(keys_of(GREEDY, MODEST))))
+        server = opened.enter_context(serving(bench.folder, bench.engine.backend.name, *options, max_queue=64))
         seconds: dict[str, list[float]] = {ALONE: [], BESIDE: []}
         answers: dict[str, list[Answer]] = {ALONE: [], BESIDE: []}
         with HttpClient(server.port, MODEST) as client:
             client.draw(request)
             for name in (ALONE, BESIDE):
                 over = Event()
-                other = Thread(target=_ask_for_much, args=(server.port, over))
+                other = Thread(target=ask_for_much, args=(server.port, over))
                 if name == BESIDE:
                     other.start()
                     time.sleep(0.5)
@@ -50,7 +49,16 @@ def beside_a_greedy_client(bench: Bench, rounds: int) -> Case:
     return case_of(seconds, baseline=ALONE, checks=checks, case=about)
 
 
-def _ask_for_much(port: int, over: Event) -> None:
+@contextmanager
+def keys_of(*keys: str) -> Iterator[Path]:
+    """A file of them."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "keys"
+        file.write_text("\n".join(keys))
+        yield file
+
+
+def ask_for_much(port: int, over: Event) -> None:
     connection = HTTPConnection("127.0.0.1", port, timeout=NO_ANSWER_AFTER)
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {GREEDY}"}
     while not over.is_set():

@@ -21,7 +21,7 @@ from .bench import CLIENTS, HTTP, ON_RAY, REPLICAS, Bench
 from .clients import Answer, Drawn, HttpClient, Server, pixels_of
 
 SUBMIT = "engine.submit"
-LOAD_ROUNDS, SAMPLED = 7, 16
+LOAD_ROUNDS, SAMPLED = 10, 16
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Load:
 
 
 def load(bench: Bench, requests: int) -> Case:
-    """Rounds of so many requests by 64 clients in the fewest steps, beside the engine alone; "MB grown" is the server's."""
+    """So many requests in ten rounds, by 64 clients in the fewest steps, beside the engine alone; "MB grown" is the server's."""
     with _clients(bench.server) as clients:
         ways = {SUBMIT: partial(submit_all, bench.engine), HTTP: partial(post_all, clients)}
         before: list[float] = []
@@ -79,21 +79,22 @@ def _rounds(
     begin: Callable[[], None] = lambda: None,
     **about: int,
 ) -> Case:
-    """Rounds of so many requests, each of its own seed: seconds per picture, 64 in flight at any time. The first of `ways`
+    """So many requests in ten rounds, each of its own seed: seconds per picture, 64 in flight at any time. The first of `ways`
     is the baseline; begin: called when all are warm."""
     steps = min(bench.engine.steps)
-    wanted = different_requests(bench.engine.artifact, LOAD_ROUNDS * requests, steps)
+    each = max(1, requests // LOAD_ROUNDS)
+    wanted = different_requests(bench.engine.artifact, LOAD_ROUNDS * each, steps)
     sample = wanted[:: max(1, len(wanted) // SAMPLED)]
     found = {name: Load(sample={request.seed for request in sample}) for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way(wanted[: max(CLIENTS, warm)], Load(sample=set()))
     begin()
-    for number, first in enumerate(range(0, len(wanted), requests)):
+    for number, first in enumerate(range(0, len(wanted), each)):
         for name in list(ways)[:: 1 if number % 2 else -1]:  # neither is always first
             started = time.perf_counter()
-            ways[name](wanted[first : first + requests], found[name])
-            seconds[name].append((time.perf_counter() - started) / requests)
+            ways[name](wanted[first : first + each], found[name])
+            seconds[name].append((time.perf_counter() - started) / each)
     kept = {name: [pixels_of(own.kept[seed]) for seed in sorted(own.kept)] for name, own in found.items()}
     checks = {name: bench.check(pictures, sample) for name, pictures in kept.items()}
     baseline, other = ways
@@ -101,7 +102,7 @@ def _rounds(
         seconds,
         baseline=baseline,
         checks=checks,
-        repeats=requests,
+        repeats=each,
         case=bench.about(what, steps=steps, clients=CLIENTS, requests=len(wanted), **about),
     )
     share = {other: {"% of the throughput": round(100 * sum(seconds[baseline]) / sum(seconds[other]), 1)}}

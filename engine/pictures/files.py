@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from typing import Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,16 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 def resize(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """One image (H, W, 3) scaled to cover (height, width), and cropped to it around its middle."""
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), Image.Resampling.LANCZOS))
+
+
+class Turns:
+    """One at a time of each client's."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, client: str) -> asyncio.Lock:
+        return self._locks.setdefault(client, asyncio.Lock())
 
 
 async def beside(work: Callable[[], T], size: int) -> T:

@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
-READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers
+READ = ("PNG", "JPEG", "WEBP")  # formats whose readers are opened for strangers; MPO, as phones write it, is a JPEG
 MOST_SCANS = 64  # of a JPEG; cameras and programs write a dozen
 MOST_FRAMES = 64  # of an animation, of which the first is taken
-MEMORY = 300_000_000  # bytes, beside what the process has when it begins
+MEMORY = 300_000_000  # bytes, with what the process has when it begins
 Size = tuple[int, int]  # width, height
 
 
@@ -49,7 +49,7 @@ def _open(data: bytes, size: Size, max_pixels: int) -> Image.Image:
         raise Unreadable(f"has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked")
     if (frames := getattr(found, "n_frames", 1)) > MOST_FRAMES:
         raise Unreadable(f"has {frames} frames; at most {MOST_FRAMES} are looked at, and the first is taken")
-    if found.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+    if found.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
         raise Unreadable(f"has {scans} scans; at most {MOST_SCANS} are unpacked")
     found.draft("RGB", (max(size), max(size)))  # a JPEG in an eighth, a quarter or half of its size
     found.load()
@@ -90,8 +90,9 @@ def _limit_memory() -> None:
         import resource
 
         with open("/proc/self/statm", encoding="ascii") as statm:
-            now = int(statm.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+            reserved, taken = (int(pages) * resource.getpagesize() for pages in statm.read().split()[:2])
+        limit = reserved + MEMORY - taken  # the system limits what is reserved
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     except (ImportError, OSError, ValueError):  # not Linux: the limits of time and pixels are left
         pass
 

@@ -17,7 +17,7 @@ class StoredPictures:
 
     def keep(self, file: bytes, kind: str) -> str:
         """Its name."""
-        name = f"{secrets.token_urlsafe(24)}.{kind}"
+        name = f"{secrets.token_hex(16)}.{kind}"  # letters and digits alone: chat programs look for \w+\.png
         if len(file) <= self._files.maxsize:
             self._files[name] = file
         return name

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,22 +19,31 @@ from numpy.typing import NDArray
 
 from ...core.errors import BusyError, RequestError
 from ...folders.manifests import Size
+from .files import Turns
 
 WORKERS, MOST_WAITING = 2, 8
-SECONDS = 2.0  # for one picture
+SECONDS = 1.8  # for one picture
+FREED_AT_ONCE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1000000",
+}  # else glibc keeps some 64 MB of a picture
 READER = Path(__file__).with_name("reader.py")
 LOG = logging.getLogger(__name__)
 
 
 class UploadReader:
-    """A few worker processes, each reading one picture at a time; `start` begins them, before somebody waits for one."""
+    """A few worker processes, each reading one picture at a time; `start` begins them, before somebody waits for one.
+
+    A client has one picture read at a time, so that nobody's slow ones take all workers.
+    """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
         self._free: asyncio.Queue[Process] = asyncio.Queue()
         self._processes: set[Process] = set()
         self._beginning: set[asyncio.Task[None]] = set()
-        self._there = 0  # uploads that are read or wait
+        self._there = Counter[str]()  # uploads that are read or wait, by client
+        self._turns = Turns()
 
     def start(self) -> None:
         """Once; in the event loop that asks for pictures."""
@@ -47,23 +58,24 @@ class UploadReader:
             task.cancel()
         await asyncio.gather(*(self._end(process) for process in list(self._processes)))
 
-    async def image(self, data: bytes, size: Size) -> NDArray[np.uint8]:
+    async def image(self, data: bytes, size: Size, client: str = "") -> NDArray[np.uint8]:
         """An uploaded picture as uint8 (H, W, 3) of `size`, scaled to cover it and cropped; transparency is on white. Raises
         RequestError, and BusyError where too many wait already."""
-        return np.frombuffer(await self._read(data, "image", size), np.uint8).reshape(*size, 3)
+        return np.frombuffer(await self._read(data, "image", size, client), np.uint8).reshape(*size, 3)
 
-    async def mask(self, data: bytes, size: Size) -> NDArray[np.float32]:
+    async def mask(self, data: bytes, size: Size, client: str = "") -> NDArray[np.float32]:
         """An uploaded mask as float32 (H, W): 1 is drawn anew. Raises as `image`."""
-        shares = np.frombuffer(await self._read(data, "mask", size), np.uint8).reshape(size)
+        shares = np.frombuffer(await self._read(data, "mask", size, client), np.uint8).reshape(size)
         return (shares / 255).astype(np.float32)
 
-    async def _read(self, data: bytes, kind: str, size: Size) -> bytes:
-        if self._there >= WORKERS + MOST_WAITING:
-            raise BusyError(f"{self._there} uploads are read or wait already; try again later")
-        self._there += 1
+    async def _read(self, data: bytes, kind: str, size: Size, client: str) -> bytes:
+        there, most = self._there.total(), WORKERS + MOST_WAITING
+        if there >= most and self._there[client] >= most // len({*self._there, client}):
+            raise BusyError(f"{there} uploads are read or wait already; try again later")
+        self._there[client] += 1
         try:
             self.start()
-            async with self._worker() as worker, asyncio.timeout(SECONDS):
+            async with self._turns.of(client), self._worker() as worker, asyncio.timeout(SECONDS):
                 wish = {"kind": kind, "size": size[::-1], "max_pixels": self._max_pixels, "bytes": len(data)}
                 good, found = await _ask(worker, json.dumps(wish).encode(), data)
         except TimeoutError:
@@ -71,7 +83,7 @@ class UploadReader:
         except (OSError, EOFError):
             raise RequestError(f"{kind} cannot be read: it ended the process that unpacked it", param=kind) from None
         finally:
-            self._there -= 1
+            self._there -= Counter([client])  # which forgets those that have none
         if not good:
             raise RequestError(f"{kind} {found.decode()}", param=kind)
         return found
@@ -93,7 +105,12 @@ class UploadReader:
             try:
                 command = [sys.executable, "-I", str(READER)]
                 process = await asyncio.create_subprocess_exec(
-                    *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+                    *command,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=DEVNULL,
+                    start_new_session=True,
+                    env={**os.environ, **FREED_AT_ONCE},
                 )
                 self._processes.add(process)
                 return self._free.put_nowait(process)

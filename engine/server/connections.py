@@ -1,4 +1,5 @@
-"""uvicorn's HTTP connections with what it has no settings for: an end to headers, how many there are, half-closed ones."""
+"""uvicorn's HTTP connections with what it has no settings for: an end to headers, how many there are, half-closed ones, and
+those that do not read their answers."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from ...core.errors import RequestError
 from .logs import SERVER
@@ -18,13 +20,113 @@ from .logs import SERVER
 MOST_HEADER_BYTES = 65_536  # of a request's line and headers
 MOST_HEADER_SECONDS = 10.0  # from their first byte to their last
 LOOK_EVERY = 0.25  # seconds, whether a client that has stopped sending is still there
+LOOK_WHETHER_READ_EVERY = 10.0  # seconds, in which so many bytes of an answer are to be read:
+LEAST_READ = 100_000
+PIECE = 4096  # bytes of frames: 256 KB, as they come, of pings keep everybody else waiting for 0.2 seconds
+GOODBYE_SECONDS = 4.0  # at the server's end, for the rest of a request, and for reading an answer
 SAY_EVERY = 10.0  # seconds
 LOOK_FOR_FILES_EVERY = 1.0  # seconds
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 LOG = logging.getLogger(SERVER)
 
 
-class Connection(HttpToolsProtocol):
+class _EndsForSlowReaders:
+    """Of either protocol: closed where an answer is read too slowly; where too much waits to be read, the one goes that has not
+    read for longest. At the server's end nobody slow is waited for."""
+
+    most_unread: ClassVar[int] = 2**28  # bytes
+    unread: ClassVar[dict[_EndsForSlowReaders, None]] = {}  # with answers that wait to be read, the longest first
+    loop: asyncio.AbstractEventLoop
+    transport: Any
+    _read_timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self.unread[self] = None
+        while sum(one.transport.get_write_buffer_size() for one in self.unread) > self.most_unread:
+            oldest = next(iter(self.unread))
+            oldest.transport.abort()
+            oldest._has_read()
+        self._look_whether_read(None)
+
+    def resume_writing(self) -> None:
+        self._has_read()
+        super().resume_writing()  # type: ignore[misc]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._has_read()
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def _look_whether_read(self, before: int | None) -> None:
+        now = self.transport.get_write_buffer_size()
+        if before is not None and now > before - LEAST_READ:
+            self.transport.abort()
+        elif self in self.unread:
+            self._read_timer = self.loop.call_later(LOOK_WHETHER_READ_EVERY, self._look_whether_read, now)
+
+    def _has_read(self) -> None:
+        self.unread.pop(self, None)
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+
+    def shutdown(self) -> None:
+        super().shutdown()  # type: ignore[misc]
+        self._goodbye(was_slow=False)
+
+    def _goodbye(self, *, was_slow: bool) -> None:
+        if was_slow and self.is_slow:
+            self.transport.abort()
+        else:
+            self.loop.call_later(GOODBYE_SECONDS, lambda slow=self.is_slow: self._goodbye(was_slow=slow))
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it is the client that is waited for."""
+        return True
+
+
+class Stream(_EndsForSlowReaders, WebSocketsSansIOProtocol):
+    """A WebSocket. Many small frames are taken in pieces, with everybody else's between them, and who does not read what is sent
+    is not listened to, since each ping is answered."""
+
+    _rest = b""  # of what was received
+
+    def data_received(self, data: bytes) -> None:
+        had_some, self._rest = bool(self._rest), self._rest + data
+        if not had_some:
+            self._take_a_piece()
+        self._listen_or_not()
+
+    def _take_a_piece(self) -> None:
+        piece, self._rest = self._rest[:PIECE], self._rest[PIECE:]
+        super().data_received(piece)
+        if self.transport.is_closing():
+            self._rest = b""
+        elif self._rest:
+            self.loop.call_soon(self._take_a_piece)
+        self._listen_or_not()
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        self._listen_or_not()  # whatever it has done
+        return message
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._listen_or_not()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._listen_or_not()
+
+    def _listen_or_not(self) -> None:
+        if self._rest or self.read_paused or self in self.unread:
+            self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
+
+
+class Connection(_EndsForSlowReaders, HttpToolsProtocol):
     """Closed where its request does not begin within the keep-alive time, or its headers do not end. Where too many are open,
     the one goes that has been without a whole request for longest; slow ones keep nobody out."""
 
@@ -103,6 +205,10 @@ class Connection(HttpToolsProtocol):
             self._close_in(None)
             self._timer = self.loop.call_later(LOOK_EVERY, self._look_whether_there)
 
+    @property
+    def is_slow(self) -> bool:
+        return self.cycle is None or self.cycle.more_body or self.cycle.response_complete
+
     def _make_room(self) -> None:
         cls = type(self)
         if time.monotonic() > cls._said + SAY_EVERY:
@@ -125,13 +231,15 @@ class Connection(HttpToolsProtocol):
 SPARE_FILES, LEAST = 64, 8  # files of the model, its workers, the log; connections
 
 
-def at_most(connections: int) -> type[Connection]:
-    """The protocol of one server; fewer where the system gives this process fewer files, so that accepting does not fail.
-    Raises RequestError where there are hardly any."""
+def at_most(connections: int, unread: int) -> tuple[type[Connection], type[Stream]]:
+    """The protocols of one server. connections: fewer where the system gives this process fewer files, so that accepting does not
+    fail; unread: bytes of answers. Raises RequestError where there are hardly any files."""
     if (files := _files()) < SPARE_FILES + LEAST:
         least = SPARE_FILES + LEAST
         raise RequestError(f"this process may open {files} files, a server needs {least}; run: ulimit -n 1024")
-    return type("Connection", (Connection,), {"most": min(connections, files - SPARE_FILES), "unasked": {}})
+    both = {"most_unread": unread, "unread": {}}
+    most = min(connections, files - SPARE_FILES)
+    return type("Connection", (Connection,), {**both, "most": most, "unasked": {}}), type("Stream", (Stream,), both)
 
 
 async def watch_files() -> None:

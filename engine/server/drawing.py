@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from ...core.errors import RequestError
 from ...folders.manifests import Size, size_name
 from ..engine import Engine
-from ..pictures.files import beside, encode, resize
+from ..pictures.files import Turns, beside, encode, resize
 from ..pictures.uploads import UploadReader
 from ..request import GenerateRequest
 from ..work import Drawing, GenerateResult, Prepared
@@ -24,7 +24,7 @@ from .model import ServedModel
 from .schemas import OPENAI_MODELS
 from .settings import ServerSettings
 
-MOST_SCALED = 2**26  # pixels of one answer that are not the model's own
+MOST_SCALED = 2**25  # pixels of one answer that are not the model's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class Studio:
     def __init__(self, model: ServedModel, settings: ServerSettings, clients: Clients, metrics: Metrics) -> None:
         self.model, self.settings, self.clients, self.metrics = model, settings, clients, metrics
         self.uploads = UploadReader(settings.max_pixels)
+        self._turns = Turns()  # of writing files
 
     @property
     def engine(self) -> Engine:
@@ -87,6 +88,11 @@ class Studio:
         weighs = not known.embedded and (known.default if scale is None else scale) > 1
         return taken | ({"negative_prompt": negative} if negative and weighs else {})
 
+    async def pixels(self, image: bytes, mask: bytes | None, size: Size, client: KnownClient) -> dict[str, Any]:
+        """Of a GenerateRequest, the uploaded picture to start from and its mask. Raises RequestError, BusyError."""
+        found: dict[str, Any] = {"image": await self.uploads.image(image, size, client.name)}
+        return found if mask is None else found | {"mask": await self.uploads.mask(mask, size, client.name)}
+
     async def prepare(self, wish: Wish) -> Prepared:
         """A request made ready. Raises RequestError, PlanError, QuotaError."""
         self.clients.check(wish.client, wish.request.count)
@@ -126,7 +132,9 @@ class Studio:
             sized = pixels if wish.size is None else [resize(one, wish.size) for one in pixels]
             return [encode(one, wish.kind, wish.quality) for one in sized]
 
-        return await beside(work, pixels.nbytes if wish.size is None else 3 * wish.size[0] * wish.size[1] * len(pixels))
+        size = pixels.nbytes if wish.size is None else 3 * wish.size[0] * wish.size[1] * len(pixels)
+        async with self._turns.of(wish.client.name):
+            return await beside(work, size)
 
 
 def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:

@@ -85,5 +85,8 @@ def handle_errors(app: FastAPI, model: ServedModel) -> None:
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 503: "busy"}
-        body = error_body(str(error.detail), code=codes.get(error.status_code), status=error.status_code)
+        message = str(error.detail)
+        if error.status_code in (404, 405) and message in ("Not Found", "Method Not Allowed"):
+            message = f"there is no {request.method} {request.url.path[:100]}; /docs lists what there is"
+        body = error_body(message, code=codes.get(error.status_code), status=error.status_code)
         return JSONResponse(body, error.status_code, error.headers)

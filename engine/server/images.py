@@ -65,10 +65,9 @@ def images_router(studio: Studio) -> APIRouter:
             raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}", param="image")
         wish = _wish(studio, asked, client_of(request))
         _, size = studio.engine.check(wish.request)
-        pixels: dict[str, Any] = {"image": await studio.uploads.image(await uploads[0].read(), size)}
-        if asked.mask is not None:
-            pixels["mask"] = await studio.uploads.mask(await asked.mask.read(), size)
-        wish = _wish(studio, asked, client_of(request), seed=wish.request.seed, strength=asked.strength, **pixels)
+        mask = None if asked.mask is None else await asked.mask.read()
+        pixels = await studio.pixels(await uploads[0].read(), mask, size, wish.client)
+        wish = _wish(studio, asked, wish.client, seed=wish.request.seed, strength=asked.strength, **pixels)
         return await _answer(studio, stored, asked, wish, request)
 
     _lookups(router, studio, stored)

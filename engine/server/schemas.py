@@ -145,7 +145,7 @@ def size_of(text: str | None) -> Size | None:
     """(height, width) of a size such as 512x768; None for none or auto. Raises RequestError."""
     if text is None or text == "auto":
         return None
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
     if not found or not 1 <= min(int(found[1]), int(found[2])) <= max(int(found[1]), int(found[2])) <= MAX_SIDE:
         raise RequestError(
             f"size must be WIDTHxHEIGHT up to {MAX_SIDE}, such as 512x512, or auto, got {text!r}", param="size"

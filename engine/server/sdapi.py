@@ -46,6 +46,13 @@ class TextRequest(BaseModel):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @property
+    def count(self) -> int:
+        """Raises RequestError."""
+        if (count := self.batch_size * self.n_iter) > MAX_COUNT:
+            raise RequestError(f"n_iter: at most {MAX_COUNT} pictures with batch_size, got {count}", param="n_iter")
+        return count
+
+    @property
     def ignored(self) -> list[str]:
         given = (name[:40] for name, value in (self.model_extra or {}).items() if value)
         return [name for name in given if name.isascii() and name.isidentifier()][:100]  # what a header can hold
@@ -72,13 +79,13 @@ def sdapi_router(studio: Studio) -> APIRouter:
     @router.post("/img2img")
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
-        size, _ = studio.size((asked.height, asked.width), asked.batch_size * asked.n_iter)
-        pixels: dict[str, Any] = {"image": await studio.uploads.image(_file(asked.init_images[0], "init_images"), size)}
-        if asked.mask is not None:
-            mask = await studio.uploads.mask(_file(asked.mask, "mask"), size)
-            pixels["mask"] = 1 - mask if asked.inpainting_mask_invert else mask
+        size, _ = studio.size((asked.height, asked.width), asked.count)
+        mask = None if asked.mask is None else _file(asked.mask, "mask")
+        start = await studio.pixels(_file(asked.init_images[0], "init_images"), mask, size, client_of(request))
+        if mask is not None and asked.inpainting_mask_invert:
+            start["mask"] = 1 - start["mask"]
         return await _answer(
-            studio, asked, request, {**pixels, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
+            studio, asked, request, {**start, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
         )
 
     _lookups(router, studio)
@@ -142,14 +149,13 @@ def prompt_and_loras(text: str) -> tuple[str, dict[str, float]]:
 
 async def _answer(studio: Studio, asked: TextRequest, request: Request, start: dict[str, Any]) -> Response:
     prompt, loras = prompt_and_loras(asked.prompt)
-    count = asked.batch_size * asked.n_iter
-    (height, width), scaled = studio.size((asked.height, asked.width), count)
+    (height, width), scaled = studio.size((asked.height, asked.width), asked.count)
     drawing: dict[str, Any] = {
         "prompt": prompt,
         "lora": loras,
         "seed": None if asked.seed == -1 else asked.seed,
         "steps": min(studio.engine.steps, key=lambda known: (abs(known - asked.steps), -known)),
-        "count": count,
+        "count": asked.count,
         "height": height,
         "width": width,
         "timeout": studio.settings.timeout,
@@ -160,7 +166,7 @@ async def _answer(studio: Studio, asked: TextRequest, request: Request, start: d
     files = await studio.files(result, wish) if asked.send_images else []
     body = {
         "images": [base64.b64encode(file).decode() for file in files],
-        "parameters": asked.model_dump(exclude={"init_images", "mask"}),
+        "parameters": asked.model_dump(exclude={"init_images", "mask", *(asked.model_extra or ())}),
         "info": json.dumps(_info(asked, result, wish)),
     }
     ignored = {"x-ignored": ", ".join(asked.ignored)} if asked.ignored else {}

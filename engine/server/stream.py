@@ -117,6 +117,7 @@ class _Connection:
             else:
                 await self._take(text)
             self._count()
+            await asyncio.sleep(0)  # a flood of messages keeps nobody else waiting
 
     def _count(self) -> None:
         """What became stale or was skipped since the last time."""
@@ -161,7 +162,7 @@ class _Connection:
         if size not in self.studio.engine.sizes:
             raise RequestError(f"this engine does not draw {size_name(size)}", param="size")
         if size not in self._pixels:
-            self._pixels[size] = await self.studio.uploads.image(self._picture, size)
+            self._pixels[size] = await self.studio.uploads.image(self._picture, size, self.client.name)
         return self._pixels[size]
 
     async def _write(self) -> None:

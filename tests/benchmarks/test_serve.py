@@ -12,10 +12,11 @@ from imagine_flash.tests.commands import fails, start
 
 
 @pytest.mark.slow
-def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) -> None:
+def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "serve"
-    options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    only = [part for name in ("overhead", "typing", "load", "greedy", "ray") for part in ("--only", name)]
+    options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out, *only)
     done = start("bench", "serve", *options, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "times as fast as" in done.stdout and "overhead p50 ms" in done.stdout
@@ -54,10 +55,30 @@ def test_the_command_measures_everything(tiny_artifact: Path, tmp_path: Path) ->
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_command_measures_what_strangers_do(tiny_artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    out = tmp_path / "serve"
+    only = [part for name in ("malformed", "bombs", "sigterm") for part in ("--only", name)]
+    options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out, *only)
+    done = start("bench", "serve", *options, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    malformed, bombs, sigterm = read_record(out.with_suffix(".json")).rows
+    refused = malformed.extra["between malformed requests"]
+    assert refused.pop("5xx") == 0 and refused.pop("MB grown") is not None and sum(refused.values()) == 640
+    for kind in ("PNG", "JPEG", "WebP"):
+        one = bombs.extra[kind]
+        assert one["bombs"] >= 1 and 0 < one["s alone"] < 60 and 10 < one["peak MB"] <= 330
+    busy = sigterm.extra["bombs"]
+    assert busy["answered"] > 0 == busy["lost"] and busy["slowest s"] < 60
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--rounds", "2"], "--rounds must be at least 5, got 2"),
+        (["--requests", "10"], "--requests must be at least 640, got 10"),
+        (["--only", "bomb"], "--only must be of overhead, typing, load"),
         (["--backend", "openvin"], "no backend 'openvin'; did you mean 'openvino'?"),
         (["--model", "{tmp}/nowhere"], "nowhere"),
         (["-o", "{tmp}/missing/r"], "is not a folder; make it first"),

@@ -88,9 +88,9 @@ export class Strip {
     this.#restore();
   }
 
-  add({ header, blob, prompt }) {
+  add({ header, blob, prompt, strength }) {
     const { seed, steps, size } = header;
-    const drawn = JSON.stringify({ prompt, seed, steps, size });
+    const drawn = JSON.stringify({ prompt, seed, steps, size, strength }); // a strength: drawn from a picture
     const item = this.#items.get(drawn) ?? this.#made(drawn);
     this.#items.delete(drawn);
     this.#items.set(drawn, item); // the newest is the map's last
@@ -127,14 +127,14 @@ export class Strip {
   }
 
   #made(drawn, src = "") {
-    const { prompt, seed, steps, size } = JSON.parse(drawn);
+    const { prompt, seed, steps, size, strength } = JSON.parse(drawn);
     const image = new Image();
     if (src) image.src = src;
     image.alt = "";
     image.classList.toggle("small", Number(size.split("x")[0]) < SMALL);
     const button = document.createElement("button");
     button.type = "button";
-    button.title = `${prompt}, seed ${seed}, ${steps} steps`;
+    button.title = `${prompt}, seed ${seed}, ${steps} steps${strength ? ", from a picture" : ""}`;
     button.setAttribute("aria-label", button.title);
     button.dataset.drawn = drawn;
     button.append(image);

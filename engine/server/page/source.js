@@ -193,12 +193,14 @@ export class Source extends EventTarget {
   }
 
   #takeDrops() {
-    addEventListener("dragover", (event) => event.preventDefault());
-    addEventListener("drop", (event) => {
-      event.preventDefault();
-      const file = [...event.dataTransfer.files].find(({ type }) => type.startsWith("image/"));
-      if (file) this.take(file);
-    });
+    for (const name of ["dragover", "drop"]) {
+      addEventListener(name, (event) => {
+        if (!event.dataTransfer.types.includes("Files")) return; // text goes where it is dropped
+        event.preventDefault();
+        const [file] = event.dataTransfer.files; // none before it is dropped
+        if (file) this.take(file);
+      });
+    }
     addEventListener("paste", (event) => {
       const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
       if (!file) return;

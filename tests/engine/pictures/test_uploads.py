@@ -77,6 +77,19 @@ def test_a_phones_picture_is_turned_as_it_is_looked_at() -> None:
     assert (found[:4] == 255).all() and not found[4:].any()
 
 
+def test_several_pictures_in_a_jpeg_are_the_first_and_have_no_more_scans_either() -> None:
+    """As phones write them; the count of scans passed them by."""
+    file, scans = io.BytesIO(), repeated_scans(100, 200)
+    Image.new("RGB", (32, 32), (10, 200, 30)).save(
+        file, "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))]
+    )
+    data = file.getvalue()
+    assert np.abs(read_image(data, (16, 16))[0, 0].astype(int) - [10, 200, 30]).max() < 4
+    marker = data[data.index(b"\xff\xe2") :]
+    with pytest.raises(Unreadable, match="scans; at most 64"):
+        read_image(scans[:2] + marker[: 2 + int.from_bytes(marker[2:4], "big")] + scans[2:], (16, 16))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_large_picture_is_what_pillow_makes_of_it(kind: str) -> None:
     """It is made smaller while it is unpacked, which must not be seen."""
@@ -158,14 +171,15 @@ def test_a_picture_that_takes_too_long_is_given_up_and_others_go_on(monkeypatch:
         while reader._free.qsize() < uploads.WORKERS:
             await asyncio.sleep(0.01)
         before = {process.pid for process in reader._processes}
-        bombs = [asyncio.create_task(reader.image(slow, (64, 64))) for _ in range(2)]
+        bombs = [asyncio.create_task(reader.image(slow, (64, 64), "greedy")) for _ in range(3)]
         await asyncio.sleep(0.01)
-        assert (await reader.image(quick, (64, 64)))[0, 0].tolist() == [10, 20, 30]
+        assert (await reader.image(quick, (64, 64), "other"))[0, 0].tolist() == [10, 20, 30]
+        assert not any(bomb.done() for bomb in bombs), "one client has one picture read at a time"
         for bomb in bombs:
             with pytest.raises(RequestError, match=r"image takes more than 0\.5 seconds to unpack"):
                 await bomb
-        assert not before & {process.pid for process in reader._processes}, "they go on"
-        assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in before)
+        killed = before - {process.pid for process in reader._processes}
+        assert killed and not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in killed)
         mask = await reader.mask(upload(Image.new("L", (32, 32), 255)), (64, 64))
         assert mask.dtype == np.float32 and (mask == 1).all()
         await reader.close()
@@ -180,11 +194,14 @@ def test_who_hangs_up_stops_the_unpacking_and_only_so_many_wait() -> None:
         await asyncio.sleep(0)
         with pytest.raises(BusyError, match="10 uploads are read or wait already"):
             await reader.image(b"", (64, 64))
+        other = asyncio.create_task(reader.image(b"", (64, 64), "other"))
         for task in waiting[:5]:
             task.cancel()
         done = await asyncio.gather(*waiting, return_exceptions=True)
         assert [isinstance(one, asyncio.CancelledError) for one in done] == 5 * [True] + 5 * [False]
         assert all(one.shape == (64, 64, 3) for one in done[5:])  # type: ignore[union-attr]
+        with pytest.raises(RequestError, match="no PNG"):  # another client still had its share of the places
+            await other
         await reader.close()
 
     asyncio.run(main())

@@ -2,6 +2,8 @@
 
 import base64
 import concurrent.futures
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -125,44 +127,65 @@ def test_many_calls_at_once_with_the_clients_own_retries(start_server, tiny_arti
             assert sum(pool.map(draw, range(150))) >= 145
 
 
-OPEN_WEBUI = {"model": "dall-e-3", "prompt": "a cat", "n": 1, "size": "1024x1024", "response_format": "b64_json"}
-LIBRECHAT = {
-    "model": "dall-e-3",
-    "prompt": "a cat",
-    "n": 1,
-    "size": "1024x1792",
-    "quality": "standard",
-    "style": "vivid",
+GENERATIONS, EDITS, TXT2IMG = "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img"
+ONE = {"prompt": "a cat", "n": 1}
+VIVID = {"quality": "standard", "style": "vivid"}
+AUTO = {"quality": "auto", "size": "auto"}
+GPT = {"model": "gpt-image-1", **ONE, **AUTO, "background": "auto", "output_format": "webp", "output_compression": 100}
+SENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "Open WebUI": (GENERATIONS, {**ONE, "model": "dall-e-3", "size": "1024x1024", "response_format": "b64_json"}),
+    "Open WebUI, GPT Image": (GENERATIONS, {**ONE, "model": "gpt-image-1.5", "size": "512x512"}),
+    "Open WebUI, Azure": (f"{GENERATIONS}?api-version=2025-04-01", {**ONE, "model": "dall-e-2", "size": "256x256"}),
+    "Open WebUI, A1111": (
+        TXT2IMG,
+        {"prompt": "a cat", "batch_size": 1, "width": 512, "height": 512, "steps": 50, "negative_prompt": "blurry"},
+    ),
+    "LibreChat": (GENERATIONS, {**ONE, **VIVID, "model": "dall-e-3", "size": "1024x1792"}),
+    "LibreChat, GPT Image": (GENERATIONS, GPT),
+    "LibreChat, A1111": (
+        TXT2IMG,
+        {"prompt": "a cat", "negative_prompt": "", "cfg_scale": 4.5, "steps": 22, "width": 1024, "height": 1024},
+    ),
 }
-LIBRECHAT_GPT = {
-    "model": "gpt-image-1",
-    "prompt": "a cat",
-    "n": 1,
-    "background": "auto",
-    "output_format": "webp",
-    "output_compression": 100,
-    "quality": "auto",
-    "size": "auto",
-}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_what_chat_programs_send(http: httpx.Client, name: str) -> None:
+    """As their sources have it: open_webui/routers/images.py; DALLE3.js, OpenAIImageTools.js and StableDiffusion.js of
+    api/app/clients/tools/structured."""
+    path, body = SENT[name]
+    answer = http.post(path, json=body, headers={"authorization": "" if path == TXT2IMG else "Bearer none"})
+    assert answer.status_code == 200, answer.text
+    if path == TXT2IMG:
+        (file,), info = map(base64.b64decode, answer.json()["images"]), json.loads(answer.json()["info"])
+        assert info["infotexts"][0].startswith("a cat\n") and isinstance(info["seed"], int)
+        assert (info["width"], info["height"]) == (body["width"], body["height"])
+    else:
+        (one,) = answer.json()["data"]
+        file = http.get(one["url"]).content if "url" in one else base64.b64decode(one["b64_json"])
+    size = body.get("size", f"{body.get('width')}x{body.get('height')}")
+    assert picture(file).size == ((64, 64) if size == "auto" else tuple(map(int, size.split("x"))))
 
 
 @pytest.mark.parametrize(
-    "body", [OPEN_WEBUI, LIBRECHAT, LIBRECHAT_GPT], ids=["Open WebUI", "LibreChat", "LibreChat's GPT Image"]
+    ("name", "form"),
+    [
+        ("image", {"model": "dall-e-2", **ONE, "size": "512x512", "response_format": "b64_json"}),
+        ("image[]", {"model": "gpt-image-1", **ONE, "background": "auto"}),
+        ("image[]", {"model": "gpt-image-1", "prompt": "a cat", **AUTO}),
+    ],
+    ids=["Open WebUI", "Open WebUI, GPT Image", "LibreChat"],
 )
-def test_what_chat_programs_send(http: httpx.Client, body: dict) -> None:
-    """As their sources have it: open_webui/routers/images.py, app/clients/tools/structured/DALLE3.js and OpenAIImageTools.js."""
-    answer = http.post("/v1/images/generations", json=body, headers={"authorization": "Bearer none"})
-    (one,) = answer.json()["data"]
-    file = http.get(one["url"]).content if "url" in one else base64.b64decode(one["b64_json"])
-    wanted = (64, 64) if body["size"] == "auto" else tuple(map(int, body["size"].split("x")))
-    assert picture(file).size == wanted
-
-
-def test_what_librechat_sends_to_edit(http: httpx.Client) -> None:
-    file = ("image[]", ("a.png", png(np.full((64, 64, 3), 90, np.uint8)), "image/png"))
-    form = {"model": "gpt-image-1", "prompt": "a cat", "quality": "auto", "size": "auto"}
-    answer = http.post("/v1/images/edits", files=[file], data=form)
+def test_what_chat_programs_send_to_edit(http: httpx.Client, name: str, form: dict[str, Any]) -> None:
+    file = (name, ("0b5c.png", png(np.full((64, 64, 3), 90, np.uint8)), "image/png"))
+    answer = http.post(EDITS, files=[file], data={key: str(value) for key, value in form.items()})
     assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"]
+
+
+def test_the_name_in_an_address_is_one_word(client: openai.OpenAI) -> None:
+    """Programs look for \\w+\\.png in it, which a name with a minus before its point has not."""
+    got = client.images.generate(prompt="a cat", n=64, model="dall-e-2", extra_body={"steps": 1})
+    assert all(re.search(r"/pictures/\w+\.png$", one.url or "") for one in got.data or ())
 
 
 def test_langchains_wrapper(server) -> None:
@@ -227,7 +250,15 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     for path, body, status, says in (
         ("txt2img", {"prompt": ""}, 400, "prompt must be"),
         ("txt2img", {"prompt": "a cat", "width": 9999}, 400, "width: Input should be less than or equal to 4096"),
-        ("txt2img", {"prompt": "a cat", "n_iter": 60, "batch_size": 60}, 400, "too much at once"),
+        (
+            "txt2img",
+            {"prompt": "a cat", "n_iter": 8, "batch_size": 9},
+            400,
+            "n_iter: at most 64 pictures with batch_size",
+        ),
+        ("txt2img", {"prompt": "a cat", "n_iter": 60, "width": 1000, "height": 1000}, 400, "too much at once"),
+        ("txt2img", {"prompt": "a cat", "rubbish": 70_000 * [[]]}, 413, "more than 65,536 fields and items"),
+        ("png-info", {}, 404, "there is no POST /sdapi/v1/png-info; /docs lists what there is"),
         ("img2img", {"prompt": "a cat"}, 400, "init_images"),
         ("img2img", {"prompt": "a cat", "init_images": ["*"]}, 400, "send a picture in base64"),
         ("img2img", {"prompt": "a cat", "init_images": ["AAAA"]}, 400, "image is no PNG"),
@@ -235,9 +266,21 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     ):
         answer = http.post(f"/sdapi/v1/{path}", json=body)
         assert answer.status_code == status and says in answer.json()["error"]["message"], answer.text
-    odd = {"prompt": "a cat", "seed": None, "tiling": False, "enable_hr": True, "width": 64, "height": 64, "名": 1}
-    answer = http.post("/sdapi/v1/txt2img", json=odd)
-    assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr"
+    odd = {
+        "prompt": "a cat",
+        "seed": None,
+        "tiling": False,
+        "enable_hr": True,
+        "width": 64,
+        "height": 64,
+        "名": 1,
+        "n": float("nan"),
+    }
+    answer = http.post("/sdapi/v1/txt2img", content=json.dumps(odd), headers={"content-type": "application/json"})
+    assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr, n"
+    assert "NaN" not in answer.text and answer.json()["parameters"]["width"] == 64
+    full_width = http.post("/v1/images/generations", json={"prompt": "a cat", "size": "\uff14x\uff14"})
+    assert full_width.status_code == 400 and "size must be WIDTHxHEIGHT" in full_width.text
 
 
 def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact: Path, tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from imagine_flash.core.errors import RequestError
+from imagine_flash.engine import Engine
+from imagine_flash.engine.server import create_app
 from imagine_flash.engine.server.settings import ApiKey, ServerSettings, read_keys, read_settings
 from imagine_flash.folders.files import sha256_file
 from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
@@ -279,6 +282,24 @@ def test_keys_have_names_quotas_and_metrics(tiny_artifact: Path, tmp_path: Path,
     assert 'imagine_flash_key_pictures_total{key="key 2"} 5.0' in counts
     server.stop()
     assert "POST /v1/images/generations 429" in server.log.read_text() and KEY not in server.log.read_text()
+
+
+def test_without_keys_each_address_has_the_quota(tiny_artifact: Path) -> None:
+    """Of IPv6 each network of a customer, who has 2^64 addresses."""
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        app = create_app(engine, ServerSettings(quota="2/hour"))
+
+        def draw(address: str, n: int) -> int:
+            http = TestClient(app, client=(address, 50_000))
+            return http.post("/v1/images/generations", json={"prompt": "a cat", "n": n, "steps": 1}).status_code
+
+        assert [draw("192.0.2.1", n) for n in (3, 2, 1)] == [429, 200, 429]
+        assert draw("192.0.2.2", 2) == 200
+        assert [draw(a, 2) for a in ("2001:db8::1", "2001:db8::ffff", "2001:db8:0:1::1")] == [200, 429, 200]
+        with TestClient(app, client=("192.0.2.1", 50_000)).websocket_connect("/v1/stream") as stream:
+            assert stream.receive_json()["type"] == "ready"
+            stream.send_json({"seq": 1, "prompt": "a cat"})
+            assert stream.receive_json()["error"]["code"] == "rate_limit_exceeded"
 
 
 def test_probes_are_not_in_the_log_and_invalid_requests_are_with_their_address(

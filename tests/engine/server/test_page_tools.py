@@ -1,10 +1,12 @@
 """What the page offers beside the text: four seeds, playback, links, words, pictures to start from; and a hanging server."""
 
+import base64
 import io
 import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,8 +45,9 @@ def test_what_is_needed_is_in_sight_and_nothing_is_said_that_is_not_known(tools)
 def test_a_sentence_is_played_back_and_saved_as_a_gif(tools) -> None:
     page = tools.page
     page.fill("#prompt", "")
-    page.locator("#prompt").press_sequentially("a cat on blue", delay=120)
-    tools.shows("a cat on blue")
+    for text in ("a", "a cat", "a cat on", "a cat on blue"):  # each is drawn, however slow the machine is
+        page.locator("#prompt").press_sequentially(text[len(page.input_value("#prompt")) :])
+        tools.shows(text)
     page.click("#play")
     tools.says("#reel", "a cat")
     page.keyboard.press("Escape")
@@ -95,36 +98,42 @@ def test_words_are_added_by_click_and_reached_by_arrows(tools) -> None:
     assert page.locator("#vocabulary [tabindex='0']").count() == page.locator("#vocabulary [role=toolbar]").count()
 
 
+def green() -> bytes:
+    """A picture's file."""
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200), (0, 160, 60)).save(file, "PNG")
+    return file.getvalue()
+
+
+def is_green(page: Any) -> bool:
+    """Whether the picture that is shown is, in its mean."""
+    red, green, blue = page.evaluate("""async () => {
+      const image = document.querySelector("#picture img"), canvas = new OffscreenCanvas(1, 1);
+      canvas.getContext("2d").drawImage(image, 0, 0, 1, 1);
+      return [...canvas.getContext("2d").getImageData(0, 0, 1, 1).data].slice(0, 3);
+    }""")
+    return green > red and green > blue
+
+
+def draws_anew(page: Any, act: Callable[[], object]) -> None:
+    before = int(page.locator("#picture").get_attribute("data-seq") or 0)
+    act()
+    limit = time.monotonic() + 20  # Playwright's own waiting evaluates text, which the page's policy forbids
+    while int(page.locator("#picture").get_attribute("data-seq")) <= before:
+        assert time.monotonic() < limit
+        page.wait_for_timeout(20)
+
+
 def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
     page = tools.page
     page.fill("#prompt", "a cat")
     tools.shows("a cat")
-    file = io.BytesIO()
-    Image.new("RGB", (300, 200), (0, 160, 60)).save(file, "PNG")
-
-    def colour() -> list[int]:
-        """The mean of the picture that is shown."""
-        return page.evaluate("""async () => {
-          const image = document.querySelector("#picture img"), canvas = new OffscreenCanvas(1, 1);
-          canvas.getContext("2d").drawImage(image, 0, 0, 1, 1);
-          return [...canvas.getContext("2d").getImageData(0, 0, 1, 1).data].slice(0, 3);
-        }""")
-
-    def draws_anew(act: Any) -> None:
-        before = int(page.locator("#picture").get_attribute("data-seq") or 0)
-        act()
-        limit = time.monotonic() + 20  # Playwright's own waiting evaluates text, which the page's policy forbids
-        while int(page.locator("#picture").get_attribute("data-seq")) <= before:
-            assert time.monotonic() < limit
-            page.wait_for_timeout(20)
-
-    upload = {"name": "green.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    upload = {"name": "green.png", "mimeType": "image/png", "buffer": green()}
     page.evaluate("document.getElementById('strength').value = 0.05")
-    draws_anew(lambda: page.set_input_files("#file", upload))
+    draws_anew(page, lambda: page.set_input_files("#file", upload))
     tools.says("#command", "--image START.png --strength 0.05")
-    red, green, blue = colour()
-    assert green > red and green > blue
-    draws_anew(lambda: page.locator("#strength").fill("1"))
+    assert is_green(page)
+    draws_anew(page, lambda: page.locator("#strength").fill("1"))
     tools.says("#strength-shown", "100 %")
     page.click("#sketch-on")
     page.click("#colours label:nth-child(4)")
@@ -137,12 +146,57 @@ def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
         page.mouse.move(box["x"] + 120, box["y"] + 120, steps=4)
         page.mouse.up()
 
-    draws_anew(stroke)
-    draws_anew(lambda: page.click("#camera-on"))
+    draws_anew(page, stroke)
+    draws_anew(page, lambda: page.click("#camera-on"))
     page.click("#four")  # of the picture too
     playwright.expect(page.locator("#grid button").first).to_be_visible()
-    draws_anew(lambda: page.click("#source-off"))
+    draws_anew(page, lambda: page.click("#source-off"))
     assert "--image" not in page.locator("#command").inner_text()
+
+
+def test_it_draws_from_what_is_dropped_or_pasted(tools) -> None:
+    page, data = tools.page, base64.b64encode(green()).decode()
+    page.fill("#prompt", "a dog")
+    tools.shows("a dog")
+    title = f"a dog, seed {page.input_value('#seed')}, 3 steps"
+    playwright.expect(page.locator("#strip button").first).to_have_attribute("title", title)
+    page.evaluate("document.getElementById('strength').value = 0.05")
+
+    def dropped(data: str, name: str, kind: str) -> Any:
+        """What a drag carries: a file, or as text what is no file."""
+        return page.evaluate_handle(
+            """([data, name, type]) => {
+              const carried = new DataTransfer(), bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt());
+              if (name) carried.items.add(new File([bytes], name, { type }));
+              else carried.setData("text/plain", data);
+              return carried;
+            }""",
+            [data, name, kind],
+        )
+
+    draws_anew(
+        page, lambda: page.dispatch_event("#stage", "drop", {"dataTransfer": dropped(data, "a.png", "image/png")})
+    )
+    assert is_green(page) and page.locator("#source-panel").is_visible()
+    newest, before = page.locator("#strip button").nth(0), page.locator("#strip button").nth(1)
+    playwright.expect(newest).to_have_attribute("title", f"{title}, from a picture")
+    playwright.expect(before).to_have_attribute("title", title)  # it took the place of the text's own picture
+    page.dispatch_event("#stage", "drop", {"dataTransfer": dropped("QUJD", "a.txt", "text/plain")})
+    tools.says("#source-said", "That is no picture that this browser can read.")
+    draws_anew(page, lambda: page.click("#source-off"))
+    page.dispatch_event("#prompt", "drop", {"dataTransfer": dropped("QUJD", "", "")})
+    assert page.locator("#source-panel").is_hidden() and page.input_value("#prompt") == "a dog"
+    page.evaluate(
+        """async (data) => {
+          const blob = new Blob([Uint8Array.from(atob(data), (sign) => sign.charCodeAt())], { type: "image/png" });
+          await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
+        }""",
+        data,
+    )
+    page.focus("#prompt")
+    draws_anew(page, lambda: page.keyboard.press("Control+V"))
+    assert is_green(page) and page.input_value("#prompt") == "a dog"
+    draws_anew(page, lambda: page.click("#source-off"))
 
 
 def test_another_model_is_offered_other_things(embedded, open_page) -> None:

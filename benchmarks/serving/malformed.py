@@ -251,7 +251,7 @@ def _bomb(width: int, height: int, data: int) -> bytes:
     return _png(_chunk(b"IDAT", _zeros(data)), width=width, height=height)
 
 
-def _frame(payload: bytes, *, first: int = 0x81, masked: bool = True, length: int | None = None) -> bytes:
+def frame(payload: bytes, *, first: int = 0x81, masked: bool = True, length: int | None = None) -> bytes:
     """first: FIN, reserved bits and opcode; the mask is zeros, so the payload is what it was; length: a lie."""
     length, mask = len(payload) if length is None else length, 0x80 if masked else 0
     size = (
@@ -266,32 +266,32 @@ def _frame(payload: bytes, *, first: int = 0x81, masked: bool = True, length: in
 
 def _message(rng: random.Random) -> Malformed:
     what, body = _json_fault(rng, TYPING)
-    return Malformed(what=f"{what} in a message", data=_frame(body), stream=True)
+    return Malformed(what=f"{what} in a message", data=frame(body), stream=True)
 
 
 def _frames(rng: random.Random) -> Malformed:
     text, noise = json.dumps(TYPING).encode(), rng.randbytes(rng.randrange(1, 200))
     faults = {
-        "no picture": _frame(noise, first=0x82) + _frame(json.dumps({**TYPING, "strength": 0.5}).encode()),
-        "too long a picture": _frame(bytes(270_000), first=0x82),
-        "too long a message": _frame(b" " * (LONGEST_MESSAGE + rng.randrange(1, 1000))),
-        "frame of 2^62 bytes": _frame(b"", length=2**62),
-        "frame of 2^63 bytes": _frame(b"", length=2**63),
-        "unknown opcode": _frame(text, first=0x80 | rng.choice([3, 4, 5, 6, 7, 11, 12, 13, 14, 15])),
-        "reserved bits": _frame(text, first=0x81 | rng.choice([0x10, 0x20, 0x30, 0x40])),
-        "frame without a mask": _frame(text, masked=False),
-        "ping in pieces": _frame(b"a", first=0x09),
-        "long ping": _frame(b"a" * 126, first=0x89),
-        "continuation of nothing": _frame(text, first=0x80),
-        "message inside a message": _frame(text[:9], first=0x01) + _frame(text),
-        "pieces that are too much": _frame(b" " * 40_000, first=0x01) + _frame(b" " * 40_000, first=0x80),
-        "close of one byte": _frame(b"\x03", first=0x88),
-        "close with a wrong code": _frame(struct.pack(">H", rng.choice([0, 999, 1005, 1006, 65_535])), first=0x88),
-        "close with broken UTF-8": _frame(b"\x03\xe8" + rng.choice(BROKEN), first=0x88),
-        "deflate bomb": _frame(_deflated(20_000_000), first=0xC1),
-        "deflate rubbish": _frame(b"\xff" * 50, first=0xC1),
+        "no picture": frame(noise, first=0x82) + frame(json.dumps({**TYPING, "strength": 0.5}).encode()),
+        "too long a picture": frame(bytes(270_000), first=0x82),
+        "too long a message": frame(b" " * (LONGEST_MESSAGE + rng.randrange(1, 1000))),
+        "frame of 2^62 bytes": frame(b"", length=2**62),
+        "frame of 2^63 bytes": frame(b"", length=2**63),
+        "unknown opcode": frame(text, first=0x80 | rng.choice([3, 4, 5, 6, 7, 11, 12, 13, 14, 15])),
+        "reserved bits": frame(text, first=0x81 | rng.choice([0x10, 0x20, 0x30, 0x40])),
+        "frame without a mask": frame(text, masked=False),
+        "ping in pieces": frame(b"a", first=0x09),
+        "long ping": frame(b"a" * 126, first=0x89),
+        "continuation of nothing": frame(text, first=0x80),
+        "message inside a message": frame(text[:9], first=0x01) + frame(text),
+        "pieces that are too much": frame(b" " * 40_000, first=0x01) + frame(b" " * 40_000, first=0x80),
+        "close of one byte": frame(b"\x03", first=0x88),
+        "close with a wrong code": frame(struct.pack(">H", rng.choice([0, 999, 1005, 1006, 65_535])), first=0x88),
+        "close with broken UTF-8": frame(b"\x03\xe8" + rng.choice(BROKEN), first=0x88),
+        "deflate bomb": frame(_deflated(20_000_000), first=0xC1),
+        "deflate rubbish": frame(b"\xff" * 50, first=0xC1),
         "random bytes": noise,
-        "truncated frame": _frame(text)[: rng.randrange(1, len(text))],
+        "truncated frame": frame(text)[: rng.randrange(1, len(text))],
     }
     what = rng.choice(list(faults))
     hangs_up = what in ("random bytes", "truncated frame")
