@@ -13,6 +13,7 @@ from ..core.checked import Checked
 
 MAX_COUNT = 64
 MAX_SEED = 2**63 - 1
+MAX_SCALE = 10  # of a condition; far beyond it numbers overflow, which would be called the backend's fault
 _WAYS_OUT = {
     "prompt": "a text such as 'a fox on a pink background'",
     "steps": "a whole number; the embedded model draws in 1, 2 or 3",
@@ -26,6 +27,8 @@ _WAYS_OUT = {
     "image": "uint8 (H, W, 3)",
     "mask": "(H, W) of bool or of numbers from 0 to 1",
     "strength": "a number above 0, at most 1",
+    "condition": "uint8 (H, W, 3)",
+    "condition_scale": f"a number from 0 to {MAX_SCALE}; 1 is the network's own",
 }
 
 
@@ -43,6 +46,10 @@ class GenerateRequest(Checked):
 
     guidance: how strongly the prompt pulls, diffusers' guidance_scale; 1 and less is none, None takes the model's own.
     negative_prompt: what the picture is drawn away from, where guidance is above 1; None is the empty prompt.
+
+    condition: uint8 (H, W, 3), of the request's size, what the model's ControlNet or T2I-adapter reads: edges, depth or a pose,
+    already prepared. condition_scale: how strongly it holds, diffusers' controlnet_conditioning_scale and
+    adapter_conditioning_scale; 0 is not at all, None is 1.
     """
 
     model_config = ConfigDict(strict=True)
@@ -59,6 +66,8 @@ class GenerateRequest(Checked):
     strength: float | None = Field(default=None, gt=0, le=1)
     guidance: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
     negative_prompt: str | None = None
+    condition: NDArray[np.uint8] | None = None
+    condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:
@@ -72,7 +81,13 @@ class GenerateRequest(Checked):
             return f"a request has no {name!r}; it has {', '.join(cls.model_fields)}"
         if not name:
             return message.removeprefix("Value error, ")
-        given = _described(value) if name in ("image", "mask") else "nothing" if kind == "missing" else repr(value)
+        given = (
+            _described(value)
+            if name in ("image", "mask", "condition")
+            else "nothing"
+            if kind == "missing"
+            else repr(value)
+        )
         return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {given}"
 
     @field_validator("*", mode="before")
@@ -89,7 +104,7 @@ class GenerateRequest(Checked):
     def __hash__(self) -> int:
         return hash((self.prompt, self.steps, self.seed, self.count, self.height, self.width))
 
-    @field_validator("image", mode="before")
+    @field_validator("image", "condition", mode="before")
     @classmethod
     def _is_a_picture(cls, image: Any) -> Any:
         if image is None:
@@ -114,9 +129,11 @@ class GenerateRequest(Checked):
         return shares
 
     @model_validator(mode="after")
-    def _starts_from_a_picture(self) -> Self:
+    def _has_the_pictures_it_needs(self) -> Self:
         if self.image is None and (self.mask is not None or self.strength is not None):
             raise ValueError("mask and strength need an image to start from")
+        if self.condition is None and self.condition_scale is not None:
+            raise ValueError("condition_scale needs a condition, the picture that it is the scale of")
         return self
 
     @field_validator("prompt")

@@ -52,6 +52,10 @@ class UploadReader:
         RequestError, and BusyError where too many wait already."""
         return np.frombuffer(await self._read(data, "image", size), np.uint8).reshape(*size, 3)
 
+    async def condition(self, data: bytes, size: Size) -> NDArray[np.uint8]:
+        """An uploaded conditioning picture, likewise."""
+        return np.frombuffer(await self._read(data, "condition", size), np.uint8).reshape(*size, 3)
+
     async def mask(self, data: bytes, size: Size) -> NDArray[np.float32]:
         """An uploaded mask as float32 (H, W): 1 is drawn anew. Raises as `image`."""
         shares = np.frombuffer(await self._read(data, "mask", size), np.uint8).reshape(size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +146,14 @@ def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:
 def client_of(request: Any) -> KnownClient:
     """Who sends it, as the access check found."""
     return request.scope.get("state", {}).get("client") or KnownClient("")
+
+
+def decoded(text: str, name: str) -> bytes:
+    """The file of a picture in base64, or in a data: URL. Raises RequestError."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError(f"{name}: send a picture in base64", param=name) from None
 
 
 async def _disconnected(request: Request) -> None:

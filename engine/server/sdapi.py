@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from typing import Any
 
@@ -11,10 +10,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from starlette.exceptions import HTTPException
 
-from ...core.errors import RequestError
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
-from .drawing import Studio, Wish, client_of, warnings_of
+from .drawing import Studio, Wish, client_of, decoded, warnings_of
 from .schemas import MAX_PROMPT, MAX_SIDE
 
 SAMPLER = "the model's own"
@@ -71,9 +69,11 @@ def sdapi_router(studio: Studio) -> APIRouter:
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
         size, _ = studio.size((asked.height, asked.width), asked.batch_size * asked.n_iter)
-        pixels: dict[str, Any] = {"image": await studio.uploads.image(_file(asked.init_images[0], "init_images"), size)}
+        pixels: dict[str, Any] = {
+            "image": await studio.uploads.image(decoded(asked.init_images[0], "init_images"), size)
+        }
         if asked.mask is not None:
-            mask = await studio.uploads.mask(_file(asked.mask, "mask"), size)
+            mask = await studio.uploads.mask(decoded(asked.mask, "mask"), size)
             pixels["mask"] = 1 - mask if asked.inpainting_mask_invert else mask
         return await _answer(
             studio, asked, request, {**pixels, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
@@ -161,11 +161,3 @@ def _info(asked: TextRequest, result: GenerateResult, wish: Wish) -> dict[str, A
         "infotexts": texts,
         "warnings": warnings_of(result, wish),
     }
-
-
-def _file(text: str, name: str) -> bytes:
-    """Raises RequestError."""
-    try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError):
-        raise RequestError(f"{name}: send a picture in base64", param=name) from None

@@ -78,7 +78,8 @@ class ServerSettings(Checked):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
     model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. tiny_decoder: the folder or hub id
-    of one that decodes instead of the model's own, or none. max_queue: pictures that may wait.
+    of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the model; not with
+    ray, whose replicas load it as part of an artifact. max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
     trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
@@ -93,6 +94,7 @@ class ServerSettings(Checked):
     port: int = Field(default=8000, ge=0, le=65535)
     model: Path | str | None = None
     tiny_decoder: str | None = None
+    controlnet: str | None = None
     backend: str = "auto"
     device: str = "auto"
     precision: str = "auto"
@@ -153,6 +155,11 @@ class ServerSettings(Checked):
     @property
     def loading(self) -> LoadOptions:
         """As of `Engine.load`. Raises RequestError."""
+        if self.controlnet is not None:
+            raise RequestError(
+                f"controlnet: goes with a server on this machine alone, got {self.controlnet!r}; export it with the model: "
+                "imagine-flash export MODEL OUT --controlnet"
+            )
         values = {
             name: getattr(self, name)
             for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts")
