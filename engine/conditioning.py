@@ -59,9 +59,8 @@ class Conditioning:
             job = chunk.job
             told = (self._column(chunk, job.guidance),) if self.guidance.embedded else ()
             if self.is_controlled:
-                scale = 1.0 if job.request.condition_scale is None else job.request.condition_scale
                 control = (self.backend.join([one] * chunk.rows) for one in job.control)
-                told = (*told, *control, self._column(chunk, scale if job.request.condition is not None else 0.0))
+                told = (*told, *control, self._column(chunk, job.request.held))
             if job.negative is not None and not job.against:
                 job.against = tuple(0 * one for one in job.conditions)
             chunk.conditions, chunk.against = (

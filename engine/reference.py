@@ -38,9 +38,8 @@ def reference_generate(
     told = [backend.upload(values) for values in told]
     if manifest.control:
         condition = np.zeros((*size, 3), np.uint8) if request.condition is None else request.condition
-        strength = 1.0 if request.condition_scale is None else request.condition_scale
         told += [1 * one for one in backend.encode_condition(np.stack([condition] * count))]
-        told.append(backend.upload(np.full(count, 0.0 if request.condition is None else strength, np.float32)))
+        told.append(backend.upload(np.full(count, request.held, np.float32)))
     conditions = tuple(
         1 * one for one in backend.encode(tokens)
     )  # a captured graph writes its next answer over the last

@@ -81,14 +81,15 @@ class GenerateRequest(Checked):
             return f"a request has no {name!r}; it has {', '.join(cls.model_fields)}"
         if not name:
             return message.removeprefix("Value error, ")
-        given = (
-            _described(value)
-            if name in ("image", "mask", "condition")
-            else "nothing"
-            if kind == "missing"
-            else repr(value)
-        )
+        given = "nothing" if kind == "missing" else repr(value)
+        given = _described(value) if name in ("image", "mask", "condition") else given
         return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {given}"
+
+    @property
+    def held(self) -> float:
+        """The scale of its condition, 0 without one."""
+        known = 1.0 if self.condition_scale is None else self.condition_scale
+        return 0.0 if self.condition is None else known
 
     @field_validator("*", mode="before")
     @classmethod
