@@ -87,6 +87,15 @@ TinyDecoder = Annotated[
     ),
 ]
 
+ControlNet = Annotated[
+    str | None,
+    typer.Option(
+        "--controlnet",
+        metavar="HUBID|FOLDER",
+        help="A ControlNet or T2I-adapter for this model, which reads a conditioning picture: edges, depth, a pose.",
+    ),
+]
+
 
 def model_options(
     entry: str | None,

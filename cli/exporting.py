@@ -10,6 +10,7 @@ import typer
 from .common import (
     AnySteps,
     Base,
+    ControlNet,
     Entry,
     Prediction,
     Quiet,
@@ -81,6 +82,7 @@ def export_command(
             metavar="PATH[:WEIGHT]", help="A LoRA to add, of diffusers, peft or kohya's format; may be repeated."
         ),
     ] = None,
+    controlnet: ControlNet = None,
     image_encoder: Annotated[
         bool, flag("--image-encoder/--no-image-encoder", help="Also the graph that image-to-image and inpainting need.")
     ] = True,
@@ -148,7 +150,15 @@ def export_command(
         prompts=None if check_prompts is None else read_prompts(check_prompts),
     )
     described = model_options(
-        entry, timesteps, sampler, prediction, any_steps, tiny_decoder, steps=options.steps, guidance=guidance
+        entry,
+        timesteps,
+        sampler,
+        prediction,
+        any_steps,
+        tiny_decoder,
+        steps=options.steps,
+        guidance=guidance,
+        controlnet=controlnet,
     )
     student = str(student_of(unpacked(student, base=base, entry=entry), described))
     say_sources(Path(student))

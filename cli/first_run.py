@@ -43,15 +43,18 @@ def ready(
     if model is None:
         if options.tiny_decoder is not None:
             raise ImagineFlashError("the embedded model has one decoder; --tiny-decoder goes with --model")
+        if options.controlnet is not None:
+            raise ImagineFlashError("the embedded model was exported without one; --controlnet goes with --model")
         return None
     if Path(model).is_file() or base is not None:
         from ..pipelines.single_file import unpacked
 
         model = unpacked(model, base=base, entry=options.entry)
     given = Path(model)
-    if (given / ARTIFACT_FILE).is_file() and options.tiny_decoder is None:
+    is_changed = options.tiny_decoder is not None or options.controlnet is not None
+    if (given / ARTIFACT_FILE).is_file() and not is_changed:
         return given
-    if (given / STUDENT_FILE).is_file() and options.tiny_decoder is None:
+    if (given / STUDENT_FILE).is_file() and not is_changed:
         return given  # a student of ours runs in torch, unless it is exported by name
     unknown = options.entry is None and (given.exists() or find(str(model)) is None)
     if steps is not None and options.timesteps is None and (unknown or options.any_steps):

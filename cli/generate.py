@@ -16,6 +16,7 @@ from ..core.errors import ImagineFlashError
 from .common import (
     AnySteps,
     Base,
+    ControlNet,
     Entry,
     Loras,
     Prediction,
@@ -92,6 +93,16 @@ def generate_command(
             metavar="NUMBER", help="How much of IMAGE to redraw, above 0 to 1; by default 0.75, or 1 with a mask."
         ),
     ] = None,
+    controlnet: ControlNet = None,
+    condition: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The conditioning picture, already prepared; it is scaled and cropped to the size."
+        ),
+    ] = None,
+    condition_scale: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="How strongly CONDITION holds, 0 to 10; by default 1.")
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -159,18 +170,20 @@ def generate_command(
         "lora": {name: one.weight for name, one in loras.items()},
     }
     request = GenerateRequest(**values)
-    described = model_options(entry, timesteps, sampler, prediction, any_steps, tiny_decoder)
+    described = model_options(entry, timesteps, sampler, prediction, any_steps, tiny_decoder, controlnet=controlnet)
     model = ready(
         model, described, backend, device=device, steps=request.steps, quality=quality, base=base, swaps=bool(loras)
     )
     if (backend, device, precision) == ("auto", "auto", "auto") and request.count <= FEW:
         backend = _soonest(model)
-    files = {name: one.name for name, one in loras.items()}
-    with Engine.load(model, backend=backend, device=device, precision=precision, loras=files) as engine:
-        if image is not None or mask is not None or strength is not None:
+    names = {name: one.name for name, one in loras.items()}
+    with Engine.load(model, backend=backend, device=device, precision=precision, loras=names) as engine:
+        scales = {"strength": _number(strength, float), "condition_scale": _number(condition_scale, float)}
+        files = {"image": image, "mask": mask, "condition": condition}
+        if any(given is not None for given in (*scales.values(), *files.values())):
             _, size = engine.check(request)
-            pictures = {"image": _read(image, size, "RGB"), "mask": _read(mask, size, "L")}
-            request = GenerateRequest(**values, **pictures, strength=_number(strength, float))
+            pictures = {name: _read(path, size, "L" if name == "mask" else "RGB") for name, path in files.items()}
+            request = GenerateRequest(**values, **pictures, **scales)
         result, what = engine.generate(request), engine.describe()
     for line in [*notes(result, engine.tokenizer.nearest), *guidance_notes(engine.manifest, request.guidance), what]:
         note(line)

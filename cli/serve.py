@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import EngineError, ImagineFlashError, RequestError
-from .common import Quiet, TinyDecoder, flag, needs, note, say
+from .common import ControlNet, Quiet, TinyDecoder, flag, needs, note, say
 
 if TYPE_CHECKING:
     import uvicorn
@@ -33,6 +33,7 @@ def serve_command(
         ),
     ] = None,
     tiny_decoder: TinyDecoder = None,
+    controlnet: ControlNet = None,
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets in everybody who can reach this machine."),
@@ -148,10 +149,10 @@ def _serve_here(settings: ServerSettings) -> None:
     from ..models.describe import ModelOptions
     from .first_run import ready
 
-    options = ModelOptions(tiny_decoder=settings.tiny_decoder)
+    options = ModelOptions(tiny_decoder=settings.tiny_decoder, controlnet=settings.controlnet)
     swaps = bool(settings.lora)
     model = ready(settings.model, options, settings.backend, device=settings.device, swaps=swaps)
-    settings = settings.model_copy(update={"model": model})
+    settings = settings.model_copy(update={"model": model, "controlnet": None})  # it is part of the model now
     settings.check_model()
     failed: list[ImagineFlashError] = []
 

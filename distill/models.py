@@ -191,6 +191,10 @@ def model_of(pipeline: Any) -> Model:
     if stages.is_told_guidance or stages.pipeline in NOT_DISTILLED:
         why = "is told a guidance scale" if stages.is_told_guidance else "has not been tried"
         raise ArtifactError(f"a {stages.pipeline} of this kind {why}: it can be exported and drawn with, not distilled")
+    if stages.control is not None:
+        raise ArtifactError(
+            f"a {stages.pipeline} can be exported and drawn with, not distilled; give the pipeline without its {stages.control}"
+        )
     denoiser = Denoiser(
         network=stages.denoiser(stages.default_size),
         schedule=NoiseSchedule.from_scheduler_config(stages.scheduler),

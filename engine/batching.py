@@ -50,7 +50,7 @@ class Batcher:
         self._queue = Queue(max_waiting)
         self._share = FairShare()  # as all below, of the thread alone
         self._calls = Calls(backend, manifest, max_batch, self.counts)
-        self._conditioning = Conditioning(backend, cache, manifest.guidance)
+        self._conditioning = Conditioning(backend, cache, manifest.guidance, is_controlled=manifest.control is not None)
         self._thread = threading.Thread(target=self._loop, name="imagine-flash", daemon=True)
         self._thread.start()
 
@@ -116,6 +116,8 @@ class Batcher:
         for own in by_job(new).values():
             if own[0].job.request.image is not None:
                 self._guarded(self._calls.start_from_image, own)
+            if self._conditioning.is_controlled:
+                self._guarded(self._conditioning.read_picture, own)
         if self.whole and not self._calls.has_embedding_samplers(new):
             return
         if unknown := self._conditioning.unknown(new):

@@ -1,4 +1,4 @@
-"""From the prompts of chunks to the conditions of their network calls: known to the cache, or encoded together."""
+"""From the prompts and conditioning pictures of chunks to the conditions of their network calls."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..folders.manifests import Guidance
-from .backends.base import Array, Backend, LoraSet
+from ..folders.manifests import Guidance, Size
+from .backends.base import Array, Backend, Conditions, LoraSet
 from .prompt_cache import PromptCache
 from .tokenizer import Tokens, rows_of_prompt
 from .work import Chunk, Job, by_job, timed
 
 
 class Conditioning:
-    """Gives chunks what the denoiser reads of their prompts, negative ones included."""
+    """Gives chunks what the denoiser reads of their prompts, negative ones included: known to the cache, or encoded together;
+    and of their conditioning pictures, where the model has a ControlNet or T2I-adapter (is_controlled)."""
 
-    def __init__(self, backend: Backend, cache: PromptCache, guidance: Guidance) -> None:
-        self.backend, self.cache, self.guidance = backend, cache, guidance
+    def __init__(
+        self, backend: Backend, cache: PromptCache, guidance: Guidance, *, is_controlled: bool = False
+    ) -> None:
+        self.backend, self.cache, self.guidance, self.is_controlled = backend, cache, guidance, is_controlled
+        self._blank: dict[Size, Conditions] = {}  # of a black picture
 
     def unknown(self, new: Sequence[Chunk]) -> list[Chunk]:
         """Those whose prompts are still to be encoded; the others' jobs have their conditions now."""
@@ -39,18 +43,35 @@ class Conditioning:
             else:
                 job.against = kept
 
+    def read_picture(self, chunks: Sequence[Chunk]) -> None:
+        """A job's conditioning picture, once; without one a black picture, which `give` lets count for nothing."""
+        job = chunks[0].job
+        picture = job.request.condition
+        if picture is None and job.size not in self._blank:
+            black = np.zeros((1, *job.size, 3), np.uint8)
+            self._blank[job.size] = timed([job], "encode", lambda: self.backend.encode_condition(black))
+        if picture is not None and not job.control:
+            job.control = timed([job], "encode", lambda: self.backend.encode_condition(picture[None]))
+        job.control = job.control or self._blank[job.size]
+
     def give(self, new: Sequence[Chunk]) -> None:
         """One row of its job's conditions for each picture."""
         for chunk in new:
-            job, told = chunk.job, ()
-            if self.guidance.embedded:
-                told = (self.backend.upload(np.full(chunk.rows, job.guidance, np.float32)),)
+            job = chunk.job
+            told = (self._column(chunk, job.guidance),) if self.guidance.embedded else ()
+            if self.is_controlled:
+                control = (self.backend.join([one] * chunk.rows) for one in job.control)
+                told = (*told, *control, self._column(chunk, job.request.held))
             if job.negative is not None and not job.against:
                 job.against = tuple(0 * one for one in job.conditions)
             chunk.conditions, chunk.against = (
                 (*(self.backend.join([one] * chunk.rows) for one in conditions), *told) if conditions else ()
                 for conditions in (job.conditions, job.against)
             )
+
+    def _column(self, chunk: Chunk, value: float) -> Array:
+        """One value for each picture."""
+        return self.backend.upload(np.full(chunk.rows, value, np.float32))
 
     def _recall(self, job: Job) -> bool:
         """Whether its prompt is known: to the job, of which chunks were drawn before, or to the cache."""

@@ -56,13 +56,17 @@ def restore(images: NDArray[np.uint8], original: NDArray[np.uint8], mask: NDArra
     return np.rint(images * share + original * (1 - share)).astype(np.uint8)
 
 
+def check_size_of(name: str, shape: tuple[int, ...], size: Size, size_text: str) -> None:
+    """Raises RequestError for a picture (H, W, 3) of another size."""
+    if shape[:2] != size:
+        raise RequestError(
+            f"{name} must have the request's size {size_text}, got {shape[1]}x{shape[0]}; resize it first", param=name
+        )
+
+
 def check_picture(image: NDArray[np.uint8], mask: NDArray[np.float32] | None, size: Size, size_text: str) -> None:
     """Raises RequestError for a picture or mask of another size."""
-    if image.shape[:2] != size:
-        raise RequestError(
-            f"image must have the request's size {size_text}, got {image.shape[1]}x{image.shape[0]}; resize it first",
-            param="image",
-        )
+    check_size_of("image", image.shape, size, size_text)
     if mask is not None and mask.shape != size:
         given = f"{mask.shape[1]}x{mask.shape[0]}"
         raise RequestError(f"mask must have the request's size {size_text}, got {given}", param="mask")

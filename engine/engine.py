@@ -15,11 +15,11 @@ import numpy as np
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..core.noise import step_noise
 from ..core.plan import select
-from ..folders.manifests import IMAGE_ENCODER, STAGES, ArtifactManifest, ModelDescription, Size, size_name
+from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, ModelDescription, Size, size_name
 from ..folders.publish import push_to_hub
 from .backends.base import Backend
 from .batching import Batcher
-from .editing import check_picture
+from .editing import check_picture, check_size_of
 from .loading import (
     MAX_WAITING,
     LoadOptions,
@@ -162,7 +162,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Load every graph of every size and batch, so that no request waits for one."""
-        kinds = STAGES if self.route == "stages" else [f"sampler_{steps}" for steps in self.steps]
+        kinds = self.manifest.stages if self.route == "stages" else [f"sampler_{steps}" for steps in self.steps]
         names = dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)
         self.backend.prepare(list(names), batch_buckets(self.max_batch))
 
@@ -228,7 +228,19 @@ class Engine:
                     f"{self.manifest.name} cannot start from a picture: that needs the route 'stages' and an artifact with "
                     "an image encoder; run 'imagine-flash export STUDENT OUT --image-encoder'"
                 )
+        if request.condition is not None:
+            self.check_condition()
+            check_size_of("condition", request.condition.shape, size, size_name(size))
         return steps, size
+
+    def check_condition(self) -> None:
+        """Raises RequestError for a model that reads no conditioning picture."""
+        if self.manifest.control is None:
+            raise RequestError(
+                f"{self.manifest.name} reads no conditioning picture: it has no ControlNet or T2I-adapter; name one with "
+                "--controlnet where it is loaded or exported",
+                param="condition",
+            )
 
     def _check_guidance(self, request: GenerateRequest) -> None:
         """Raises RequestError for guidance or a negative prompt that nothing would be done with."""

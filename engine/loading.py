@@ -13,7 +13,7 @@ from ..core.checked import Checked
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..folders.hub import HUB_ID, local_folder
 from ..folders.loras import check_name
-from ..folders.manifests import STAGES, ModelDescription, Size, size_name
+from ..folders.manifests import ModelDescription, Size, size_name
 from ..folders.reading import read_artifact_manifest
 from .backends.base import STUDENT_BATCHES, Backend, BackendOptions, check_device
 from .backends.choosing import check_backend, choose, installed, load_backend, runs_student
@@ -100,7 +100,9 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     if options.loras and options.route == "sampler":
         raise RequestError("whole-sampler graphs have their weights for good; load the route 'stages' for loras")
     model = _load_student(folder, options) if is_student else _load_artifact(folder, options)
-    model.backend.prepare(STAGES if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"])
+    model.backend.prepare(
+        model.manifest.stages if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"]
+    )
     return model
 
 

@@ -36,6 +36,10 @@ def reference_generate(
         needed = [np.stack([fresh[i] for i in table.renoised], axis=1)] if table.renoised else []
         return backend.sample(f"sampler_{steps}", [*tokens.values(), *told], noise, *map(backend.upload, needed))[0]
     told = [backend.upload(values) for values in told]
+    if manifest.control:
+        condition = np.zeros((*size, 3), np.uint8) if request.condition is None else request.condition
+        told += [1 * one for one in backend.encode_condition(np.stack([condition] * count))]
+        told.append(backend.upload(np.full(count, request.held, np.float32)))
     conditions = tuple(
         1 * one for one in backend.encode(tokens)
     )  # a captured graph writes its next answer over the last

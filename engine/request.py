@@ -15,6 +15,7 @@ from .backends.base import LoraSet
 MAX_COUNT = 64
 MAX_SEED = 2**63 - 1
 MAX_LORA = 20.0  # either way
+MAX_SCALE = 10  # of a condition; far beyond it numbers overflow, which would be called the backend's fault
 _WAYS_OUT = {
     "prompt": "a text such as 'a fox on a pink background'",
     "steps": "a whole number; the embedded model draws in 1, 2 or 3",
@@ -29,6 +30,8 @@ _WAYS_OUT = {
     "image": "uint8 (H, W, 3)",
     "mask": "(H, W) of bool or of numbers from 0 to 1",
     "strength": "a number above 0, at most 1",
+    "condition": "uint8 (H, W, 3)",
+    "condition_scale": f"a number from 0 to {MAX_SCALE}; 1 is the network's own",
 }
 
 
@@ -49,6 +52,10 @@ class GenerateRequest(Checked):
 
     lora: the LoRAs to draw with, of those that the engine was loaded with, and the weight of each, from -20 to 20; None and
     weights of 0 are none.
+
+    condition: uint8 (H, W, 3), of the request's size, what the model's ControlNet or T2I-adapter reads: edges, depth or a pose,
+    already prepared. condition_scale: how strongly it holds, diffusers' controlnet_conditioning_scale and
+    adapter_conditioning_scale; 0 is not at all, None is 1.
     """
 
     model_config = ConfigDict(strict=True)
@@ -66,6 +73,8 @@ class GenerateRequest(Checked):
     guidance: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
     negative_prompt: str | None = None
     lora: dict[str, Annotated[float, Field(ge=-MAX_LORA, le=MAX_LORA, allow_inf_nan=False)]] | None = None
+    condition: NDArray[np.uint8] | None = None
+    condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         if values.get("seed", 0) is None:
@@ -79,8 +88,15 @@ class GenerateRequest(Checked):
             return f"a request has no {name!r}; it has {', '.join(cls.model_fields)}"
         if not name:
             return message.removeprefix("Value error, ")
-        given = _described(value) if name in ("image", "mask") else "nothing" if kind == "missing" else repr(value)
+        given = "nothing" if kind == "missing" else repr(value)
+        given = _described(value) if name in ("image", "mask", "condition") else given
         return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {given}"
+
+    @property
+    def held(self) -> float:
+        """The scale of its condition, 0 without one."""
+        known = 1.0 if self.condition_scale is None else self.condition_scale
+        return 0.0 if self.condition is None else known
 
     @field_validator("*", mode="before")
     @classmethod
@@ -103,7 +119,7 @@ class GenerateRequest(Checked):
     def __hash__(self) -> int:
         return hash((self.prompt, self.steps, self.seed, self.count, self.height, self.width))
 
-    @field_validator("image", mode="before")
+    @field_validator("image", "condition", mode="before")
     @classmethod
     def _is_a_picture(cls, image: Any) -> Any:
         if image is None:
@@ -128,9 +144,11 @@ class GenerateRequest(Checked):
         return shares
 
     @model_validator(mode="after")
-    def _starts_from_a_picture(self) -> Self:
+    def _has_the_pictures_it_needs(self) -> Self:
         if self.image is None and (self.mask is not None or self.strength is not None):
             raise ValueError("mask and strength need an image to start from")
+        if self.condition is None and self.condition_scale is not None:
+            raise ValueError("condition_scale needs a condition, the picture that it is the scale of")
         return self
 
     @field_validator("prompt")

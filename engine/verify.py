@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import ArtifactError
 from ..core.images import psnr
-from ..folders.manifests import ArtifactManifest, ReferencePicture
+from ..folders.manifests import ArtifactManifest, ReferencePicture, Size
 from .request import GenerateRequest
 
 
@@ -38,22 +38,27 @@ def verify(
     for reference in manifest.references:
         height, width = reference.size
         request = GenerateRequest(
-            prompt=reference.prompt, steps=reference.steps, seed=reference.seed, height=height, width=width
+            prompt=reference.prompt,
+            steps=reference.steps,
+            seed=reference.seed,
+            height=height,
+            width=width,
+            condition=None if reference.condition is None else _read(folder, reference.condition, reference.size),
         )
-        got, expected = draw(request), _read(folder, reference)
+        got, expected = draw(request), _read(folder, reference.file, reference.size)
         levels, likeness = int(np.abs(got.astype(np.int64) - expected).max()), psnr(got, expected)
         passed = levels <= limits.get("levels", 255) and likeness >= limits.get("psnr", 0.0)
         yield Verified(reference=reference, psnr=likeness, levels=levels, passed=passed)
 
 
-def _read(folder: Path, reference: ReferencePicture) -> NDArray[np.uint8]:
+def _read(folder: Path, file: str, size: Size) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
-        with Image.open(folder / reference.file) as image:
+        with Image.open(folder / file) as image:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot read {reference.file} of {folder} ({error}); export the student again") from None
-    if pixels.shape != (*reference.size, 3):
-        raise ArtifactError(f"{reference.file} of {folder} has the size {pixels.shape[:2]}, not {reference.size}")
+        raise ArtifactError(f"cannot read {file} of {folder} ({error}); export the student again") from None
+    if pixels.shape != (*size, 3):
+        raise ArtifactError(f"{file} of {folder} has the size {pixels.shape[:2]}, not {size}")
     return pixels

@@ -167,6 +167,7 @@ class Job:
         self.conditions: Conditions = ()  # of the prompt, one row; () until it is encoded
         self.against: Conditions = ()  # of the negative prompt, where there is one
         self.start: Start | None = None  # the picture it is drawn from
+        self.control: Conditions = ()  # of the conditioning picture, one row; () until it is read
 
     @property
     def is_cancelled(self) -> bool:

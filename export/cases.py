@@ -35,8 +35,9 @@ class Case:
     tokens: dict[str, torch.Tensor]  # int64 (B, L) by input name
     noise: torch.Tensor  # float32 (B, C, h, w)
     fresh: torch.Tensor  # float32 (B, steps, C, h, w): z of every step, of the longest plan that re-noises
+    condition: torch.Tensor  # uint8 (B, H, W, 3): the conditioning pictures, which a ControlNet or T2I-adapter reads
     conditions: tuple[torch.Tensor, ...]
-    told: tuple[torch.Tensor, ...]  # what the denoiser takes beside them
+    told: dict[str, torch.Tensor]  # what the denoiser takes beside them, by input name
     walks: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]  # by steps: x_t, t, m of every step
     latents: dict[int, torch.Tensor]  # by steps: x0
     images: dict[int, torch.Tensor]  # by steps: uint8 (B, H, W, 3)

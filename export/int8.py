@@ -24,7 +24,7 @@ from ..core.errors import ParityError, missing_extra
 from ..core.noise import step_noise
 from ..core.update import UpdateTable, sample
 from ..folders.manifests import ArtifactManifest, Size
-from ..pipelines.stages import GUIDANCE, LATENTS
+from ..pipelines.stages import LATENTS
 from .cases import Case
 from .ledger import Ledger, Limits
 from .sessions import open_session
@@ -78,12 +78,12 @@ def left_out(model: Any) -> list[str]:
 
 
 def calibration(
-    folder: Path, manifest: ArtifactManifest, size: Size, prompts: Sequence[str] | None
+    folder: Path, manifest: ArtifactManifest, size: Size, prompts: Sequence[str] | None, told: Sequence[Tensors] = ({},)
 ) -> dict[str, list[Tensors]]:
     """Inputs of the denoiser and the decoder by graph name, as onnxruntime's float32 graphs meet them when they draw.
 
     prompts: None takes 16 of random words of the first tokenizer. The empty prompt comes first, since guidance asks for it;
-    each prompt takes one of the plans in turn.
+    each prompt takes one of the plans in turn. told: what the denoiser takes beside the text, of one picture each, in turn.
     """
     denoiser, decoder = (manifest.graph_name(kind, size) for kind in QUANTISED)
     conditions = _conditions(folder, manifest, ["", *(prompts or random_prompts(_first_tokenizer(folder, manifest)))])
@@ -94,7 +94,7 @@ def calibration(
     def walk(seed: int, text: Tensors) -> NDArray[np.float32]:
         def ask(x: NDArray[np.float32], t: float) -> NDArray[np.float32]:
             time = np.full(1, manifest.schedule.network_time(t), np.float32)
-            asked.append({LATENTS: x, "timestep": time, **text})
+            asked.append({LATENTS: x, "timestep": time, **text, **told[seed % len(told)]})
             return session.run(["m"], asked[-1])[0]
 
         table = tables[seed % len(tables)]
@@ -115,7 +115,7 @@ def check_pictures(
     for case in (case for case in cases if len(case.prompts) == smallest):
         denoiser, decoder = (compiled(manifest.graph_name(kind, case.size), smallest) for kind in QUANTISED)
         names = [spec.name for spec in manifest.graphs[manifest.graph_name("denoiser", case.size)].inputs]
-        given = [tensor.numpy() for tensor in (*case.conditions, *case.told)]
+        given = [tensor.numpy() for tensor in (*case.conditions, *case.told.values())]
         for steps, table in manifest.update_tables().items():
             if steps in case.images:
                 x = _draw(denoiser, names, given, case, table, manifest)
@@ -150,13 +150,12 @@ def _first_tokenizer(folder: Path, manifest: ArtifactManifest) -> Any:
 
 
 def _conditions(folder: Path, manifest: ArtifactManifest, prompts: Sequence[str]) -> list[Tensors]:
-    """What the text encoder makes of each prompt, by name, and the guidance scale where the denoiser is told one."""
+    """What the text encoder makes of each prompt, by name."""
     from tokenizers import Tokenizer
 
     session = open_session(folder / manifest.graphs["text_encoder"].file)
     names = [spec.name for spec in manifest.graphs["text_encoder"].outputs]
     tokenizers = [(spec, Tokenizer.from_file(str(folder / spec.file))) for spec in manifest.tokenizers]
-    told = {GUIDANCE: np.full(1, manifest.guidance.default, np.float32)} if manifest.guidance.embedded else {}
     found = []
     for prompt in prompts:
         tokens: Tensors = {}
@@ -165,7 +164,7 @@ def _conditions(folder: Path, manifest: ArtifactManifest, prompts: Sequence[str]
             tokens[spec.input] = np.array([encoded.ids], np.int64)
             if spec.mask:
                 tokens[spec.mask] = np.array([encoded.attention_mask], np.int64)
-        found.append(dict(zip(names, session.run(names, tokens), strict=True)) | told)
+        found.append(dict(zip(names, session.run(names, tokens), strict=True)))
     return found
 
 

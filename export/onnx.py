@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.manifests import GraphSpec, Size, TensorSpec
-from ..pipelines.stages import FINITE, GUIDANCE, IMAGES, LATENTS, Stages, quiet
+from ..pipelines.stages import CONDITION, FINITE, IMAGES, LATENTS, Stages, quiet
 from .options import MAX_BATCH
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
@@ -64,14 +65,13 @@ def export_text_encoder(stages: Stages, store: WeightStore, *, opset: int = OPSE
 
 
 def export_denoiser(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """The denoiser at one image size: latents, timestep, conditions, and the guidance scale if it is told one -> m."""
+    """The denoiser at one image size: latents, timestep, conditions, and what it takes beside them -> m."""
     latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
     with torch.inference_mode():
         conditions = [c.clone() for c in stages.text_encoder(*stages.example_tokens(EXAMPLE_BATCH).values())]
+        told = stages.beside(torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8), guidance=8.0)
     inputs = {LATENTS: latents, "timestep": torch.full((EXAMPLE_BATCH,), 999.0)}
-    inputs |= dict(zip(stages.conditions, conditions, strict=True))
-    if stages.is_told_guidance:
-        inputs[GUIDANCE] = torch.full((EXAMPLE_BATCH,), 8.0)
+    inputs |= dict(zip(stages.conditions, conditions, strict=True)) | {name: v.clone() for name, v in told.items()}
     return _export(stages.denoiser(size), inputs, ("m",), store, opset)
 
 
@@ -85,6 +85,13 @@ def export_image_encoder(stages: Stages, store: WeightStore, size: Size, *, opse
     """The image encoder at one image size: images -> latents."""
     images = torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8)
     return _export(stages.image_encoder, {IMAGES: images}, (LATENTS,), store, opset)
+
+
+def export_condition_encoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
+    """What reads a conditioning picture at one image size: condition -> features."""
+    assert stages.condition_encoder is not None
+    condition = torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8)
+    return _export(stages.condition_encoder, {CONDITION: condition}, stages.features, store, opset)
 
 
 def save_graph(stage: StageGraph, path: Path) -> GraphSpec:
@@ -122,7 +129,7 @@ def _export(
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     with quiet(), torch.inference_mode():
         # not left to torch.onnx, whose own settings of torch.export lose that PixArt's inputs share their batch
-        free = tuple({0: batch} for _ in inputs)
+        free = _free_axes(module, inputs, {0: batch})
         exported = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=free, strict=False)
         program = torch.onnx.export(
             exported,
@@ -145,6 +152,14 @@ def _export(
             raise ArtifactError(f"torch fixed the batch of {value.name!r} at {first.dim_value}; it must be free")
         first.dim_param = BATCH
     return stage
+
+
+def _free_axes(module: torch.nn.Module, inputs: dict[str, torch.Tensor], free: dict[int, Any]) -> tuple[Any, ...]:
+    """The same axes of every input, those of a forward's *more in a tuple, as torch.export wants them."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = sum(parameter.kind != parameter.VAR_POSITIONAL for parameter in parameters)
+    more = tuple(free for _ in [*inputs][named:])
+    return (*(free for _ in [*inputs][:named]), *([more] if more else []))
 
 
 def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph:

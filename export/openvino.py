@@ -80,9 +80,9 @@ def write_openvino(
     graphs: dict[str, Any] = {}
     feeds = dict[str, list[Tensors]]()
     if int8 == "full":
-        feeds = {
-            name: fed for size in manifest.sizes for name, fed in calibration(folder, manifest, size, prompts).items()
-        }
+        for size in manifest.sizes:
+            told = [{name: one[:1].numpy() for name, one in case.told.items()} for case in cases if case.size == size]
+            feeds |= calibration(folder, manifest, size, prompts, told)
     pictures: dict[str, Any] = {}
     with atomic_folder(folder / FOLDER, replaces=[f"{name}.xml" for name in manifest.graphs]) as target:
         for name in names:

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..core.errors import ParityError
 from ..core.noise import step_noise
 from ..core.update import sample
-from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
+from ..folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
 from ..pipelines.stages import Stages
 from .cases import Case, Sampling
 from .ledger import Ledger, Limits
 from .sessions import GraphSession, Run
 
 SEEDS = (0, 1)
+SCALES = (1.0, 0.5)  # of the conditioning pictures, by seed; the first is that of a request which says none
+SQUARES = 8  # of a conditioning picture's side
 SATURATED = 0.99  # share of pixels at 0 or 255 beyond which an image shows nothing
 
 
@@ -79,11 +82,13 @@ def check_parity(
     for size in manifest.sizes:
         here = [i for i, case in enumerate(cases) if case.size == size]
         walked: dict[tuple[int, int], torch.Tensor] = {}
+        told = _told(graphs, ledger, manifest, {i: cases[i] for i in here}, size, progress)
         name = manifest.graph_name("denoiser", size)
         progress(name)
         with GraphSession(graphs[name]) as run:
             for i in here:
-                walked |= {(i, n): x for n, x in _walk(run, name, ledger, manifest, cases[i], text[i]).items()}
+                found = _walk(run, name, ledger, manifest, cases[i], (*text[i], *told[i]))
+                walked |= {(i, n): x for n, x in found.items()}
         name = manifest.graph_name("decoder", size)
         progress(name)
         with GraphSession(graphs[name]) as run:
@@ -109,7 +114,7 @@ def check_parity(
                     for i in here:
                         given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
                         noises = cases[i].noises_of(manifest.update_tables()[steps])
-                        ledger.compare_images(name, run(*given, *cases[i].told, *noises), cases[i], steps)
+                        ledger.compare_images(name, run(*given, *cases[i].told.values(), *noises), cases[i], steps)
     return ledger
 
 
@@ -121,15 +126,18 @@ def _draw(
     shape = stages.latent_shape(size)
     draws = [torch.from_numpy(step_noise(seed, len(prompts), shape, draw)) for draw in range(1 + renoised)]
     noise, fresh = draws[0], torch.stack(draws[1:], dim=1) if renoised else torch.zeros(len(prompts), 0, *shape)
-    told = () if sampling.guidance is None else (torch.full((len(prompts),), sampling.guidance),)
+    condition = _conditioning_pictures(len(prompts), seed, size)
+    told = stages.beside(condition, sampling.guidance or 1.0, SCALES[seed])
     conditions = tuple(stages.text_encoder(*tokens.values()))
-    case = Case(prompts, seed, size, tokens, noise, fresh, conditions, told, {}, {}, {}, {})
-    for condition in case.conditions:
-        _finite(condition, "text_encoder", case)
+    case = Case(prompts, seed, size, tokens, noise, fresh, condition, conditions, told, {}, {}, {}, {})
+    for given in case.conditions:
+        _finite(given, "text_encoder", case)
+    for given in case.told.values():
+        _finite(given, CONDITION_ENCODER, case)
 
     def ask(walk: list[tuple[torch.Tensor, ...]], x: torch.Tensor, timestep: float) -> torch.Tensor:
         t = torch.full((len(x),), float(sampling.schedule.network_time(timestep)))
-        m = _finite(denoiser(x, t, *case.conditions, *case.told), "denoiser", case)
+        m = _finite(denoiser(x, t, *case.conditions, *case.told.values()), "denoiser", case)
         walk.append((x, t, m))
         return m
 
@@ -159,26 +167,57 @@ def _text(
     return found
 
 
+def _told(
+    graphs: Mapping[str, Path],
+    ledger: Ledger,
+    manifest: ArtifactManifest,
+    cases: Mapping[int, Case],
+    size: Size,
+    progress: Callable[[str], None],
+) -> dict[int, tuple[torch.Tensor, ...]]:
+    """What the denoiser takes beside the text, of every case: features as onnxruntime gives them."""
+    name = manifest.graph_name(CONDITION_ENCODER, size)
+    if name not in graphs:
+        return {i: tuple(case.told.values()) for i, case in cases.items()}
+    features, found = [spec.name for spec in manifest.graphs[name].outputs], {}
+    progress(name)
+    with GraphSession(graphs[name]) as run:
+        for i, case in cases.items():
+            got = dict(zip(features, run(case.condition), strict=True))
+            for feature, value in got.items():
+                ledger.compare(name, feature, value, case.told[feature], case)
+            own = {feature: torch.from_numpy(value) for feature, value in got.items()}
+            found[i] = tuple((case.told | own).values())
+    return found
+
+
 def _walk(
-    run: Run, name: str, ledger: Ledger, manifest: ArtifactManifest, case: Case, text: tuple[torch.Tensor, ...]
+    run: Run, name: str, ledger: Ledger, manifest: ArtifactManifest, case: Case, given: tuple[torch.Tensor, ...]
 ) -> dict[int, torch.Tensor]:
-    """The denoiser on torch's own inputs; and the whole loop on onnxruntime's, whose latents are returned by steps."""
+    """The denoiser on torch's own inputs; and the whole loop on onnxruntime's (given), whose latents are returned by steps."""
     walked, schedule = {}, manifest.schedule
 
     def ask(x: torch.Tensor, timestep: float) -> torch.Tensor:
         t = torch.full((len(x),), float(schedule.network_time(timestep)))
-        return torch.from_numpy(run(x, t, *text, *case.told)[0])
+        return torch.from_numpy(run(x, t, *given)[0])
 
     for steps, table in manifest.update_tables().items():
         if steps not in case.walks:
             continue
         for x, t, m in case.walks[steps]:
-            ledger.compare(name, "m", run(x, t, *case.conditions, *case.told)[0], m, case)
+            ledger.compare(name, "m", run(x, t, *case.conditions, *case.told.values())[0], m, case)
         x_onnx = sample(ask, case.noise, table, noises=list(case.fresh.unbind(1)))
         loop = manifest.graph_name(f"stages_{steps}", case.size)
         ledger.compare(loop, "latents", x_onnx.numpy(), case.latents[steps], case)
         walked[steps] = x_onnx
     return walked
+
+
+def _conditioning_pictures(batch: int, seed: int, size: Size) -> torch.Tensor:
+    """uint8 (B, H, W, 3): squares of random colours, which have flat parts and edges."""
+    squares = np.random.default_rng(seed).integers(0, 256, (batch, SQUARES, SQUARES, 3), dtype=np.uint8)
+    rows, columns = (np.arange(side) * SQUARES // side for side in size)
+    return torch.from_numpy(squares[:, rows][:, :, columns])
 
 
 def _finite(values: torch.Tensor, stage: str, case: Case) -> torch.Tensor:

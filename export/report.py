@@ -18,8 +18,9 @@ REFERENCES = "references"
 SHOWN = 12  # images of a report
 
 
-def save_references(folder: Path, cases: list[Case]) -> list[ReferencePicture]:
-    """Torch's picture of the first prompt of every size and plan, lossless."""
+def save_references(folder: Path, cases: list[Case], *, is_controlled: bool) -> list[ReferencePicture]:
+    """Torch's picture of the first prompt of every size and plan, lossless, and the conditioning picture that it was drawn under,
+    at scale 1, where the model reads one."""
     (folder / REFERENCES).mkdir()
     kept: dict[str, ReferencePicture] = {}
     for case in cases:
@@ -28,9 +29,21 @@ def save_references(folder: Path, cases: list[Case]) -> list[ReferencePicture]:
             if file not in kept:
                 Image.fromarray(images[0].numpy()).save(folder / file)
                 kept[file] = ReferencePicture(
-                    file=file, prompt=case.prompts[0], seed=case.seed, steps=steps, size=case.size
+                    file=file,
+                    prompt=case.prompts[0],
+                    seed=case.seed,
+                    steps=steps,
+                    size=case.size,
+                    condition=_save_condition(folder, case) if is_controlled else None,
                 )
     return list(kept.values())
+
+
+def _save_condition(folder: Path, case: Case) -> str:
+    """The conditioning picture of a case's first prompt."""
+    file = f"{REFERENCES}/{size_name(case.size)}_condition.png"
+    Image.fromarray(case.condition[0].numpy()).save(folder / file)
+    return file
 
 
 def write_report(folder: Path, ledger: Ledger) -> None:

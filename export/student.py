@@ -16,6 +16,7 @@ from ..folders.cache import check_room
 from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_files, hash_folder
 from ..folders.manifests import ArtifactManifest
 from ..folders.reading import read_student_manifest, signed, write_manifest
+from ..models.control import is_controlled
 from ..models.files import weights_files
 from ..pipelines.loading import student_folder
 from .cases import Case
@@ -72,7 +73,7 @@ def _export(
     copies = 1.2 + (options.precision != "fp32") + sum(kind != "onnx" for kind in options.formats)
     size = sum(file.stat().st_size for file in weights_files(folder))
     check_room(out, int(size * copies), f"the export of {folder.name}")
-    total = _count(options, len(options.steps or described.plans))
+    total = _count(options, len(options.steps or described.plans), is_controlled=is_controlled(folder))
 
     def progress(what: str) -> None:
         tell(what, total)
@@ -138,7 +139,7 @@ def _finish(
         whole = name.startswith("sampler_")
         if options.forms != "both" and whole != (options.forms == "whole-sampler"):
             (target / graphs.pop(name).file).unlink()
-    references = save_references(target, cases)
+    references = save_references(target, cases, is_controlled=manifest.control is not None)
     errors = {name: found for name, found in ledger.errors.items() if name in graphs or name.startswith("stages_")}
     update = {"graphs": graphs, "parity": errors, "references": references}
     manifest = manifest.model_copy(update=update)
@@ -168,12 +169,12 @@ def _write_format(
     return write_triton_repository(target, manifest)
 
 
-def _count(options: ExportOptions, plans: int) -> int:
+def _count(options: ExportOptions, plans: int, *, is_controlled: bool) -> int:
     """How many things an export tells that it does."""
     sizes = len(options.sizes or [1])
-    stages = 1 + (2 + options.with_image_encoder) * sizes
+    stages = 1 + (2 + options.with_image_encoder + is_controlled) * sizes
     cases = sizes * len({*options.batch}) * len(SEEDS)
-    graphs = stages + (0 if options.forms == "stages" else 2 * plans * sizes)
+    graphs = stages + (0 if options.forms == "stages" or is_controlled else 2 * plans * sizes)
     lowered = 0 if options.precision == "fp32" else stages
     return 1 + cases + stages + lowered + graphs + sum(kind != "onnx" for kind in options.formats)
 

@@ -11,17 +11,26 @@ from typing import Any
 
 import onnxruntime
 
+from ..core.errors import ArtifactError
 from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
-from ..folders.manifests import IMAGE_ENCODER, STAGES, Plans, Size, StudentManifest, graph_name
+from ..folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, STAGES, Plans, Size, StudentManifest, graph_name
+from ..models.control import KINDS
 from ..pipelines.architectures import stages_of
 from ..pipelines.loading import load_student_pipeline
 from ..pipelines.lora import fused_records
 from ..pipelines.skeleton import write_networks
-from ..pipelines.stages import IMAGES, LATENTS, Stages
+from ..pipelines.stages import CONDITION, IMAGES, LATENTS, Stages
 from .cases import Case, Sampling
-from .onnx import StageGraph, export_decoder, export_denoiser, export_image_encoder, export_text_encoder
+from .onnx import (
+    StageGraph,
+    export_condition_encoder,
+    export_decoder,
+    export_denoiser,
+    export_image_encoder,
+    export_text_encoder,
+)
 from .options import ExportOptions
 from .parity import check_tokenizers, make_cases
 from .precision import find_islands, lower
@@ -60,6 +69,11 @@ def trace(
     stages = stages_of(pipeline)
     write_networks(target, pipeline, stages)
     del pipeline
+    if stages.control is not None and options.forms == "whole-sampler":
+        raise ArtifactError(
+            f"a model with a {KINDS[stages.control]} has no whole-sampler graphs, since its picture is read by a stage of its own; "
+            "leave out --whole-sampler"
+        )
     sizes = options.sizes or (stages.default_size,)
     for size in sizes:
         stages.check_size(size)
@@ -85,6 +99,7 @@ def trace(
         "tokenizers": write_tokenizers(target, stages, described.known_words),
         "created_with": {package: version(package) for package in VERSIONED} | {"onnxruntime": onnxruntime.__version__},
         "loras": [record for lora in options.loras for record in fused_records(lora)],
+        "control": stages.control,
         "limits": {name: value for name, value in asdict(options.limits).items() if math.isfinite(value)},
     }
     check_tokenizers(target, facts["tokenizers"], stages, prompts)
@@ -99,7 +114,11 @@ def _stage_graphs(
     progress("writing text_encoder")
     graphs = {"text_encoder": export_text_encoder(stages, store, opset=options.opset)}
     kinds = {"denoiser": export_denoiser, "decoder": export_decoder, IMAGE_ENCODER: export_image_encoder}
-    for kind, export in list(kinds.items())[: 3 if options.with_image_encoder else 2]:
+    if not options.with_image_encoder:
+        del kinds[IMAGE_ENCODER]
+    if stages.condition_encoder is not None:
+        kinds[CONDITION_ENCODER] = export_condition_encoder
+    for kind, export in kinds.items():
         for size in sizes:
             name = graph_name(kind, size, sizes[0])
             progress(f"writing {name}")
@@ -108,8 +127,9 @@ def _stage_graphs(
 
 
 def samplers(stages: Graphs, traced: Traced) -> Graphs:
-    """The whole-sampler graphs of every size and plan, from token ids and from embeddings."""
-    graphs, sizes = {}, traced.facts["sizes"]
+    """The whole-sampler graphs of every size and plan, from token ids and from embeddings; none where a conditioning picture is
+    read, which is a stage's work."""
+    graphs, sizes = {}, [] if traced.facts["control"] else traced.facts["sizes"]
     for size in sizes:
         denoiser, decoder = (stages[graph_name(kind, size, sizes[0])] for kind in ("denoiser", "decoder"))
         for steps, table in traced.sampling.tables.items():
@@ -145,7 +165,7 @@ def lowered(traced: Traced, store: WeightStore, options: ExportOptions, progress
 def _is_of(name: str, case: Case, traced: Traced) -> bool:
     """One case per stage graph and seed: that of the smallest batch at the graph's size."""
     default, smallest = traced.facts["sizes"][0], traced.facts["batch"][0]
-    at_its_size = name in {graph_name(kind, case.size, default) for kind in (*STAGES, IMAGE_ENCODER)}
+    at_its_size = name in {graph_name(kind, case.size, default) for kind in (*STAGES, IMAGE_ENCODER, CONDITION_ENCODER)}
     return at_its_size and len(case.prompts) == smallest
 
 
@@ -154,11 +174,13 @@ def _feed(name: str, case: Case, traced: Traced) -> dict[str, Any]:
     longest = max(case.walks)
     if name == "text_encoder":
         return {key: ids.numpy() for key, ids in case.tokens.items()}
+    if name.startswith(CONDITION_ENCODER):
+        return {CONDITION: case.condition.numpy()}
     for stage, key, given in (("decoder", LATENTS, case.latents), (IMAGE_ENCODER, IMAGES, case.images)):
         if name.startswith(stage):
             return {key: given[longest].numpy()}
     x, t, _ = case.walks[longest][0]
-    values = [x, t, *case.conditions, *case.told]
+    values = [x, t, *case.conditions, *case.told.values()]
     names = [value.name for value in traced.stages[name].graph.input]
     return {key: value.numpy() for key, value in zip(names, values, strict=True)}
 

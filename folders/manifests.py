@@ -19,6 +19,7 @@ from ..core.update import UpdateTable, update_table
 
 STAGES = ("text_encoder", "denoiser", "decoder")
 IMAGE_ENCODER = "image_encoder"  # a stage that only drawing from a picture needs
+CONDITION_ENCODER = "condition_encoder"  # a stage of models with a ControlNet or T2I-adapter
 SAMPLERS = ("sampler_{}", "sampler_{}_from_embeddings")  # by number of steps
 PIPELINE_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -82,13 +83,15 @@ class TokenizerSpec(_Frozen):
 
 
 class ReferencePicture(_Frozen):
-    """A picture that torch drew at export, lossless, so that any machine can compare what it draws itself."""
+    """A picture that torch drew at export, lossless, so that any machine can compare what it draws itself. condition: the file
+    of the conditioning picture, where there was one."""
 
     file: str
     prompt: str
     seed: int = Field(ge=0)
     steps: int = Field(ge=1)
     size: Size
+    condition: str | None = None
 
 
 class Guidance(_Frozen):
@@ -170,6 +173,7 @@ class ModelDescription(_Sampled):
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
     batch: tuple[int, int]  # the smallest and the largest that may be asked for; of an artifact, that was checked
     scaling_factor: float = Field(gt=0)
+    control: str | None = None  # diffusers' class of the network that reads a conditioning picture
     tokenizers: list[TokenizerSpec] = Field(min_length=1)
 
     @field_validator("sizes")
@@ -199,8 +203,13 @@ class ModelDescription(_Sampled):
     @property
     def graph_names(self) -> Collection[str]:
         """The stages and samplers there are: of a student, every stage at every size."""
-        stages = (*STAGES, IMAGE_ENCODER)
+        stages = (*self.stages, IMAGE_ENCODER)
         return dict.fromkeys(self.graph_name(stage, size) for size in self.sizes for stage in stages)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The kinds of stages that it draws with."""
+        return (*STAGES, *([CONDITION_ENCODER] if self.control else []))
 
     def graph_name(self, kind: str, size: Size | None = None) -> str:
         """What a stage or sampler is called at a size: a key in an artifact's `graphs`."""
@@ -269,7 +278,7 @@ class ArtifactManifest(ModelDescription):
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
-        stages = {self.graph_name(stage, size) for stage in STAGES for size in self.sizes}
+        stages = {self.graph_name(stage, size) for stage in self.stages for size in self.sizes}
         kinds = [kind.format(n) for kind in SAMPLERS for n in self.plans]
         samplers = {self.graph_name(kind, size) for kind in kinds for size in self.sizes}
         missing = sorted(stages - self.graphs.keys())
@@ -280,8 +289,8 @@ class ArtifactManifest(ModelDescription):
         for name in self.graphs:
             if name not in known:
                 raise ValueError(f"unknown graph {name!r}{nearest(name, known)}")
-        used = [*self.tokenizers, *self.graphs.values(), *self.references]
-        for name in [part.file for part in used]:
+        used = [part.file for part in (*self.tokenizers, *self.graphs.values(), *self.references)]
+        for name in used + [part.condition for part in self.references if part.condition]:
             if name not in self.files:
                 raise ValueError(f"{name!r} is used but has no sha256 in 'files'")
         return self

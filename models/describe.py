@@ -18,6 +18,7 @@ from ..folders.files import STUDENT_FILE
 from ..folders.manifests import PIPELINE_FILE, Guidance, Plans, StudentManifest
 from ..folders.reading import read_config, read_student_manifest
 from .catalogue import Entry, entry_called, find
+from .control import KINDS, check_control, check_takes_control, control_class, controlled_pipeline
 from .files import NETWORKS, read_pipeline
 
 OPTION, STUDENT, SCHEDULER = "option", STUDENT_FILE, "the scheduler's config"
@@ -40,7 +41,8 @@ class ModelOptions(Checked):
     entry: a name of the catalogue that the folder is read as. steps: the numbers of steps that there shall be plans for; any_steps:
     also those that it was not trained for. timesteps: of one plan, the noisiest first. sampler: instead of the scheduler's.
     tiny_decoder: a folder or hub id of an AutoencoderTiny that takes the decoder's place, or "none"; prefer_tiny: without one,
-    that of the catalogue where it can be had.
+    that of the catalogue where it can be had. controlnet: a folder or hub id of a ControlNet or T2I-adapter, which reads a
+    conditioning picture.
     """
 
     refusal = ArtifactError
@@ -54,6 +56,7 @@ class ModelOptions(Checked):
     guidance: float | None = None
     tiny_decoder: str | None = None
     prefer_tiny: bool = False
+    controlnet: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ class Described:
 
     folder: of the diffusers pipeline. network: a file or folder of the denoiser's weights that take the place of the
     folder's. lora: a file or folder that is fused into them. decoder: the folder of an AutoencoderTiny that takes the place
-    of the folder's vae; tiny_decoder: what the catalogue names as such. sources: field -> where it was taken from.
+    of the folder's vae; tiny_decoder: what the catalogue names as such. control: the folder of a ControlNet or T2I-adapter.
+    sources: field -> where it was taken from.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Described:
     guidance: Guidance = field(default_factory=Guidance)
     decoder: Path | None = None
     tiny_decoder: str | None = None
+    control: Path | None = None
     known_words: list[str] = field(default_factory=list)
     vocabulary: dict[str, list[str]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -107,7 +112,8 @@ def describe(model: str | Path, options: ModelOptions | None = None, *, fetch: F
         is_student = (folder / STUDENT_FILE).is_file()
         found = _of_student(folder, read_student_manifest(folder), fetch) if is_student else _of_pipeline(folder)
     found = replace(found, sources={"weights": where} | found.sources)
-    return _with_decoder(_with_options(found, options, entry), options, fetch)
+    found = _with_decoder(_with_options(found, options, entry), options, fetch)
+    return found if options.controlnet is None else _with_control(found, options.controlnet, fetch)
 
 
 def _one(steps: tuple[int, ...] | None) -> int | None:
@@ -126,12 +132,15 @@ def _of_student(folder: Path, student: StudentManifest, fetch: Fetch) -> Describ
         pipeline=pipeline,
         scheduler=scheduler,
         prediction_type=prediction_type_of(scheduler),
-        plans=dict(sorted(student.plans.items(), reverse=True)),  # the first is the default: the most
+        plans=dict(sorted(student.plans.items(), key=lambda plan: (plan[0] != student.default_steps, -plan[0]))),
         noise_correction=student.noise_correction,
         sampler=student.sampler,
+        guidance=student.guidance,
         known_words=student.known_words,
         vocabulary=student.vocabulary,
-        sources=dict.fromkeys(("plans", "noise_correction", "sampler"), STUDENT) | {"prediction_type": SCHEDULER},
+        sources=dict.fromkeys(("plans", "noise_correction", "sampler"), STUDENT)
+        | ({"guidance": STUDENT} if "guidance" in student.model_fields_set else {})
+        | {"prediction_type": SCHEDULER},
     )
 
 
@@ -190,7 +199,8 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
         scale, sources["guidance"] = {"default": options.guidance}, OPTION
     elif told and "guidance" not in sources:
         scale, sources["guidance"] = {"default": LCM_GUIDANCE}, "diffusers' pipeline of networks that are told a scale"
-    changed["guidance"] = found.guidance.model_copy(update={**scale, "embedded": told})
+    zero = found.guidance.empty_is_zero or _zeros_for_no_prompt(found)
+    changed["guidance"] = found.guidance.model_copy(update={**scale, "embedded": told, "empty_is_zero": zero})
     if options.timesteps is not None:
         changed["plans"] = {len(options.timesteps): list(StepPlan(options.timesteps))}
         sources["plans"] = f"{OPTION} timesteps"
@@ -264,9 +274,32 @@ def _with_decoder(found: Described, options: ModelOptions, fetch: Fetch) -> Desc
     return replace(found, decoder=folder, sources=found.sources | {"decoder": f"{wanted}, a tiny one"})
 
 
+def _with_control(found: Described, wanted: str, fetch: Fetch) -> Described:
+    """With a ControlNet or T2I-adapter that fits its network. Raises ArtifactError."""
+    check_takes_control(found.pipeline)
+    folder = fetch(wanted, network=True)
+    kind = control_class(folder)
+    check_control(kind, read_config(folder / "config.json"), _network_config(found))
+    pipeline = controlled_pipeline(found.pipeline, kind)
+    return replace(
+        found, control=folder, pipeline=pipeline, sources=found.sources | {"control": f"{wanted}, a {KINDS[kind]}"}
+    )
+
+
+def _zeros_for_no_prompt(found: Described) -> bool:
+    """Whether an empty negative prompt is zeros: XL's pipelines say so in their index, and do so where it does not."""
+    is_xl = found.pipeline.startswith("StableDiffusionXL")
+    return is_xl and bool(read_config(found.folder / PIPELINE_FILE).get("force_zeros_for_empty_prompt", True))
+
+
 def _is_told_guidance(found: Described) -> bool:
-    """Whether the denoiser takes a guidance scale: by its own config, which may come with its weights."""
+    """Whether the denoiser takes a guidance scale: by its own config."""
+    return bool(_network_config(found).get("time_cond_proj_dim"))
+
+
+def _network_config(found: Described) -> dict[str, Any]:
+    """The denoiser's own config, which may come with its weights; empty where there is none."""
     places = [found.network, *(found.folder / name for name in NETWORKS)]
     configs = [place / "config.json" for place in places if place is not None]
     own = next((config for config in configs if config.is_file()), None)
-    return own is not None and bool(read_config(own).get("time_cond_proj_dim"))
+    return {} if own is None else read_config(own)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import ArtifactError
 from ..folders.files import ARTIFACT_FILE, STUDENT_FILE, atomic_folder, cache_folder
@@ -20,6 +21,7 @@ from ..folders.hub import PICKLED, local_folder
 from ..folders.manifests import LORA_FILE, PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
 from ..folders.reading import read_config, write_manifest
 from .catalogue import catalogue, find
+from .control import PARTS, control_class
 from .describe import NONE, Described, ModelOptions, describe
 from .files import NETWORKS, UNDRAWN, WEIGHTS, missing_files
 
@@ -38,10 +40,11 @@ def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
     options, folder = options or ModelOptions(), Path(model)
     if not folder.exists() and find(str(model)) is None:
         folder = _fetch_unknown(str(model))
-    if _is_ours(folder) and options.tiny_decoder in (None, NONE):
+    if _is_ours(folder) and options.tiny_decoder in (None, NONE) and options.controlnet is None:
         return folder
     if (folder / ARTIFACT_FILE).is_file():
-        raise ArtifactError(f"{folder} was exported with its decoder; export its student again with --tiny-decoder")
+        what, option = ("decoder", "tiny-decoder") if options.controlnet is None else ("networks", "controlnet")
+        raise ArtifactError(f"{folder} was exported with its {what}; export its student again with --{option}")
     return write_student(describe(model, options, fetch=_fetch))
 
 
@@ -51,7 +54,7 @@ def _is_ours(folder: Path) -> bool:
 
 def write_student(described: Described) -> Path:
     """The student folder of a description, named by its content, so that the same is made once. Raises ArtifactError."""
-    places = [described.folder, described.network, described.lora, described.decoder]
+    places = [described.folder, described.network, described.lora, described.decoder, described.control]
     named = [str(place.resolve()) for place in places if place is not None]
     manifest = StudentManifest(
         plans=described.plans,
@@ -112,6 +115,8 @@ def _link_pipeline(described: Described, target: Path) -> None:
         _replace_network(described.network, target)
     if described.decoder is not None:
         _replace_decoder(described.decoder, target)
+    if described.control is not None:
+        _add_control(described.control, described.pipeline, target)
 
 
 def _write_scheduler(described: Described, target: Path) -> None:
@@ -121,13 +126,16 @@ def _write_scheduler(described: Described, target: Path) -> None:
     if described.prediction_type != "flow":
         values["prediction_type"] = described.prediction_type
     scheduler.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    _set_class(target, "scheduler", values["_class_name"])
+    _set_classes(target, scheduler=values["_class_name"])
 
 
-def _set_class(target: Path, part: str, name: str) -> None:
-    """Which class of diffusers a component is, in a file of its own instead of a link."""
+def _set_classes(target: Path, pipeline: str | None = None, **parts: str | None) -> None:
+    """Which classes of diffusers the pipeline and its components are, None for one that goes; in a file of its own instead of
+    a link."""
     index = target / PIPELINE_FILE
-    values = read_config(index) | {part: ["diffusers", name]}
+    changed: dict[str, Any] = {part: ["diffusers", name] for part, name in parts.items() if name is not None}
+    kept = {key: value for key, value in read_config(index).items() if key not in parts}
+    values = kept | changed | ({} if pipeline is None else {"_class_name": pipeline})
     index.unlink()
     index.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
@@ -136,7 +144,17 @@ def _replace_decoder(place: Path, target: Path) -> None:
     shutil.rmtree(target / "vae", ignore_errors=True)
     _link(place / "config.json", target / "vae" / "config.json")
     _link(_safetensors(place), target / "vae" / "diffusion_pytorch_model.safetensors")
-    _set_class(target, "vae", "AutoencoderTiny")
+    _set_classes(target, vae="AutoencoderTiny")
+
+
+def _add_control(place: Path, pipeline: str, target: Path) -> None:
+    """A ControlNet or T2I-adapter as the component that diffusers' class of such pipelines has; the one that was there goes."""
+    kind = control_class(place)
+    for part in PARTS.values():
+        shutil.rmtree(target / part, ignore_errors=True)
+    _link(place / "config.json", target / PARTS[kind] / "config.json")
+    _link(_safetensors(place), target / PARTS[kind] / "diffusion_pytorch_model.safetensors")
+    _set_classes(target, pipeline, **(dict.fromkeys(PARTS.values()) | {PARTS[kind]: kind}))
 
 
 def _replace_network(place: Path, target: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..core.errors import ArtifactError, nearest
 from ..folders.manifests import Size
+from ..models.control import PARTS, PIPELINES
+from .control import Control, control_of
 from .networks import (
     SD3,
     ClipAndT5Texts,
@@ -35,7 +38,7 @@ EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"
 class Architecture:
     """How one pipeline class becomes stages. text: (pipeline) -> (module, tokenizers, names of the conditions). heeds: what
     the class reads of the vae's config beside scaling_factor. told: the network's addition_embed_type. packs: latents of a side
-    that the network takes as channels."""
+    that the network takes as channels. control: the component that reads a conditioning picture."""
 
     network: str  # the denoiser's component
     parts: tuple[str, ...]  # the other components it needs
@@ -44,6 +47,7 @@ class Architecture:
     heeds: tuple[str, ...] = ()
     told: str | None = None
     packs: int = 1
+    control: str | None = None
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -83,24 +87,39 @@ def stages_of(pipeline: Any) -> Stages:
     side = network.config.get("sample_size") or SIDE
     height, width = (side, side) if isinstance(side, int) else side
     text, tokens, conditions = architecture.text(pipeline)
-    if architecture is _SDXL:
+    if architecture.text is _sdxl_text:
         _check_projection(network, pipeline.text_encoder_2.config.projection_dim)
+    control = None
+    if architecture.control is not None:
+        control = control_of(getattr(pipeline, architecture.control), network.config, downscale)
     scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     return Stages(
         pipeline=name,
         tokens=tokens,
         text_encoder=text,
         conditions=conditions,
-        denoiser=lambda size: architecture.denoiser(network, size),
+        denoiser=lambda size: _controlled(architecture.denoiser(network, size), control),
         decoder=decoder,
         image_encoder=ImageEncoder(decoder),
         scheduler=scheduler,
         latent_channels=channels,
         downscale=downscale,
-        multiple=downscale * int(network.config.get("patch_size") or 1) * architecture.packs,
+        multiple=math.lcm(
+            downscale * int(network.config.get("patch_size") or 1) * architecture.packs,
+            control.multiple if control else 1,
+        ),
         default_size=(height * downscale, width * downscale),
         is_told_guidance=bool(network.config.get("time_cond_proj_dim") or network.config.get("guidance_embeds")),
+        control=None if control is None else control.kind,
+        condition_encoder=None if control is None else control.encoder,
+        features=() if control is None else control.features,
     )
+
+
+def _controlled(denoiser: Any, control: Control | None) -> torch.nn.Module:
+    if control is not None:
+        denoiser.control = control.network
+    return denoiser
 
 
 def _check_network(network: Any, architecture: Architecture) -> None:
@@ -198,6 +217,10 @@ def _pixart(length: int) -> Architecture:
     return Architecture("transformer", ("text_encoder", "tokenizer"), _pixart_text(length), PixArt)
 
 
+def _with_control(plain: Architecture, part: str) -> Architecture:
+    return replace(plain, parts=(*plain.parts, part), control=part)
+
+
 _TWO = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _SD = Architecture("unet", ("text_encoder", "tokenizer"), _sd_text, lambda unet, size: UNet(unet))
 _SDXL = Architecture("unet", _TWO, _sdxl_text, UNetXL, ("latents_mean", "latents_std"), "text_time")
@@ -227,4 +250,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "PixArtAlphaPipeline": _pixart(120),
     "PixArtSigmaPipeline": _pixart(300),
+}
+ARCHITECTURES |= {
+    name: _with_control(ARCHITECTURES[f"{family}Pipeline"], PARTS[kind]) for (family, kind), name in PIPELINES.items()
 }

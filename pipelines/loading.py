@@ -21,7 +21,7 @@ from .half import compute_in_float32, stored_dtype, variant_of
 from .lora import Lora, fuse
 from .stages import Stages, quiet
 
-UPCASTS = ("StableDiffusionXLPipeline",)  # diffusers' pipelines that heed the vae's force_upcast
+UPCASTS = "StableDiffusionXL"  # the family of diffusers' pipelines that heed the vae's force_upcast
 
 
 def student_folder(student: str | Path) -> Path:
@@ -67,7 +67,7 @@ def load_student_pipeline(
         pipeline.to(dtype)
     if tiny_decoder is not None:
         pipeline.vae = _load_tiny(tiny_decoder)
-    if dtype == torch.float16 and name in UPCASTS and pipeline.vae.config.get("force_upcast"):
+    if dtype == torch.float16 and name.startswith(UPCASTS) and pipeline.vae.config.get("force_upcast"):
         pipeline.vae.to(torch.float32)
     return pipeline
 
@@ -125,8 +125,9 @@ def _check_sampler(described: StudentManifest, scheduler: dict[str, Any]) -> Non
 
 
 def _half_networks(folder: Path, architecture: Architecture, variant: str | None) -> dict[str, torch.dtype]:
-    """The denoiser and the text encoders, where they are stored in half precision. A vae is small beside its activations."""
-    networks = [architecture.network, *(part for part in architecture.parts if part.startswith("text_encoder"))]
+    """The networks that are stored in half precision, but for the vae, which is small beside its activations."""
+    heavy = ("text_encoder", architecture.control or "text_encoder")
+    networks = [architecture.network, *(part for part in architecture.parts if part.startswith(heavy))]
     found = {part: stored_dtype(folder / part, variant) for part in networks}
     return {part: dtype for part, dtype in found.items() if dtype != torch.float32}
 

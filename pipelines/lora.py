@@ -137,11 +137,21 @@ def _inject(pipeline: Any, network: str, component: str, file: Path) -> int:
         _inject_peft(module, {name.removeprefix(PEFT_PREFIX): values for name, values in tensors.items()}, file)
     elif all(hasattr(module, name) for name in first):  # of `unet.save_lora_adapter`: names without the component
         module.load_lora_adapter(str(file), prefix=None, adapter_name=ADAPTER)
-    elif hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, local_files_only=True)
+    elif hasattr(reader := _reader(pipeline), "load_lora_weights"):
+        reader.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, local_files_only=True)
     else:
         raise ArtifactError(f"{file}: diffusers reads no LoRA of a {type(pipeline).__name__}; save it with peft")
     return len(tensors)
+
+
+def _reader(pipeline: Any) -> Any:
+    """diffusers' pipeline of a T2I-adapter for Stable Diffusion 1.x and 2.x reads no LoRA; the plain one of the same parts does."""
+    if type(pipeline).__name__ != "StableDiffusionAdapterPipeline":
+        return pipeline
+    from diffusers import StableDiffusionPipeline
+
+    parts = {name: part for name, part in pipeline.components.items() if name != "adapter"}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def _inject_peft(module: torch.nn.Module, tensors: Tensors, file: Path) -> None:

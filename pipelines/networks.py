@@ -85,35 +85,34 @@ class GuidanceEmbedding(torch.nn.Module):
 
 
 class UNet(torch.nn.Module):
-    """latents (B, C, h, w), timestep float32 (B,), embeddings (B, L, D) -> m (B, C, h, w). guidance float32 (B,): of a network
-    that is told a scale (time_cond_proj_dim)."""
+    """latents (B, C, h, w), timestep float32 (B,), embeddings (B, L, D) -> m (B, C, h, w). more: guidance float32 (B,) of a network
+    that is told a scale (time_cond_proj_dim); then what a ControlNet or T2I-adapter reads, if one is its `control`."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
         width = unet.config.get("time_cond_proj_dim")
         self.guidance_embedding = GuidanceEmbedding(width) if width else None
+        self.control: torch.nn.Module | None = None
 
     def forward(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        embeddings: torch.Tensor,
-        guidance: torch.Tensor | None = None,
+        self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, *more: torch.Tensor
     ) -> torch.Tensor:
-        return self._ask(latents, timestep, embeddings, guidance)
+        return self._ask(latents, timestep, embeddings, more)
 
     def _ask(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        embeddings: torch.Tensor,
-        guidance: torch.Tensor | None,
-        **added: Any,
+        self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, more: Conditions, **added: Any
     ) -> torch.Tensor:
-        if self.guidance_embedding is not None and guidance is not None:
-            added["timestep_cond"] = cast(self.guidance_embedding(cast(guidance, torch.float32)), latents.dtype)
-        return self.unet(latents, timestep, embeddings, return_dict=False, **added)[0]
+        told = {}
+        if self.guidance_embedding is not None and more:
+            guidance, *rest = more
+            told, more = (
+                {"timestep_cond": cast(self.guidance_embedding(cast(guidance, torch.float32)), latents.dtype)},
+                (*rest,),
+            )
+        if self.control is not None:  # which is not told the guidance, as in diffusers
+            told |= self.control(latents, timestep, embeddings, more, **added)
+        return self.unet(latents, timestep, embeddings, return_dict=False, **added, **told)[0]
 
 
 class UNetXL(UNet):
@@ -131,10 +130,10 @@ class UNetXL(UNet):
         timestep: torch.Tensor,
         embeddings: torch.Tensor,
         pooled: torch.Tensor,
-        guidance: torch.Tensor | None = None,
+        *more: torch.Tensor,
     ) -> torch.Tensor:
         added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(latents.shape[0], -1)}
-        return self._ask(latents, timestep, embeddings, guidance, added_cond_kwargs=added)
+        return self._ask(latents, timestep, embeddings, more, added_cond_kwargs=added)
 
 
 class PixArt(torch.nn.Module):

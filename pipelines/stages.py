@@ -19,6 +19,7 @@ except ImportError:
     raise missing_extra("torch", "export") from None
 
 IMAGES, FINITE, LATENTS, GUIDANCE = "images", "finite", "latents", "guidance"
+CONDITION, CONDITION_SCALE = "condition", "condition_scale"
 PROBE = 8  # latents of a side: enough for any decoder, cheap for all
 
 
@@ -130,8 +131,9 @@ class Stages:
 
     text_encoder(*ids and masks) -> one tensor per name in `conditions`; denoiser(size)(latents, timestep, *conditions)
     -> m, with a guidance scale (B,) behind the conditions if is_told_guidance; decoder(latents) -> images, finite;
-    image_encoder(images) -> latents. Every tensor is batched; text encoder and denoiser take and give their own dtype,
-    float32 for an export.
+    image_encoder(images) -> latents. With a ControlNet or T2I-adapter, condition_encoder(condition) -> one tensor per name in
+    `features`, and these and a scale (B,) stand behind the denoiser's other inputs. Every tensor is batched; text encoder and
+    denoiser take and give their own dtype, float32 for an export.
     """
 
     pipeline: str  # diffusers' class
@@ -147,6 +149,9 @@ class Stages:
     multiple: int  # what the sides of an image must be a multiple of
     default_size: Size
     is_told_guidance: bool = False
+    control: str | None = None  # diffusers' class of the network that reads a conditioning picture
+    condition_encoder: torch.nn.Module | None = None
+    features: tuple[str, ...] = ()
 
     @property
     def prediction_type(self) -> str:
@@ -164,6 +169,15 @@ class Stages:
     def guidance(self, described: Guidance) -> Guidance:
         """What a student's manifest says of guidance, with what its network shows of it."""
         return described.model_copy(update={"embedded": self.is_told_guidance})
+
+    def beside(self, condition: torch.Tensor, guidance: float, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """What the denoiser takes beside the text, by name. condition: uint8 (B, H, W, 3), read where there is control."""
+        rows = len(condition)
+        told = {GUIDANCE: torch.full((rows,), guidance)} if self.is_told_guidance else {}
+        if self.condition_encoder is not None:
+            told |= dict(zip(self.features, self.condition_encoder(condition), strict=True))
+            told[CONDITION_SCALE] = torch.full((rows,), scale)
+        return told
 
     def example_tokens(self, batch: int) -> dict[str, torch.Tensor]:
         """The tokens of a short prompt, `batch` times."""

@@ -108,6 +108,11 @@ class Backend(Protocol):
         """Images (B, H, W, 3) -> latents (B, C, h, w); asked of artifacts with an image encoder only."""
         ...
 
+    def encode_condition(self, pictures: NDArray[np.uint8]) -> Conditions:
+        """Conditioning pictures (B, H, W, 3) -> what the denoiser reads of them, each (B, ...); asked of models that have a
+        ControlNet or T2I-adapter only."""
+        ...
+
     def denoise(self, x: Array, timestep: NDArray[np.float32], conditions: Conditions) -> Array:
         """x (B, C, h, w), timestep (B,), conditions (B, ...) -> the network's output m (B, C, h, w)."""
         ...

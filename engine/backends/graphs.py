@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
-from ...folders.manifests import IMAGE_ENCODER, ModelDescription
+from ...folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, ModelDescription
 from .base import Column, Fresh, LoraSet, Pictures, Stopped, stopwatch
 
 Described = TypeVar("Described", bound=ModelDescription)
@@ -71,6 +71,10 @@ class GraphBackend(ABC, Generic[Described]):
 
     def encode_image(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self.run(self.manifest.graph_name(IMAGE_ENCODER, (images.shape[1], images.shape[2])), [images])[0]
+
+    def encode_condition(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
+        size = (pictures.shape[1], pictures.shape[2])
+        return tuple(self.run(self.manifest.graph_name(CONDITION_ENCODER, size), [pictures]))
 
     def denoise(
         self, x: NDArray[np.float32], timestep: NDArray[np.float32], conditions: Sequence[NDArray[np.float32]]

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ...core.errors import ArtifactError, missing_extra
-from ...folders.manifests import IMAGE_ENCODER, ModelDescription, Size, StudentManifest, TokenizerSpec
+from ...folders.manifests import (
+    CONDITION_ENCODER,
+    IMAGE_ENCODER,
+    ModelDescription,
+    Size,
+    StudentManifest,
+    TokenizerSpec,
+)
 from ...folders.reading import first_problem, read_student_manifest
 
 try:
@@ -146,6 +153,11 @@ class TorchBackend(GraphBackend[ModelDescription]):
             found[model.graph_name("denoiser", size)] = InPrecision(denoiser, self._dtype)
             found[model.graph_name("decoder", size)] = OnGpu(decoder) if self._on_gpu else decoder
             found[model.graph_name(IMAGE_ENCODER, size)] = encoder
+            if stages.condition_encoder is not None:
+                condition_encoder = stages.condition_encoder.to(**kept)
+                found[model.graph_name(CONDITION_ENCODER, size)] = lambda pictures, network=condition_encoder: tuple(
+                    values.to(self._dtype) for values in network(pictures)
+                )
         return found
 
     def stopwatch(self) -> Callable[[], Stopped]:
@@ -210,7 +222,13 @@ class TorchBackend(GraphBackend[ModelDescription]):
         conditions = [
             values.expand(batch, *values.shape[1:]).clone() for values in self._networks["text_encoder"](*self._tokens)
         ]
-        told = [torch.ones(batch, device=self.device)] * self.manifest.guidance.embedded
+        one, told = torch.ones(batch, device=self.device), list[torch.Tensor]()
+        if self.manifest.guidance.embedded:
+            told.append(one)
+        if self.manifest.control:
+            size = self._sizes[graph]
+            picture = torch.zeros((batch, *size, 3), dtype=torch.uint8, device=self.device)
+            told += [*self._networks[self.manifest.graph_name(CONDITION_ENCODER, size)](picture), one.clone()]
         return [latents, torch.zeros(batch, device=self.device), *conditions, *told]
 
     @property
@@ -226,7 +244,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
     @torch.inference_mode()
     def upload(self, values: NDArray[Any]) -> torch.Tensor:
         layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
-        given = torch.from_numpy(values)
+        given = torch.from_numpy(np.require(values, requirements="W"))  # a request's pictures cannot be written
         if not self._on_gpu:
             return given.clone(memory_format=layout)
         pinned = torch.empty(values.shape, dtype=given.dtype, pin_memory=True, memory_format=layout)
@@ -331,6 +349,7 @@ def _description(
         "scaling_factor": stages.decoder.scaling_factor,
         "vocabulary": student.vocabulary,
         "tokenizers": list(tokenizers),
+        "control": stages.control,
     }
     try:
         return ModelDescription(**known)

@@ -25,7 +25,7 @@ class Unreadable(Exception):
 
 
 def read_picture(data: bytes, kind: str, size: Size, max_pixels: int) -> bytes:
-    """The pixels of an uploaded file, scaled to cover `size` and cropped to it. kind "image": RGB, transparency on white;
+    """The pixels of an uploaded file, scaled to cover `size` and cropped to it. image, condition: RGB, transparency on white;
     "mask": one channel, 255 is drawn anew: where it has transparency, that (as OpenAI's API defines it), else what is white.
     Raises Unreadable.
     """

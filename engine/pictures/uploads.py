@@ -63,6 +63,10 @@ class UploadReader:
         RequestError, and BusyError where too many wait already."""
         return np.frombuffer(await self._read(data, "image", size, client), np.uint8).reshape(*size, 3)
 
+    async def condition(self, data: bytes, size: Size, client: str = "") -> NDArray[np.uint8]:
+        """An uploaded conditioning picture, likewise."""
+        return np.frombuffer(await self._read(data, "condition", size, client), np.uint8).reshape(*size, 3)
+
     async def mask(self, data: bytes, size: Size, client: str = "") -> NDArray[np.float32]:
         """An uploaded mask as float32 (H, W): 1 is drawn anew. Raises as `image`."""
         shares = np.frombuffer(await self._read(data, "mask", size, client), np.uint8).reshape(size)

@@ -114,7 +114,7 @@ async def _get_ready(studio: Studio) -> None:
         manifest = studio.engine.manifest
     except EngineError:
         return
-    if any(name.startswith(IMAGE_ENCODER) for name in manifest.graph_names):
+    if manifest.control or any(name.startswith(IMAGE_ENCODER) for name in manifest.graph_names):
         studio.uploads.start()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +91,11 @@ class Studio:
         weighs = not known.embedded and (known.default if scale is None else scale) > 1
         return taken | ({"negative_prompt": negative} if negative and weighs else {})
 
-    async def pixels(self, image: bytes, mask: bytes | None, size: Size, client: KnownClient) -> dict[str, Any]:
-        """Of a GenerateRequest, the uploaded picture to start from and its mask. Raises RequestError, BusyError."""
-        found: dict[str, Any] = {"image": await self.uploads.image(image, size, client.name)}
-        return found if mask is None else found | {"mask": await self.uploads.mask(mask, size, client.name)}
+    async def pixels(self, files: Mapping[str, bytes | None], size: Size, client: KnownClient) -> dict[str, Any]:
+        """The image, mask and condition of a GenerateRequest, of what was uploaded. Raises RequestError, BusyError."""
+        read = {"image": self.uploads.image, "mask": self.uploads.mask, "condition": self.uploads.condition}
+        given = {name: file for name, file in files.items() if file is not None}
+        return {name: await read[name](file, size, client.name) for name, file in given.items()}
 
     async def prepare(self, wish: Wish) -> Prepared:
         """A request made ready. Raises RequestError, PlanError, QuotaError."""
@@ -152,6 +156,14 @@ def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:
 def client_of(request: Any) -> KnownClient:
     """Who sends it, as the access check found."""
     return request.scope.get("state", {}).get("client") or KnownClient("")
+
+
+def decoded(text: str, name: str) -> bytes:
+    """The file of a picture in base64, or in a data: URL. Raises RequestError."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError(f"{name}: send a picture in base64", param=name) from None
 
 
 async def _disconnected(request: Request) -> None:

@@ -21,9 +21,9 @@ from ..pictures.files import beside
 from ..pictures.stored import StoredPictures
 from ..request import GenerateRequest
 from ..work import GenerateResult
-from .drawing import Studio, Wish, client_of, warnings_of
+from .drawing import Studio, Wish, client_of, decoded, warnings_of
 from .errors import ErrorBody, error_body, status_of
-from .schemas import EditRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
+from .schemas import EditRequest, GenerationRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
 
 MultiPartParser.spool_max_size = 2**40  # uploads stay in memory, whose limit is `max_memory`, and never reach a disk
 EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # with stream
@@ -49,25 +49,28 @@ def images_router(studio: Studio) -> APIRouter:
     router = APIRouter(tags=["images"], responses=errors, dependencies=locked if studio.settings.api_keys else [])
 
     @router.post("/v1/images/generations", response_model=ImageResponse, responses=EVENTS)
-    async def generations(asked: ImageRequest, request: Request) -> Response:
-        """Draw a prompt."""
+    async def generations(asked: GenerationRequest, request: Request) -> Response:
+        """Draw a prompt; with a ControlNet, under a conditioning picture."""
         _check_model(studio, asked.model)
-        return await _answer(studio, stored, asked, _wish(studio, asked, client_of(request)), request)
+        wish = _wish(studio, asked, client_of(request))
+        if asked.condition is not None or asked.condition_scale is not None:
+            file = None if asked.condition is None else decoded(asked.condition, "condition")
+            wish = await _with_pictures(studio, asked, wish, {"condition": file})
+        return await _answer(studio, stored, asked, wish, request)
 
     @router.post("/v1/images/edits", response_model=ImageResponse, responses=EVENTS)
     async def edits(
         asked: Annotated[EditRequest, Form(media_type="multipart/form-data")], request: Request
     ) -> Response:
-        """Draw a prompt from a picture, everywhere or where the mask says."""
+        """Draw a prompt from a picture, everywhere or where the mask says; with a ControlNet, under a conditioning picture."""
         _check_model(studio, asked.model)
         uploads = [*([] if asked.image is None else [asked.image]), *(asked.images or [])]
-        if len(uploads) != 1:
+        if len(uploads) > 1 or (not uploads and asked.condition is None):
             raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}", param="image")
+        given = {"image": next(iter(uploads), None), "mask": asked.mask, "condition": asked.condition}
+        files = {name: None if file is None else await file.read() for name, file in given.items()}
         wish = _wish(studio, asked, client_of(request))
-        _, size = studio.engine.check(wish.request)
-        mask = None if asked.mask is None else await asked.mask.read()
-        pixels = await studio.pixels(await uploads[0].read(), mask, size, wish.client)
-        wish = _wish(studio, asked, wish.client, seed=wish.request.seed, strength=asked.strength, **pixels)
+        wish = await _with_pictures(studio, asked, wish, files, strength=asked.strength)
         return await _answer(studio, stored, asked, wish, request)
 
     _lookups(router, studio, stored)
@@ -104,6 +107,18 @@ def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> W
     ignored = tuple(name for name in asked.ignored if name not in (taken[one] for one in guided))
     request = GenerateRequest(**values, **guided)
     return Wish(request=request, client=client, size=scaled, kind=kind, quality=quality, ignored=ignored)
+
+
+async def _with_pictures(
+    studio: Studio, asked: ImageRequest, wish: Wish, files: dict[str, bytes | None], **further: Any
+) -> Wish:
+    """The same with uploaded pictures, by the name of the field, each unpacked once all else is known to be drawable."""
+    _, size = studio.engine.check(wish.request)
+    if files.get("condition") is not None:
+        studio.engine.check_condition()
+    pixels = await studio.pixels(files, size, wish.client)
+    further |= {"seed": wish.request.seed, "condition_scale": asked.condition_scale}
+    return _wish(studio, asked, wish.client, **further, **pixels)
 
 
 async def _answer(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from ...core.errors import RequestError
 from ...folders.manifests import Size
 from ..pictures.files import Format
-from ..request import MAX_COUNT, MAX_SEED
+from ..request import MAX_COUNT, MAX_SCALE, MAX_SEED
 
 MAX_PROMPT = 32_000  # characters; the model reads fewer, and says what it left out
 MAX_SIDE = 4096  # of a picture that is scaled to what was asked for
@@ -22,7 +22,7 @@ Text = Annotated[str | None, Field(max_length=4000, description=IGNORED)]
 
 
 class ImageRequest(BaseModel):
-    """The body of /v1/images/generations: OpenAI's fields, then ours. Null is as if it was not there; fields of others that have
+    """What may be asked of any picture: OpenAI's fields, then ours. Null is as if it was not there; fields of others that have
     no meaning here are taken and named in the header x-ignored, unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +49,7 @@ class ImageRequest(BaseModel):
     moderation: Text = None
     negative_prompt: Text = None
     guidance_scale: StrictFloat | StrictInt | Text = Field(default=None, description=IGNORED)
+    condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE, description="how strongly condition holds")
 
     @model_validator(mode="before")
     @classmethod
@@ -89,10 +90,17 @@ class ImageRequest(BaseModel):
         return {"prompt": self.prompt, "count": self.n or 1, "steps": steps, "seed": seed, "lora": self.lora}
 
 
+class GenerationRequest(ImageRequest):
+    """The body of /v1/images/generations."""
+
+    condition: str | None = Field(default=None, description="for a ControlNet: PNG, JPEG or WebP in base64")
+
+
 class EditRequest(ImageRequest):
     """The form of /v1/images/edits; likewise."""
 
-    image: UploadFile | None = Field(default=None, description="PNG, JPEG or WebP")
+    image: UploadFile | None = Field(default=None, description="PNG, JPEG or WebP; may be absent with a condition")
+    condition: UploadFile | None = Field(default=None, description="for a ControlNet: edges, depth or a pose")
     images: list[UploadFile] | None = Field(default=None, alias="image[]", description="the same, as a list of one")
     mask: UploadFile | None = Field(default=None, description="transparent or white is drawn anew")
     strength: float | None = Field(default=None, gt=0, le=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from typing import Any
@@ -15,7 +14,7 @@ from starlette.exceptions import HTTPException
 from ...core.errors import RequestError
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
-from .drawing import Studio, Wish, client_of, warnings_of
+from .drawing import Studio, Wish, client_of, decoded, warnings_of
 from .schemas import MAX_PROMPT, MAX_SIDE
 
 SAMPLER = "the model's own"
@@ -80,8 +79,9 @@ def sdapi_router(studio: Studio) -> APIRouter:
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
         size, _ = studio.size((asked.height, asked.width), asked.count)
-        mask = None if asked.mask is None else _file(asked.mask, "mask")
-        start = await studio.pixels(_file(asked.init_images[0], "init_images"), mask, size, client_of(request))
+        mask = None if asked.mask is None else decoded(asked.mask, "mask")
+        files = {"image": decoded(asked.init_images[0], "init_images"), "mask": mask}
+        start = await studio.pixels(files, size, client_of(request))
         if mask is not None and asked.inpainting_mask_invert:
             start["mask"] = 1 - start["mask"]
         return await _answer(
@@ -194,11 +194,3 @@ def _info(asked: TextRequest, result: GenerateResult, wish: Wish) -> dict[str, A
         "infotexts": texts,
         "warnings": warnings_of(result, wish),
     }
-
-
-def _file(text: str, name: str) -> bytes:
-    """Raises RequestError."""
-    try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError):
-        raise RequestError(f"{name}: send a picture in base64", param=name) from None

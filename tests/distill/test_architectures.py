@@ -120,3 +120,16 @@ def test_a_re_noising_student_says_so(teachers, tmp_path: Path) -> None:
 def test_what_is_drawn_with_and_not_distilled(kind: str, says: str) -> None:
     with pytest.raises(ArtifactError, match=says):
         model_of(DRAWN[kind]())
+
+
+def test_a_pipeline_with_a_controlnet_is_not_distilled() -> None:
+    from diffusers import StableDiffusionControlNetPipeline
+
+    from imagine_flash.tests.control import build_controlnet
+
+    plain = BUILDERS["sd15"]()
+    controlnet = build_controlnet(plain.unet)
+    parts = {**plain.components, "controlnet": controlnet}
+    controlled = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ArtifactError, match="not distilled; give the pipeline without its ControlNetModel"):
+        model_of(controlled)

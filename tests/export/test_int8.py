@@ -100,7 +100,9 @@ def test_pictures_too_far_from_torch_are_refused(tiny_artifact):
 
     noise = torch.from_numpy(step_noise(0, batch, manifest.latent_shape, 0))
     images = {1: torch.zeros(batch, *manifest.image_size, 3, dtype=torch.uint8)}
-    case = Case(("a fox",), 0, manifest.image_size, tokens, noise, noise[:, None], conditions, (), {}, {}, images, {})
+    case = Case(
+        ("a fox",), 0, manifest.image_size, tokens, noise, noise[:, None], images[1], conditions, {}, {}, {}, images, {}
+    )
     with pytest.raises(
         ParityError, match=r"^int8: images have a PSNR of .*; calibrate on prompts such as yours"
     ) as found:
