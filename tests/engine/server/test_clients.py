@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.engine.server import create_app
+from imagine_flash.engine.server import ServerSettings, create_app
 from imagine_flash.folders.manifests import Guidance
 from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.tests.engine.server.conftest import picture, png
@@ -57,6 +57,24 @@ def test_a_picture_has_a_url_for_an_hour(client: openai.OpenAI, http: httpx.Clie
 )
 def test_openais_models_are_this_one(client: openai.OpenAI, model: str | None) -> None:
     assert client.images.generate(prompt="a cat", model=model).data
+
+
+def test_an_alias_is_this_model_and_pictures_come_in_the_answer_where_that_is_set(tiny_artifact: Path) -> None:
+    settings = ServerSettings(alias=("flux", "sdxl"), image_urls="data")
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine, TestClient(create_app(engine, settings)) as http:
+        body = {"prompt": "a cat", "steps": 1, "response_format": "url", "output_format": "webp"}
+        answer = http.post("/v1/images/generations", json={**body, "model": "flux"})
+        kind, data = answer.json()["data"][0]["url"].split(",")
+        assert kind == "data:image/webp;base64" and picture(data).size == (64, 64)
+        assert http.get("/v1/models/sdxl").json()["id"] == "tiny"
+        refused = http.post("/v1/images/generations", json={**body, "model": "sd3"})
+        assert refused.status_code == 404 and "no model 'sd3'; this server has 'tiny'" in refused.text
+
+
+def test_a_slash_too_many_leads_nowhere(http: httpx.Client) -> None:
+    """The server redirected to whatever host the request named."""
+    answer = http.post("/v1/images/generations/", json={"prompt": "a cat"}, headers={"host": "evil.example"})
+    assert answer.status_code == 404 and "location" not in answer.headers and "evil" not in answer.text
 
 
 def test_what_is_ignored_is_named(client: openai.OpenAI) -> None:
