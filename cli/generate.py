@@ -112,7 +112,11 @@ def generate_command(
         ),
     ] = "auto",
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default what the backend finds.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda or cuda:N; Intel's gpu, gpu:N and npu; directml, coreml; by default what the backend finds.",
+        ),
     ] = "auto",
     precision: Annotated[
         str,

@@ -43,7 +43,11 @@ def serve_command(
         str, typer.Option(metavar="NAME", help="openvino, onnxruntime or tensorrt; by default the fastest here.")
     ] = "auto",
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default what the backend finds.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda or cuda:N; Intel's gpu, gpu:N and npu; directml, coreml; by default what the backend finds.",
+        ),
     ] = "auto",
     precision: Annotated[
         str,

@@ -18,9 +18,9 @@ STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student fold
 STUDENT_BATCHES = (1, 63)
 DEVICES = {
     "tensorrt": "auto, cuda or cuda:0",
-    "openvino": "auto or cpu",
+    "openvino": "auto, cpu, gpu, gpu:N or npu",
     "torch": "auto, cpu, cuda or cuda:N",
-    "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N",
+    "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, directml, directml:N or coreml",
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a device

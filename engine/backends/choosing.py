@@ -55,7 +55,7 @@ def choose(name: str, manifest: ArtifactManifest, device: str = "auto", folder: 
         return name
     takes = {
         "tensorrt": folder is not None and device in ("auto", "cuda", "cuda:0") and _has_plans(folder, manifest),
-        "openvino": manifest.precision == "fp32" and device in ("auto", "cpu"),
+        "openvino": manifest.precision == "fp32" and device.partition(":")[0] in ("auto", "cpu", "gpu", "npu"),
     }
     return next((here for here in installed() if takes.get(here, True)), "onnxruntime")
 

@@ -1,4 +1,5 @@
-"""The graphs on onnxruntime: its CPU provider, or CUDA's and TensorRT's where they are installed."""
+"""The graphs on onnxruntime: its CPU provider, or another where it is installed. DirectML's and CoreML's were never run by
+the project."""
 
 from __future__ import annotations
 
@@ -13,14 +14,21 @@ from .base import BackendOptions, check_device
 from .fed_weights import FedGraphs, FedWeights
 from .graphs import Run
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "directml": "onnxruntime-directml"}
 LARGE = 200_000_000  # bytes of weights beyond which memory matters more than loading fast
 
 
 class OnnxruntimeBackend(FedGraphs):
-    """One session per graph, of any batch. device: cpu, cuda, cuda:N, tensorrt or tensorrt:N; auto takes the CPU unless
-    onnxruntime-gpu finds CUDA. The precision is the graphs' own. CUDA graphs stay off: the state lives on the host."""
+    """One session per graph, of any batch. device: cpu, cuda, tensorrt, directml (each also with :N) or coreml; auto takes
+    the CPU unless onnxruntime-gpu finds CUDA. The precision is the graphs' own. CUDA graphs stay off: the state lives on the
+    host."""
 
     name = "onnxruntime"
 
@@ -61,6 +69,7 @@ class OnnxruntimeBackend(FedGraphs):
         options.intra_op_num_threads = self.threads
         large = max(map(_size, self.folder.glob("*.bin")), default=0) > LARGE
         options.enable_mem_reuse = large  # planning it takes five sixths of loading an unrolled graph: decision 004
+        options.enable_mem_pattern = not self.device.startswith("directml")  # which does not take it
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
         path: Any = self.folder / self.manifest.graphs[graph].file
         fed = self.fed_to(graph)
@@ -84,12 +93,15 @@ def _providers(library: Any, device: str) -> tuple[str, list[Any]]:
     check_device("onnxruntime", device)
     kind, _, index = device.partition(":")
     if PROVIDERS[kind] not in there:
+        way = "take a build of it that has (macOS)"
+        if kind in PACKAGES:
+            way = f"pip uninstall onnxruntime and pip install {PACKAGES[kind]}"
         raise ArtifactError(
-            f"this onnxruntime has no {PROVIDERS[kind]} for the device {device!r}; pip uninstall onnxruntime and "
-            "pip install onnxruntime-gpu, or take the device cpu"
+            f"this onnxruntime has no {PROVIDERS[kind]} for the device {device!r}; {way}, or take the device cpu"
         )
-    chosen = {"tensorrt": ["tensorrt", "cuda"], "cuda": ["cuda"], "cpu": []}[kind]
-    return device, [*((PROVIDERS[name], {"device_id": int(index or 0)}) for name in chosen), PROVIDERS["cpu"]]
+    chosen = {"tensorrt": ["tensorrt", "cuda"], "cpu": []}.get(kind, [kind])
+    told: dict[str, int] = {} if kind == "coreml" else {"device_id": int(index or 0)}
+    return device, [*((PROVIDERS[name], told) for name in chosen), PROVIDERS["cpu"]]
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,5 @@
-"""The graphs on OpenVINO's CPU plugin, compiled for fixed shapes: the fastest on x86.
+"""The graphs on OpenVINO, compiled for fixed shapes: on a CPU the fastest on x86. Intel's GPUs and NPUs, by name, were never
+run by the project.
 
 The stages' IR is read where the artifact holds it, else the ONNX graphs, which OpenVINO reads itself; an IR of 8 bits is
 the precision int8, whose other layers compute in bfloat16 where the processor has it. Compiled models are
@@ -22,27 +23,27 @@ from .base import BackendOptions, check_device
 from .fed_weights import FedGraphs, FedWeights
 from .graphs import Run
 
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 LARGE = 2**29  # bytes of an artifact
 
 
 class OpenvinoBackend(FedGraphs):
-    """One compiled model per graph and batch size. precision: fp32, bf16 on a CPU that has it, or int8 where the artifact
-    holds it; auto is int8, else fp32."""
+    """One compiled model per graph and batch size. device: cpu (auto), gpu, gpu:N or npu. precision: fp32, bf16 on a CPU that
+    has it, fp16 elsewhere, or int8 where the artifact holds it; auto is int8, else fp32 on a CPU and fp16 elsewhere."""
 
     name = "openvino"
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
         self._library, self._core, self.precision = self.check(folder, manifest, options)
+        self.device = _plugin(options.device)
         # each batch size takes the weights once more, and a large network gains nothing by it
         self.splits = self._large = sum((folder / name).stat().st_size for name in manifest.files) > LARGE
         self.batches = options.batches[:1] if self.splits else options.batches
-        self._options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINTS[self._rest()],
-            "INFERENCE_NUM_THREADS": options.threads or processors(),
-        }
+        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self._rest()]}
+        self._threads = options.threads or processors()
+        if self.device == "CPU":
+            self._options["INFERENCE_NUM_THREADS"] = self._threads
         if cache := cache_folder("openvino"):
             self._options["CACHE_DIR"] = str(cache)
         if options.loras:
@@ -61,30 +62,25 @@ class OpenvinoBackend(FedGraphs):
                 f"OpenVINO lowers the precision itself; this artifact's graphs are {manifest.precision}, export with "
                 "--precision fp32, or take the backend onnxruntime"
             )
-        automatic = "int8" if manifest.holds_int8 and not options.loras else "fp32"
-        precision = automatic if options.precision == "auto" else options.precision
-        if options.loras and precision != "fp32":  # in bf16, 2026.4 computed something else with weights that it is fed
-            raise ArtifactError(f"OpenVINO swaps LoRAs in fp32 alone, not in {precision}; leave out the precision")
         core = openvino.Core()
-        native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "int8":
-            if not manifest.holds_int8:
-                raise ArtifactError(
-                    f"{folder} holds nothing in int8; run: imagine-flash export STUDENT OUT --format openvino --int8 full"
-                )
-        elif precision not in HINTS or (precision == "bf16" and "BF16" not in native):
-            there = "fp32, bf16" if "BF16" in native else "fp32"
-            raise ArtifactError(f"OpenVINO on this CPU computes in {there}, not {precision}")
-        return openvino, core, precision
+        there = [name.lower().replace(".", ":") for name in core.available_devices]
+        if not any(options.device in (name, name.partition(":")[0]) for name in (*there, "auto")):
+            raise ArtifactError(
+                f"OpenVINO finds no {options.device} here, only {', '.join(there)}; install its driver, or take the device cpu"
+            )
+        return openvino, core, _precision(core, folder, manifest, options)
 
     def _rest(self) -> str:
         """The precision of what is not in 8 bits."""
-        native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return self.precision if self.precision != "int8" else "bf16" if "BF16" in native else "fp32"
+        if self.precision != "int8":
+            return self.precision
+        kinds = self._core.get_property(self.device, "OPTIMIZATION_CAPABILITIES")
+        return "fp16" if self.device != "CPU" else "bf16" if "BF16" in kinds else "fp32"
 
     def describe(self) -> str:
-        version, threads = self._library.__version__.split("-")[0], self._options["INFERENCE_NUM_THREADS"]
-        return f"openvino {version} on cpu, {self.precision}, {threads} threads"
+        version = self._library.__version__.split("-")[0]
+        threads = f", {self._threads} threads" if self.device == "CPU" else ""
+        return f"openvino {version} on {self.device.lower()}, {self.precision}{threads}"
 
     def open(self, graph: str, batch: int) -> Run:
         model = self._core.read_model(self._file(graph))
@@ -92,12 +88,12 @@ class OpenvinoBackend(FedGraphs):
         model.reshape({v.name: [batch, *v.shape[1:]] if v.shape[0] == "batch" else v.shape for v in spec.inputs})
         fed = self.fed_to(graph)
         self._make_inputs(model, graph, fed)
-        compiled = self._core.compile_model(model, "CPU", self._options)
+        compiled = self._core.compile_model(model, self.device, self._options)
         if self._large and "CACHE_DIR" in self._options and not compiled.get_property("LOADED_FROM_CACHE"):
             del (
                 compiled
             )  # from the cache its float32 weights are pages of a file: 3.5 instead of 7.9 GiB of a 1.2 G model
-            compiled = self._core.compile_model(model, "CPU", self._options)
+            compiled = self._core.compile_model(model, self.device, self._options)
         request = compiled.create_infer_request()
         names = [port.names for port in compiled.inputs]  # several, where a graph hands an input on under another name
         inputs = [*(value.name for value in spec.inputs), *fed]
@@ -137,6 +133,30 @@ class OpenvinoBackend(FedGraphs):
         graphs = self.manifest.formats.get("openvino", {}).get("graphs", {}) if fits else {}
         file = graphs.get(graph, {}).get("file", self.manifest.graphs[graph].file)
         return self.folder / file
+
+
+def _precision(core: Any, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> str:
+    """What it computes in. Raises ArtifactError for what the device or the artifact does not have."""
+    on_cpu = _plugin(options.device) == "CPU"
+    automatic = "int8" if manifest.holds_int8 and not options.loras else "fp32" if on_cpu else "fp16"
+    precision = automatic if options.precision == "auto" else options.precision
+    if options.loras and precision != "fp32":  # in bf16, 2026.4 computed something else with weights that it is fed
+        raise ArtifactError(f"OpenVINO swaps LoRAs in fp32 alone, not in {precision}; leave out the precision")
+    kinds = core.get_property(_plugin(options.device), "OPTIMIZATION_CAPABILITIES")
+    computes = [name for name in HINTS if name.upper() in kinds and not (on_cpu and name == "fp16")]
+    if precision == "int8" and not manifest.holds_int8:
+        raise ArtifactError(
+            f"{folder} holds nothing in int8; run: imagine-flash export STUDENT OUT --format openvino --int8 full"
+        )
+    if precision not in ("int8", *computes):
+        where = "this CPU" if on_cpu else options.device
+        raise ArtifactError(f"OpenVINO on {where} computes in {', '.join(computes)}, not {precision}")
+    return precision
+
+
+def _plugin(device: str) -> str:
+    """OpenVINO's name of a device: CPU, GPU.1, NPU."""
+    return "CPU" if device == "auto" else device.upper().replace(":", ".")
 
 
 def processor_with_bf16() -> str | None:

@@ -281,8 +281,12 @@ def test_padding_changes_nothing(tiny_artifact: Path) -> None:
         (
             {"backend": "openvino", "device": "cuda"},
             ArtifactError,
-            "device must be auto or cpu for .* openvino, got 'cuda'",
+            "device must be auto, cpu, gpu, gpu:N or npu for .* openvino, got 'cuda'",
         ),
+        ({"device": "npu"}, ArtifactError, r"OpenVINO finds no npu here, only .*cpu.*; install its driver"),
+        ({"backend": "openvino", "device": "gpu:1"}, ArtifactError, "OpenVINO finds no gpu:1 here"),
+        ({"device": "directml"}, ArtifactError, "no DmlExecutionProvider.*pip install onnxruntime-directml"),
+        ({"device": "coreml"}, ArtifactError, "no CoreMLExecutionProvider.*take the device cpu"),
         ({"backend": "onnxruntime", "device": "gpu"}, ArtifactError, "device must be auto, cpu, cuda.*got 'gpu'"),
         ({"device": "cuda:1"}, ArtifactError, "no CUDAExecutionProvider.*onnxruntime-gpu"),
     ],
