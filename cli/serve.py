@@ -156,7 +156,7 @@ def _serve_here(settings: ServerSettings) -> None:
     options = ModelOptions(tiny_decoder=settings.tiny_decoder, controlnet=settings.controlnet)
     swaps = bool(settings.lora)
     model = ready(settings.model, options, settings.backend, device=settings.device, swaps=swaps)
-    settings = settings.model_copy(update={"model": model, "controlnet": None})  # it is part of the model now
+    settings = settings.model_copy(update={"model": model, "controlnet": None, "tiny_decoder": None})  # parts of it now
     settings.check_model()
     failed: list[ImagineFlashError] = []
 

@@ -79,8 +79,8 @@ class ServerSettings(Checked):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
     model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. tiny_decoder: the folder or hub id
-    of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the model; not with
-    ray, whose replicas load it as part of an artifact. lora: those that requests may ask for, by name, or "NAME=PATH".
+    of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the model. Neither
+    goes with ray, whose replicas load an artifact. lora: those that requests may ask for, by name, or "NAME=PATH".
     max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
@@ -169,11 +169,12 @@ class ServerSettings(Checked):
     @property
     def loading(self) -> LoadOptions:
         """As of `Engine.load`. Raises RequestError."""
-        if self.controlnet is not None:
-            raise RequestError(
-                f"controlnet: goes with a server on this machine alone, got {self.controlnet!r}; export it with the model: "
-                "imagine-flash export MODEL OUT --controlnet"
-            )
+        for name in ("controlnet", "tiny_decoder"):
+            if (value := getattr(self, name)) not in (None, "none"):
+                raise RequestError(
+                    f"{name}: goes with a server on this machine alone, got {value!r}; export it with the model: "
+                    f"imagine-flash export MODEL OUT --{name.replace('_', '-')}"
+                )
         values = {
             name: getattr(self, name)
             for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts")

@@ -105,9 +105,10 @@ def test_a_model_without_says_so_before_it_unpacks(folders: tuple[Path, Path]) -
             assert answer.status_code == 400 and "reads no conditioning picture" in answer.json()["error"]["message"]
 
 
-def test_replicas_load_it_as_part_of_an_artifact(folders: tuple[Path, Path]) -> None:
-    settings = ServerSettings(model=folders[0], controlnet=str(folders[1]))
-    with pytest.raises(RequestError, match="controlnet: goes with a server on this machine alone"):
+@pytest.mark.parametrize("name", ["controlnet", "tiny_decoder"])
+def test_replicas_load_it_as_part_of_an_artifact(folders: tuple[Path, Path], name: str) -> None:
+    settings = ServerSettings(model=folders[0], **{name: str(folders[1])})
+    with pytest.raises(RequestError, match=f"{name}: goes with a server on this machine alone.*--{name[:4]}"):
         settings.check_model()
 
 
