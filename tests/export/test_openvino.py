@@ -182,11 +182,10 @@ def test_int8_limit():
 
 
 @pytest.mark.slow
-def test_int8_weights(tmp_path, core):
+def test_int8_weights(written, tmp_path, core):
     pytest.importorskip("nncf", reason="nncf compresses weights to int8")
+    full = (written[0] / "openvino" / "denoiser.bin").stat().st_size
     manifest = described_copy(tmp_path)
-    write_openvino(tmp_path, manifest)
-    full = (tmp_path / "openvino" / "denoiser.bin").stat().st_size
     environment = dict(os.environ)
     record = write_openvino(tmp_path, manifest, int8="weights")
     assert dict(os.environ) == environment
