@@ -66,7 +66,7 @@ class OpenvinoBackend(FedGraphs):
         there = [name.lower().replace(".", ":") for name in core.available_devices]
         if not any(options.device in (name, name.partition(":")[0]) for name in (*there, "auto")):
             raise ArtifactError(
-                f"OpenVINO finds no {options.device} here, only {', '.join(there)}; install its driver, or take the device cpu"
+                f"OpenVINO finds no {options.device!r} here, only {', '.join(there)}; install its driver, or take the device cpu"
             )
         return openvino, core, _precision(core, folder, manifest, options)
 

@@ -107,7 +107,8 @@ def test_a_model_without_says_so_before_it_unpacks(folders: tuple[Path, Path]) -
 
 @pytest.mark.parametrize("name", ["controlnet", "tiny_decoder"])
 def test_replicas_load_it_as_part_of_an_artifact(folders: tuple[Path, Path], name: str) -> None:
-    settings = ServerSettings(model=folders[0], **{name: str(folders[1])})
+    given: dict[str, Any] = {name: str(folders[1])}
+    settings = ServerSettings(model=folders[0], **given)
     with pytest.raises(RequestError, match=f"{name}: goes with a server on this machine alone.*--{name[:4]}"):
         settings.check_model()
 
