@@ -86,7 +86,7 @@ def calibration(
     each prompt takes one of the plans in turn. told: what the denoiser takes beside the text, of one picture each, in turn.
     """
     denoiser, decoder = (manifest.graph_name(kind, size) for kind in QUANTISED)
-    conditions = _conditions(folder, manifest, ["", *(prompts or random_prompts(_first_tokenizer(folder, manifest)))])
+    conditions = _conditions(folder, manifest, ["", *(prompts or _words(folder, manifest))])
     session = open_session(folder / manifest.graphs[denoiser].file)
     tables, shape = list(manifest.update_tables().values()), manifest.latent_shape_of(size)
     asked: list[Tensors] = []
@@ -143,10 +143,11 @@ def _draw(
     return sample(ask, case.noise.numpy(), table, noises=[z.numpy() for z in case.fresh.unbind(1)])
 
 
-def _first_tokenizer(folder: Path, manifest: ArtifactManifest) -> Any:
+def _words(folder: Path, manifest: ArtifactManifest) -> list[str]:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / manifest.tokenizers[0].file))
+    first = manifest.tokenizers[0]
+    return random_prompts(Tokenizer.from_file(str(folder / first.file)), first.known_words, PROMPTS)
 
 
 def _conditions(folder: Path, manifest: ArtifactManifest, prompts: Sequence[str]) -> list[Tensors]:

@@ -38,6 +38,7 @@ from .int8 import (
     import_nncf,
     quantise,
 )
+from .ledger import LIMITS
 
 FOLDER = "openvino"
 RELATIVE_TOLERANCE = 1e-4  # of the largest value
@@ -55,7 +56,7 @@ def write_openvino(
     int8: Int8 | None = None,
     cases: Sequence[Case] = (),
     prompts: Sequence[str] | None = None,
-    psnr: float = INT8_PSNR,
+    psnr: float = LIMITS["int8"].psnr,
 ) -> dict[str, Any]:
     """Writes folder/openvino/NAME.xml and NAME.bin for the stage graphs; returns what the manifest says about them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,24 @@ def write_tokenizers(folder: Path, stages: Stages, known_words: list[str]) -> li
     return [spec for spec, _ in found]
 
 
-def parity_prompts(stages: Stages) -> list[str]:
+def parity_prompts(stages: Stages, known_words: Sequence[str] = ()) -> list[str]:
     """Three prompts of 1, 4 and 8 words that the first tokenizer holds whole, always the same for one vocabulary."""
     draw = np.random.default_rng(0)
-    words = whole_words(copy_of(stages.tokens[0])) or ["a"]
+    words = whole_words(copy_of(stages.tokens[0]), known_words)
     return [" ".join(draw.choice(words, size)) for size in (1, 4, 8)]
 
 
-def random_prompts(tokenizer: Tokenizer, count: int = 16) -> list[str]:
+def random_prompts(tokenizer: Tokenizer, known_words: Sequence[str] = (), count: int = 16) -> list[str]:
     """Prompts of 3 to 8 words that the tokenizer holds whole, always the same for one vocabulary."""
     draw = np.random.default_rng(1)
-    words = whole_words(tokenizer) or ["a"]
+    words = whole_words(tokenizer, known_words)
     return [" ".join(draw.choice(words, draw.integers(3, 9))) for _ in range(count)]
 
 
-def whole_words(tokenizer: Tokenizer) -> list[str]:
-    """What a CLIP vocabulary holds as one token: its entries ending in </w>, without single characters but "a"."""
+def whole_words(tokenizer: Tokenizer, known_words: Sequence[str] = ()) -> list[str]:
+    """What a CLIP vocabulary holds as one token, in ASCII: its entries ending in </w>, without single characters but "a"; of a
+    model with known words those alone, since the runtime leaves others out. A vocabulary without any gives "a"."""
     words = {entry.removesuffix(END_OF_WORD) for entry in tokenizer.get_vocab() if entry.endswith(END_OF_WORD)}
-    return sorted(word for word in words if len(word) > 1 or word == "a")
+    words &= set(known_words or words)
+    # other characters stand in a vocabulary as their bytes, which are no text
+    return sorted(word for word in words if word.isascii() and (len(word) > 1 or word == "a")) or ["a"]

@@ -78,7 +78,7 @@ def trace(
     for size in sizes:
         stages.check_size(size)
     sampling, plans = _sampling(described, stages, options)
-    prompts = list(options.prompts or parity_prompts(stages))
+    prompts = list(options.prompts or parity_prompts(stages, described.known_words))
     facts = {
         "pipeline": stages.pipeline,
         "precision": options.precision,

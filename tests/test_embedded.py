@@ -99,3 +99,13 @@ def test_it_draws_what_it_is_asked_for() -> None:
             scene.objects == (name,) and scene.background == c for scene, (name, c) in zip(seen, wanted, strict=True)
         ]
         assert np.mean(right) >= 0.7, list(zip(wanted, seen, strict=True))
+
+
+def test_it_draws_its_own_reference_pictures():
+    """The prompts were once tokens of bytes ("ðŁĮ»"), which the runtime reads as unknown words and leaves out: `inspect --run`
+    failed, and OpenVINO never drew in bf16."""
+    with Engine.load(backend="onnxruntime") as engine:
+        found = list(engine.verify())
+        known = {word for spec in engine.manifest.tokenizers for word in spec.known_words}
+    assert [one.reference.steps for one in found] == [1, 2, 3] and all(one.passed for one in found), found
+    assert {word for one in found for word in one.reference.prompt.split()} <= known
