@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imagine_flash.engine import Engine
 from imagine_flash.folders.files import hash_folder, sha256_file
 from imagine_flash.folders.reading import read_artifact_manifest, read_student_manifest
 
