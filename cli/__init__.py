@@ -103,6 +103,10 @@ def main() -> None:
         code = _fail(str(error), 3 if isinstance(error, ParityError) else 130 if isinstance(error, Interrupted) else 2)
     except (KeyboardInterrupt, typer.Abort):  # what typer makes of it
         code = _fail("interrupted", 130)
+    except OSError as error:  # a file or folder of the user's, which no command looked at before
+        if error.filename is None:
+            raise
+        code = _fail(f"cannot use {error.filename}: {(error.strerror or str(error)).lower()}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line
             raise

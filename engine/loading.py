@@ -112,6 +112,9 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
 
     Raises ImagineFlashError."""
     backend_options = options.for_backend(1)
+    for name, file in options.loras.items() if here else ():
+        if not (Path(file).exists() or HUB_ID.fullmatch(str(file))):
+            raise ArtifactError(f"lora {name}: there is no {file}; give a .safetensors file, a folder or a hub id")
     folder = EMBEDDED if path is None else Path(path)
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
         return

@@ -48,8 +48,8 @@ def read_networks(folder: Path) -> tuple[Any, dict[str, str]]:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         architecture_of(known["pipeline"])
-        pipeline_class = getattr(diffusers, known["pipeline"])
         with quiet():
+            pipeline_class = getattr(diffusers, known["pipeline"])
             networks = {name: _network(one) for name, one in known["networks"].items()}
             wanted = inspect.signature(pipeline_class.__init__).parameters
             flags = {name: False for name in ("requires_safety_checker", "add_watermarker") if name in wanted}

@@ -270,3 +270,24 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
         "assert not {'torch', 'onnxruntime', 'numpy', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train-judge", "/proc/x"], "cannot use /proc/x.run: no such file or directory"),  # was a traceback
+        (
+            ["serve", "--lora", "a=nowhere"],
+            "lora a: there is no nowhere; give a .safetensors file, a folder or a hub id",
+        ),
+    ],
+    ids=lambda values: str(values)[:20],
+)
+def test_what_is_not_there_is_said_before_anything_else(arguments: list[str], says: str) -> None:
+    if arguments[1].startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("needs Linux")
+    done = run(*arguments)
+    assert done.returncode == 2 and says in done.stderr and not done.stdout, (
+        done
+    )  # no URL of a server that cannot start
+    assert "Traceback" not in done.stderr
