@@ -135,7 +135,9 @@ def test_a_command_that_cannot_be() -> None:
     assert "two LoRAs are called 'a'" in fails("serve", "--lora", "a=x", "--lora", "a=y")
     assert "two LoRAs are called 'a'" in fails("generate", "a cat", "--lora", "a=x", "--lora", "a=y")
     assert "got 30" in fails("generate", "a cat", "--lora", "a=x:30")
-    assert "does not say what its networks are made of" in fails("generate", "a cat", "--lora", "x.safetensors")
+    assert "there is no LoRA x.safetensors; give a .safetensors file" in fails(
+        "generate", "a cat", "--lora", "x.safetensors"
+    )
 
 
 def test_the_command_draws_with_them(
