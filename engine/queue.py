@@ -34,8 +34,12 @@ class Queue:
 
     @property
     def rows(self) -> int:
-        """Pictures that were asked for and are not drawn yet."""
-        return self._rows
+        """Pictures that were asked for and are not drawn yet; of cancelled requests, whose places are free, none."""
+        if self.was_forked:
+            return self._rows
+        with self._wake:
+            chunks = (*self.active, *(chunk for chunks in self._arrived for chunk in chunks))
+            return self._rows - sum(chunk.rows for chunk in chunks if chunk.job.is_cancelled)
 
     @property
     def was_forked(self) -> bool:

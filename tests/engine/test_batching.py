@@ -355,6 +355,19 @@ def test_requests_between_two_turns_count_as_waiting(tiny_artifact: Path) -> Non
         assert first.result(20).images.shape[0] == 2 and engine.batcher.waiting == 0
 
 
+def test_a_cancelled_request_that_is_being_drawn_does_not_wait(tiny_artifact: Path) -> None:
+    """Its places are free at once, so others got in, and both were counted: more than may wait seemed to."""
+    with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=2) as engine:
+        gate = Gate(engine)
+        first = engine.submit(ask(count=2))
+        assert gate.entered.wait(20) and engine.batcher.waiting == 2
+        assert first.cancel() and engine.batcher.waiting == 0
+        second = engine.submit(ask(count=2))
+        assert engine.batcher.waiting == 2
+        gate.open.set()
+        assert len(second.result(20).images) == 2 and engine.batcher.waiting == 0
+
+
 def test_no_more_than_may_wait_get_in_while_many_ask(tiny_artifact: Path) -> None:
     """Sixteen threads that ask, cancel and ask again: what waits never passes the limit, and nothing is left."""
     with Engine.load(tiny_artifact, backend="onnxruntime", max_waiting=6) as engine:
