@@ -28,7 +28,7 @@ from ..core.errors import ImagineFlashError, Interrupted
 from .best import Best
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .optimizers import build_optimizers, clipped_together, rate_factor, special_parts
-from .processes import on_cpu
+from .processes import begin_training, on_cpu
 from .recipe import Fit
 from .report import Report, check_trackers, start_trackers
 from .reproducible import Part
@@ -91,6 +91,7 @@ class _Run:
             find_unused_parameters=bool(special_parts(task.module))
         )  # not all learn at once
         logs: dict[str, Any] = {"log_with": list(track), "project_dir": str(folder / "trackers")} if track else {}
+        begin_training(fit.mixed_precision)
         self.accelerator = Accelerator(
             cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts], **logs
         )

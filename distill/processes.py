@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 
@@ -17,3 +18,10 @@ def on_cpu() -> bool:
 def processes() -> Any:
     """accelerate's PartialState: this process among the others. It joins processes of a CPU only if told so at first."""
     return PartialState(cpu=on_cpu())
+
+
+def begin_training(mixed_precision: str) -> None:
+    """accelerate holds a process to the precision of its first training, and has no public way to begin another; what it knows
+    of the other processes stays."""
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state()

@@ -114,7 +114,6 @@ class Engine:
 
         Raises ArtifactError for an engine of a student, and for what the hub refuses.
         """
-        _ = self.artifact  # a student is refused
         return push_to_hub(self.folder, name, private=private, revision=revision)
 
     @property

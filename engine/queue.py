@@ -34,12 +34,12 @@ class Queue:
 
     @property
     def rows(self) -> int:
-        """Pictures that were asked for and are not drawn yet; of cancelled requests, whose places are free, none."""
+        """Pictures that were asked for and are not drawn yet, but for those whose places others may have: of cancelled requests
+        that are being drawn."""
         if self.was_forked:
             return self._rows
         with self._wake:
-            chunks = (*self.active, *(chunk for chunks in self._arrived for chunk in chunks))
-            return self._rows - sum(chunk.rows for chunk in chunks if chunk.job.is_cancelled)
+            return self._rows - self._given_up().total()
 
     @property
     def was_forked(self) -> bool:
@@ -91,12 +91,16 @@ class Queue:
             raise RequestError(f"{rows} pictures at once, {most}", param="n")
         if self._waiting.total() + rows > self.max_waiting:
             self._forget_cancelled()
-            waiting = self._waiting - _rows_by_client(c for c in self.active if c.job.is_cancelled)
+            waiting = self._waiting - self._given_up()
             share = self.max_waiting // len({*waiting, client})
             if waiting.total() + rows > self.max_waiting and waiting[client] + rows > share:
                 raise BusyError(
                     f"{waiting.total()} pictures wait already, at most {self.max_waiting} may; try again later"
                 )
+
+    def _given_up(self) -> Counter[str]:
+        """Of what is being drawn, the pictures that nobody wants any more, by client."""
+        return _rows_by_client(chunk for chunk in self.active if chunk.job.is_cancelled)
 
     def _forget_cancelled(self) -> None:
         """Of what has not had its turn: whoever types fast must not be kept out by their own older requests."""

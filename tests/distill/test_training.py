@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from imagine_flash.core.errors import ArtifactError, RecipeError
 from imagine_flash.distill.data import emoji
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
+from imagine_flash.distill.processes import begin_training
 from imagine_flash.distill.recipe import TeacherRecipe
 from imagine_flash.distill.student import distill
 from imagine_flash.distill.teacher import train_teacher
@@ -124,6 +126,14 @@ from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.student import distill
 distill(Path(sys.argv[1]), Path(sys.argv[2]), distill_recipe(json.loads(sys.argv[3])))
 """
+
+
+def test_one_process_trains_in_two_precisions() -> None:
+    """accelerate refuses a second one in a process: which test or notebook cell came first decided whether others failed."""
+    for precision in ("bf16", "no", "bf16"):
+        begin_training(precision)
+        assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
+    begin_training("no")
 
 
 @pytest.mark.slow
