@@ -3,7 +3,8 @@ run by the project.
 
 The stages' IR is read where the artifact holds it, else the ONNX graphs, which OpenVINO reads itself; an IR of 8 bits is
 the precision int8, whose other layers compute in bfloat16 where the processor has it. Compiled models are
-kept in a cache folder, whose keys are OpenVINO's own: the model's content, shapes, options, version and processor.
+kept in a cache folder of their device and precision: OpenVINO's own keys hold the model's content, shapes, version and
+processor, but not the precision (2026.4), and a model compiled for float32 gave NaN when it was read for bfloat16.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class OpenvinoBackend(FedGraphs):
         # each batch size takes the weights once more, and a large network gains nothing by it
         self.splits = self._large = sum((folder / name).stat().st_size for name in manifest.files) > LARGE
         self.batches = options.batches[:1] if self.splits else options.batches
-        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self._rest()]}
+        hint = HINTS[self._rest()]
+        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         self._threads = options.threads or processors()
         if self.device == "CPU":
             self._options["INFERENCE_NUM_THREADS"] = self._threads
-        if cache := cache_folder("openvino"):
+        if cache := cache_folder(f"openvino/{self.device.lower()}-{hint}"):
             self._options["CACHE_DIR"] = str(cache)
         if options.loras:
             self.fed = FedWeights(folder, manifest, options.loras)

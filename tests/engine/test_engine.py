@@ -202,3 +202,20 @@ def test_a_large_network_is_compiled_for_one_picture_and_draws_many(
         large.warm_up()
         assert np.abs(large.generate(request).images.astype(int) - expected).max() <= 1
         assert {batch for _, batch in large.backend._graphs} == {1}  # type: ignore[attr-defined]
+
+
+def test_what_is_compiled_for_one_precision_is_not_read_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's key of a compiled model has no precision in it: after fp32, bf16 drew NaN in batches, and after bf16, fp32
+    drew in bf16."""
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("needs a processor with bfloat16")
+    monkeypatch.setenv("IMAGINE_FLASH_CACHE", str(tmp_path))
+    request, drawn = GenerateRequest(prompt="a fox on pink", count=4, seed=5, steps=2), {}
+    for which in ("fp32", "bf16", "fp32 again"):
+        with Engine.load(backend="openvino", precision=which.partition(" ")[0]) as engine:
+            drawn[which] = engine.generate(request).images.astype(int)
+    assert np.array_equal(drawn["fp32"], drawn["fp32 again"])
+    assert 0 < np.square(drawn["bf16"] - drawn["fp32"]).mean() < 255**2 / 10**3.0  # 30 dB
