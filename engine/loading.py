@@ -165,7 +165,7 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.of_artifacts, manifest, options.device, folder), options.precision
     _check_int8(name, precision)
-    automatic = precision == "auto" and name == "openvino" and not (options.loras or manifest.holds_int8)
+    automatic = precision == "auto" and name == "openvino" and (options.loras or not manifest.holds_int8)
     if automatic and options.device in ("auto", "cpu") and bf16_is_accurate(folder, manifest):
         precision = "bf16"
     backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))

@@ -142,8 +142,8 @@ def _precision(core: Any, folder: Path, manifest: ArtifactManifest, options: Bac
     on_cpu = _plugin(options.device) == "CPU"
     automatic = "int8" if manifest.holds_int8 and not options.loras else "fp32" if on_cpu else "fp16"
     precision = automatic if options.precision == "auto" else options.precision
-    if options.loras and precision != "fp32":  # in bf16, 2026.4 computed something else with weights that it is fed
-        raise ArtifactError(f"OpenVINO swaps LoRAs in fp32 alone, not in {precision}; leave out the precision")
+    if options.loras and precision == "int8":
+        raise ArtifactError("OpenVINO swaps no LoRAs in int8; take fp32 or bf16")
     kinds = core.get_property(_plugin(options.device), "OPTIMIZATION_CAPABILITIES")
     computes = [name for name in HINTS if name.upper() in kinds and not (on_cpu and name == "fp16")]
     if precision == "int8" and not manifest.holds_int8:

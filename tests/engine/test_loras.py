@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from imagine_flash.core.errors import ArtifactError, EngineError, RequestError
 from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import step_noise
 from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.backends.base import BackendOptions
+from imagine_flash.engine.backends.openvino import OpenvinoBackend, processor_with_bf16
 from imagine_flash.engine.backends.torch import TorchBackend
 from imagine_flash.engine.backends.torch_modes import Captured, compiled
 from imagine_flash.engine.fairness import FairShare
 from imagine_flash.engine.work import Client
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.folders.files import NETWORKS_FILE
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.models.describe import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.adapters import Adapter, Rewriter, read_adapters
@@ -30,6 +34,8 @@ from imagine_flash.tests.engine.test_batching import Gate
 from imagine_flash.tests.engine.test_captured import emulate
 from imagine_flash.tests.engine.test_fairness import work
 from imagine_flash.tests.loras import ATTENTION, write_lora
+
+OPENVINO = find_spec("openvino") is not None
 
 PROMPT, STEPS = "a fox on a pink background", 2
 ROWS: Any = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
@@ -182,12 +188,18 @@ def test_an_artifact_draws_with_them_what_torch_does(
     wide = {"height": 64, "width": 96}
     with Engine.load(model.student, backend="torch", device="cpu", loras=model.loras, sizes=sizes) as engine:
         expected = [picture(engine, chosen, **size) for chosen in SETS for size in ({}, wide)]
-    for backend in ("onnxruntime", "openvino"):
+    for backend in ("onnxruntime", *["openvino"] * OPENVINO):
         with Engine.load(tmp_path / kind, backend=backend, precision="fp32", loras=model.loras) as engine:
             before = picture(engine)
             drawn = [picture(engine, chosen, **size) for chosen in SETS for size in ({}, wide)]
             assert max(map(levels, drawn, expected)) <= 1
             assert np.array_equal(picture(engine), before)
+    if OPENVINO and processor_with_bf16():
+        with Engine.load(tmp_path / kind, backend="openvino", precision="bf16", loras=model.loras) as engine:
+            was = picture(engine)
+            drawn = [picture(engine, chosen, **size) for chosen in SETS for size in ({}, wide)]
+            assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(drawn, expected, strict=True)) < 4
+            assert np.array_equal(picture(engine), was)
     with Engine.load(tmp_path / kind, backend="onnxruntime") as engine:
         assert levels(picture(engine), before) <= 1
     (tmp_path / kind / NETWORKS_FILE).unlink()
@@ -408,13 +420,25 @@ def test_a_lora_that_cannot_be_swapped(model: Model, tmp_path: Path, write: Call
             {"loras": {"a": "x"}, "backend": "tensorrt"},
             r"LoRAs are not swapped in TensorRT plans; take the student with",
         ),
-        ({"loras": {"a": "x"}, "backend": "openvino", "precision": "bf16"}, r"swaps LoRAs in fp32 alone, not in bf16"),
         ({"loras": {"a": "x"}, "backend": "onnxruntime"}, r"there is no LoRA x"),
     ],
 )
 def test_an_engine_that_cannot_be(tiny_artifact: Path, options: Any, says: str) -> None:
     with pytest.raises((ArtifactError, RequestError), match=says):
         Engine.load(tiny_artifact, **options)
+
+
+def test_what_is_in_8_bits_is_not_swapped(tiny_artifact: Path) -> None:
+    pytest.importorskip("openvino", reason="its precisions are asked for")
+    manifest = read_artifact_manifest(tiny_artifact)
+    in_8_bits = manifest.model_copy(update={"formats": {"openvino": {"weights": "int8_sym"}}})
+    for precision, loras, expected in (("auto", {}, "int8"), ("auto", {"a": "x"}, "fp32"), ("int8", {"a": "x"}, None)):
+        options = BackendOptions(precision=precision, loras=loras)
+        if expected is None:
+            with pytest.raises(ArtifactError, match="OpenVINO swaps no LoRAs in int8; take fp32 or bf16"):
+                OpenvinoBackend.check(tiny_artifact, in_8_bits, options)
+        else:
+            assert OpenvinoBackend.check(tiny_artifact, in_8_bits, options)[2] == expected
 
 
 def test_whole_samplers_alone_have_nothing_to_swap(tiny_artifact: Path, model: Model) -> None:
