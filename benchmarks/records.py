@@ -163,8 +163,13 @@ def save(record: Record, out: Path) -> None:
 
 def update_table_in(markdown_file: str | Path, record: Record, marker: str) -> None:
     """Puts the record's table between `<!-- bench:MARKER -->` and `<!-- /bench -->`. Raises ImagineFlashError."""
+    put_between(markdown_file, as_markdown(record), marker)
+
+
+def put_between(markdown_file: str | Path, table: str, marker: str) -> None:
+    """The same with a table that is made. Raises ImagineFlashError."""
     text = _read(markdown_file)
-    new = _with_table(text, record, marker, markdown_file)
+    new = _with_table(text, table, marker, markdown_file)
     if new != text:
         with atomic_file(markdown_file) as temporary:
             temporary.write_text(new, encoding="utf-8", newline="")
@@ -173,7 +178,7 @@ def update_table_in(markdown_file: str | Path, record: Record, marker: str) -> N
 def is_current(markdown_file: str | Path, record: Record, marker: str) -> bool:
     """Whether `update_table_in` would change nothing. Raises ImagineFlashError where the marker is missing."""
     text = _read(markdown_file)
-    return _with_table(text, record, marker, markdown_file) == text
+    return _with_table(text, as_markdown(record), marker, markdown_file) == text
 
 
 def _read(file: str | Path) -> str:
@@ -184,7 +189,7 @@ def _read(file: str | Path) -> str:
         raise ImagineFlashError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _with_table(text: str, record: Record, marker: str, file: str | Path) -> str:
+def _with_table(text: str, table: str, marker: str, file: str | Path) -> str:
     start = f"<!-- bench:{marker} -->"
     if text.count(start) != 1:
         raise ImagineFlashError(
@@ -195,7 +200,7 @@ def _with_table(text: str, record: Record, marker: str, file: str | Path) -> str
     if not end or "<!-- bench:" in old:
         raise ImagineFlashError(f"{file}: {start} is not closed; put {END} after the table")
     newline = "\r\n" if "\r\n" in text else "\n"
-    table = as_markdown(record).replace("\n", newline)
+    table = table.replace("\n", newline)
     return f"{before}{start}{newline}{newline}{table}{newline}{newline}{END}{rest}"
 
 

@@ -244,11 +244,16 @@ def bench_report_command(
     ] = None,
     any_machine: Annotated[bool, flag("--any-machine", help="Also records of different machines.")] = False,
 ) -> None:
-    """Write a record's table into a Markdown file, and its plot beside the record."""
+    """Write a record's table into a Markdown file, and its plot beside the record; of a study or an evaluation the table alone."""
     needs("bench", "matplotlib")
-    from ..benchmarks.records import joined, plot, update_table_in
+    from ..benchmarks.quality.tables import quality_as_markdown, read_quality
+    from ..benchmarks.records import joined, plot, put_between, update_table_in
     from ..benchmarks.schema import read_record
 
+    if not also and (quality := read_quality(record)) is not None:
+        put_between(into, quality_as_markdown(quality), marker or record.stem)
+        say(f"wrote the table in {into}")
+        return
     found = joined([read_record(path) for path in (record, *(also or ()))], any_machine=any_machine)
     update_table_in(into, found, marker or record.stem)
     plot(found, record.with_suffix(".png"))

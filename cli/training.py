@@ -271,12 +271,13 @@ def study_command(
     """
     training()
     writable(output, make=True)
-    from ..benchmarks.quality.study import run_study, study_as_markdown
+    from ..benchmarks.quality.study import run_study
+    from ..benchmarks.quality.tables import quality_as_markdown
 
     record = run_study(
         study, teacher or _embedded("teacher"), judge or _embedded("judge.safetensors"), output, font=font
     )
-    say(study_as_markdown(record))
+    say(quality_as_markdown(record))
 
 
 def _embedded(name: str) -> Path:

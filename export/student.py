@@ -15,7 +15,7 @@ from ..core.errors import ArtifactError, ParityError
 from ..folders.cache import check_room
 from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_files, hash_folder
 from ..folders.manifests import ArtifactManifest
-from ..folders.reading import read_student_manifest, signed, write_manifest
+from ..folders.reading import read_student_manifest, with_digest, write_manifest
 from ..models.control import is_controlled
 from ..models.files import weights_files
 from ..pipelines.loading import student_folder
@@ -98,7 +98,7 @@ def _export(
         ledger = _gate(target, manifest, stages, traced, options, progress)
         if ledger.failures:
             raise _failure(out, ledger)
-        manifest = signed(_finish(target, manifest, ledger, traced.cases, options, progress))
+        manifest = with_digest(_finish(target, manifest, ledger, traced.cases, options, progress))
         write_manifest(target, manifest)
     return manifest
 

@@ -73,7 +73,7 @@ def write_manifest(folder: str | Path, manifest: StudentManifest | ArtifactManif
     """Writes the manifest into its file in `folder` and returns the path."""
     path = Path(folder) / (STUDENT_FILE if isinstance(manifest, StudentManifest) else ARTIFACT_FILE)
     if isinstance(manifest, ArtifactManifest):
-        manifest = signed(manifest)
+        manifest = with_digest(manifest)
     with atomic_file(path) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path
@@ -111,7 +111,7 @@ def _read(folder: Path, file: str, kind: type[Manifest]) -> Manifest:
     return manifest
 
 
-def signed(manifest: ArtifactManifest) -> ArtifactManifest:
+def with_digest(manifest: ArtifactManifest) -> ArtifactManifest:
     """The manifest with the digest of its other fields."""
     return manifest.model_copy(update={DIGEST: digest_of(json.loads(manifest.model_dump_json()))})
 

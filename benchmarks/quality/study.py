@@ -1,8 +1,9 @@
 """`study`: recipes that differ in a few fields, trained from one teacher and measured on the same prompts and noises.
 
 The table of a study is what the default recipe rests on, and the comparison of methods is a study too: every variant has the
-same teacher, starts from it, and is measured beside it with paired intervals. Each finished variant is kept: a study that was
-stopped goes on with the next one.
+same teacher, starts from it, and is measured beside it with paired intervals. Variants have equal updates, or an equal
+`budget`: methods differ in what an update costs. Each finished variant is kept: a study that was stopped goes on with the
+next one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import Field
 from rich.console import Console
 
@@ -26,13 +26,14 @@ from ...distill.student import distill
 from ...folders.files import atomic_file, hash_folder, sha256_file
 from ...folders.manifests import StudentManifest
 from ...folders.reading import read_student_manifest
+from .cost import updates_within
 from .evaluate import Kinds, compare, measured
 from .judge import FEWEST, load_judge
 from .measure import PictureStore
 from .method import Method
-from .methods import reconstructions, rendered_scenes, student_row, teacher_row
+from .methods import reconstructions, rendered_scenes, solver_row, student_row, teacher_row
 from .prompts import draw_prompts
-from .tables import as_markdown, as_rich
+from .tables import as_rich
 
 
 class Study(Frozen):
@@ -42,7 +43,11 @@ class Study(Frozen):
     base: str = "imagine_flash"
     common: dict[str, Any] = Field(default_factory=dict)
     variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    budget: Annotated[float, Field(gt=0)] | None = None  # evaluations of the network, which replace each `fit.steps`
     teacher_steps: tuple[Annotated[int, Field(gt=0)], ...] = (3,)  # rows of the teacher beside the one of 25 steps
+    solvers: tuple[
+        Literal["DPM-Solver++", "UniPC"], ...
+    ] = ()  # by which the teacher takes as many steps, in further rows
     guidance: float = 3.0  # of the teacher's rows
     split: Literal["validation", "test"] = "validation"
     count: Annotated[int, Field(ge=FEWEST)] = 2048
@@ -98,12 +103,15 @@ def run_study(
 
     methods = [rendered_scenes(font), reconstructions(teacher, font)]
     methods += [teacher_row(teacher, steps, study.guidance) for steps in dict.fromkeys((25, *study.teacher_steps))]
+    methods += [solver_row(teacher, s, steps, study.guidance) for s in study.solvers for steps in study.teacher_steps]
     found = pictures_of(methods, "references")
     record: dict[str, Any] = {"question": study.question, "schema": 2, "split": study.split, "sha256": hashes}
     record |= {"n": {"seen": study.count, "held_out": study.held_out}, "guidance": study.guidance}
-    record |= {"judge_accuracy": accuracy, "threads": torch.get_num_threads(), "variants": {}}
+    record |= {"judge_accuracy": accuracy, "threads": torch.get_num_threads(), "budget": study.budget, "variants": {}}
     record["rows"] = compare(methods, found, judge)
     for name, recipe in recipes.items():
+        if study.budget is not None:
+            recipe = updates_within(study.budget, recipe, teacher)
         manifest = _student_of(recipe, teacher_folder, run / slug(name), font, console)
         student = load_model(run / slug(name))
         rows = student_rows(name, student, manifest)
@@ -135,15 +143,3 @@ def student_rows(variant: str, student: Model, manifest: StudentManifest) -> lis
         for _, plan in sorted(manifest.step_plans.items(), reverse=True)
     ]
     return [replace(row, name=f"{variant}: {row.name.partition(', no')[0]}", shown=False) for row in rows]
-
-
-def study_as_markdown(record: dict[str, Any]) -> str:
-    """The question, what each variant changes, and the table."""
-    lines = [record["question"], ""]
-    for name, variant in record["variants"].items():
-        fields = yaml.safe_dump(variant["fields"], default_flow_style=True, width=10_000).strip() or "{}"
-        minutes = variant["training"].get("seconds", 0) / 60
-        lines.append(
-            f"- **{name}**: `{fields}`; {variant['training'].get('steps', 0):.0f} updates, {minutes:.0f} minutes"
-        )
-    return "\n".join([*lines, "", as_markdown(record)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from ..records import markdown_table
@@ -58,6 +61,30 @@ def more_as_markdown(record: dict[str, Any]) -> str:
         cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gain)) if gain else "–")
         rows.append([row["method"], *cells])
     return markdown_table(headings, rows, ["method"])
+
+
+def read_quality(file: Path) -> dict[str, Any] | None:
+    """The record of a study or an evaluation; None for a file that holds none."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    rows = record.get("rows") if isinstance(record, dict) else None
+    return record if isinstance(rows, list) and rows and "fd_judge_unbiased" in rows[0] else None
+
+
+def quality_as_markdown(record: dict[str, Any]) -> str:
+    """Of a study the question and what each variant changes; the table, and the further measures."""
+    tables = [as_markdown(record), "", more_as_markdown(record)]
+    if "variants" not in record:
+        return "\n".join(tables)
+    lines = [record["question"], ""]
+    for name, variant in record["variants"].items():
+        fields = yaml.safe_dump(variant["fields"], default_flow_style=True, width=10_000).strip() or "{}"
+        training = variant["training"]
+        time = f"{training.get('steps', 0):.0f} updates, {training.get('seconds', 0) / 60:.0f} minutes"
+        lines.append(f"- **{name}**: `{fields}`; {time}")
+    return "\n".join([*lines, "", *tables])
 
 
 def as_rich(record: dict[str, Any]) -> Table:

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from imagine_flash.benchmarks.quality import evaluate
 from imagine_flash.benchmarks.quality import study as studies
-from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug, study_as_markdown
+from imagine_flash.benchmarks.quality.cost import evaluations_per_row, updates_within
+from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug
+from imagine_flash.benchmarks.quality.tables import quality_as_markdown, read_quality
+from imagine_flash.cli import app
 from imagine_flash.core.errors import RecipeError
+from imagine_flash.distill.methods import distill_recipe
+from imagine_flash.distill.models import load_model
+from imagine_flash.distill.recipe import read_recipe
 
 FIT = {"steps": 1, "batch": 2, "warmup": 1, "preview_every": 0}
 STUDIES = sorted((Path(studies.__file__).parents[1] / "studies").glob("*.yaml"))
@@ -26,7 +33,7 @@ def written(folder: Path, **changes) -> Path:
 def test_the_studies_that_the_project_ships_are_valid(path: Path) -> None:
     study, recipes = load_study(path)
     assert len(recipes) == len(study.variants) >= 3
-    assert len({recipe.fit.steps for recipe in recipes.values()}) == 1  # equal updates
+    assert study.budget or len({recipe.fit.steps for recipe in recipes.values()}) == 1  # equal cost, or equal updates
     assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(recipes)
 
 
@@ -56,6 +63,37 @@ def test_what_cannot_work_is_said_before_the_training(changes: dict, says: str, 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (
+            "lcm",
+            2 + 1 + 3,
+        ),  # the guided teacher, the target, and the student with its backward pass, twice a forward pass
+        (
+            "step_distillation",
+            (10 * 2 + 30 * 2) / 40 + 3,
+        ),  # the guided teacher, then two steps of the last round's student
+    ],
+)
+def test_what_an_update_costs(method: str, expected: float, tiny_student: Path) -> None:
+    values, source = read_recipe(method)
+    recipe, teacher = distill_recipe(values, source), load_model(tiny_student)
+    assert evaluations_per_row(recipe, teacher) == pytest.approx(expected, rel=0.06)
+    assert updates_within(recipe.fit.batch * expected * 10, recipe, teacher).fit.steps == 10
+    assert updates_within(1, recipe, teacher).fit.steps == 1
+
+
+def test_the_table_of_an_evaluation_goes_into_a_page(tmp_path: Path) -> None:
+    file, page = STUDIES[0].parents[2] / "docs/results/emoji_scenes.json", tmp_path / "page.md"
+    page.write_text("# Ours\n\n<!-- bench:emoji_scenes --><!-- /bench -->\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["bench", "report", str(file), str(page)])
+    assert done.exit_code == 0, done.output
+    record = read_quality(file)
+    assert record is not None and quality_as_markdown(record) in page.read_text(encoding="utf-8")
+    assert "| student, 3 steps | 3 | 86.5 |" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_whole_study_and_how_it_goes_on(
     tiny_student: Path, untrained_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -72,7 +110,8 @@ def test_the_whole_study_and_how_it_goes_on(
     assert names[4:] == [f"{variant}: student, {n} step{'s' * (n > 1)}" for variant in variants for n in (3, 2, 1)]
     assert "fd_ratio" in record["rows"][4] and record["variants"]["fresh"]["training"]["steps"] == 1
     assert json.loads((tmp_path / "out.v1.json").read_text()) == record
-    assert "- **fresh**: `{renoise: fresh}`; 1 updates" in study_as_markdown(record)
+    assert "- **fresh**: `{renoise: fresh}`; 1 updates" in quality_as_markdown(record)
+    assert read_quality(tmp_path / "out.v1.json") == record
 
     monkeypatch.setattr(studies, "distill", lambda *_, **__: pytest.fail("trained again"))
     assert run_study(path, tiny_student, untrained_judge, out) == record
