@@ -106,6 +106,14 @@ def resident_mb(pid: int | None = None) -> float:
     return Process(pid).memory_info().rss / MB
 
 
+def own_mb(pid: int) -> float:
+    """Of a process's resident memory what is no page of a file, in 10^6 bytes: pages of files come and go as the system likes."""
+    from psutil import Process
+
+    info = Process(pid).memory_info()
+    return (info.rss - getattr(info, "shared", 0)) / MB
+
+
 def grown_mb(engine: Engine, requests: int, steps: int) -> float:
     """By how much this process is larger after so many requests, most of them in groups, than it is after 200."""
     different = different_requests(engine.artifact, 16, steps)

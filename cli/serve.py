@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import socket
@@ -162,7 +163,10 @@ def _serve_here(settings: ServerSettings) -> None:
 
     def load() -> Engine:
         try:
-            return settings.load_engine()
+            engine = settings.load_engine()
+            gc.collect()
+            gc.freeze()  # what a server keeps is not searched for garbage again
+            return engine
         except Exception as error:
             ours = isinstance(error, ImagineFlashError)
             failed.append(error if ours else EngineError(f"the model could not be loaded: {error!r}"))

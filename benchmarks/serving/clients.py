@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ...core.errors import ImagineFlashError
 from ...engine import GenerateRequest
 from ...engine.work import GenerateResult
-from ..processes import COMMAND, resident_mb
+from ..processes import COMMAND, own_mb, resident_mb
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 NO_ANSWER_AFTER = 60.0  # seconds until a server that does not answer is an error
@@ -55,9 +55,15 @@ class Server:
         """How many it has drawn so far."""
         return self.metric("imagine_flash_pictures_total")
 
-    def resident_mb(self) -> float:
-        """Its memory and that of the processes that read uploads, in 10^6 bytes."""
-        return sum(map(resident_mb, [self.process.pid, *self.readers()]))
+    def memory(self) -> tuple[float, float]:
+        """What is resident of it and the processes that read uploads, and of that what is no page of a file, in 10^6 bytes."""
+        processes = [self.process.pid, *self.readers()]
+        return sum(map(resident_mb, processes)), sum(map(own_mb, processes))
+
+    def grown(self, before: tuple[float, float]) -> dict[str, float]:
+        """By how much its memory is larger than `before`."""
+        names = ("MB grown", "own MB grown")
+        return {name: round(now - then, 1) for name, now, then in zip(names, self.memory(), before, strict=True)}
 
     def readers(self) -> list[int]:
         """The processes that read uploads, by id."""

@@ -41,19 +41,20 @@ class Load:
 
 
 def load(bench: Bench, requests: int) -> Case:
-    """So many requests in ten rounds, by 64 clients in the fewest steps, beside the engine alone; "MB grown" is the server's."""
+    """So many requests in ten rounds, by 64 clients in the fewest steps, beside the engine alone; "MB grown" is
+    the server's, "own" of that what is no page of a file."""
     with _clients(bench.server) as clients:
         ways = {SUBMIT: partial(submit_all, bench.engine), HTTP: partial(post_all, clients)}
-        before: list[float] = []
+        before: list[tuple[float, float]] = []
         case = _rounds(
             bench,
             ways,
             requests,
             "load",
             warm=min(requests, SETTLED),
-            begin=lambda: before.append(bench.server.resident_mb()),
+            begin=lambda: before.append(bench.server.memory()),
         )
-        return case.with_extra({HTTP: {"MB grown": round(bench.server.resident_mb() - before[0], 1)}})
+        return case.with_extra({HTTP: bench.server.grown(before[0])})
 
 
 def load_on_ray(bench: Bench, ray: Server, requests: int) -> Case:

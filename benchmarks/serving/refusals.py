@@ -28,8 +28,8 @@ SETTLED = 100 * len(KINDS)  # malformed requests until memory is what it stays
 
 def refusals(bench: Bench, count: int) -> Case:
     """So many malformed requests and frames in turn, a good request on a new connection after every 100th; and as many
-    good ones before, to compare with. "MB grown" is the server's. Raises ImagineFlashError for one that is not refused as it
-    should be."""
+    good ones before, to compare with. "MB grown" is the server's, "own" of that what is no page of a file. Raises
+    ImagineFlashError for one that is not refused as it should be."""
     _, (request, _) = min(drawn_by_torch(bench.folder, bench.engine.artifact).items())
     every = min(100, count // FEWEST_ROUNDS)
     drawn: dict[str, list[tuple[float, Answer]]] = {BEFORE: [], BETWEEN: []}
@@ -44,16 +44,16 @@ def refusals(bench: Bench, count: int) -> Case:
     for sent in malformed(min(count, SETTLED), seed=1):
         outcome(bench.server.port, sent)
     drawn[BEFORE] = [draw() for _ in range(count // every)]
-    before = bench.server.resident_mb()
+    before = bench.server.memory()
     for number, sent in enumerate(malformed(count, seed=0), 1):
         outcomes[outcome(bench.server.port, sent)] += 1
         if number % every == 0:
             drawn[BETWEEN].append(draw())
-    grown = bench.server.resident_mb() - before
+    grown = bench.server.grown(before)
     checks = {name: bench.check([one.pixels() for _, one in own[:5]], [request] * 5) for name, own in drawn.items()}
     seconds = {name: [seconds for seconds, _ in own] for name, own in drawn.items()}
     about = bench.about("malformed requests", requests=count)
-    numbers = {"5xx": 0.0, "MB grown": round(grown, 1), **{name: outcomes[name] for name in sorted(outcomes)}}
+    numbers = {"5xx": 0.0, **grown, **{name: outcomes[name] for name in sorted(outcomes)}}
     return case_of(seconds, baseline=BEFORE, checks=checks, case=about).with_extra({BETWEEN: numbers})
 
 
