@@ -159,7 +159,7 @@ def _cases(folder: Path, manifest: ArtifactManifest, name: str) -> Iterator[tupl
     spec, text = manifest.graphs[name], manifest.graphs.get("text_encoder")
     is_free = any(name != BATCH for tensor in spec.inputs for name in tensor.shape if isinstance(name, str))
     sizes = dict.fromkeys([manifest.image_size, *(picture.size for picture in manifest.references if is_free)])
-    for size, batch in itertools.product(sizes, sorted(set(manifest.batch))):
+    for batch, size in itertools.product(sorted(set(manifest.batch)), sizes):
         conditions: Tensors = {}
         if text is not None and {tensor.name for tensor in text.outputs} & {tensor.name for tensor in spec.inputs}:
             conditions = _run_onnx(folder, text, _inputs(folder, manifest, text, batch, size, {}))
@@ -257,15 +257,17 @@ def _measured(core: Any, path: Path, cases: list[tuple[Tensors, Tensors]], hints
     """The worst errors of an IR file over the cases, by hint, with the batch fixed as the runtime does."""
     model = core.read_model(path)
     worst: dict[str, Errors] = {hint: {} for hint in hints}
-    for inputs, expected in cases:
-        model.reshape({port: inputs[port.any_name].shape for port in model.inputs})
+    for rows, group in itertools.groupby(cases, key=lambda case: len(next(iter(case[0].values())))):
+        drawn = list(group)
+        model.reshape({port: [rows, *list(port.partial_shape)[1:]] for port in model.inputs})
         for hint in hints:
             compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
-            got = compiled(inputs)
-            for output, values in expected.items():
-                found = difference(got[output], values)
-                seen = worst[hint].setdefault(output, found)
-                worst[hint][output] = {measure: _worse(measure, seen[measure], found[measure]) for measure in found}
+            for inputs, expected in drawn:
+                got = compiled(inputs)
+                for output, values in expected.items():
+                    found = difference(got[output], values)
+                    seen = worst[hint].setdefault(output, found)
+                    worst[hint][output] = {measure: _worse(measure, seen[measure], found[measure]) for measure in found}
     return worst
 
 
