@@ -53,7 +53,7 @@ def test_the_model_says_so(http: httpx.Client) -> None:
 def test_a_stream_draws_it_and_refuses_others(server: ServerProcess) -> None:
     with open_stream(server) as socket:
         assert read(socket)[0]["any_size"] == ANY
-        for seq, size in enumerate(("80x48", "32x96", "64x64")):
+        for seq, size in enumerate(("80x48", "32x96", "64x64"), start=1):
             ask(socket, seq, size=size)
             header, pixels = read(socket)
             assert pixels is not None and header["size"] == size == f"{pixels.shape[1]}x{pixels.shape[0]}"
