@@ -62,6 +62,14 @@ def export_command(
             metavar="512x512,768x512", help="WIDTHxHEIGHT, the default one first; by default the student's size."
         ),
     ] = None,
+    any_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="256-1024",
+            help="One graph for all sizes whose sides lie between these, in the multiples that the network needs; of UNets (Stable "
+            "Diffusion 1.x, 2.x, XL). --sizes are then those offered by name.",
+        ),
+    ] = None,
     batch: Annotated[
         str, typer.Option(metavar="1-4", help="Pictures of one call, checked at both ends of the range.")
     ] = "1-4",
@@ -127,7 +135,7 @@ def export_command(
     writable(out, make=True)
     needs("export", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "filelock")
     from ..export import export_student
-    from ..export.options import ExportOptions, parse_batch, parse_sizes, parse_steps, read_prompts
+    from ..export.options import ExportOptions, parse_any_size, parse_batch, parse_sizes, parse_steps, read_prompts
     from ..models.student import student_of
     from ..pipelines.lora import parse_lora
     from ..pipelines.single_file import unpacked
@@ -140,6 +148,7 @@ def export_command(
         steps=parse_steps(steps),
         opset=opset,
         sizes=parse_sizes(sizes),
+        any_size=parse_any_size(any_size),
         batch=parse_batch(batch),
         variant=variant,
         loras=tuple(map(parse_lora, lora or ())),

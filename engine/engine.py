@@ -15,8 +15,9 @@ import numpy as np
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..core.noise import step_noise
 from ..core.plan import select
-from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, ModelDescription, Size, size_name
+from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, ModelDescription
 from ..folders.publish import push_to_hub
+from ..folders.sizes import AnySize, Size, size_name, sizes_text
 from .backends.base import Backend
 from .batching import Batcher
 from .editing import check_picture, check_size_of
@@ -66,7 +67,7 @@ class Engine:
         self.backend, self.tokenizer, self.manifest = backend, tokenizer, manifest
         self.route = check_route(route, manifest)
         self.max_batch = check_max_batch(max_batch, manifest.batch)
-        self.sizes = check_sizes(sizes, manifest)
+        self.sizes, self._bound = check_sizes(sizes, manifest), sizes is not None
         self.folder = Path() if folder is None else folder
         self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
         self._plans = manifest.step_plans
@@ -143,6 +144,20 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {self.describe()}>"
+
+    @property
+    def any_size(self) -> AnySize | None:
+        """What it draws beside `sizes`, which are then only those to choose from by name; None where they are all."""
+        return None if self._bound else self.manifest.any_size
+
+    def draws(self, size: Size) -> bool:
+        """Whether a request may have this size, (height, width)."""
+        return size in self.sizes or (self.any_size is not None and self.any_size.holds(size))
+
+    @property
+    def drawn_sizes(self) -> str:
+        """The sizes that a request may have, for people."""
+        return sizes_text(self.sizes, self.any_size)
 
     def describe(self) -> str:
         """One line: what draws, on what, how."""
@@ -295,9 +310,9 @@ class Engine:
         """The request's size, by default the first."""
         height, width = self.sizes[0]
         size = (request.height or height, request.width or width)
-        if size not in self.sizes:
-            known = ", ".join(size_name(size) for size in self.sizes)
-            raise RequestError(f"this engine draws {known} (width x height), got {size_name(size)}", param="size")
+        if not self.draws(size):
+            near = f"; try {size_name(self.any_size.nearest(size))}" if self.any_size else ""
+            raise RequestError(f"this engine draws {self.drawn_sizes}, got {size_name(size)}{near}", param="size")
         if (needed := 3 * size[0] * size[1] * request.count) > RESULT_BYTES:
             most = RESULT_BYTES // (3 * size[0] * size[1])
             raise RequestError(

@@ -13,8 +13,9 @@ from ..core.checked import Checked
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..folders.hub import HUB_ID, local_folder
 from ..folders.loras import check_name
-from ..folders.manifests import ModelDescription, Size, size_name
+from ..folders.manifests import ModelDescription
 from ..folders.reading import read_artifact_manifest
+from ..folders.sizes import Size, size_name, sizes_text
 from .backends.base import STUDENT_BATCHES, Backend, BackendOptions, check_device
 from .backends.choosing import check_backend, choose, installed, load_backend, runs_student
 from .precision import bf16_is_accurate
@@ -34,13 +35,13 @@ class LoadOptions(Checked):
     backend, device, precision: "auto" takes what is fastest of what is installed and present; `Engine.describe` says what
     that was. route: "stages" runs text encoder, denoiser and decoder one after another, "sampler" the whole sampler as one
     graph; an artifact that holds the graphs of one alone takes that one. sizes: of the artifact's, (height, width), those
-    that will be asked for; None takes all, of a student the networks' own. max_batch: pictures of one network call; None
-    takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait before requests
-    are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time. threads: of the
-    processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the context, with a
-    note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. loras: those that
-    requests may ask for by name (GenerateRequest.lora): files, folders or hub ids in the formats of diffusers, peft and kohya.
-    revision: of a hub id, a branch, tag or commit; None is main.
+    that will be asked for, and no others are drawn; None takes all, of a student the networks' own. max_batch: pictures of one
+    network call; None takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait
+    before requests are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time.
+    threads: of the processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the
+    context, with a note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. loras:
+    those that requests may ask for by name (GenerateRequest.lora): files, folders or hub ids in the formats of diffusers, peft
+    and kohya. revision: of a hub id, a branch, tag or commit; None is main.
     """
 
     model_config = ConfigDict(strict=True)
@@ -210,7 +211,7 @@ def check_max_batch(max_batch: int | None, batch: tuple[int, int]) -> int:
 def check_sizes(sizes: Sequence[Size] | None, manifest: ModelDescription) -> list[Size]:
     """The sizes asked for, or all of the model. Raises RequestError."""
     for size in sizes or ():
-        if tuple(size) not in manifest.sizes:
-            known = ", ".join(map(size_name, manifest.sizes))
-            raise RequestError(f"the artifact has the sizes {known} (width x height), got {size_name(size)}")
+        if not manifest.draws((size[0], size[1])):
+            known = sizes_text(manifest.sizes, manifest.any_size)
+            raise RequestError(f"the artifact has the sizes {known}, got {size_name(size)}")
     return [(size[0], size[1]) for size in sizes or manifest.sizes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..core.errors import ArtifactError, missing_extra
 from ..folders.manifests import GraphSpec, Size, TensorSpec
 from ..pipelines.stages import CONDITION, FINITE, IMAGES, LATENTS, Stages, quiet
 from .options import MAX_BATCH
+from .sides import FreeSides
 from .weights import INLINE_BYTES, WeightRef, WeightStore, attach
 
 try:
@@ -61,37 +62,50 @@ class StageGraph:
 
 def export_text_encoder(stages: Stages, store: WeightStore, *, opset: int = OPSET) -> StageGraph:
     """The text encoder(s): token ids and masks -> the conditions of the denoiser."""
-    return _export(stages.text_encoder, stages.example_tokens(EXAMPLE_BATCH), stages.conditions, store, opset)
+    outputs = dict.fromkeys(stages.conditions, ())
+    return _export(stages.text_encoder, stages.example_tokens(EXAMPLE_BATCH), outputs, store, opset)
 
 
-def export_denoiser(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """The denoiser at one image size: latents, timestep, conditions, and what it takes beside them -> m."""
+def export_denoiser(
+    stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET, sides: FreeSides | None = None
+) -> StageGraph:
+    """The denoiser at one image size, or with its sides free: latents, timestep, conditions, and what it takes beside them -> m."""
     latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
     with torch.inference_mode():
         conditions = [c.clone() for c in stages.text_encoder(*stages.example_tokens(EXAMPLE_BATCH).values())]
         told = stages.beside(torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8), guidance=8.0)
     inputs = {LATENTS: latents, "timestep": torch.full((EXAMPLE_BATCH,), 999.0)}
     inputs |= dict(zip(stages.conditions, conditions, strict=True)) | {name: v.clone() for name, v in told.items()}
-    return _export(stages.denoiser(size), inputs, ("m",), store, opset)
+    return _export(stages.denoiser(None if sides else size), inputs, {"m": latents.shape}, store, opset, sides)
 
 
-def export_decoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """The decoder at one image size: latents -> images, finite."""
+def export_decoder(
+    stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET, sides: FreeSides | None = None
+) -> StageGraph:
+    """The decoder at one image size, or with its sides free: latents -> images, finite."""
     latents = torch.zeros(EXAMPLE_BATCH, *stages.latent_shape(size))
-    return _export(stages.decoder, {LATENTS: latents}, (IMAGES, FINITE), store, opset)
+    outputs = {IMAGES: (EXAMPLE_BATCH, *size, 3), FINITE: (EXAMPLE_BATCH,)}
+    return _export(stages.decoder, {LATENTS: latents}, outputs, store, opset, sides)
 
 
-def export_image_encoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """The image encoder at one image size: images -> latents."""
+def export_image_encoder(
+    stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET, sides: FreeSides | None = None
+) -> StageGraph:
+    """The image encoder at one image size, or with its sides free: images -> latents."""
     images = torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8)
-    return _export(stages.image_encoder, {IMAGES: images}, (LATENTS,), store, opset)
+    outputs = {LATENTS: (EXAMPLE_BATCH, *stages.latent_shape(size))}
+    return _export(stages.image_encoder, {IMAGES: images}, outputs, store, opset, sides)
 
 
-def export_condition_encoder(stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET) -> StageGraph:
-    """What reads a conditioning picture at one image size: condition -> features."""
+def export_condition_encoder(
+    stages: Stages, store: WeightStore, size: Size, *, opset: int = OPSET, sides: FreeSides | None = None
+) -> StageGraph:
+    """What reads a conditioning picture at one image size, or with its sides free: condition -> features."""
     assert stages.condition_encoder is not None
     condition = torch.zeros(EXAMPLE_BATCH, *size, 3, dtype=torch.uint8)
-    return _export(stages.condition_encoder, {CONDITION: condition}, stages.features, store, opset)
+    with torch.inference_mode():
+        outputs = dict(zip(stages.features, (one.shape for one in stages.condition_encoder(condition)), strict=True))
+    return _export(stages.condition_encoder, {CONDITION: condition}, outputs, store, opset, sides)
 
 
 def save_graph(stage: StageGraph, path: Path) -> GraphSpec:
@@ -123,14 +137,29 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
 
 
 def _export(
-    module: torch.nn.Module, inputs: dict[str, torch.Tensor], outputs: Sequence[str], store: WeightStore, opset: int
+    module: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    outputs: Mapping[str, Sequence[int]],
+    store: WeightStore,
+    opset: int,
+    sides: FreeSides | None = None,
 ) -> StageGraph:
-    """The first axis of every input and output is free ("batch"). Raises ArtifactError if torch fixed one."""
+    """The first axis of every input and output is free ("batch"), and with `sides` those of its picture. outputs: their shapes for
+    these inputs, where there are sides. Raises ArtifactError if torch fixed one."""
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
+    free = [{0: batch, **(sides.dims(name, v.shape) if sides else {})} for name, v in inputs.items()]
+    is_free = (
+        sides is not None
+    )  # then diffusers' question, whether there are more than 2^31 elements, has no one answer
     with quiet(), torch.inference_mode():
         # not left to torch.onnx, whose own settings of torch.export lose that PixArt's inputs share their batch
-        free = _free_axes(module, inputs, {0: batch})
-        exported = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=free, strict=False)
+        exported = torch.export.export(
+            module.eval(),
+            tuple(inputs.values()),
+            dynamic_shapes=_by_parameter(module, free),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=is_free,
+        )
         program = torch.onnx.export(
             exported,
             dynamo=True,
@@ -146,20 +175,26 @@ def _export(
     stage = _take_weights(program.model, store, opset)
     for parameter in parameters:  # the optimizer's rules keep the last graph they saw, weights that it folded included
         parameter.const_value = None
+    shapes = {**outputs, **{name: values.shape for name, values in inputs.items()}}
     for value in (*stage.graph.input, *stage.graph.output):
-        first = value.type.tensor_type.shape.dim[0]
-        if not first.dim_param:
-            raise ArtifactError(f"torch fixed the batch of {value.name!r} at {first.dim_value}; it must be free")
-        first.dim_param = BATCH
+        _name_axes(value, {0: BATCH, **(sides.names(value.name, shapes[value.name]) if sides else {})})
     return stage
 
 
-def _free_axes(module: torch.nn.Module, inputs: dict[str, torch.Tensor], free: dict[int, Any]) -> tuple[Any, ...]:
-    """The same axes of every input, those of a forward's *more in a tuple, as torch.export wants them."""
+def _name_axes(value: onnx.ValueInfoProto, names: Mapping[int, str]) -> None:
+    """Gives free axes these names. Raises ArtifactError for one that torch fixed."""
+    dims = value.type.tensor_type.shape.dim
+    for axis, name in names.items():
+        if not dims[axis].dim_param:
+            raise ArtifactError(f"torch fixed the {name} of {value.name!r} at {dims[axis].dim_value}; it must be free")
+        dims[axis].dim_param = name
+
+
+def _by_parameter(module: torch.nn.Module, free: Sequence[dict[int, Any]]) -> tuple[Any, ...]:
+    """The free axes of each input, those of a forward's *more in a tuple, as torch.export wants them."""
     parameters = inspect.signature(module.forward).parameters.values()
     named = sum(parameter.kind != parameter.VAR_POSITIONAL for parameter in parameters)
-    more = tuple(free for _ in [*inputs][named:])
-    return (*(free for _ in [*inputs][:named]), *([more] if more else []))
+    return (*free[:named], *([tuple(free[named:])] if free[named:] else []))
 
 
 def _take_weights(model: ir.Model, store: WeightStore, opset: int) -> StageGraph:

@@ -13,6 +13,7 @@ within one, OpenVINO numbers the nodes without a name ever higher.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..core.errors import ArtifactError, ParityError, missing_extra
 from ..core.images import MAX_PSNR, psnr
 from ..folders.files import atomic_folder
 from ..folders.manifests import STAGES, ArtifactManifest, GraphSpec, TensorSpec
+from ..folders.sizes import Size
 from ..pipelines.stages import GUIDANCE
 from .cases import Case
 from .int8 import (
@@ -39,6 +41,7 @@ from .int8 import (
     quantise,
 )
 from .ledger import LIMITS
+from .onnx import BATCH
 
 FOLDER = "openvino"
 RELATIVE_TOLERANCE = 1e-4  # of the largest value
@@ -81,7 +84,7 @@ def write_openvino(
     graphs: dict[str, Any] = {}
     feeds = dict[str, list[Tensors]]()
     if int8 == "full":
-        for size in manifest.sizes:
+        for size in manifest.sizes[:1] if manifest.any_size else manifest.sizes:
             told = [{name: one[:1].numpy() for name, one in case.told.items()} for case in cases if case.size == size]
             feeds |= calibration(folder, manifest, size, prompts, told)
     pictures: dict[str, Any] = {}
@@ -107,7 +110,7 @@ def write_openvino(
         {
             "openvino": ov.__version__,
             "weights": {None: "as in the ONNX", "weights": "int8_asym", "full": "int8_sym"}[int8],
-            "batch": "free; reshape before compiling",
+            "batch": "free; reshape before compiling" if manifest.any_size is None else "free, as height and width are",
             "inference_precision": "f32",
             "checked_batches": sorted(set(manifest.batch)),
             "graphs": graphs,
@@ -151,17 +154,22 @@ def _stage_names(folder: Path, manifest: ArtifactManifest, stages: Sequence[str]
 
 
 def _cases(folder: Path, manifest: ArtifactManifest, name: str) -> Iterator[tuple[Tensors, Tensors]]:
-    """Seeded inputs of a graph and what onnxruntime makes of them, at the smallest and the largest batch."""
+    """Seeded inputs of a graph and what onnxruntime makes of them, at the smallest and the largest batch; of any size, at those
+    that torch drew."""
     spec, text = manifest.graphs[name], manifest.graphs.get("text_encoder")
-    for batch in sorted(set(manifest.batch)):
+    is_free = any(name != BATCH for tensor in spec.inputs for name in tensor.shape if isinstance(name, str))
+    sizes = dict.fromkeys([manifest.image_size, *(picture.size for picture in manifest.references if is_free)])
+    for batch, size in itertools.product(sorted(set(manifest.batch)), sizes):
         conditions: Tensors = {}
         if text is not None and {tensor.name for tensor in text.outputs} & {tensor.name for tensor in spec.inputs}:
-            conditions = _run_onnx(folder, text, _inputs(folder, manifest, text, batch, {}))
-        inputs = _inputs(folder, manifest, spec, batch, conditions)
+            conditions = _run_onnx(folder, text, _inputs(folder, manifest, text, batch, size, {}))
+        inputs = _inputs(folder, manifest, spec, batch, size, conditions)
         yield inputs, _run_onnx(folder, spec, inputs)
 
 
-def _inputs(folder: Path, manifest: ArtifactManifest, spec: GraphSpec, batch: int, conditions: Tensors) -> Tensors:
+def _inputs(
+    folder: Path, manifest: ArtifactManifest, spec: GraphSpec, batch: int, size: Size, conditions: Tensors
+) -> Tensors:
     """Token ids of the vocabulary, masks of half the context, visited timesteps, the conditions given, else normal noise."""
     random = np.random.default_rng(SEED)
     times = [manifest.schedule.network_time(table.timesteps) for table in manifest.update_tables().values()]
@@ -169,7 +177,7 @@ def _inputs(folder: Path, manifest: ArtifactManifest, spec: GraphSpec, batch: in
     masks = {tokenizer.mask for tokenizer in manifest.tokenizers}
 
     def draw(tensor: TensorSpec) -> NDArray[Any]:
-        shape = (batch, *(int(size) for size in tensor.shape[1:]))
+        shape = tensor.at(batch, size)
         if tensor.name in conditions:
             return conditions[tensor.name]
         if tensor.name in vocabularies:
@@ -249,15 +257,17 @@ def _measured(core: Any, path: Path, cases: list[tuple[Tensors, Tensors]], hints
     """The worst errors of an IR file over the cases, by hint, with the batch fixed as the runtime does."""
     model = core.read_model(path)
     worst: dict[str, Errors] = {hint: {} for hint in hints}
-    for inputs, expected in cases:
-        model.reshape({port: inputs[port.any_name].shape for port in model.inputs})
+    for rows, group in itertools.groupby(cases, key=lambda case: len(next(iter(case[0].values())))):
+        drawn = list(group)
+        model.reshape({port: [rows, *list(port.partial_shape)[1:]] for port in model.inputs})
         for hint in hints:
             compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
-            got = compiled(inputs)
-            for output, values in expected.items():
-                found = difference(got[output], values)
-                seen = worst[hint].setdefault(output, found)
-                worst[hint][output] = {measure: _worse(measure, seen[measure], found[measure]) for measure in found}
+            for inputs, expected in drawn:
+                got = compiled(inputs)
+                for output, values in expected.items():
+                    found = difference(got[output], values)
+                    seen = worst[hint].setdefault(output, found)
+                    worst[hint][output] = {measure: _worse(measure, seen[measure], found[measure]) for measure in found}
     return worst
 
 

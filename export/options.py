@@ -17,6 +17,7 @@ from .ledger import LIMITS, Limits
 Precision = Literal["fp32", "fp16", "bf16"]
 Format = Literal["onnx", "tensorrt", "openvino", "triton-repository"]
 Forms = Literal["both", "stages", "whole-sampler"]
+FREE = ("onnx", "openvino")  # formats whose graphs may have their sides free
 OPSETS = range(20, 25)
 PRECISIONS: dict[str, tuple[str, ...]] = {  # of the ONNX graphs, by what is made of them
     "onnx": get_args(Precision),
@@ -31,12 +32,13 @@ class ExportOptions(Checked):
     """How to export. Keyword-only, frozen; ArtifactError in one line for what cannot be done.
 
     name: what the model is called; None takes the folder's. sizes: of the images, (height, width); the first is the default;
-    None takes the student's. batch: the smallest and the largest that is checked and built for. steps: the plans; None
-    takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an AutoencoderTiny folder that
-    replaces the student's decoder. variant: of the student's files, such as fp16. loras: are added to its weights, in this
-    order. image_encoder: also the graph that drawing from a picture needs. prompts: what the gate draws. psnr (dB) and
-    error replace the precision's limits. int8: of the OpenVINO
-    files, the weights alone or the products too. gated: the one plan that the gate draws; None: all.
+    None takes the student's. any_size: the smallest and the largest side of what one set of graphs is to draw; `sizes` are then
+    the ones of these that are offered by name, and the gate draws two more. batch: the smallest and the largest that is checked
+    and built for. steps: the plans; None takes all. forms: graphs of the stages, of the whole sampler, or both. tiny_decoder: an
+    AutoencoderTiny folder that replaces the student's decoder. variant: of the student's files, such as fp16. loras: are added
+    to its weights, in this order. image_encoder: also the graph that drawing from a picture needs. prompts: what the gate draws.
+    psnr (dB) and error replace the precision's limits. int8: of the OpenVINO files, the weights alone or the products too. gated:
+    the one plan that the gate draws; None: all.
     """
 
     refusal = ArtifactError
@@ -46,6 +48,7 @@ class ExportOptions(Checked):
     precision: Precision = "fp32"
     steps: tuple[int, ...] | None = None
     sizes: tuple[Size, ...] | None = None
+    any_size: tuple[int, int] | None = None
     batch: tuple[int, int] = (1, 4)
     forms: Forms = "both"
     tiny_decoder: Path | None = None
@@ -107,6 +110,20 @@ class ExportOptions(Checked):
             raise ValueError("int8 is made for the format openvino; add --format openvino")
         return self
 
+    @model_validator(mode="after")
+    def _any_size_is_of_stages(self) -> ExportOptions:
+        if self.any_size is None:
+            return self
+        if fixed := [kind for kind in self.formats if kind not in FREE]:
+            raise ValueError(
+                f"any_size goes with the formats {' and '.join(FREE)}; leave it out for {fixed[0]}, and name sizes"
+            )
+        if self.forms == "whole-sampler":
+            raise ValueError(
+                "graphs of the whole sampler are of one size each; leave out any_size, or export the stages"
+            )
+        return self
+
     @property
     def limits(self) -> Limits:
         """What the gate allows: the precision's limits, but for those given."""
@@ -130,6 +147,16 @@ def parse_sizes(text: str | None) -> tuple[Size, ...] | None:
             raise ArtifactError(f"a size is WIDTHxHEIGHT such as 512x512, got {part.strip()!r}")
         sizes.append((int(found[2]), int(found[1])))
     return tuple(sizes)
+
+
+def parse_any_size(text: str | None) -> tuple[int, int] | None:
+    """ "256-1024" -> (smallest, largest). Raises ArtifactError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d{1,5})-(\d{1,5})\s*", text)
+    if not found:
+        raise ArtifactError(f"any size is a range of sides such as 256-1024, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def parse_batch(text: str) -> tuple[int, int]:

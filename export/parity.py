@@ -79,11 +79,12 @@ def check_parity(
     """
     ledger, cases = Ledger(limits), list(cases)
     text = _text(graphs["text_encoder"], ledger, manifest, cases, progress)
-    for size in manifest.sizes:
-        here = [i for i, case in enumerate(cases) if case.size == size]
+    graphs_of = [manifest.graph_name("denoiser", case.size) for case in cases]
+    for name in dict.fromkeys(graphs_of):
+        here = [i for i, graph in enumerate(graphs_of) if graph == name]
+        size = cases[here[0]].size  # of any size, the graphs have one name
         walked: dict[tuple[int, int], torch.Tensor] = {}
         told = _told(graphs, ledger, manifest, {i: cases[i] for i in here}, size, progress)
-        name = manifest.graph_name("denoiser", size)
         progress(name)
         with GraphSession(graphs[name]) as run:
             for i in here:

@@ -27,7 +27,7 @@ from .parity import SEEDS, check_parity
 from .precision import emulate
 from .report import save_references, write_report
 from .sessions import give_back_memory, is_large
-from .tracing import Graphs, Progress, Traced, lowered, samplers, trace
+from .tracing import FURTHER, Graphs, Progress, Traced, lowered, samplers, trace
 from .weights import WEIGHTS_FILE, WeightStore
 
 CHECKED = ".check-"  # graphs that stand for the artifact's own in the gate, where those do not compute as on a GPU
@@ -171,10 +171,10 @@ def _write_format(
 
 def _count(options: ExportOptions, plans: int, *, is_controlled: bool) -> int:
     """How many things an export tells that it does."""
-    sizes = len(options.sizes or [1])
-    stages = 1 + (2 + options.with_image_encoder + is_controlled) * sizes
-    cases = sizes * len({*options.batch}) * len(SEEDS)
-    graphs = stages + (0 if options.forms == "stages" or is_controlled else 2 * plans * sizes)
+    sizes, free = len(options.sizes or [1]), options.any_size is not None
+    stages = 1 + (2 + options.with_image_encoder + is_controlled) * (1 if free else sizes)
+    cases = (sizes + FURTHER * free) * len({*options.batch}) * len(SEEDS)
+    graphs = stages + (0 if options.forms == "stages" or is_controlled or free else 2 * plans * sizes)
     lowered = 0 if options.precision == "fp32" else stages
     return 1 + cases + stages + lowered + graphs + sum(kind != "onnx" for kind in options.formats)
 

@@ -15,7 +15,8 @@ from ..core.errors import ArtifactError
 from ..core.plan import plans_by_steps, select
 from ..core.schedule import NoiseSchedule
 from ..core.update import update_table
-from ..folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, STAGES, Plans, Size, StudentManifest, graph_name
+from ..folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, STAGES, Plans, StudentManifest, graph_name
+from ..folders.sizes import AnySize, Size, size_name
 from ..models.control import KINDS
 from ..pipelines.architectures import stages_of
 from ..pipelines.loading import load_student_pipeline
@@ -35,10 +36,12 @@ from .options import ExportOptions
 from .parity import check_tokenizers, make_cases
 from .precision import find_islands, lower
 from .sampler_graph import sampler_graph
+from .sides import FreeSides
 from .tokenizer import parity_prompts, write_tokenizers
 from .weights import WeightStore
 
 VERSIONED = ("imagine-flash", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+FURTHER = 2  # sizes that the gate draws beside those asked for, where there is one graph for all
 Progress = Callable[[str], None]
 Graphs = dict[str, StageGraph]
 
@@ -74,9 +77,13 @@ def trace(
             f"a model with a {KINDS[stages.control]} has no whole-sampler graphs, since its picture is read by a stage of its own; "
             "leave out --whole-sampler"
         )
-    sizes = options.sizes or (stages.default_size,)
+    sizes, any_size = options.sizes or (stages.default_size,), None
+    if options.any_size is not None:
+        any_size = stages.any_size(options.any_size)
     for size in sizes:
         stages.check_size(size)
+        if any_size is not None and not any_size.holds(size):
+            raise ArtifactError(f"the size {size_name(size)} is not among {any_size}; name others: --sizes")
     sampling, plans = _sampling(described, stages, options)
     prompts = list(options.prompts or parity_prompts(stages, described.known_words))
     facts = {
@@ -93,6 +100,7 @@ def trace(
         "latent_channels": stages.latent_channels,
         "downscale": stages.downscale,
         "sizes": list(sizes),
+        "any_size": any_size,
         "batch": options.batch,
         "scaling_factor": stages.decoder.scaling_factor,
         "vocabulary": described.vocabulary,
@@ -104,12 +112,19 @@ def trace(
     }
     check_tokenizers(target, facts["tokenizers"], stages, prompts)
     gated = {steps: table for steps, table in sampling.tables.items() if options.gated in (None, steps)}
-    cases = make_cases(stages, replace(sampling, tables=gated), sizes, sorted({*options.batch}), prompts, progress)
-    return Traced(_stage_graphs(stages, store, sizes, options, progress), cases, sampling, facts)
+    further = [size for size in any_size.corners if size not in sizes][:FURTHER] if any_size else []
+    drawn = (*sizes, *further)
+    cases = make_cases(stages, replace(sampling, tables=gated), drawn, sorted({*options.batch}), prompts, progress)
+    return Traced(_stage_graphs(stages, store, sizes, any_size, options, progress), cases, sampling, facts)
 
 
 def _stage_graphs(
-    stages: Stages, store: WeightStore, sizes: tuple[Size, ...], options: ExportOptions, progress: Progress
+    stages: Stages,
+    store: WeightStore,
+    sizes: tuple[Size, ...],
+    any_size: AnySize | None,
+    options: ExportOptions,
+    progress: Progress,
 ) -> Graphs:
     progress("writing text_encoder")
     graphs = {"text_encoder": export_text_encoder(stages, store, opset=options.opset)}
@@ -118,18 +133,19 @@ def _stage_graphs(
         del kinds[IMAGE_ENCODER]
     if stages.condition_encoder is not None:
         kinds[CONDITION_ENCODER] = export_condition_encoder
+    sides = FreeSides(sizes[0], any_size) if any_size else None
     for kind, export in kinds.items():
-        for size in sizes:
+        for size in sizes[:1] if sides else sizes:
             name = graph_name(kind, size, sizes[0])
             progress(f"writing {name}")
-            graphs[name] = export(stages, store, size, opset=options.opset)
+            graphs[name] = export(stages, store, size, opset=options.opset, sides=sides)
     return graphs
 
 
 def samplers(stages: Graphs, traced: Traced) -> Graphs:
     """The whole-sampler graphs of every size and plan, from token ids and from embeddings; none where a conditioning picture is
-    read, which is a stage's work."""
-    graphs, sizes = {}, [] if traced.facts["control"] else traced.facts["sizes"]
+    read, which is a stage's work, and none of any size."""
+    graphs, sizes = {}, [] if traced.facts["control"] or traced.facts["any_size"] else traced.facts["sizes"]
     for size in sizes:
         denoiser, decoder = (stages[graph_name(kind, size, sizes[0])] for kind in ("denoiser", "decoder"))
         for steps, table in traced.sampling.tables.items():

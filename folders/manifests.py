@@ -16,6 +16,7 @@ from ..core.plan import StepPlan, plans_by_steps
 from ..core.sampler import DETERMINISTIC, Sampler
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, update_table
+from .sizes import AnySize, Size, size_name
 
 STAGES = ("text_encoder", "denoiser", "decoder")
 IMAGE_ENCODER = "image_encoder"  # a stage that only drawing from a picture needs
@@ -25,14 +26,7 @@ PIPELINE_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
-
-Size = tuple[int, int]  # height, width in pixels
 Plans = dict[int, list[int | float]]  # the timesteps of each number of steps, the noisiest first
-
-
-def size_name(size: Size) -> str:
-    """A size as people write it, width first: (512, 768) is "768x512"."""
-    return f"{size[1]}x{size[0]}"
 
 
 def graph_name(kind: str, size: Size | None, default: Size) -> str:
@@ -47,11 +41,22 @@ class _Frozen(BaseModel):
 
 
 class TensorSpec(_Frozen):
-    """One input or output of a graph; shape holds sizes, or the names of sizes free at run time such as "batch"."""
+    """One input or output of a graph; shape holds numbers, or the names of what is free at run time: "batch" and, of a model of
+    any size, "height" and "width" of the picture or parts of them, such as "height/8"."""
 
     name: str
     dtype: str
     shape: list[int | str]
+
+    def at(self, batch: int, size: Size) -> tuple[int, ...]:
+        """The shape for so many pictures of that size."""
+        free = {"batch": batch, "height": size[0], "width": size[1]}
+
+        def number(name: str) -> int:
+            side, _, part = name.partition("/")
+            return free[side] // int(part or 1)
+
+        return tuple(number(each) if isinstance(each, str) else each for each in self.shape)
 
 
 class GraphSpec(_Frozen):
@@ -171,6 +176,7 @@ class ModelDescription(_Sampled):
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1)  # pixels of an image's side per latent
     sizes: list[Size] = Field(min_length=1)  # of the images, each with graphs of its own; the first is the default
+    any_size: AnySize | None = None  # where one set of graphs draws these, `sizes` among them
     batch: tuple[int, int]  # the smallest and the largest that may be asked for; of an artifact, that was checked
     scaling_factor: float = Field(gt=0)
     control: str | None = None  # diffusers' class of the network that reads a conditioning picture
@@ -198,6 +204,8 @@ class ModelDescription(_Sampled):
         for size in self.sizes:
             if size[0] % self.downscale or size[1] % self.downscale:
                 raise ValueError(f"the size {size_name(size)} is no multiple of downscale {self.downscale}")
+            if self.any_size is not None and not self.any_size.holds(size):
+                raise ValueError(f"the size {size_name(size)} is not among {self.any_size}")
         return self
 
     @property
@@ -213,7 +221,11 @@ class ModelDescription(_Sampled):
 
     def graph_name(self, kind: str, size: Size | None = None) -> str:
         """What a stage or sampler is called at a size: a key in an artifact's `graphs`."""
-        return graph_name(kind, size, self.sizes[0])
+        return graph_name(kind, None if self.any_size else size, self.sizes[0])
+
+    def draws(self, size: Size) -> bool:
+        """Whether there are graphs for that size."""
+        return size in self.sizes or (self.any_size is not None and self.any_size.holds(size))
 
     @property
     def image_size(self) -> Size:

@@ -8,8 +8,9 @@ from pathlib import Path
 from ..core.errors import ArtifactError, missing_extra
 from .files import ARTIFACT_FILE
 from .hub import HUB_ID
-from .manifests import ArtifactManifest, size_name
+from .manifests import ArtifactManifest
 from .reading import read_artifact_manifest
+from .sizes import sizes_text
 
 CARD = "README.md"
 
@@ -89,7 +90,7 @@ def _facts(manifest: ArtifactManifest, base: str) -> dict[str, str]:
         "timesteps by steps": plans,
         "sampler": manifest.sampler.kind + (", noise correction" if manifest.noise_correction else ""),
         "guidance": f"{manifest.guidance.default:g}",
-        "sizes": ", ".join(map(size_name, manifest.sizes)),
+        "sizes": sizes_text(manifest.sizes, manifest.any_size),
         "precision of the graphs": manifest.precision,
         "made with": ", ".join(f"{package} {version}" for package, version in manifest.created_with.items()),
     }

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..core.errors import ArtifactError, nearest
-from ..folders.manifests import Size
 from ..models.control import PARTS, PIPELINES
 from .control import Control, control_of
 from .networks import (
@@ -43,7 +42,7 @@ class Architecture:
     network: str  # the denoiser's component
     parts: tuple[str, ...]  # the other components it needs
     text: Callable[[Any], tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]]
-    denoiser: Callable[[Any, Size], torch.nn.Module]
+    denoiser: Callable[[Any, Any], torch.nn.Module]  # of a network and a size; of a UNet also of None, any
     heeds: tuple[str, ...] = ()
     told: str | None = None
     packs: int = 1
@@ -98,7 +97,7 @@ def stages_of(pipeline: Any) -> Stages:
         tokens=tokens,
         text_encoder=text,
         conditions=conditions,
-        denoiser=lambda size: _controlled(architecture.denoiser(network, size), control),
+        denoiser=lambda size: _controlled(architecture.denoiser(network, size), control, downscale),
         decoder=decoder,
         image_encoder=ImageEncoder(decoder),
         scheduler=scheduler,
@@ -113,13 +112,22 @@ def stages_of(pipeline: Any) -> Stages:
         control=None if control is None else control.kind,
         condition_encoder=None if control is None else control.encoder,
         features=() if control is None else control.features,
+        any_multiple=_any_multiple(network, downscale, control) if architecture.network == "unet" else None,
     )
 
 
-def _controlled(denoiser: Any, control: Control | None) -> torch.nn.Module:
+def _controlled(denoiser: Any, control: Control | None, downscale: int) -> torch.nn.Module:
     if control is not None:
         denoiser.control = control.network
+    if isinstance(denoiser, UNetXL):
+        denoiser.downscale = downscale
     return denoiser
+
+
+def _any_multiple(unet: Any, downscale: int, control: Control | None) -> int:
+    """What sides must be a multiple of for every level of the network to be twice the next: else it upsamples to sizes of its
+    own, in another graph."""
+    return math.lcm(downscale * 2**unet.num_upsamplers, control.multiple if control else 1)
 
 
 def _check_network(network: Any, architecture: Architecture) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..folders.manifests import Size
+from ..folders.sizes import Size
 from .stages import cast
 
 Conditions = tuple[torch.Tensor, ...]
@@ -116,13 +116,15 @@ class UNet(torch.nn.Module):
 
 
 class UNetXL(UNet):
-    """As UNet, with pooled (B, P); the network is told the image's size, uncropped."""
+    """As UNet, with pooled (B, P); the network is told the image's size, uncropped. size: None takes that of the latents."""
 
-    time_ids: torch.Tensor
+    time_ids: torch.Tensor | None
+    downscale = 8  # pixels of an image's side per latent
 
-    def __init__(self, unet: Any, size: Size) -> None:
+    def __init__(self, unet: Any, size: Size | None) -> None:
         super().__init__(unet)
-        self.register_buffer("time_ids", torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32), persistent=False)
+        told = None if size is None else torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
+        self.register_buffer("time_ids", told, persistent=False)
 
     def forward(  # type: ignore[override]
         self,
@@ -132,8 +134,16 @@ class UNetXL(UNet):
         pooled: torch.Tensor,
         *more: torch.Tensor,
     ) -> torch.Tensor:
-        added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(latents.shape[0], -1)}
+        time_ids = self._size_of(latents) if self.time_ids is None else self.time_ids.expand(latents.shape[0], -1)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
         return self._ask(latents, timestep, embeddings, more, added_cond_kwargs=added)
+
+    def _size_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """What it is told of its picture: height, width, no crop, height, width, float32 (B, 6)."""
+        rows, _, height, width = latents.shape
+        to = {"dtype": torch.float32, "device": latents.device}
+        sides = [torch.full((rows, 1), side * self.downscale, **to) for side in (height, width)]
+        return torch.cat([*sides, torch.zeros((rows, 2), **to), *sides], dim=1)
 
 
 class PixArt(torch.nn.Module):

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..core.errors import ArtifactError, missing_extra
 from ..core.schedule import prediction_type_of
-from ..folders.manifests import Guidance, Size, size_name
+from ..folders.manifests import Guidance
+from ..folders.sizes import AnySize, Size, size_name
 
 try:
     import torch
@@ -140,7 +141,7 @@ class Stages:
     tokens: tuple[TokenInput, ...]
     text_encoder: torch.nn.Module
     conditions: tuple[str, ...]
-    denoiser: Callable[[Size], torch.nn.Module]  # for images of that size, which some networks are told
+    denoiser: Callable[[Size | None], torch.nn.Module]  # for images of that size (None: any), which some are told
     decoder: Decoder
     image_encoder: ImageEncoder
     scheduler: dict[str, Any]
@@ -152,6 +153,7 @@ class Stages:
     control: str | None = None  # diffusers' class of the network that reads a conditioning picture
     condition_encoder: torch.nn.Module | None = None
     features: tuple[str, ...] = ()
+    any_multiple: int | None = None  # as `multiple`, of a graph of any size; None: the networks have none
 
     @property
     def prediction_type(self) -> str:
@@ -191,6 +193,22 @@ class Stages:
                 f"a size must be a multiple of {self.multiple} for this student, got {size_name(size)}; "
                 f"try {size_name((near[0], near[1]))}"
             )
+
+    def any_size(self, limits: tuple[int, int]) -> AnySize:
+        """What one set of graphs draws between these sides. Raises ArtifactError for what the networks cannot."""
+        multiple, (low, high) = self.any_multiple, limits
+        if multiple is None:
+            raise ArtifactError(
+                f"the network of a {self.pipeline} has its size built in, so there is no graph of any size; name the sizes: "
+                "--sizes 512x512,768x512"
+            )
+        if not low < high or low % multiple or high % multiple:
+            smallest = max(1, low // multiple)
+            near = f"{smallest * multiple}-{max(smallest + 1, -(-high // multiple)) * multiple}"
+            raise ArtifactError(
+                f"any_size must run upwards in multiples of {multiple} for this student, got {low}-{high}; try {near}"
+            )
+        return AnySize(smallest=low, largest=high, multiple=multiple)
 
 
 def downscale_of(decoder: Decoder, latent_channels: int) -> int:

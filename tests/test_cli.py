@@ -181,6 +181,11 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
             "a size must be a multiple of 8 for this student, got 60x64",
         ),
         (["export", "{student}", "{tmp}/out", "--sizes", "big"], "a size is WIDTHxHEIGHT such as 512x512, got 'big'"),
+        (
+            ["export", "{student}", "{tmp}/out", "--any-size", "big"],
+            "any size is a range of sides such as 256-1024, got",
+        ),
+        (["export", "{student}", "{tmp}/out", "--any-size", "40-96"], "in multiples of 16 for this student, got 40-96"),
         (["export", "{student}", "{tmp}/out", "--batch", "4-1"], "batch must run upwards"),
         (["export", "{student}", "{tmp}/out", "--precision", "fp8"], "got 'fp8'"),
         (["export", "{student}", "{tmp}/out", "--format", "coreml"], "got 'coreml'"),

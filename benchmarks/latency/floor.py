@@ -83,7 +83,7 @@ def work_of(artifact: Path, manifest: ArtifactManifest, size: Size, batch: int) 
             raise ImagineFlashError(f"{artifact} has no graph {name!r}; export it with its stages")
         spec = manifest.graphs[name]
         model = core.read_model(artifact / spec.file)
-        model.reshape({v.name: [batch, *v.shape[1:]] if v.shape[0] == "batch" else v.shape for v in spec.inputs})
+        model.reshape({value.name: list(value.at(batch, size)) for value in spec.inputs})
         operators = model.get_ordered_ops()
         weights = sum(prod(o.output(0).shape) for o in operators if o.get_type_name() == "Constant")
         found[stage] = Work(operations=sum(map(_operations, operators)), weights=weights)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.files import cache_folder
-from ...folders.manifests import ArtifactManifest
+from ...folders.manifests import ArtifactManifest, TensorSpec
 from ..processors import processors
 from .base import BackendOptions, check_device
 from .fed_weights import FedGraphs, FedWeights
@@ -87,7 +87,7 @@ class OpenvinoBackend(FedGraphs):
     def open(self, graph: str, batch: int) -> Run:
         model = self._core.read_model(self._file(graph))
         spec = self.manifest.graphs[graph]
-        model.reshape({v.name: [batch, *v.shape[1:]] if v.shape[0] == "batch" else v.shape for v in spec.inputs})
+        model.reshape({value.name: self._shape(value, batch) for value in spec.inputs})
         fed = self.fed_to(graph)
         self._make_inputs(model, graph, fed)
         compiled = self._core.compile_model(model, self.device, self._options)
@@ -108,6 +108,14 @@ class OpenvinoBackend(FedGraphs):
             return [found[port] for port in outputs]
 
         return run
+
+    def _shape(self, value: TensorSpec, batch: int) -> list[Any]:
+        """What an input is compiled for: so many pictures and, of any size, the range of its sides."""
+        if self.manifest.any_size is None:
+            return [batch if each == "batch" else each for each in value.shape]
+        least, most = self.manifest.any_size.smallest, self.manifest.any_size.largest
+        ends = zip(value.at(batch, (least, least)), value.at(batch, (most, most)), strict=True)
+        return [self._library.Dimension(low, high) for low, high in ends]
 
     def _make_inputs(self, model: Any, graph: str, fed: Mapping[str, NDArray[Any]]) -> None:
         """Makes these weights of a model inputs of their names. Raises ArtifactError for one that it does not hold as it is."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from ...core.errors import RequestError
-from ...folders.manifests import Size, size_name
+from ...folders.sizes import Size, size_name
 from ..engine import Engine
 from ..pictures.files import Turns, beside, encode, resize
 from ..pictures.uploads import UploadReader
@@ -69,13 +69,15 @@ class Studio:
         )
 
     def size(self, asked: Size | None, count: int) -> tuple[Size, Size | None]:
-        """The size to draw, and the one to scale to: of the model's sizes the one whose shape is nearest, the largest of them.
-        Raises RequestError."""
-        sizes = self.engine.sizes
-        if asked is None or asked in sizes:
+        """The size to draw, and the one to scale to: of the model's sizes the one whose shape is nearest, the largest of them; of
+        any size, the nearest. Raises RequestError."""
+        sizes, free = self.engine.sizes, self.engine.any_size
+        if asked is None or self.engine.draws(asked):
             return asked or sizes[0], None
         if asked[0] * asked[1] * count > MOST_SCALED:
             raise RequestError(f"{count} pictures of {size_name(asked)} are too much at once; ask for fewer", param="n")
+        if free is not None:
+            return free.nearest(asked), asked
         shape = np.log(asked[0] / asked[1])
         return min(
             sizes, key=lambda size: (round(abs(np.log(size[0] / size[1]) - shape), 3), -size[0] * size[1])

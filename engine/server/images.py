@@ -212,6 +212,7 @@ def _model(studio: Studio) -> Model:
     return Model(
         id=engine.manifest.name,
         sizes=[size_name(size) for size in engine.sizes],
+        any_size=engine.any_size,
         steps=engine.steps,
         backend=engine.backend.describe(),
         vocabulary=studio.vocabulary,

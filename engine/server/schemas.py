@@ -10,7 +10,7 @@ from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from ...core.errors import RequestError
-from ...folders.manifests import Size
+from ...folders.sizes import AnySize, Size
 from ..pictures.files import Format
 from ..request import MAX_COUNT, MAX_SCALE, MAX_SEED
 
@@ -130,14 +130,15 @@ class ImageResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """A model as OpenAI lists it, and what it draws. vocabulary: the words that it knows, in groups, where it lists them. loras:
-    the names that a request may give a weight."""
+    """A model as OpenAI lists it, and what it draws. any_size: where it draws more than `sizes`, which sides. vocabulary: the
+    words that it knows, in groups, where it lists them. loras: the names that a request may give a weight."""
 
     id: str
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "imagine-flash"
     sizes: list[str]
+    any_size: AnySize | None = None
     steps: list[int]
     backend: str
     vocabulary: dict[str, list[str]]

@@ -159,9 +159,12 @@ class _Connection:
         """The picture that was sent last. Raises RequestError, BusyError."""
         if not self._picture:
             raise RequestError("strength needs a picture: send its file as a binary message before", param="strength")
-        if size not in self.studio.engine.sizes:
-            raise RequestError(f"this engine does not draw {size_name(size)}", param="size")
+        if not self.studio.engine.draws(size):
+            raise RequestError(
+                f"this engine does not draw {size_name(size)}, but {self.studio.engine.drawn_sizes}", param="size"
+            )
         if size not in self._pixels:
+            self._pixels.clear()  # of any size there may be many
             self._pixels[size] = await self.studio.uploads.image(self._picture, size, self.client.name)
         return self._pixels[size]
 
@@ -198,6 +201,7 @@ class _Connection:
             "type": "ready",
             "model": engine.manifest.name,
             "sizes": [size_name(size) for size in engine.sizes],
+            "any_size": engine.any_size and engine.any_size.model_dump(),
             "steps": engine.steps,
             "formats": list(FORMATS),
             "backend": engine.backend.describe(),

@@ -189,6 +189,15 @@ BAD_FIELDS = [
     ({"sizes": [[64, 60]]}, "the size 60x64 is no multiple of downscale 8"),
     ({"sizes": []}, "sizes: List should have at least 1 item"),
     ({"sizes": [[64, 64], [64, 96]]}, "the graph 'decoder_96x64' is missing"),
+    (
+        {"any_size": {"smallest": 60, "largest": 128, "multiple": 8}},
+        "any_size: must run upwards in multiples of 8, got 60-128",
+    ),
+    (
+        {"any_size": {"smallest": 96, "largest": 128, "multiple": 32}},
+        "the size 64x64 is not among sides of 96 to 128 in multiples of 32",
+    ),
+    ({"any_size": {"smallest": 64, "largest": 128, "multiple": 32, "step": 1}}, "unknown field 'any_size.step'"),
     ({"batch": [4, 1]}, "batch: the batch must run from 1 or more upwards, got 4-1"),
     ({"precision": "fp8"}, "precision: Input should be 'fp32', 'fp16' or 'bf16', got 'fp8'"),
     (
