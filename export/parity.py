@@ -71,28 +71,32 @@ def check_parity(
     cases: Iterable[Case],
     limits: Limits,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    half: bool = False,
 ) -> Ledger:
-    """Runs every graph of `graphs` (name -> ONNX file) on every case, one session at a time.
+    """Runs every graph of `graphs` (name -> ONNX file) on every case, one session at a time. half: as of `open_session`.
 
     Kinds of figures: the conditions, "m" and "latents" (largest absolute difference) and their "_rms" (relative),
     "images" (levels of 0..255) and "psnr" (dB, the worst image). "stages_N" is the loop over the stage graphs.
     """
-    ledger, cases = Ledger(limits), list(cases)
-    text = _text(graphs["text_encoder"], ledger, manifest, cases, progress)
+    ledger, cases, opened = Ledger(limits), list(cases), partial(GraphSession, half=half)
+    progress("text_encoder")
+    with opened(graphs["text_encoder"]) as run:
+        text = _text(run, ledger, manifest, cases)
     graphs_of = [manifest.graph_name("denoiser", case.size) for case in cases]
     for name in dict.fromkeys(graphs_of):
         here = [i for i, graph in enumerate(graphs_of) if graph == name]
         size = cases[here[0]].size  # of any size, the graphs have one name
         walked: dict[tuple[int, int], torch.Tensor] = {}
-        told = _told(graphs, ledger, manifest, {i: cases[i] for i in here}, size, progress)
+        told = _told(graphs, opened, ledger, manifest, {i: cases[i] for i in here}, size, progress)
         progress(name)
-        with GraphSession(graphs[name]) as run:
+        with opened(graphs[name]) as run:
             for i in here:
                 found = _walk(run, name, ledger, manifest, cases[i], (*text[i], *told[i]))
                 walked |= {(i, n): x for n, x in found.items()}
         name = manifest.graph_name("decoder", size)
         progress(name)
-        with GraphSession(graphs[name]) as run:
+        with opened(graphs[name]) as run:
             for i in here:
                 for steps in cases[i].latents:
                     ledger.compare_images(name, run(cases[i].latents[steps]), cases[i], steps)
@@ -101,7 +105,7 @@ def check_parity(
         name = manifest.graph_name(IMAGE_ENCODER, size)
         if name in graphs:
             progress(name)
-            with GraphSession(graphs[name]) as run:
+            with opened(graphs[name]) as run:
                 for i in here:
                     for steps, images in cases[i].images.items():
                         ledger.compare(name, "latents", run(images)[0], cases[i].encoded[steps], cases[i])
@@ -111,7 +115,7 @@ def check_parity(
                 if name not in graphs:
                     continue
                 progress(name)
-                with GraphSession(graphs[name]) as run:
+                with opened(graphs[name]) as run:
                     for i in here:
                         given = cases[i].conditions if kind.endswith("embeddings") else cases[i].tokens.values()
                         noises = cases[i].noises_of(manifest.update_tables()[steps])
@@ -152,24 +156,21 @@ def _draw(
     return case
 
 
-def _text(
-    graph: Path, ledger: Ledger, manifest: ArtifactManifest, cases: list[Case], progress: Callable[[str], None]
-) -> list[tuple[torch.Tensor, ...]]:
+def _text(run: Run, ledger: Ledger, manifest: ArtifactManifest, cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
     """onnxruntime's conditions of every case."""
     names = [spec.name for spec in manifest.graphs["text_encoder"].outputs]
     found = []
-    progress("text_encoder")
-    with GraphSession(graph) as run:
-        for case in cases:
-            got = run(*case.tokens.values())
-            for name, value, expected in zip(names, got, case.conditions, strict=True):
-                ledger.compare("text_encoder", name, value, expected, case)
-            found.append(tuple(torch.from_numpy(value) for value in got))
+    for case in cases:
+        got = run(*case.tokens.values())
+        for name, value, expected in zip(names, got, case.conditions, strict=True):
+            ledger.compare("text_encoder", name, value, expected, case)
+        found.append(tuple(torch.from_numpy(value) for value in got))
     return found
 
 
 def _told(
     graphs: Mapping[str, Path],
+    opened: Callable[[Path], GraphSession],
     ledger: Ledger,
     manifest: ArtifactManifest,
     cases: Mapping[int, Case],
@@ -182,7 +183,7 @@ def _told(
         return {i: tuple(case.told.values()) for i, case in cases.items()}
     features, found = [spec.name for spec in manifest.graphs[name].outputs], {}
     progress(name)
-    with GraphSession(graphs[name]) as run:
+    with opened(graphs[name]) as run:
         for i, case in cases.items():
             got = dict(zip(features, run(case.condition), strict=True))
             for feature, value in got.items():

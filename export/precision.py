@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..core.errors import ArtifactError, missing_extra
 from .lowering import LARGEST, MOVES, TYPES, UNBOUNDED, emulate, float_nodes, half_type, inferred_values, lower, trial
 from .onnx import StageGraph, save_graph
-from .sessions import open_session
+from .sessions import give_back_memory, is_large, open_session
 from .weights import WeightStore
 
 try:
@@ -95,11 +95,19 @@ def _peaks(stage: StageGraph, store: WeightStore, feeds: Sequence[Arrays]) -> _P
     types = {name: tensor.elem_type for name, tensor in tensors.items()}
     constants, masks = _constants(stage, store)
     masks = _masked(stage, masks)
-    probe = _Probe(stage)
-    values = [each.name for each in stage.graph.input] + [name for node in stage.graph.node for name in node.output]
-    largest = {value: probe.largest(value, value in masks) for value in values if types.get(value) == TensorProto.FLOAT}
-    attentions = [node for node in stage.graph.node if node.op_type == "Attention"]
-    rows = [(node.name, *probe.rows(node, tensors)) for node in attentions]
+    probe, largest, rows = _Probe(stage), dict[str, str](), list[tuple[str, str, str, float]]()
+
+    def look(values: Iterable[str]) -> None:
+        floats = [value for value in values if types.get(value) == TensorProto.FLOAT]
+        largest.update((value, probe.largest(value, value in masks)) for value in floats)
+
+    # onnxruntime computes what the last node that ends the graph needs, then the one before: measured from the last value to
+    # the first, a value is gone once the next are there; in the graph's own order all were kept, gigabytes of a large decoder
+    for node in reversed(stage.graph.node):
+        look(node.output)
+        if node.op_type == "Attention":
+            rows.append((node.name, *probe.rows(node, tensors)))
+    look(each.name for each in stage.graph.input)
     runs = probe.run(store, feeds)
     logits: dict[str, float] = defaultdict(float)
     for module, query, key, scale in rows:
@@ -115,6 +123,9 @@ class _Probe:
         self.graph = onnx.GraphProto()
         self.graph.CopyFrom(stage.graph)
         self.stage = replace(stage, graph=self.graph)
+        for value in stage.graph.output:  # none of them ends the graph: see _peaks
+            size = self._add("Size", value.name)
+            self.graph.output.append(helper.make_tensor_value_info(size, TensorProto.INT64, []))
         self._constant("probe:limit", UNBOUNDED)
         self._constant("probe:zero", 0.0)
 
@@ -270,4 +281,7 @@ def run_graph(stage: StageGraph, store: WeightStore, feeds: Sequence[Arrays]) ->
         path.unlink(missing_ok=True)
     names = [output.name for output in session.get_outputs()]
     runs = [session.run(names, feed) for feed in feeds]
+    del session
+    if is_large(path):
+        give_back_memory()
     return [{name: np.asarray(value) for name, value in zip(names, run, strict=True)} for run in runs]

@@ -22,8 +22,9 @@ WIDENING = ["ConstantFolding"]  # would make a second, float32 copy of every wei
 Run = Callable[..., list[NDArray[Any]]]  # run(*tensors) -> outputs
 
 
-def open_session(path: Path) -> Any:
-    """An onnxruntime session of a graph beside its weights file. Raises ParityError, MissingExtraError."""
+def open_session(path: Path, *, half: bool = False) -> Any:
+    """An onnxruntime session of a graph beside its weights file. half: its nodes are of half precision, before which onnxruntime
+    puts Casts of its own, and its usual order computes all of them first. Raises ParityError, MissingExtraError."""
     try:
         import onnxruntime
     except ImportError:
@@ -32,6 +33,12 @@ def open_session(path: Path) -> Any:
     options.log_severity_level = 3
     options.enable_mem_reuse = large  # planning it is slow; its memory matters when large
     options.add_session_config_entry("session.disable_prepacking", str(int(large)))  # a second copy of the weights
+    if large:
+        options.graph_optimization_level = (
+            onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        )  # beyond, weights are copied
+        options.enable_mem_pattern = False  # the second run's plan would lie beside what the first left in the arena
+        options.execution_order = getattr(onnxruntime.ExecutionOrder, "PRIORITY_BASED" if half else "DEFAULT")
     widening = WIDENING if large else []
     try:
         return onnxruntime.InferenceSession(
@@ -49,11 +56,11 @@ def is_large(path: Path) -> bool:
 class GraphSession:
     """A graph's session as run(*tensors) -> outputs, closed at the end: large graphs do not fit side by side."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, half: bool = False) -> None:
+        self.path, self.half = path, half
 
     def __enter__(self) -> Run:
-        self._session = open_session(self.path)
+        self._session = open_session(self.path, half=self.half)
         names = [value.name for value in self._session.get_inputs()]
 
         def run(*tensors: torch.Tensor) -> list[NDArray[Any]]:

@@ -62,6 +62,29 @@ class Studio:
         words = sorted(word for word in self.engine.tokenizer.known_words if word.isalnum())
         return self.engine.manifest.vocabulary or ({"words": words} if words else {})
 
+    @property
+    def abilities(self) -> dict[str, Any]:
+        """What may be asked of the model, as clients are told it. condition: whether it reads a conditioning picture; guidance: the
+        scale of requests that say none and the range that it was made for, none where it draws without."""
+        engine, known = self.engine, self.engine.manifest.guidance
+        return {
+            "sizes": [size_name(size) for size in engine.sizes],
+            "any_size": engine.any_size and engine.any_size.model_dump(),
+            "steps": engine.steps,
+            "backend": engine.backend.describe(),
+            "vocabulary": self.vocabulary,
+            "from_pictures": engine.draws_from_pictures,
+            "loras": engine.loras,
+            "condition": engine.manifest.control is not None,
+            "guidance": known.model_dump(include={"default", "range", "embedded"}) if self._is_guided else None,
+        }
+
+    @property
+    def _is_guided(self) -> bool:
+        """Whether it was made for guidance, and can be given it here."""
+        known = self.engine.manifest.guidance
+        return max(known.default, *(known.range or (1,))) > 1 and (self.engine.route == "stages" or known.embedded)
+
     def knows(self, name: str | None) -> bool:
         """Whether a request for the model of that name is answered here."""
         return name in (None, self.engine.manifest.name, *self.settings.alias) or bool(
@@ -85,9 +108,8 @@ class Studio:
 
     def guidance(self, scale: float | None, negative: str | None) -> dict[str, Any]:
         """Of a GenerateRequest, what of them this model takes: one that draws without guidance takes neither."""
-        engine, known = self.engine, self.engine.manifest.guidance
-        is_made_for_it = max(known.default, *(known.range or (1,))) > 1 and (engine.route == "stages" or known.embedded)
-        if not is_made_for_it:
+        known = self.engine.manifest.guidance
+        if not self._is_guided:
             return {}
         taken: dict[str, Any] = {} if scale is None else {"guidance": float(scale)}
         weighs = not known.embedded and (known.default if scale is None else scale) > 1

@@ -208,13 +208,4 @@ def _check_model(studio: Studio, name: str | None) -> None:
 
 
 def _model(studio: Studio) -> Model:
-    engine = studio.engine
-    return Model(
-        id=engine.manifest.name,
-        sizes=[size_name(size) for size in engine.sizes],
-        any_size=engine.any_size,
-        steps=engine.steps,
-        backend=engine.backend.describe(),
-        vocabulary=studio.vocabulary,
-        loras=engine.loras,
-    )
+    return Model(id=studio.engine.manifest.name, **studio.abilities)

@@ -106,6 +106,15 @@ class EditRequest(ImageRequest):
     strength: float | None = Field(default=None, gt=0, le=1)
     input_fidelity: Text = None
 
+    @field_validator("guidance_scale", mode="before")
+    @classmethod
+    def _number_of_a_form(cls, value: Any) -> Any:
+        """A form's field is a text."""
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            return value
+
 
 class ImageData(BaseModel):
     """One picture: base64, or where it is."""
@@ -129,9 +138,19 @@ class ImageResponse(BaseModel):
     warnings: list[str]
 
 
+class GuidanceKnown(BaseModel):
+    """default: the scale of a request that says none; range: what the model was made for, as far as its card says; embedded: the
+    network is told the scale, and there is no negative prompt."""
+
+    default: float
+    range: tuple[float, float] | None
+    embedded: bool
+
+
 class Model(BaseModel):
     """A model as OpenAI lists it, and what it draws. any_size: where it draws more than `sizes`, which sides. vocabulary: the
-    words that it knows, in groups, where it lists them. loras: the names that a request may give a weight."""
+    words that it knows, in groups, where it lists them. from_pictures: whether it draws from a picture; loras: the names that a
+    request may give a weight; condition: whether it reads a conditioning picture; guidance: none of a model that draws without."""
 
     id: str
     object: Literal["model"] = "model"
@@ -142,7 +161,10 @@ class Model(BaseModel):
     steps: list[int]
     backend: str
     vocabulary: dict[str, list[str]]
+    from_pictures: bool
     loras: list[str]
+    condition: bool
+    guidance: GuidanceKnown | None
 
 
 class ModelList(BaseModel):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import Size, size_name
 from ..pictures.files import FORMATS, Format, beside, encode
-from ..request import MAX_SEED, GenerateRequest
+from ..request import MAX_SCALE, MAX_SEED, GenerateRequest
 from ..session import Mailbox, Session, SessionResult
 from ..work import GenerateResult
 from .clients import KEY_PROTOCOL
@@ -28,8 +28,9 @@ from .schemas import MAX_PROMPT, size_of
 PROTOCOL = "imagine-flash"
 LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
-MAX_PICTURE = 2**18  # bytes of a file to start from
+MAX_PICTURE = 2**18  # bytes of a file
 TRY_AGAIN_LATER, TOO_BIG, INTERNAL = 1013, 1009, 1011
+COMES_A_CONDITION = {"type": "condition"}  # said before the file of a conditioning picture
 PING, PONG = '{"type":"ping"}', '{"type":"pong"}'  # of pages, which cannot send a WebSocket's own
 LOG = logging.getLogger(SERVER)
 
@@ -47,7 +48,10 @@ class StreamRequest(BaseModel):
     format: Format = "webp"
     preview: bool = False
     lora: dict[str, float] | None = Field(default=None, max_length=16)
+    guidance_scale: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
+    negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT)
     strength: float | None = Field(default=None, gt=0, le=1)  # drawn from the picture that was sent last
+    condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE)  # under the condition that was sent last
 
 
 def stream_router(studio: Studio) -> APIRouter:
@@ -86,8 +90,9 @@ class _Connection:
         self.socket, self.studio, self.client = socket, studio, client_of(socket)
         self.mailbox = Mailbox()
         self.session = Session(studio.engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER, client=self.client)
-        self._picture = b""  # a file to start from
-        self._pixels: dict[Size, NDArray[np.uint8]] = {}  # of it, by size
+        self._files: dict[str, bytes] = {}  # the image to start from, and the condition
+        self._pixels: dict[tuple[str, Size], NDArray[np.uint8]] = {}  # of these
+        self._next = "image"  # what a file that comes is
         self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
 
@@ -111,7 +116,7 @@ class _Connection:
             if len(file if text is None else text.encode()) > most:
                 return await self.socket.close(TOO_BIG, f"such messages have at most {most} bytes")
             if text is None:
-                self._picture, self._pixels = file, {}
+                self._keep(file)
             elif text == PING:
                 await self._send(PONG)
             else:
@@ -126,25 +131,28 @@ class _Connection:
         self.studio.metrics.skipped.inc(now[1] - self._counted[1])
         self._counted = now
 
+    def _keep(self, file: bytes) -> None:
+        """A picture, in the place of the one before of its kind."""
+        self._files[self._next] = file
+        self._forget(self._next)
+        self._next = "image"
+
+    def _forget(self, name: str) -> None:
+        """The pixels of a picture."""
+        self._pixels = {key: pixels for key, pixels in self._pixels.items() if key[0] != name}
+
     async def _take(self, text: str) -> None:
         """One message of the client; what is wrong with it is answered, and the socket stays open."""
         seq: object = None
         try:
             raw = json.loads(text)
+            if raw == COMES_A_CONDITION:
+                self._next = "condition"
+                return
             seq = raw.get("seq") if isinstance(raw, dict) else None
             asked = StreamRequest.model_validate(raw)
             self.studio.clients.check(self.client, 1)
-            height, width = size = size_of(asked.size) or self.studio.engine.sizes[0]
-            drawing = {
-                "prompt": asked.prompt,
-                "seed": asked.seed or 0,
-                "steps": asked.steps,
-                "lora": asked.lora,
-                "timeout": self.studio.settings.timeout,
-            }
-            if asked.strength is not None:
-                drawing |= {"strength": asked.strength, "image": await self._start(size)}
-            wanted = GenerateRequest(**drawing, height=height, width=width)
+            wanted = await self._wanted(asked)
             self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked.format)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -155,18 +163,42 @@ class _Connection:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
             await self._tell(_failure(seq, ours))
 
-    async def _start(self, size: Size) -> NDArray[np.uint8]:
-        """The picture that was sent last. Raises RequestError, BusyError."""
-        if not self._picture:
-            raise RequestError("strength needs a picture: send its file as a binary message before", param="strength")
+    async def _wanted(self, asked: StreamRequest) -> GenerateRequest:
+        """With the pictures that were sent before. Raises RequestError, BusyError."""
+        height, width = size = size_of(asked.size) or self.studio.engine.sizes[0]
+        drawing = {
+            "prompt": asked.prompt,
+            "seed": asked.seed or 0,
+            "steps": asked.steps,
+            "lora": asked.lora,
+            "guidance": asked.guidance_scale,
+            "negative_prompt": asked.negative_prompt or None,
+            "timeout": self.studio.settings.timeout,
+        }
+        if asked.strength is not None:
+            drawing |= {"strength": asked.strength, "image": await self._sent("image", "strength", size)}
+        if asked.condition_scale is not None:
+            self.studio.engine.check_condition()
+            condition = await self._sent("condition", "condition_scale", size)
+            drawing |= {"condition_scale": asked.condition_scale, "condition": condition}
+        return GenerateRequest(**drawing, height=height, width=width)
+
+    async def _sent(self, name: str, field: str, size: Size) -> NDArray[np.uint8]:
+        """The picture that was sent last, of what the field asks for. Raises RequestError, BusyError."""
+        if name not in self._files:
+            before = f"the text {json.dumps(COMES_A_CONDITION)} and " if name == "condition" else ""
+            raise RequestError(
+                f"{field} needs a picture: send {before}its file as a binary message before", param=field
+            )
         if not self.studio.engine.draws(size):
             raise RequestError(
                 f"this engine does not draw {size_name(size)}, but {self.studio.engine.drawn_sizes}", param="size"
             )
-        if size not in self._pixels:
-            self._pixels.clear()  # of any size there may be many
-            self._pixels[size] = await self.studio.uploads.image(self._picture, size, self.client.name)
-        return self._pixels[size]
+        if (name, size) not in self._pixels:
+            given = {name: self._files[name]}
+            self._forget(name)  # of any size there may be many
+            self._pixels[name, size] = (await self.studio.pixels(given, size, self.client))[name]
+        return self._pixels[name, size]
 
     async def _write(self) -> None:
         try:
@@ -196,19 +228,8 @@ class _Connection:
                 raise _Gone from None
 
     def _hello(self) -> dict[str, Any]:
-        engine = self.studio.engine
-        return {
-            "type": "ready",
-            "model": engine.manifest.name,
-            "sizes": [size_name(size) for size in engine.sizes],
-            "any_size": engine.any_size and engine.any_size.model_dump(),
-            "steps": engine.steps,
-            "formats": list(FORMATS),
-            "backend": engine.backend.describe(),
-            "vocabulary": self.studio.vocabulary,
-            "from_pictures": engine.draws_from_pictures,
-            "loras": engine.loras,
-        }
+        model, formats = self.studio.engine.manifest.name, list(FORMATS)
+        return {"type": "ready", "model": model, "formats": formats, **self.studio.abilities}
 
 
 class _Gone(Exception):

@@ -11,6 +11,7 @@ import torch
 from imagine_flash.core.errors import ArtifactError, PlanError, ScheduleError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.export.ledger import LIMITS
 from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.pipelines.architectures import ARCHITECTURES, stages_of
 from imagine_flash.pipelines.loading import load_stages
@@ -167,12 +168,18 @@ def test_every_class_passes_the_gate(exported) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "pixart"])
-def test_half_precision_passes_the_gate_of_every_class(kind: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, "fp16") for kind in ("sdxl", "sd3", "pixart", "flux", "sana")),
+        *((kind, "bf16") for kind in ("flux", "sana")),
+    ],
+)
+def test_half_precision_passes_the_gate_of_every_class(kind: str, precision: Any, tmp_path) -> None:
     student = architectures.build_student(kind, tmp_path / "student")
-    options = ExportOptions(precision="fp16", steps=(1,), batch=(1, 1), forms="stages", image_encoder=False)
+    options = ExportOptions(precision=precision, steps=(1,), batch=(1, 1), forms="stages", image_encoder=False)
     manifest = export_student(student, tmp_path / "artifact", options=options)
-    assert manifest.precision == "fp16" and manifest.parity["stages_1"]["psnr"] >= 35
+    assert manifest.precision == precision and manifest.parity["stages_1"]["psnr"] >= LIMITS[precision].psnr
     assert any("time" in island for island in manifest.graphs["denoiser"].islands), "angles need float32"
 
 

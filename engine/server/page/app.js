@@ -4,11 +4,13 @@ import { flash, isSmooth, save, smooth, toClipboard } from "./browser.js";
 import { Figures } from "./figures.js";
 import { Film } from "./film.js";
 import { Grid } from "./grid.js";
+import { PictureInput, takeFiles } from "./input.js";
+import { Options } from "./options.js";
 import { Picture, Strip } from "./picture.js";
 import { say, sayDrawing } from "./say.js";
-import { Source } from "./source.js";
 import { Stream } from "./stream.js";
-import { command, fileName, fromHash, sentence, toHash, whole } from "./text.js";
+import { takeAway } from "./takeaway.js";
+import { fromHash, sentence, toHash, whole } from "./text.js";
 import { fillExamples, fillVocabulary, FIRST } from "./words.js";
 
 const SETTLED = 800; // ms without a change: the picture is meant
@@ -22,7 +24,9 @@ const stream = new Stream();
 const picture = new Picture(find("picture"));
 const strip = new Strip(find("strip"), (drawn, event) => bringBack(drawn, event));
 const grid = new Grid(find("grid"), (wish, event) => bringBack(wish, event));
-const source = new Source();
+const options = new Options();
+const source = new PictureInput(find("source"), { amount: "Drawn anew", value: 0.6 });
+const condition = new PictureInput(find("condition"), { amount: "How strongly", most: 2, value: 1, camera: false, paper: "black", pen: "white", exact: true });
 const film = new Film(find("reel"), (frames) => (find("film").hidden = frames < 2));
 const figures = new Figures(
   Object.fromEntries(["all", "model", "queue", "rest", "page", "rate"].map((name) => [name, find(`f-${name}`)])),
@@ -55,8 +59,8 @@ function draw(at = null, typed = false) {
     seed.ariaInvalid = invalid;
     unknown([]);
   }
-  const strength = source.current ? source.strength : undefined;
-  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps, size: size.value || undefined, strength, at, typed };
+  const said = { ...options.said, strength: source.amount, condition_scale: condition.amount };
+  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps, size: size.value || undefined, said, at, typed };
   settling = setTimeout(() => {
     settling = 0;
     settle();
@@ -65,7 +69,7 @@ function draw(at = null, typed = false) {
   if (!text) {
     picture.clear(asked.seq, asked.size);
     waiting.clear();
-    refresh();
+    takeAway(picture.shown, hello);
     unknown([]);
     say(stream.state, stream.why); // what was wrong was wrong with another text
     return;
@@ -75,7 +79,8 @@ function draw(at = null, typed = false) {
   const format = small(asked.size) && hello.formats.includes("png") ? "png" : "webp"; // 64 x 64: 6 kB without a loss
   asked.sent = performance.now();
   waiting.set(seq, asked);
-  stream.send({ seq, prompt: text, seed: good, steps, size: asked.size, format, preview, strength }, source.current);
+  const pictures = { image: source.current, condition: condition.current };
+  stream.send({ seq, prompt: text, seed: good, steps, size: asked.size, format, preview, ...said }, pictures);
 }
 
 function small(name) {
@@ -83,13 +88,14 @@ function small(name) {
   return width * height <= 128 * 128;
 }
 
-/** The text, seed, steps and size of an example, of the strip or of the address. */
+/** The text, seed, steps, size and options of the strip or of the address; of an example the text alone. */
 function bringBack(wanted, event = null) {
   keep();
   if (wanted.prompt !== undefined) prompt.value = wanted.prompt;
   if (wanted.seed !== undefined) seed.value = wanted.seed;
   if (!hello.steps.length || hello.steps.includes(wanted.steps)) choose(wanted.steps ?? steps);
   if (wanted.size !== undefined && hello.sizes.includes(wanted.size)) size.value = wanted.size;
+  if (Object.keys(wanted).length > 1) options.bring(wanted);
   fit();
   draw(event?.timeStamp ?? null);
 }
@@ -99,10 +105,10 @@ function bringBack(wanted, event = null) {
 stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
   const mine = waiting.get(header.seq);
   const spent = figures.arrived(header);
-  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt, strength: mine.strength }))) return;
+  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt, said: mine.said }))) return;
   for (const seq of waiting.keys()) if (seq < header.seq + !header.preview) waiting.delete(seq); // others may be under way
   if (mine.typed) figures.typed(performance.now());
-  refresh();
+  takeAway(picture.shown, hello);
   if (header.preview) return;
   film.add(picture.shown);
   refusals = 0;
@@ -132,7 +138,8 @@ stream.addEventListener("ready", ({ detail }) => {
   fillSizes();
   fillExamples(find("examples"), hello.vocabulary ?? {}, (text, event) => bringBack({ prompt: text }, event));
   fillVocabulary(find("vocabulary"), hello.vocabulary ?? {}, add);
-  source.offer(hello.from_pictures, size.value || hello.sizes[0]);
+  options.offer(hello);
+  offerPictures();
   if (keyed) prompt.focus();
   keyed = false;
   find("model").textContent = `${hello.model} · ${hello.backend}`;
@@ -166,33 +173,12 @@ function settle() {
 function share() {
   if (!hello.sizes.length) return;
   const size = asked.size === hello.sizes[0] ? undefined : asked.size;
-  history.replaceState(null, "", toHash({ prompt: asked.prompt, seed: asked.seed, steps: asked.steps, size }));
+  history.replaceState(null, "", toHash({ prompt: asked.prompt, seed: asked.seed, steps: asked.steps, size, ...options.said }));
 }
 
 function keep() {
   if (!picture.shown || picture.shown.header.preview || picture.shown.header.seq !== asked.seq) return;
   strip.add(picture.shown);
-}
-
-/** Download and command of the picture that is shown. */
-function refresh() {
-  const { shown } = picture;
-  const link = find("download");
-  find("copy").disabled = !shown;
-  const parts = shown ? commandOf(shown).split(/ (?=-)/) : []; // lines break between options, not within
-  const spans = parts.map((text) => Object.assign(document.createElement("span"), { textContent: text }));
-  find("command").replaceChildren(...spans.flatMap((span, i) => (i ? [" ", span] : [span])));
-  if (!shown) {
-    link.removeAttribute("href");
-    return;
-  }
-  link.href = shown.url;
-  link.download = fileName({ ...shown.header, prompt: shown.prompt });
-}
-
-function commandOf({ header, prompt, strength }) {
-  const other = header.size === hello.sizes[0] ? undefined : header.size;
-  return command({ ...header, prompt, strength, size: other, model: hello.model });
 }
 
 // Controls
@@ -224,6 +210,12 @@ function fillSizes() {
   if (hello.sizes.includes(before)) size.value = before;
   find("size-field").hidden = hello.sizes.length < 2;
   if (!picture.shown) picture.shape(size.value);
+}
+
+function offerPictures() {
+  const drawn = size.value || hello.sizes[0];
+  source.offer(hello.from_pictures, drawn);
+  condition.offer(hello.condition, drawn);
 }
 
 /** A word of the vocabulary, after the text. */
@@ -259,11 +251,15 @@ find("steps").addEventListener("change", (event) => {
 });
 size.addEventListener("change", ({ timeStamp }) => {
   keep();
-  source.offer(hello.from_pictures, size.value);
+  offerPictures();
   draw(timeStamp);
 });
-source.isBusy = () => waiting.size > 0 || grid.isOpen; // who chooses is not hurried
-source.addEventListener("change", () => draw(null, true));
+for (const input of [source, condition]) {
+  input.isBusy = () => waiting.size > 0 || grid.isOpen; // who chooses is not hurried
+  input.addEventListener("change", () => draw(null, true));
+}
+takeFiles([source, condition]);
+options.addEventListener("change", ({ detail }) => draw(detail, true));
 find("copy").addEventListener("click", async () => {
   flash(find("copy"), (await toClipboard(find("command").textContent)) ? "Copied" : "Not copied");
 });
@@ -273,12 +269,12 @@ find("link").addEventListener("click", async () => {
 });
 find("smooth").addEventListener("click", () => smooth(!isSmooth()));
 find("four").addEventListener("click", async () => {
-  const wish = { prompt: prompt.value.trim(), seed: good, steps, size: size.value || undefined };
+  const wish = { prompt: prompt.value.trim(), seed: good, steps, size: size.value || undefined, ...options.said };
   if (!wish.prompt) return prompt.focus();
   keep();
   find("four").disabled = true;
   try {
-    await grid.open(wish, stream.headers, source.current && { blob: source.current.blob, strength: source.strength });
+    await grid.open(wish, stream.headers, { image: source, condition });
   } catch (error) {
     grid.close();
     if (error.name !== "AbortError") say("failed", sentence(error.message));
@@ -311,7 +307,7 @@ addEventListener("resize", fit);
 smooth(isSmooth());
 find("vocabulary").open = matchMedia("(min-width: 640px)").matches;
 bringBack({ prompt: FIRST, ...fromHash(location.hash) });
-refresh();
+takeAway(picture.shown, hello);
 if (matchMedia("(pointer: fine)").matches) {
   prompt.focus();
   prompt.select(); // the first key replaces the example

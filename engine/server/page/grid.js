@@ -18,15 +18,17 @@ export class Grid {
     return this.#asking !== null;
   }
 
-  /** wish: {prompt, seed, steps, size}; from: {blob, strength} of a picture to start from, or null. Raises Error. */
-  async open(wish, headers, from) {
+  /** wish: what the API takes; pictures: its image and condition as {blob, amount}, where there are any. Raises Error. */
+  async open(wish, headers, { image, condition }) {
     this.close();
     this.#asking = new AbortController();
-    const body = { prompt: wish.prompt, n: COUNT, seed: wish.seed, steps: wish.steps, size: wish.size, output_format: "webp", output_compression: 95 };
-    const answer = await fetch(`v1/images/${from ? "edits" : "generations"}`, {
+    const body = { ...wish, n: COUNT, strength: image.amount, condition_scale: condition.amount, output_format: "webp", output_compression: 95 };
+    const files = { image: image.blob, condition: condition.blob };
+    const uploads = Object.values(files).some(Boolean);
+    const answer = await fetch(`v1/images/${uploads ? "edits" : "generations"}`, {
       method: "POST",
-      headers: from ? headers : { ...headers, "content-type": "application/json" },
-      body: from ? form({ ...body, strength: from.strength }, from.blob) : JSON.stringify(body),
+      headers: uploads ? headers : { ...headers, "content-type": "application/json" },
+      body: uploads ? form(body, files) : JSON.stringify(body),
       signal: this.#asking.signal,
     });
     const found = await answer.json();
@@ -64,9 +66,11 @@ export class Grid {
   }
 }
 
-function form(values, image) {
+function form(values, files) {
   const filled = new FormData();
-  for (const [name, value] of Object.entries(values)) if (value !== undefined) filled.set(name, value);
-  filled.set("image", image, "start");
+  for (const [name, value] of Object.entries(values)) {
+    if (value !== undefined) filled.set(name, typeof value === "object" ? JSON.stringify(value) : value);
+  }
+  for (const [name, blob] of Object.entries(files)) if (blob) filled.set(name, blob, name);
   return filled;
 }

@@ -15,11 +15,11 @@ export class Picture {
   constructor(figure) {
     this.#figure = figure;
     this.#empty = figure.firstElementChild;
-    this.shown = null; // {header, blob, prompt, strength, url}
+    this.shown = null; // {header, blob, prompt, said, url}
   }
 
   /** True once it is in the page; false where something newer is shown by then. */
-  async show({ header, blob, prompt, strength }) {
+  async show({ header, blob, prompt, said }) {
     if (!this.#wants(header)) return false;
     const url = URL.createObjectURL(blob);
     const image = new Image();
@@ -38,7 +38,7 @@ export class Picture {
     image.classList.toggle("small", image.naturalWidth < SMALL);
     this.#replace(image, url);
     this.shape(header.size);
-    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, strength, url }];
+    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, said, url }];
     this.#mark(header, prompt);
     return true;
   }
@@ -74,6 +74,17 @@ export class Picture {
   }
 }
 
+/** What a picture was drawn with beside its text, in words. */
+function described({ lora = {}, guidance_scale, negative_prompt, condition_scale, strength }) {
+  return [
+    ...Object.entries(lora).map(([name, weight]) => `${name} ${weight}`),
+    ...(guidance_scale === undefined ? [] : [`guidance ${guidance_scale}`]),
+    ...(negative_prompt ? [`not ${negative_prompt}`] : []),
+    ...(condition_scale ? ["under a picture"] : []),
+    ...(strength ? ["from a picture"] : []),
+  ];
+}
+
 /** The pictures somebody stayed at, newest first; a click brings one back. They live as long as the tab. */
 export class Strip {
   #list;
@@ -88,9 +99,9 @@ export class Strip {
     this.#restore();
   }
 
-  add({ header, blob, prompt, strength }) {
+  add({ header, blob, prompt, said }) {
     const { seed, steps, size } = header;
-    const drawn = JSON.stringify({ prompt, seed, steps, size, strength }); // a strength: drawn from a picture
+    const drawn = JSON.stringify({ prompt, seed, steps, size, ...said });
     const item = this.#items.get(drawn) ?? this.#made(drawn);
     this.#items.delete(drawn);
     this.#items.set(drawn, item); // the newest is the map's last
@@ -127,14 +138,14 @@ export class Strip {
   }
 
   #made(drawn, src = "") {
-    const { prompt, seed, steps, size, strength } = JSON.parse(drawn);
+    const { prompt, seed, steps, size, ...said } = JSON.parse(drawn);
     const image = new Image();
     if (src) image.src = src;
     image.alt = "";
     image.classList.toggle("small", Number(size.split("x")[0]) < SMALL);
     const button = document.createElement("button");
     button.type = "button";
-    button.title = `${prompt}, seed ${seed}, ${steps} steps${strength ? ", from a picture" : ""}`;
+    button.title = [prompt, `seed ${seed}`, `${steps} steps`, ...described(said)].join(", ");
     button.setAttribute("aria-label", button.title);
     button.dataset.drawn = drawn;
     button.append(image);

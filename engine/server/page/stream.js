@@ -45,7 +45,7 @@ async function said(answer) {
  */
 export class Stream extends EventTarget {
   #socket = null;
-  #picture = null; // the server has it
+  #pictures = {}; // by name, those that the server has
   #heard = 0; // when it last said something
   #looked = 0;
   #timer = 0;
@@ -86,11 +86,16 @@ export class Stream extends EventTarget {
     return remembered.key ? { authorization: `Bearer ${remembered.key}` } : {};
   }
 
-  /** False where there is no connection; the newest request is sent again at "ready". picture: {bytes} to start from, or null. */
-  send(request, picture = null) {
+  /** False where there is no connection; the newest request is sent again at "ready". pictures: {bytes} or null of the image to
+   * start from and of the condition, by these names. */
+  send(request, pictures = {}) {
     if (!this.ready) return false;
-    if (picture && picture !== this.#picture) this.#socket.send(picture.bytes);
-    this.#picture = picture ?? this.#picture;
+    for (const [name, picture] of Object.entries(pictures)) {
+      if (!picture || picture === this.#pictures[name]) continue;
+      if (name === "condition") this.#socket.send('{"type":"condition"}');
+      this.#socket.send(picture.bytes);
+      this.#pictures[name] = picture;
+    }
     this.#socket.send(JSON.stringify(request));
     return true;
   }
@@ -118,7 +123,7 @@ export class Stream extends EventTarget {
     const message = JSON.parse(data);
     if (message.type === "ready") {
       this.#failures = 0;
-      this.#picture = null;
+      this.#pictures = {};
       this.#become("ready");
       this.#tell("ready", message);
     } else if (message.type === "error") {

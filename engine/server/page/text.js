@@ -8,8 +8,8 @@ export function quoted(text) {
 }
 
 /** The command that draws the same picture, but for the rounding of another backend or precision. `model` and `size` are
- * said only where they are not the defaults; where a model lies only its owner knows. */
-export function command({ prompt, seed, steps, size, model, strength }) {
+ * said only where they are not the defaults; where a model, a LoRA or a picture lies only its owner knows. */
+export function command({ prompt, seed, steps, size, model, strength, condition_scale, lora = {}, guidance_scale, negative_prompt }) {
   const words = ["imagine-flash", "generate"];
   if (!prompt.startsWith("-")) words.push(quoted(prompt));
   if (model && model !== EMBEDDED) words.push("--model", quoted(`PATH/OF/${model}`));
@@ -19,7 +19,11 @@ export function command({ prompt, seed, steps, size, model, strength }) {
     const [width, height] = size.split("x");
     words.push("--width", width, "--height", height);
   }
+  for (const [name, weight] of Object.entries(lora)) words.push("--lora", quoted(`${name}=PATH/OF/${name}:${weight}`));
+  if (guidance_scale !== undefined) words.push("--guidance", String(guidance_scale));
+  if (negative_prompt) words.push("--negative-prompt", quoted(negative_prompt));
   if (strength) words.push("--image", "START.png", "--strength", String(strength));
+  if (condition_scale) words.push("--condition", "CONDITION.png", "--condition-scale", String(condition_scale));
   words.push("-o", "picture.png");
   if (prompt.startsWith("-")) words.push("--", quoted(prompt));
   return words.join(" ");
@@ -50,10 +54,15 @@ export function fromHash(hash) {
   if (whole(said.get("seed") ?? "") !== null) found.seed = whole(said.get("seed"));
   if (whole(said.get("steps") ?? "", 1) !== null) found.steps = whole(said.get("steps"), 1);
   if (/^\d+x\d+$/.test(said.get("size") ?? "")) found.size = said.get("size");
+  if (Number(said.get("guidance_scale")) > 0) found.guidance_scale = Number(said.get("guidance_scale"));
+  if (said.get("negative_prompt")) found.negative_prompt = said.get("negative_prompt").slice(0, 4000);
+  const loras = said.getAll("lora").map((text) => /^([^:]+):(-?[\d.]+)$/.exec(text)).filter((one) => Number(one?.[2]));
+  if (loras.length) found.lora = Object.fromEntries(loras.map(([, name, weight]) => [name, Number(weight)]));
   return found;
 }
 
-export function toHash(values) {
+export function toHash({ lora = {}, ...values }) {
   const said = Object.entries(values).filter(([, value]) => value !== undefined && value !== "");
+  said.push(...Object.entries(lora).map(([name, weight]) => ["lora", `${name}:${weight}`]));
   return `#${new URLSearchParams(said.map(([name, value]) => [name, String(value)]))}`;
 }

@@ -321,3 +321,12 @@ def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact:
         other = draw("/sdapi/v1/txt2img", cfg_scale=4, negative_prompt="a dog", width=64, height=64).json()
         assert other["images"][0] == strong.json()["data"][0]["b64_json"]
         assert draw(guidance_scale=1, negative_prompt="a dog").headers["x-ignored"] == "negative_prompt"
+        known = http.get("/v1/models").json()["data"][0]["guidance"]
+        assert known == {"default": 2.0, "range": [1.0, 5.0], "embedded": False}
+
+        def edit(**fields: str) -> Any:
+            start = {"image": png(np.full((64, 64, 3), 90, np.uint8))}
+            return http.post("/v1/images/edits", data={"prompt": "a cat", "seed": "7", **fields}, files=start)
+
+        form = edit(guidance_scale="4", negative_prompt="a dog")  # a form's fields are texts
+        assert "x-ignored" not in form.headers and form.json()["data"] != edit().json()["data"]

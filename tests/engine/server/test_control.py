@@ -1,6 +1,8 @@
 """Conditioning pictures through the doors of the server: in base64, and as uploads, with the limits of all uploads."""
 
 import base64
+import json
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,50 @@ def test_a_model_without_says_so_before_it_unpacks(folders: tuple[Path, Path]) -
             http.post(EDIT, data={"prompt": "a cat"}, files={"condition": b"none"}),
         ):
             assert answer.status_code == 400 and "reads no conditioning picture" in answer.json()["error"]["message"]
+        with http.websocket_connect("/v1/stream") as socket:
+            assert socket.receive_json()["condition"] is False
+            socket.send_json({"seq": 1, "prompt": "a cat", "condition_scale": 1})
+            assert "reads no conditioning picture" in socket.receive_json()["error"]["message"]
+
+
+def test_a_stream_draws_under_the_one_that_was_sent_last(engine: Engine, http: TestClient) -> None:
+    start, other = control.picture(2), control.picture(3)
+    with http.websocket_connect("/v1/stream") as socket:
+        ready = socket.receive_json()
+        known = http.get("/v1/models").json()["data"][0]
+        assert ready["condition"] and all(known[name] == ready[name] for name in ("condition", "loras", "guidance"))
+
+        def ask(seq: int, **fields: Any) -> Any:
+            """The pixels, or the error."""
+            socket.send_json({"seq": seq, "prompt": "a cat", "seed": 7, "format": "png", **fields})
+            message = socket.receive()
+            if (data := message.get("bytes")) is None:
+                return json.loads(message["text"])["error"]
+            (length,) = struct.unpack(">I", data[:4])
+            return np.asarray(picture(data[4 + length :])).astype(int)
+
+        def draws(got: Any, **request: Any) -> bool:
+            expected = engine.generate(GenerateRequest(prompt="a cat", seed=7, **request)).images[0]
+            return bool(np.abs(got - expected).max() <= 1)
+
+        error = ask(1, condition_scale=0.5)
+        assert error["param"] == "condition_scale" and 'the text {"type": "condition"}' in error["message"]
+        socket.send_json({"type": "condition"})
+        socket.send_bytes(b"none")
+        assert "condition is no PNG, JPEG or WebP that can be read" in ask(2, condition_scale=0.5)["message"]
+        assert ask(3, condition_scale=11)["param"] == "condition_scale"
+        socket.send_json({"type": "condition"})
+        socket.send_bytes(CONDITION)
+        assert draws(ask(4, condition_scale=0.5), condition=control.picture(1), condition_scale=0.5)
+        socket.send_bytes(png(start))  # a picture to start from: the condition stays
+        both = ask(5, condition_scale=1, strength=0.5)
+        assert draws(both, condition=control.picture(1), condition_scale=1, image=start, strength=0.5)
+        assert draws(ask(6))
+        socket.send_json({"type": "condition"})
+        socket.send_bytes(png(other))
+        assert draws(ask(7, condition_scale=1), condition=other)
+        assert draws(ask(8, guidance_scale=3, negative_prompt="a dog"), guidance=3, negative_prompt="a dog")
+        assert ask(9, negative_prompt="a dog")["param"] == "negative_prompt"
 
 
 @pytest.mark.parametrize("name", ["controlnet", "tiny_decoder"])

@@ -129,16 +129,16 @@ def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
     page.fill("#prompt", "a cat")
     tools.shows("a cat")
     upload = {"name": "green.png", "mimeType": "image/png", "buffer": green()}
-    page.evaluate("document.getElementById('strength').value = 0.05")
-    draws_anew(page, lambda: page.set_input_files("#file", upload))
+    page.evaluate("document.querySelector('#source .amount').value = 0.05")
+    draws_anew(page, lambda: page.set_input_files("#source .file", upload))
     tools.says("#command", "--image START.png --strength 0.05")
     assert is_green(page)
-    draws_anew(page, lambda: page.locator("#strength").fill("1"))
-    tools.says("#strength-shown", "100 %")
-    page.click("#sketch-on")
-    page.click("#colours label:nth-child(4)")
-    page.locator("#sketch").scroll_into_view_if_needed()
-    box = page.locator("#sketch").bounding_box()
+    draws_anew(page, lambda: page.locator("#source .amount").fill("1"))
+    tools.says("#source .amount-shown", "100 %")
+    page.click("#source .sketch-on")
+    page.click("#source .colours label:nth-child(4)")
+    page.locator("#source .sketch").scroll_into_view_if_needed()
+    box = page.locator("#source .sketch").bounding_box()
 
     def stroke() -> None:
         page.mouse.move(box["x"] + 50, box["y"] + 50)
@@ -147,10 +147,10 @@ def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
         page.mouse.up()
 
     draws_anew(page, stroke)
-    draws_anew(page, lambda: page.click("#camera-on"))
+    draws_anew(page, lambda: page.click("#source .camera-on"))
     page.click("#four")  # of the picture too
     playwright.expect(page.locator("#grid button").first).to_be_visible()
-    draws_anew(page, lambda: page.click("#source-off"))
+    draws_anew(page, lambda: page.click("#source .off"))
     assert "--image" not in page.locator("#command").inner_text()
 
 
@@ -160,7 +160,7 @@ def test_it_draws_from_what_is_dropped_or_pasted(tools) -> None:
     tools.shows("a dog")
     title = f"a dog, seed {page.input_value('#seed')}, 3 steps"
     playwright.expect(page.locator("#strip button").first).to_have_attribute("title", title)
-    page.evaluate("document.getElementById('strength').value = 0.05")
+    page.evaluate("document.querySelector('#source .amount').value = 0.05")
 
     def dropped(data: str, name: str, kind: str) -> Any:
         """What a drag carries: a file, or as text what is no file."""
@@ -177,15 +177,15 @@ def test_it_draws_from_what_is_dropped_or_pasted(tools) -> None:
     draws_anew(
         page, lambda: page.dispatch_event("#stage", "drop", {"dataTransfer": dropped(data, "a.png", "image/png")})
     )
-    assert is_green(page) and page.locator("#source-panel").is_visible()
+    assert is_green(page) and page.locator("#source .panel").is_visible()
     newest, before = page.locator("#strip button").nth(0), page.locator("#strip button").nth(1)
     playwright.expect(newest).to_have_attribute("title", f"{title}, from a picture")
     playwright.expect(before).to_have_attribute("title", title)  # it took the place of the text's own picture
     page.dispatch_event("#stage", "drop", {"dataTransfer": dropped("QUJD", "a.txt", "text/plain")})
-    tools.says("#source-said", "That is no picture that this browser can read.")
-    draws_anew(page, lambda: page.click("#source-off"))
+    tools.says("#source .said", "That is no picture that this browser can read.")
+    draws_anew(page, lambda: page.click("#source .off"))
     page.dispatch_event("#prompt", "drop", {"dataTransfer": dropped("QUJD", "", "")})
-    assert page.locator("#source-panel").is_hidden() and page.input_value("#prompt") == "a dog"
+    assert page.locator("#source .panel").is_hidden() and page.input_value("#prompt") == "a dog"
     page.evaluate(
         """async (data) => {
           const blob = new Blob([Uint8Array.from(atob(data), (sign) => sign.charCodeAt())], { type: "image/png" });
@@ -196,7 +196,7 @@ def test_it_draws_from_what_is_dropped_or_pasted(tools) -> None:
     page.focus("#prompt")
     draws_anew(page, lambda: page.keyboard.press("Control+V"))
     assert is_green(page) and page.input_value("#prompt") == "a dog"
-    draws_anew(page, lambda: page.click("#source-off"))
+    draws_anew(page, lambda: page.click("#source .off"))
 
 
 def test_another_model_is_offered_other_things(embedded, open_page) -> None:
@@ -216,7 +216,8 @@ def test_another_model_is_offered_other_things(embedded, open_page) -> None:
 
     opened.page.route_web_socket(re.compile("/v1/stream"), between)
     opened.go().says("#examples", "lighthouse")
-    assert opened.page.locator("#source").is_hidden() and opened.page.locator("#vocabulary").is_hidden()
+    for part in ("source", "condition", "loras", "guided", "vocabulary"):
+        assert opened.page.locator(f"#{part}").is_hidden(), part
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")

@@ -1,0 +1,277 @@
+// A picture that is drawn from, or under: a file, what is drawn here, or a camera. All end on one canvas, whose file goes to the server.
+
+const MOST = 250_000; // bytes that the server takes of a picture
+const SIDE = 256; // pixels of the canvas that is drawn on, at least
+const PAUSE = 80; // ms between two pictures of a camera or a stroke, at least
+const SWATCHES = {
+  black: "#1d1b19", white: "#ffffff", red: "#e5484d", orange: "#f76b15", yellow: "#ffd60a",
+  green: "#46a758", blue: "#0090ff", purple: "#8e4ec6", pink: "#ff8dcf", brown: "#8d6e53",
+};
+
+/** Events: "change" when the picture or its amount is another. current: {blob, bytes} or null.
+ *
+ * root: a fieldset, which gets the parts of the template "picture-input". amount: what its slider says; most, value: of the slider;
+ * paper, pen: the colours that drawing begins with; exact: whether files are without a loss where they can be.
+ */
+export class PictureInput extends EventTarget {
+  #root;
+  #canvas;
+  #paper;
+  #drawn; // how it is drawn: {paper, pen, exact}
+  #kind = null; // file, sketch, camera
+  #video = null;
+  #size = [64, 64];
+  #last = 0;
+  #timer = 0;
+  #pen = null; // where the stroke is
+  #colour;
+
+  constructor(root, { amount, most = 1, value, camera = true, paper = "white", pen = "black", exact = false }) {
+    super();
+    this.current = null;
+    this.isBusy = () => false; // whether the last one is still being drawn
+    root.append(document.getElementById("picture-input").content.cloneNode(true));
+    this.#root = root;
+    this.#canvas = this.#find("sketch");
+    this.#canvas.setAttribute("aria-label", root.querySelector("legend").textContent);
+    this.#paper = this.#canvas.getContext("2d");
+    this.#drawn = { paper: SWATCHES[paper], exact };
+    this.#colour = SWATCHES[pen];
+    Object.assign(this.#find("amount"), { min: 0.05, max: most, step: 0.05, value });
+    this.#find("amount").setAttribute("aria-label", amount);
+    this.#find("amount-name").textContent = amount;
+    this.#find("camera-on").hidden = !camera;
+    this.#on("file", "change", ({ target }) => target.files[0] && this.take(target.files[0]).finally(() => (target.value = "")));
+    this.#on("sketch-on", "click", () => (this.#kind === "sketch" ? this.clear() : this.#sketch()));
+    this.#on("camera-on", "click", () => (this.#kind === "camera" ? this.clear() : this.#film()));
+    this.#on("off", "click", () => this.clear());
+    this.#on("amount", "input", () => {
+      this.#showAmount();
+      this.#tell();
+    });
+    this.#on("wipe", "click", () => {
+      this.#blank();
+      this.#changed();
+    });
+    this.#showAmount();
+    this.#fillSwatches(pen);
+    this.#takeStrokes();
+  }
+
+  /** How much of it is taken; undefined without a picture. */
+  get amount() {
+    return this.current ? Number(this.#find("amount").value) : undefined;
+  }
+
+  /** Of the image API; null without a picture. */
+  get blob() {
+    return this.current?.blob ?? null;
+  }
+
+  get isOffered() {
+    return !this.#root.hidden;
+  }
+
+  holds(target) {
+    return this.#root.contains(target);
+  }
+
+  /** Whether the model takes one, and the size of what it draws, such as 64x64. */
+  offer(possible, size) {
+    this.#root.hidden = !possible;
+    this.#size = size.split("x").map(Number);
+    if (!this.#kind) return;
+    if (possible) this.#changed();
+    else this.clear();
+  }
+
+  /** A file, or what was pasted or dropped. */
+  async take(file) {
+    try {
+      const bitmap = await createImageBitmap(file);
+      this.#become("file");
+      this.#cover(bitmap, bitmap.width, bitmap.height);
+      this.#changed();
+    } catch {
+      this.#say("That is no picture that this browser can read.");
+    }
+  }
+
+  clear() {
+    this.#become(null);
+    this.current = null;
+    this.#tell();
+  }
+
+  #sketch() {
+    const had = this.#kind !== null; // one draws on what is there
+    this.#become("sketch");
+    if (!had) this.#blank();
+    this.#changed();
+  }
+
+  async #film() {
+    try {
+      const stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 640, facingMode: "user" } });
+      this.#become("camera");
+      this.#video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
+      await this.#video.play();
+      this.#look();
+    } catch (error) {
+      this.#say(navigator.mediaDevices ? `No camera: ${error.message}` : "A camera needs https, or this machine's own address.");
+    }
+  }
+
+  /** The camera's picture, as soon as the last one is drawn. */
+  #look() {
+    if (!this.#video) return;
+    if (!this.isBusy() && !document.hidden && this.#video.videoWidth) {
+      this.#paper.save();
+      this.#paper.setTransform(-1, 0, 0, 1, this.#canvas.width, 0); // as in a mirror
+      this.#cover(this.#video, this.#video.videoWidth, this.#video.videoHeight);
+      this.#paper.restore();
+      this.#changed();
+    }
+    this.#timer = setTimeout(() => this.#look(), PAUSE);
+  }
+
+  #become(kind) {
+    clearTimeout(this.#timer);
+    for (const track of this.#video?.srcObject.getTracks() ?? []) track.stop();
+    this.#video = null;
+    this.#kind = kind;
+    const [width, height] = this.#size;
+    const scale = Math.max(1, SIDE / Math.max(width, height));
+    const sides = [width, height].map((side) => Math.round(side * scale));
+    if (this.#canvas.width !== sides[0] || this.#canvas.height !== sides[1]) [this.#canvas.width, this.#canvas.height] = sides;
+    this.#find("panel").hidden = kind === null;
+    this.#find("off").hidden = kind === null;
+    this.#find("brushes").hidden = kind !== "sketch";
+    this.#canvas.classList.toggle("drawing", kind === "sketch");
+    for (const name of ["sketch", "camera"]) this.#find(`${name}-on`).setAttribute("aria-pressed", String(kind === name));
+    this.#say("");
+  }
+
+  #cover(image, width, height) {
+    const { width: wide, height: high } = this.#canvas;
+    const scale = Math.max(wide / width, high / height);
+    this.#paper.fillStyle = this.#drawn.paper;
+    this.#paper.fillRect(0, 0, wide, high);
+    this.#paper.imageSmoothingQuality = "high";
+    this.#paper.drawImage(image, (wide - width * scale) / 2, (high - height * scale) / 2, width * scale, height * scale);
+  }
+
+  #blank() {
+    this.#paper.fillStyle = this.#drawn.paper;
+    this.#paper.fillRect(0, 0, this.#canvas.width, this.#canvas.height);
+  }
+
+  /** The canvas as a file of the model's size. */
+  async #changed() {
+    const kind = this.#kind;
+    const [width, height] = this.#size;
+    const small = new OffscreenCanvas(width, height);
+    const paper = small.getContext("2d");
+    paper.imageSmoothingQuality = "high";
+    paper.drawImage(this.#canvas, 0, 0, width, height);
+    const exactly = this.#drawn.exact || width * height <= 128 * 128 ? [{ type: "image/png" }] : [];
+    let blob = null;
+    for (const kind of [...exactly, { type: "image/webp", quality: 0.9 }, { type: "image/jpeg", quality: 0.7 }]) {
+      if (!blob || blob.size > MOST) blob = await small.convertToBlob(kind);
+    }
+    const bytes = await blob.arrayBuffer();
+    if (this.#kind !== kind || kind === null) return;
+    this.current = { blob, bytes };
+    this.#tell();
+  }
+
+  #tell() {
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #find(name) {
+    return this.#root.querySelector(`.${name}`);
+  }
+
+  #on(name, type, act) {
+    this.#find(name).addEventListener(type, act);
+  }
+
+  #showAmount() {
+    this.#find("amount-shown").textContent = `${Math.round(100 * Number(this.#find("amount").value))} %`;
+  }
+
+  #say(text) {
+    this.#find("said").textContent = text;
+  }
+
+  #takeStrokes() {
+    const canvas = this.#canvas;
+    const at = ({ clientX, clientY }) => {
+      const box = canvas.getBoundingClientRect();
+      return [((clientX - box.x) * canvas.width) / box.width, ((clientY - box.y) * canvas.height) / box.height];
+    };
+    canvas.addEventListener("pointerdown", (event) => {
+      if (this.#kind !== "sketch") return;
+      canvas.setPointerCapture(event.pointerId);
+      this.#pen = at(event);
+      this.#stroke(this.#pen);
+    });
+    canvas.addEventListener("pointermove", (event) => this.#pen && this.#stroke(at(event)));
+    for (const end of ["pointerup", "pointercancel"]) {
+      canvas.addEventListener(end, () => {
+        if (this.#pen) this.#changed();
+        this.#pen = null;
+      });
+    }
+  }
+
+  #stroke(to) {
+    const paper = this.#paper;
+    Object.assign(paper, { strokeStyle: this.#colour, lineWidth: (Number(this.#find("brush").value) * this.#canvas.width) / SIDE, lineCap: "round" });
+    paper.beginPath();
+    paper.moveTo(...this.#pen);
+    paper.lineTo(...to);
+    paper.stroke();
+    this.#pen = to;
+    if (performance.now() - this.#last < PAUSE || this.isBusy()) return;
+    this.#last = performance.now();
+    this.#changed();
+  }
+
+  #fillSwatches(first) {
+    const made = Object.entries(SWATCHES).map(([name, colour]) => {
+      const box = Object.assign(document.createElement("input"), { type: "radio", name: `${this.#root.id}-colour`, checked: name === first });
+      box.setAttribute("aria-label", name);
+      box.addEventListener("change", () => (this.#colour = colour));
+      const dot = document.createElement("span");
+      dot.style.background = colour;
+      const label = document.createElement("label");
+      label.append(box, dot);
+      return label;
+    });
+    this.#find("colours").replaceChildren(...made);
+  }
+}
+
+/** What is dropped or pasted goes where it is dropped or where the focus is, else to the first input that the model has. */
+export function takeFiles(inputs) {
+  const give = (file, target) => {
+    const offered = inputs.filter((one) => one.isOffered);
+    return (offered.find((one) => one.holds(target)) ?? offered[0])?.take(file);
+  };
+  for (const name of ["dragover", "drop"]) {
+    addEventListener(name, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return; // text goes where it is dropped
+      event.preventDefault();
+      const [file] = event.dataTransfer.files; // none before it is dropped
+      if (file) give(file, event.target);
+    });
+  }
+  addEventListener("paste", (event) => {
+    const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
+    if (!file) return;
+    event.preventDefault();
+    give(file, event.target);
+  });
+}
