@@ -79,7 +79,7 @@ def real_cases(make_folder: Callable[[str], Path]) -> Callable[[str, int], Case]
 def export(folder: Path, module, inputs: dict[str, torch.Tensor], outputs=("y",), opset: int = 23) -> Case:
     store = WeightStore(folder / WEIGHTS_FILE)
     with torch.inference_mode():
-        stage = _export(module.eval(), inputs, outputs, store, opset)
+        stage = _export(module.eval(), inputs, dict.fromkeys(outputs, ()), store, opset)
     return Case(module, stage, store, {name: tensor.numpy() for name, tensor in inputs.items()})
 
 
