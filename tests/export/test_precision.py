@@ -1,6 +1,10 @@
 """The modules that are found to need float32: angles, overflows, logits, and what the error that is left asks for."""
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+import re
+from itertools import pairwise
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.export.precision import TYPES, emulate, find_islands, lower
 from imagine_flash.tests.lowering_cases import NUMPY, OPSETS, error, export, graph, inferred
+
+CLEAR = Path("/proc/self/clear_refs")
 
 
 class Overflow(torch.nn.Module):
@@ -127,6 +133,25 @@ def test_a_large_activation_beside_a_mask_still_counts(tmp_path):
     assert set(case.islands("fp16")) == {"choose", "softmax"}
     case = graph(tmp_path, nodes, constants, np.array([[10.0, 0.0, 0.0]], np.float32))
     assert case.islands("fp16") == {}
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's /proc")
+def test_no_value_is_kept_while_all_are_measured(tmp_path):
+    """All values of a decoder were there at once, gigabytes of one of full size, since its own output ended the graph."""
+    names = ["x", *(f"v{i}" for i in range(40)), "y"]
+    nodes = [helper.make_node("Sigmoid", [a], [b], b) for a, b in pairwise(names)]
+    case, size = graph(tmp_path, nodes, {}, np.zeros((1, 2**21), np.float32)), 2**23  # bytes of a value
+    CLEAR.write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    find_islands(case.stage, case.store, "fp16", [case.feed], limit=1.0)
+    assert resident("VmHWM") - before < 16 * size
+
+
+def resident(kind: str) -> int:
+    """Bytes of memory that this process has, or had at most."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 @pytest.mark.parametrize(
