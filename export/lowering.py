@@ -101,7 +101,7 @@ class _Lowering:
     def __init__(
         self, stage: StageGraph, store: WeightStore, half: int, islands: frozenset[str], *, keep_weights: bool
     ) -> None:
-        """keep_weights: large weights stay in float32, behind a Cast."""
+        """keep_weights: large weights that are not stored in half precision stay in float32, behind a Cast."""
         self.stage, self.store, self.half, self.keep_weights = stage, store, half, keep_weights
         self.tensors = inferred_values(stage)
         self.types = {name: tensor.elem_type for name, tensor in self.tensors.items()}  # of lowered values, afterwards
@@ -181,7 +181,7 @@ class _Lowering:
         bounded = _bounded(values, self.half)
         if not np.array_equal(values, bounded, equal_nan=True):
             ref = self.store.add(bounded)
-        if self.keep_weights or (TensorProto.FLOAT in kinds and ref.stored != self.half):
+        if ref.stored != self.half and (self.keep_weights or TensorProto.FLOAT in kinds):
             return ref
         self.types[name] = self.half
         return self.store.lower(ref, self.half)
