@@ -296,7 +296,8 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     }
     answer = http.post("/sdapi/v1/txt2img", content=json.dumps(odd), headers={"content-type": "application/json"})
     assert answer.status_code == 200 and answer.headers["x-ignored"] == "enable_hr, n"
-    assert "NaN" not in answer.text and answer.json()["parameters"]["width"] == 64
+    said = {name: value for name, value in answer.json().items() if name != "images"}  # whose base64 may spell it
+    assert "NaN" not in json.dumps(said) and answer.json()["parameters"]["width"] == 64
     full_width = http.post("/v1/images/generations", json={"prompt": "a cat", "size": "\uff14x\uff14"})
     assert full_width.status_code == 400 and "size must be WIDTHxHEIGHT" in full_width.text
 
