@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,7 +20,9 @@ def server(
     start_server: Callable[..., ServerProcess], tiny_student: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> ServerProcess:
     folder = tmp_path_factory.mktemp("any") / "artifact"
-    export_student(tiny_student, folder, options=ExportOptions(any_size=(32, 96), steps=(1,), batch=(1, 2)))
+    free: Any = {"any_size": (32, 96), "steps": (1,), "batch": (1, 2), "image_encoder": False}
+    manifest = export_student(tiny_student, folder, options=ExportOptions(precision="fp16", **free))
+    assert manifest.parity["stages_1"]["psnr"] >= 35  # in half precision too
     return start_server("--model", folder, "--backend", "onnxruntime")
 
 
