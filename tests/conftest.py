@@ -50,9 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def once_a_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """once_a_run(name, make): the folder that make(folder) wrote, once for all worker processes of a run; read it only."""
+    """once_a_run(name, make): the folder that make(folder) wrote, once for all worker processes of a run; read it only. Where
+    IMAGINE_FLASH_TEST_FOLDER names a folder, once for all runs that share it."""
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+    if several := os.environ.get("IMAGINE_FLASH_TEST_FOLDER"):
+        shared = Path(several)
+        shared.mkdir(parents=True, exist_ok=True)
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
         from filelock import FileLock

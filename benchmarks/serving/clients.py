@@ -150,6 +150,10 @@ class HttpClient:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=NO_ANSWER_AFTER)
 
+    def connect_again(self) -> None:
+        """On a new connection with the next request: a server closes one that has rested for a minute."""
+        self._connection.close()
+
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body. Raises OSError."""
         self._connection.request("GET", path)

@@ -128,6 +128,7 @@ def post_all(clients: Sequence[HttpClient], requests: Sequence[GenerateRequest],
 
     def work(client: HttpClient) -> Load:
         own = Load(sample=found.sample)
+        client.connect_again()
         while todo:
             try:
                 request = todo.popleft()

@@ -18,10 +18,10 @@ ONE = {"steps": (2,), "batch": (1, 2)}
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
-def lowered(request, tiny_student, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param) / "artifact"
+def lowered(request, tiny_student, once_a_run):
     options = ExportOptions(precision=request.param, formats=("onnx", "tensorrt"), **ONE)
-    return export_student(tiny_student, folder, options=options), folder
+    folder = once_a_run(request.param, lambda out: export_student(tiny_student, out, options=options))
+    return read_artifact_manifest(folder), folder
 
 
 @pytest.mark.slow
