@@ -15,7 +15,7 @@ from imagine_flash.models.describe import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import control, pipelines
 from imagine_flash.tests.engine.server.conftest import Opened, png
-from imagine_flash.tests.engine.server.test_page_tools import draws_anew
+from imagine_flash.tests.engine.server.test_page_tools import draw_a_line, draws_anew
 from imagine_flash.tests.loras import ATTENTION, write_lora
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -123,16 +123,7 @@ def test_a_condition_is_drawn_dropped_and_pasted_where_it_belongs(url: str, open
     draws_anew(page, lambda: page.click("#source .off"))
     draws_anew(page, lambda: page.click("#condition .off"))
     draws_anew(page, lambda: page.click("#condition .sketch-on"))
-    page.locator("#condition .sketch").scroll_into_view_if_needed()
-    box = page.locator("#condition .sketch").bounding_box()
-
-    def stroke() -> None:
-        page.mouse.move(box["x"] + 50, box["y"] + 50)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 120, box["y"] + 120, steps=4)
-        page.mouse.up()
-
-    draws_anew(page, stroke)
+    draws_anew(page, lambda: draw_a_line(page, "#condition .sketch"))
     ink = page.evaluate(
         "[...document.querySelector('#condition .sketch').getContext('2d').getImageData(0, 0, 256, 256).data]"
     )

@@ -124,6 +124,16 @@ def draws_anew(page: Any, act: Callable[[], object]) -> None:
         page.wait_for_timeout(20)
 
 
+def draw_a_line(page: Any, canvas: str) -> None:
+    """With the mouse, on the canvas of that selector."""
+    page.locator(canvas).scroll_into_view_if_needed()
+    box = page.locator(canvas).bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + 120, steps=4)
+    page.mouse.up()
+
+
 def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
     page = tools.page
     page.fill("#prompt", "a cat")
@@ -137,16 +147,7 @@ def test_it_draws_from_a_file_a_sketch_and_a_camera(tools) -> None:
     tools.says("#source .amount-shown", "100 %")
     page.click("#source .sketch-on")
     page.click("#source .colours label:nth-child(4)")
-    page.locator("#source .sketch").scroll_into_view_if_needed()
-    box = page.locator("#source .sketch").bounding_box()
-
-    def stroke() -> None:
-        page.mouse.move(box["x"] + 50, box["y"] + 50)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 120, box["y"] + 120, steps=4)
-        page.mouse.up()
-
-    draws_anew(page, stroke)
+    draws_anew(page, lambda: draw_a_line(page, "#source .sketch"))
     draws_anew(page, lambda: page.click("#source .camera-on"))
     page.click("#four")  # of the picture too
     playwright.expect(page.locator("#grid button").first).to_be_visible()
