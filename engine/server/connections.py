@@ -147,6 +147,7 @@ class Connection(_EndsForSlowReaders, HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.unasked.pop(self, None)
         self._close_in(None)
+        self._unset_keepalive_if_required()  # uvicorn keeps it of a connection that was reset, and the connection with it
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

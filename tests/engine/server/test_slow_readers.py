@@ -1,7 +1,9 @@
 """Who does not read what was asked for keeps neither memory nor the server's end waiting."""
 
+import gc
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -162,3 +164,19 @@ def test_at_its_end_the_server_reads_the_rest_of_a_request(serve) -> None:
         time.sleep(0.5)
         slow.sendall(data[5:])
         assert slow.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_of_a_connection_that_is_reset_nothing_is_kept(serve: Callable[..., tuple[uvicorn.Server, int]]) -> None:
+    """Who closes with a part of the answer unread resets the connection; uvicorn would keep it for its keep-alive time."""
+    server, port = serve()
+    for _ in range(8):
+        with connect(port, b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n") as connection:
+            assert connection.recv(8) == b"HTTP/1.1"
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: not server.server_state.connections)
+
+    def kept() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), connections.Connection) for one in gc.get_objects())
+
+    wait_until(lambda: kept() == 0)
