@@ -244,17 +244,24 @@ def bench_report_command(
     ] = None,
     any_machine: Annotated[bool, flag("--any-machine", help="Also records of different machines.")] = False,
 ) -> None:
-    """Write a record's table into a Markdown file, and its plot beside the record; of a study or an evaluation the table alone."""
+    """Write a record's table into a Markdown file, and its plot beside the record; of a study or an evaluation the tables, and
+    with a record of `bench latency` the plot of quality against time."""
     needs("bench", "matplotlib")
+    from ..benchmarks.quality.plots import plot_against_time
     from ..benchmarks.quality.tables import quality_as_markdown, read_quality
     from ..benchmarks.records import joined, plot, put_between, update_table_in
     from ..benchmarks.schema import read_record
 
-    if not also and (quality := read_quality(record)) is not None:
+    further = [read_record(path) for path in also or ()]
+    if (quality := read_quality(record)) is not None:
         put_between(into, quality_as_markdown(quality), marker or record.stem)
-        say(f"wrote the table in {into}")
+        say(f"wrote the tables in {into}")
+        if further:
+            picture = record.with_name(f"{record.stem}_time.png")
+            plot_against_time(quality, joined(further, any_machine=any_machine), picture)
+            say(f"wrote {picture}")
         return
-    found = joined([read_record(path) for path in (record, *(also or ()))], any_machine=any_machine)
+    found = joined([read_record(record), *further], any_machine=any_machine)
     update_table_in(into, found, marker or record.stem)
     plot(found, record.with_suffix(".png"))
     say(f"wrote the table in {into} and {record.with_suffix('.png')}")

@@ -100,7 +100,8 @@ def _pictures(
         return None
     if prompts:
         raise RecipeError(
-            "this recipe needs pictures, which prompts alone have not; leave out 'adversarial', or take another method"
+            "this recipe needs pictures, which prompts alone have not; leave out 'adversarial' and 'backward_distillation', "
+            "or take another method"
         )
     path, side = run / "latents.safetensors", teacher.stages.default_size[0]
     with processes().main_process_first():

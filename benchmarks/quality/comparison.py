@@ -28,26 +28,26 @@ SCENES: dict[str, Scene] = {
     ),
 }
 PROMPTS = tuple(SCENES)
-_SCALE, _LABEL, _GAP = 2, 170, 2
+_GAP = 2
 
 
-def comparison_grid(shown: list[Method]) -> Image.Image:
-    """Draw PROMPTS with every method; rendered scenes are examples of the same captions."""
+def comparison_grid(shown: list[Method], *, scale: int = 2, label: int = 170) -> Image.Image:
+    """Draw PROMPTS with every method; rendered scenes are examples of the same captions. label: pixels for the names."""
     rows = [method.draw(_prompts())[0] for method in shown]
-    pictures = grid(np.concatenate(rows), columns=len(PROMPTS), scale=_SCALE, gap=_GAP)
-    height = rows[0].shape[1] * _SCALE
-    sheet = Image.new("RGB", (pictures.width + _LABEL, pictures.height + 44), "white")
-    sheet.paste(pictures, (_LABEL, 44))
+    pictures = grid(np.concatenate(rows), columns=len(PROMPTS), scale=scale, gap=_GAP)
+    height = rows[0].shape[1] * scale
+    sheet = Image.new("RGB", (pictures.width + label, pictures.height + 44), "white")
+    sheet.paste(pictures, (label, 44))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, method in enumerate(shown):
-        pen.text((8, 44 + i * (height + _GAP * _SCALE) + height // 2 - 8), method.name, fill="black", font=font)
+        pen.text((8, 44 + i * (height + _GAP * scale) + height // 2 - 8), method.name, fill="black", font=font)
     small = ImageFont.load_default(11)
     for i, prompt in enumerate(PROMPTS):
         words, lines = prompt.split(), [""]
         for word in words:
             lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1] + word) < 20 else [*lines, word]
         pen.multiline_text(
-            (_LABEL + i * (height + _GAP * _SCALE), 2), "\n".join(lines), fill="black", font=small, spacing=1
+            (label + i * (height + _GAP * scale), 2), "\n".join(lines), fill="black", font=small, spacing=1
         )
     return sheet
 

@@ -25,11 +25,10 @@ from ...folders.reading import read_student_manifest
 from .comparison import comparison_grid
 from .judge import FEATURES, FEWEST, Judge, load_judge
 from .measure import Measured, PictureStore
-from .method import Method
+from .method import REFERENCE, Method
 from .methods import table_of_methods
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread, unbiased_frechet_distance
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
-from .tables import REFERENCE
 
 RESAMPLES, WIDEST = 200, 46  # draws of a bootstrap; letters of a row's name beside its bar
 NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square

@@ -11,6 +11,7 @@ import torch
 from .prompts import Prompts
 
 Latents = torch.Tensor | None
+REFERENCE = "teacher, 25 steps"  # the row that all others are compared with
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from ...distill.student import distill
 from ...folders.files import atomic_file, hash_folder, sha256_file
 from ...folders.manifests import StudentManifest
 from ...folders.reading import read_student_manifest
+from .comparison import comparison_grid
 from .cost import updates_within
 from .evaluate import Kinds, compare, measured
 from .judge import FEWEST, load_judge
@@ -85,7 +86,7 @@ def slug(name: str) -> str:
 def run_study(
     path: Path, teacher_folder: Path, judge_file: Path, out: Path, *, font: Path | None = None
 ) -> dict[str, Any]:
-    """Train and measure every variant; write `out`.json after each of them and return the record.
+    """Train and measure every variant; write `out`.json and `out`.png after each of them and return the record.
 
     Students and pictures are kept in `out`.run. Errors: RecipeError for a study or variant that is not valid, ArtifactError for
     a folder that is no teacher or a run of another study.
@@ -102,9 +103,10 @@ def run_study(
         return measured(methods, seen, unseen, judge, store, console)
 
     methods = [rendered_scenes(font), reconstructions(teacher, font)]
-    methods += [teacher_row(teacher, steps, study.guidance) for steps in dict.fromkeys((25, *study.teacher_steps))]
+    numbers = dict.fromkeys((25, *study.teacher_steps))
+    methods += [teacher_row(teacher, steps, study.guidance, shown=True) for steps in numbers]
     methods += [solver_row(teacher, s, steps, study.guidance) for s in study.solvers for steps in study.teacher_steps]
-    found = pictures_of(methods, "references")
+    found, shown = pictures_of(methods, "references"), [method for method in methods if method.shown]
     record: dict[str, Any] = {"question": study.question, "schema": 2, "split": study.split, "sha256": hashes}
     record |= {"n": {"seen": study.count, "held_out": study.held_out}, "guidance": study.guidance}
     record |= {"judge_accuracy": accuracy, "threads": torch.get_num_threads(), "budget": study.budget, "variants": {}}
@@ -118,10 +120,17 @@ def run_study(
         found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
         record["rows"] += compare(rows, found, judge)
-        with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
-            Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        shown += rows
+        _write(record, shown, out)
         console.print(as_rich(record))
     return record
+
+
+def _write(record: dict[str, Any], shown: list[Method], out: Path) -> None:
+    with atomic_file(out.with_name(f"{out.name}.png")) as temporary:
+        comparison_grid(shown, scale=1, label=250).save(temporary, format="PNG")
+    with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
+        Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _student_of(
@@ -139,7 +148,7 @@ def _student_of(
 def student_rows(variant: str, student: Model, manifest: StudentManifest) -> list[Method]:
     """A row for each plan that the variant was trained for, drawn as its manifest says."""
     rows = [
-        student_row(student, plan, manifest.sampler, corrected=manifest.noise_correction)
+        student_row(student, plan, manifest.sampler, corrected=manifest.noise_correction, shown=True)
         for _, plan in sorted(manifest.step_plans.items(), reverse=True)
     ]
-    return [replace(row, name=f"{variant}: {row.name.partition(', no')[0]}", shown=False) for row in rows]
+    return [replace(row, name=f"{variant}: {row.name.partition(', no')[0]}") for row in rows]

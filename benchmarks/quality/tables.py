@@ -10,8 +10,9 @@ import yaml
 from rich.table import Table
 
 from ..records import markdown_table
+from .method import REFERENCE
+from .published import published_as_markdown
 
-REFERENCE = "teacher, 25 steps"  # what all other rows are compared with
 ATTRIBUTES = ("all", "object", "relation", "background", "pattern")
 HEADINGS = ("method", "calls", *ATTRIBUTES, "held out", "FD (judge)", "x teacher")
 
@@ -74,8 +75,10 @@ def read_quality(file: Path) -> dict[str, Any] | None:
 
 
 def quality_as_markdown(record: dict[str, Any]) -> str:
-    """Of a study the question and what each variant changes; the table, and the further measures."""
+    """Of a study the question and what each variant changes; the table, the further measures, and the paper's figures beside."""
     tables = [as_markdown(record), "", more_as_markdown(record)]
+    if beside := published_as_markdown(record):
+        tables += ["", beside]
     if "variants" not in record:
         return "\n".join(tables)
     lines = [record["question"], ""]

@@ -5,7 +5,8 @@
     L = w(t) || x0hat(f_Phi^k(chi), eps_Phi, gamma(t)) - x0_Theta ||^2  (- share x D(x0_Theta))
 
 f is one deterministic step, Phi the guided teacher, Theta the student, x0_Theta its prediction at x_{T->t}. What the paper
-leaves open (gamma, k, eps', the discriminator's form) is a field of the recipe.
+leaves open (gamma, k, eps', the discriminator's form) is a field of the recipe. Its ablation leaves each part out: without
+backward distillation x_t = alpha_t x0 + sigma_t eps of a picture x0, at t = T too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class Adversarial(Frozen):
 
 class ImagineFlashRecipe(DistillRecipe):
     method: Literal["imagine_flash"] = "imagine_flash"
+    backward_distillation: bool = (
+        True  # False: pictures with noise instead of the student's own states, as others train
+    )
     shifted: bool = True  # shifted reconstruction loss; False: the teacher starts from the student's own state
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
     renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
@@ -64,6 +68,8 @@ def draw(draws: Draws, recipe: ImagineFlashRecipe) -> Batch:
     plain = bool(draws.shared.random() < recipe.plain_share)
     batch: Batch = {"x_T": draws.noise(), "fresh": draws.noise(), "guidance": draws.uniform(*recipe.guidance)}
     batch |= {"plan": plan, "index": index, "shifted": recipe.shifted and not plain}
+    if not recipe.backward_distillation:
+        batch["data"] = draws.data()
     if (settings := recipe.adversarial) is not None:
         batch["real"] = draws.data()
         batch["t"] = draws.times(*(share * draws.last_time for share in settings.noise))
@@ -75,16 +81,20 @@ def draw(draws: Draws, recipe: ImagineFlashRecipe) -> Batch:
 def loss(
     student: Denoiser, teacher: Denoiser, batch: Batch, recipe: ImagineFlashRecipe, companions: Companions
 ) -> torch.Tensor:
-    """batch: x_T, fresh (B, C, h, w) unit noise; guidance (B,); plan, index: the step; shifted: whether the target is."""
+    """batch: x_T, fresh (B, C, h, w) unit noise; guidance (B,); plan, index: the step; shifted: whether the target is; data
+    (B, C, h, w): latents of pictures, where the recipe has no backward distillation."""
     x_T, text, index = batch["x_T"], batch["text"], batch["index"]
     table = table_of(student, recipe.plans[batch["plan"]], noise_correction=recipe.rollout_noise_correction)
     t = int(table.timesteps[index])
-    x_t = rollout(lambda x, time: student(x, time, text), x_T, table, index)
+    if recipe.backward_distillation:
+        x_t = rollout(lambda x, time: student(x, time, text), x_T, table, index)
+    else:
+        x_t = teacher.noised(batch["data"], x_T, t)
     x0, eps = student.x0_eps(x_t, t, text)
     start, start_t = x_t, t
     if batch["shifted"]:
         start_t = shifted_time(t, recipe.gamma)
-        own = x_T if index == 0 and recipe.rollout_noise_correction else eps  # what its own step goes on with
+        own = x_t if index == 0 and recipe.rollout_noise_correction else eps  # what its own step goes on with
         noise = choose_noise(recipe.renoise, own, batch["fresh"], x_T)
         start = teacher.noised(x0.detach(), noise.detach(), start_t)  # chi
     guidance = batch["guidance"]
@@ -126,5 +136,5 @@ METHOD = Method(
     draw=draw,
     loss=loss,
     companions=companions,
-    pictures=lambda recipe: recipe.adversarial is not None,
+    pictures=lambda recipe: recipe.adversarial is not None or not recipe.backward_distillation,
 )

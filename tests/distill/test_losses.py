@@ -75,6 +75,25 @@ def test_who_is_asked_when() -> None:
         assert student.calls == [999, 666] and teacher.calls == times
 
 
+def test_without_backward_distillation_the_student_sees_pictures_with_noise() -> None:
+    """At t = T too: it is asked once, where alpha x0 + sigma eps of the picture is, and the teacher starts from there."""
+    recipe = ImagineFlashRecipe.model_validate({"backward_distillation": False, "shifted": False, "fit": FIT})
+    draw = torch.Generator().manual_seed(5)
+    x_T, data = torch.randn(2, 5, 3, 4, 4, generator=draw)
+    text = (torch.zeros(5, 2, 3),)
+    batch = {"x_T": x_T, "fresh": x_T, "data": data, "text": text, "uncond": text, "guidance": torch.ones(5)}
+    for index, t in enumerate(recipe.plans[3]):
+        teacher, student = point_denoiser(), point_denoiser(0.3)
+        seen: list[torch.Tensor] = []
+        for network in (student.network, teacher.network):
+            network.register_forward_pre_hook(lambda _, args, kept=seen: kept.append(args[0][:5].clone()))
+        loss(student, teacher, batch | {"plan": 3, "index": index, "shifted": False}, recipe, {})
+        alpha, sigma = (float(f) for f in teacher.schedule.at(t))
+        assert student.network.calls == [t] and teacher.network.calls[0] == t
+        for state in seen[:2]:
+            torch.testing.assert_close(state, alpha * data + sigma * x_T, atol=1e-5, rtol=0)
+
+
 def test_the_rollout_keeps_no_graph_and_equals_the_reference() -> None:
     denoiser = point_denoiser(0.2)
     table = update_table(denoiser.schedule, StepPlan((999, 666, 333)), "v_prediction")

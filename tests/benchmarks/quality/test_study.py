@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from imagine_flash.benchmarks.quality import evaluate
@@ -110,6 +111,8 @@ def test_the_whole_study_and_how_it_goes_on(
     assert names[4:] == [f"{variant}: student, {n} step{'s' * (n > 1)}" for variant in variants for n in (3, 2, 1)]
     assert "fd_ratio" in record["rows"][4] and record["variants"]["fresh"]["training"]["steps"] == 1
     assert json.loads((tmp_path / "out.v1.json").read_text()) == record
+    with Image.open(tmp_path / "out.v1.png") as grid:  # scenes, teacher at 25 and 2 steps, each variant's three plans
+        assert grid.height > 9 * 64
     assert "- **fresh**: `{renoise: fresh}`; 1 updates" in quality_as_markdown(record)
     assert read_quality(tmp_path / "out.v1.json") == record
 
