@@ -10,7 +10,7 @@ import { Picture, Strip } from "./picture.js";
 import { say, sayDrawing } from "./say.js";
 import { Stream } from "./stream.js";
 import { takeAway } from "./takeaway.js";
-import { fromHash, sentence, toHash, whole } from "./text.js";
+import { drawsSize, fromHash, offeredSizes, sentence, toHash, whole } from "./text.js";
 import { fillExamples, fillVocabulary, FIRST } from "./words.js";
 
 const SETTLED = 800; // ms without a change: the picture is meant
@@ -94,7 +94,7 @@ function bringBack(wanted, event = null) {
   if (wanted.prompt !== undefined) prompt.value = wanted.prompt;
   if (wanted.seed !== undefined) seed.value = wanted.seed;
   if (!hello.steps.length || hello.steps.includes(wanted.steps)) choose(wanted.steps ?? steps);
-  if (wanted.size !== undefined && hello.sizes.includes(wanted.size)) size.value = wanted.size;
+  chooseSize(wanted.size);
   if (Object.keys(wanted).length > 1) options.bring(wanted);
   fit();
   draw(event?.timeStamp ?? null);
@@ -206,10 +206,19 @@ function fillSteps() {
 function fillSizes() {
   const before = size.value || fromHash(location.hash).size;
   find("smooth").hidden = !hello.sizes.some(small);
-  size.replaceChildren(...hello.sizes.map((name) => new Option(name.replace("x", " × "), name)));
-  if (hello.sizes.includes(before)) size.value = before;
-  find("size-field").hidden = hello.sizes.length < 2;
+  size.replaceChildren(...offeredSizes(hello).map(sizeOption));
+  chooseSize(before);
+  find("size-field").hidden = size.options.length < 2;
   if (!picture.shown) picture.shape(size.value);
+}
+
+const sizeOption = (name) => new Option(name.replace("x", " × "), name);
+
+/** A size of the strip or of the address, if the model draws it: one of any size need not be among those that are offered. */
+function chooseSize(name) {
+  if (!name || !drawsSize(hello, name)) return;
+  if (![...size.options].some(({ value }) => value === name)) size.append(sizeOption(name));
+  size.value = name;
 }
 
 function offerPictures() {

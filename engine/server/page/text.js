@@ -61,6 +61,23 @@ export function fromHash(hash) {
   return found;
 }
 
+const SHAPES = [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16]; // width over height
+
+/** The sizes of a model, and of one that draws any size the common shapes with as many pixels as its first. */
+export function offeredSizes({ sizes, any_size: any }) {
+  if (!any || !sizes.length) return sizes;
+  const [width, height] = sizes[0].split("x").map(Number);
+  const side = (pixels) => Math.min(any.largest, Math.max(any.smallest, Math.round(pixels / any.multiple) * any.multiple));
+  const shapes = SHAPES.map((ratio) => `${side(Math.sqrt(width * height * ratio))}x${side(Math.sqrt((width * height) / ratio))}`);
+  return [...new Set([...sizes, ...shapes])];
+}
+
+/** Whether the model draws a size such as 640x384. */
+export function drawsSize({ sizes, any_size: any }, name) {
+  const sides = name.split("x").map(Number);
+  return sizes.includes(name) || Boolean(any && sides.every((n) => n >= any.smallest && n <= any.largest && n % any.multiple === 0));
+}
+
 export function toHash({ lora = {}, ...values }) {
   const said = Object.entries(values).filter(([, value]) => value !== undefined && value !== "");
   said.push(...Object.entries(lora).map(([name, weight]) => ["lora", `${name}:${weight}`]));

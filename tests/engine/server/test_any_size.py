@@ -64,3 +64,21 @@ def test_a_stream_draws_it_and_refuses_others(server: ServerProcess) -> None:
         refused, _ = read(socket)
         message = "this engine draws sides of 32 to 96 in multiples of 16, got 72x64; try 64x64"
         assert refused["error"]["message"] == message and refused["error"]["param"] == "size"
+
+
+def test_the_page_offers_shapes_and_keeps_the_one_of_an_address(server: ServerProcess, open_page: Any) -> None:
+    pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    opened = open_page(server.url).go("#prompt=a+cat&seed=3&size=96x32")
+    page = opened.page
+    drawn = """([width, height]) => {
+      const image = document.querySelector("#picture img");
+      return image?.naturalWidth === width && image.naturalHeight === height;
+    }"""
+    page.wait_for_function(drawn, arg=[96, 32])
+    offered = page.locator("#size option").evaluate_all("(all) => all.map((one) => one.value)")
+    assert offered == ["64x64", "80x48", "48x80", "96x32"]
+    page.select_option("#size", "48x80")
+    page.wait_for_function(drawn, arg=[48, 80])
+    assert "size=48x80" in page.evaluate("location.hash")
+    assert "--width 48 --height 80" in page.locator("#command").inner_text()
+    assert opened.console == []
