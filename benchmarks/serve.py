@@ -48,9 +48,9 @@ def bench_serve(
     only: Collection[str] = (),
     quick: bool = False,
 ) -> Record:
-    """Check and time everything, write `out`.json and `out`.png, return the record. rounds: of single pictures; a twentieth
-    as many sentences are typed. requests: of "load", and malformed ones. only: some of PARTS; none is all. Raises
-    ImagineFlashError for a wrong picture, and for malformed input that is not refused."""
+    """Check and time everything, write `out`.json and `out`.png after each part, return the record. rounds: of single pictures;
+    a twentieth as many sentences are typed. requests: of "load", and malformed ones. only: some of PARTS; none is all.
+    Raises ImagineFlashError for a wrong picture, and for malformed input that is not refused."""
     _refuse_settings(rounds, requests, only)
     folder = EMBEDDED if model is None else model
     manifest = read_artifact_manifest(folder)
@@ -64,11 +64,14 @@ def bench_serve(
         bench.engine.warm_up()
         parts = _parts(bench, rounds, FEWEST_REQUESTS if quick else requests, quick)
         chosen = [part for name in PARTS if not only or name in only for part in parts[name]]
-        rows = [case for part in track(chosen, description="serve") for case in part()]
-    if not rows:
+        record, rows = None, []
+        for part in track(chosen, description="serve"):
+            rows += part()
+            if rows:
+                record = new_record(QUESTION, rows)
+                save(record, out)
+    if record is None:
         raise ImagineFlashError(f"nothing of {', '.join(only)} can be measured here")
-    record = new_record(QUESTION, rows)
-    save(record, out)
     return record
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from imagine_flash.benchmarks import serve
 from imagine_flash.benchmarks.harness import case_of
 from imagine_flash.benchmarks.schema import Check, read_record
+from imagine_flash.benchmarks.serve import bench_serve
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.tests.commands import fails, start
 
@@ -53,6 +55,22 @@ def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None
         assert rows["load on Ray", 1].extra[way]["lost"] == rows["load on Ray", 1].extra[way]["doubled"] == 0
     assert rows["a greedy client", 3]["beside a greedy client"].n == 5
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_an_error_is_kept(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    def refused(*_: object) -> None:
+        raise ImagineFlashError("not refused as it should be")
+
+    monkeypatch.setattr(serve, "refusals", refused)
+    settings = {"rounds": 5, "only": ("overhead", "malformed"), "quick": True}
+    with pytest.raises(ImagineFlashError, match="not refused"):
+        bench_serve(tmp_path / "serve", model=tiny_artifact, backend="onnxruntime", **settings)  # type: ignore[arg-type]
+    assert [row.case["steps"] for row in read_record(tmp_path / "serve.json").rows] == [1, 3]
 
 
 @pytest.mark.slow
