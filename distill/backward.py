@@ -5,9 +5,11 @@ Kohler et al. 2024 (arXiv 2405.05224), section 3. x_t = alpha_t x0 + sigma_t eps
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,6 +57,10 @@ def table_of(
     return _table(denoiser.schedule, tuple(timesteps), denoiser.prediction_type, noise_correction, how)
 
 
+Solver = Literal["ddim", "dpm_solver++"]
+
+
+@torch.no_grad()
 def teacher_target(
     teacher: Denoiser,
     x: torch.Tensor,
@@ -63,13 +69,40 @@ def teacher_target(
     text: Conditions,
     uncond: Conditions,
     guidance: torch.Tensor | float,
+    *,
+    solver: Solver = "ddim",
 ) -> torch.Tensor:
     """x0hat(f_Phi^k(x), eps_Phi, .): k guided deterministic steps of the frozen teacher down to its clean estimate.
 
     x (B, C, h, w) at time t; text, uncond (B, ...) each; guidance (B,). Returns x0 (B, C, h, w) without gradient.
     """
-    table = table_of(teacher, teacher_plan(t, k).timesteps)
-    return rollout(teacher.guided(text, uncond, guidance), x, table, len(table))
+    times, step = teacher_plan(t, k).timesteps, teacher.guided(text, uncond, guidance)
+    if solver == "dpm_solver++":
+        return dpm_solver(teacher, step, x, times)
+    table = table_of(teacher, times)
+    return rollout(step, x, table, len(table))
+
+
+def dpm_solver(denoiser: Denoiser, step: Step, x: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+    """The clean estimate at the last of `times`, reached from x (B, C, h, w) at the first by DPM-Solver++(2M).
+
+    Lu et al. 2022 (arXiv 2211.01095, algorithm 2): with lambda = log(alpha / sigma) and h its growth in a step,
+    x' = sigma' / sigma x - alpha' (exp(-h) - 1) (x0 + h / (2 h_before) (x0 - x0_before)); the first step is of first order.
+    """
+    before, grown = None, math.inf
+    for now, after in itertools.pairwise(times):
+        x0, _ = denoiser.estimates(x, step(x, now), now)
+        (alpha, sigma), (alpha_after, sigma_after) = (denoiser.scales(time, x) for time in (now, after))
+        h = _log_ratio(alpha_after, sigma_after) - _log_ratio(alpha, sigma)
+        second = before is not None and math.isfinite(h) and math.isfinite(grown)  # not where alpha or sigma is 0
+        estimate = x0 + h / (2 * grown) * (x0 - before) if second else x0
+        x = sigma_after / sigma * x - alpha_after * math.expm1(-h) * estimate
+        before, grown = x0, h
+    return denoiser.estimates(x, step(x, times[-1]), times[-1])[0]
+
+
+def _log_ratio(alpha: float, sigma: float) -> float:
+    return math.inf if sigma == 0 else math.log(alpha / sigma) if alpha else -math.inf
 
 
 def choose_noise(kind: str, own: torch.Tensor, fresh: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from ...pipelines.networks import Conditions
-from ..backward import choose_noise, rollout, shifted_time, table_of, teacher_target
+from ..backward import Solver, choose_noise, rollout, shifted_time, table_of, teacher_target
 from ..discriminator import NetworkFeatures, adversarial_gradient, hinge_loss, r1_penalty
 from ..models import Denoiser
 from ..recipe import DistillRecipe, Frozen, Positive, Share
@@ -44,6 +44,7 @@ class ImagineFlashRecipe(DistillRecipe):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
     renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
     teacher_steps: Positive = 4  # k
+    teacher_solver: Solver = "ddim"  # of these k steps; of few, dpm_solver++ ends nearer to what many end at
     plain_share: Share = (
         0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
     )
@@ -100,7 +101,8 @@ def loss(
     guidance = batch["guidance"]
     if (least := recipe.guidance_at_0) is not None:
         guidance = least + (guidance - least) * (start_t / teacher.last_time)
-    target = teacher_target(teacher, start, start_t, recipe.teacher_steps, text, batch["uncond"], guidance)
+    k, solver = recipe.teacher_steps, recipe.teacher_solver
+    target = teacher_target(teacher, start, start_t, k, text, batch["uncond"], guidance, solver=solver)
     value = loss_weight(recipe.loss_weight, *teacher.scales(t, x0)) * (x0 - target).square().mean()
     if recipe.adversarial is not None:
         (regression,) = torch.autograd.grad(value, x0, retain_graph=True)

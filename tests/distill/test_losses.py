@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from imagine_flash.core.plan import StepPlan
+from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import sample, update_table
-from imagine_flash.distill.backward import choose_noise, rollout, shifted_time, teacher_plan, teacher_target
+from imagine_flash.distill.backward import Solver, choose_noise, rollout, shifted_time, teacher_plan, teacher_target
 from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, loss
+from imagine_flash.distill.models import Denoiser
 from imagine_flash.distill.weighting import loss_weight
-from imagine_flash.tests.distill.toy import point_denoiser
+from imagine_flash.tests.distill.toy import SD_CONFIG, gaussian_denoiser, point_denoiser
 
 FIT = {"steps": 1}
 
@@ -115,6 +117,52 @@ def test_the_teacher_makes_k_steps_down_to_the_clean_estimate() -> None:
     target = teacher_target(denoiser, x, 500, 4, text, text, torch.ones(2))
     assert denoiser.network.calls == [500, 375, 250, 125]
     torch.testing.assert_close(target, denoiser.network.point.expand_as(target), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("t", "k"), [(999, 6), (999, 2), (500, 4), (749, 8), (3, 4)])
+def test_the_second_order_solver_is_diffusers_own(t: int, k: int) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    teacher, text, uncond = gaussian_denoiser(), (torch.full((2, 1, 1), 0.3),), (torch.zeros(2, 1, 1),)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    target = teacher_target(teacher, x, t, k, text, uncond, 2.0, solver="dpm_solver++")
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        {**SD_CONFIG, "_class_name": "DPMSolverMultistepScheduler"}, solver_order=2, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(timesteps=list(teacher_plan(t, k).timesteps))
+    step, state = teacher.guided(text, uncond, 2.0), x
+    for time in scheduler.timesteps:
+        state = scheduler.step(step(state, int(time)), time, state).prev_sample
+    torch.testing.assert_close(target, state, atol=2e-5, rtol=1e-5)
+
+
+def test_with_few_steps_the_second_order_solver_ends_nearer_to_many() -> None:
+    teacher, text = gaussian_denoiser(0.5, 1.2), (torch.zeros(64, 1, 1),)
+    x = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    exact = teacher_target(teacher, x, 999, 500, text, text, 1.0)
+    solvers: tuple[Solver, ...] = ("ddim", "dpm_solver++")
+    ddim, second = (teacher_target(teacher, x, 999, 8, text, text, 1.0, solver=name) for name in solvers)
+    assert (second - exact).square().mean() < 0.2 * (ddim - exact).square().mean()
+
+
+@pytest.mark.parametrize(
+    "config", [{"rescale_betas_zero_snr": True}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}]
+)
+def test_the_second_order_solver_where_no_signal_or_no_noise_is_left(config: dict[str, Any]) -> None:
+    """At t = T without signal and, of a flow, at t = 0 without noise, lambda is infinite: these steps are of first order."""
+    flow = "_class_name" in config
+    schedule = NoiseSchedule.from_scheduler_config(config if flow else SD_CONFIG | config)
+    kind = "flow" if flow else "v_prediction"
+
+    class Point(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return x - 0.5 if flow else torch.zeros_like(x)
+
+    teacher, text = Denoiser(network=Point(), schedule=schedule, prediction_type=kind), (torch.zeros(2, 1, 1),)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    last = teacher.last_time
+    for solver in ("ddim", "dpm_solver++"):
+        assert teacher_target(teacher, x, last, 4, text, text, 1.0, solver=solver).isfinite().all()
 
 
 def test_times() -> None:
