@@ -262,6 +262,14 @@ def study_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="NAME", help="Write NAME.json (the record).")
     ] = Path("study"),
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIANT",
+            help="Train this one and measure nothing: several commands may train at once, and the study without this "
+            "option goes on with what they made.",
+        ),
+    ] = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
@@ -271,12 +279,15 @@ def study_command(
     """
     training()
     writable(output, make=True)
-    from ..benchmarks.quality.study import run_study
+    from ..benchmarks.quality.study import run_study, train_variant
     from ..benchmarks.quality.tables import quality_as_markdown
 
-    record = run_study(
-        study, teacher or _embedded("teacher"), judge or _embedded("judge.safetensors"), output, font=font
-    )
+    teacher = teacher or _embedded("teacher")
+    if train is not None:
+        done = train_variant(study, train, teacher, output, font=font)
+        say(f"trained {train}: {done.training.get('steps', 0):.0f} updates")
+        return
+    record = run_study(study, teacher, judge or _embedded("judge.safetensors"), output, font=font)
     say(quality_as_markdown(record))
 
 

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from ...core.errors import RecipeError
+from ...core.errors import RecipeError, nearest
 from ...distill.methods import distill_recipe
 from ...distill.models import Model, load_model
 from ...distill.recipe import DistillRecipe, Frozen, parse_recipe, read_recipe
@@ -81,6 +81,21 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def slug(name: str) -> str:
     """A file name of a variant's name."""
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
+
+
+def train_variant(
+    path: Path, name: str, teacher_folder: Path, out: Path, *, font: Path | None = None
+) -> StudentManifest:
+    """Train one variant into `out`.run and measure nothing, so that several can train at once, each in a process or on a device
+    of its own; `run_study` goes on with what is there. RecipeError as there, and for a name that is no variant's."""
+    study, recipes = load_study(path)
+    if name not in recipes:
+        raise RecipeError(f"{path}: no variant {name!r}{nearest(name, list(recipes))}; there are {', '.join(recipes)}")
+    recipe, folder = recipes[name], out.with_name(f"{out.name}.run") / slug(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if study.budget is not None:
+        recipe = updates_within(study.budget, recipe, load_model(teacher_folder))
+    return _student_of(recipe, teacher_folder, folder, font, Console(stderr=True))
 
 
 def run_study(

@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 from imagine_flash.benchmarks.quality import evaluate
 from imagine_flash.benchmarks.quality import study as studies
 from imagine_flash.benchmarks.quality.cost import evaluations_per_row, updates_within
-from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug
+from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug, train_variant
 from imagine_flash.benchmarks.quality.tables import quality_as_markdown, read_quality
 from imagine_flash.cli import app
 from imagine_flash.core.errors import RecipeError
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
 from imagine_flash.distill.recipe import read_recipe
+from imagine_flash.folders.files import hash_folder
 
 FIT = {"steps": 1, "batch": 2, "warmup": 1, "preview_every": 0}
 STUDIES = sorted((Path(studies.__file__).parents[1] / "studies").glob("*.yaml"))
@@ -105,7 +106,12 @@ def test_the_whole_study_and_how_it_goes_on(
     path, out = written(tmp_path, variants=variants, **small), tmp_path / "out.v1"
     monkeypatch.setattr(evaluate, "DIVERSITY_PROMPTS", 2)
     monkeypatch.setattr(evaluate, "RESAMPLES", 10)  # both for speed
+    train_variant(path, "fresh", tiny_student, out)  # beside another command that trains the other
+    trained = hash_folder(tmp_path / "out.v1.run/fresh")
+    with pytest.raises(RecipeError, match=r"no variant 'fresch'; did you mean 'fresh'.*there are own eps, fresh"):
+        train_variant(path, "fresch", tiny_student, out)
     record = run_study(path, tiny_student, untrained_judge, out)
+    assert hash_folder(tmp_path / "out.v1.run/fresh") == trained
     names = [row["method"] for row in record["rows"]]
     assert names[:4] == ["rendered scenes", "autoencoder", "teacher, 25 steps", "teacher, 2 steps"]
     assert names[4:] == [f"{variant}: student, {n} step{'s' * (n > 1)}" for variant in variants for n in (3, 2, 1)]
