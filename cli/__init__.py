@@ -49,7 +49,11 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     push_command: ("push runs/artifact owner/name --private", "push runs/artifact owner/name --dry-run"),
     build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
     train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),
-    distill_command: ("distill runs/teacher runs/student", "distill ./my-teacher runs/student --prompts prompts.txt"),
+    distill_command: (
+        "distill runs/teacher runs/student",
+        "distill ./my-teacher runs/student --prompts prompts.txt",
+        "distill ./my-teacher runs/student --recipe lcm --pictures ./photographs",
+    ),
     train_judge_command: (
         "train-judge runs/judge.safetensors",
         "train-judge judge.safetensors --font NotoColorEmoji.ttf",

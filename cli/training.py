@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,6 +69,23 @@ def distill_command(
             help="Prompts to train on, one a line; general: 2,000 that are built in; by default captions of emoji scenes.",
         ),
     ] = None,
+    pictures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|TARS|HUBID",
+            help="Pictures with captions, for a recipe that needs them: a folder, WebDataset tars (a folder or pattern), a set "
+            "of Hugging Face's datasets.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PICTURE,CAPTION", help="What a set calls them; by default image and text, caption or prompt."
+        ),
+    ] = None,
+    buckets: Annotated[
+        bool, flag("--buckets", help="Each picture keeps about its shape, instead of being cropped to the teacher's.")
+    ] = False,
     start: Annotated[
         Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights instead of the teacher's.")
     ] = None,
@@ -85,14 +102,17 @@ def distill_command(
     if plan_memory:
         return _say_memory(teacher, recipe)
     writable(out, make=True)
+    from ..distill.data.captioned import picture_source
     from ..distill.data.prompts import read_prompts
     from ..distill.devices import use_device
     from ..distill.methods import load_distill_recipe
     from ..distill.student import distill
 
     settings, texts = load_distill_recipe(recipe), read_prompts(prompts) if prompts else None
+    source = picture_source(pictures, columns, buckets)
     use_device(device)
-    distill(teacher, out, settings, prompts=texts, start=start, font=font, console=progress(), track=track or ())
+    how: Any = {"start": start, "font": font, "console": progress(), "track": track or ()}
+    distill(teacher, out, settings, prompts=texts, pictures=source, **how)
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")
 

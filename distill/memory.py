@@ -51,7 +51,7 @@ def plan_memory(teacher_folder: str | Path, recipe: DistillRecipe, *, processes:
     rows = max(1, recipe.fit.batch // (recipe.fit.accumulate * processes))
     recipe = recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"batch": rows, "accumulate": 1})})
     teacher = load_teacher(student_folder(teacher_folder), recipe)
-    pictures = torch.zeros(rows, *teacher.latent_shape)
+    pictures = [torch.zeros(rows, *teacher.latent_shape)]
     task = DistillTask(recipe, teacher, [""] * rows, "", pictures=pictures)
     stages = teacher.stages
     always = [stages.decoder, stages.image_encoder, *([] if recipe.cache_text else [stages.text_encoder])]

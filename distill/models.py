@@ -107,12 +107,13 @@ Step = Callable[[torch.Tensor, Times], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A pipeline of diffusers, its stages, its network, and the denoiser that this network is at the default size."""
+    """A pipeline of diffusers, its stages, its network, and the denoiser that this network is at the default size, or at any."""
 
     pipeline: Any
     stages: Stages
     network: Any
     denoiser: Denoiser
+    any_size: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +131,14 @@ class Model:
 
     def with_network(self, network: nn.Module) -> Model:
         """The same stages around another network of the same form."""
-        wrapped = architecture_of(self.stages.pipeline).denoiser(network, self.stages.default_size)
+        stages = self.stages
+        size = None if self.any_size else stages.default_size
+        wrapped = architecture_of(stages.pipeline).denoiser_of(network, size, stages.downscale)
         return replace(self, network=network, denoiser=replace(self.denoiser, network=wrapped))
+
+    def of_any_size(self) -> Model:
+        """The same, of a network that is told the size of the latents that it gets, where it is told one."""
+        return replace(self, any_size=True).with_network(self.network)
 
     def trainable_copy(self) -> Model:
         """The same stages around a float32 copy of the network whose weights train."""

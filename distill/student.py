@@ -12,7 +12,9 @@ from ..core.errors import ArtifactError, RecipeError
 from ..folders.files import STUDENT_FILE, hash_folder, refuse_foreign
 from ..folders.manifests import StudentManifest
 from ..pipelines.loading import student_folder
+from .data.captioned import PictureSource
 from .data.latents import encoded_scenes
+from .data.pictures import PictureSet, picture_set
 from .data.prompts import emoji_prompts
 from .data.vocabulary import all_words, vocabulary
 from .fit import fit
@@ -32,6 +34,7 @@ def distill(
     recipe: DistillRecipe,
     *,
     prompts: list[str] | None = None,
+    pictures: PictureSource | None = None,
     start: Path | None = None,
     font: Path | None = None,
     console: Console | None = None,
@@ -39,21 +42,28 @@ def distill(
 ) -> StudentManifest:
     """Distil `teacher_folder` into the student folder `out`; the run's state is kept beside it in `{out}.run`.
 
-    prompts: instead of captions of emoji scenes. start: a student folder whose weights it begins with, instead of the
-    teacher's. track: trackers by accelerate's names, tensorboard for one. Called again after a kill, it goes on where the last
-    checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
+    prompts: instead of captions of emoji scenes; pictures: of one's own, whose captions are the prompts. start: a student
+    folder whose weights it begins with, instead of the teacher's. track: trackers by accelerate's names, tensorboard for one.
+    Called again after a kill, it goes on where the last checkpoint was. Errors: ArtifactError for a folder that is no pipeline,
+    RecipeError for a plan outside the teacher's schedule.
     """
     check_trackers(track)
     console, out = console or Console(stderr=True), out.resolve()
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
+    _check_data(recipe, prompts, pictures)
     if recipe.lora is not None and start is not None:
         raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
     folder = student_folder(teacher_folder)
     teacher, teacher_sha256 = load_teacher(folder, recipe).to(processes().device), hash_folder(folder)
     run = out.with_name(out.name + ".run")
-    pictures = _pictures(recipe, teacher, run, font, prompts)
+    if pictures is not None and pictures.buckets:
+        teacher = teacher.of_any_size()
+    latents, digest = _scenes(recipe, teacher, run, font) if pictures is None else [], ""
+    if pictures is not None:
+        own = _own_pictures(recipe, teacher, run, pictures, console)
+        prompts, latents, digest = own.captions, own.latents, own.digest
     begun = (load_model(start).to(processes().device), hash_folder(start)) if start else None
     with processes().main_process_first():
         task = DistillTask(
@@ -61,7 +71,8 @@ def distill(
             teacher,
             prompts or emoji_prompts(recipe.prompts, recipe.seed),
             teacher_sha256,
-            pictures=pictures,
+            pictures=latents,
+            pictures_sha256=digest,
             start=begun,
             shown=() if prompts else PREVIEW_PROMPTS,
             text_file=run / "text.safetensors" if recipe.cache_text else None,
@@ -92,20 +103,44 @@ def _described(
     )
 
 
-def _pictures(
-    recipe: DistillRecipe, teacher: Model, run: Path, font: Path | None, prompts: list[str] | None
-) -> torch.Tensor | None:
+def _check_data(recipe: DistillRecipe, prompts: list[str] | None, pictures: PictureSource | None) -> None:
+    """Raises RecipeError where recipe and data do not belong together."""
+    needed = method_named(recipe.method).pictures(recipe)
+    if pictures is not None and prompts:
+        raise RecipeError("the captions of the pictures are the prompts; leave out --prompts or --pictures")
+    if needed and prompts:
+        raise RecipeError(
+            "this recipe needs pictures, which prompts alone have not; give --pictures, leave out 'adversarial' and "
+            "'backward_distillation', or take another method"
+        )
+    if pictures is not None and not needed:
+        raise RecipeError(
+            "this recipe needs no pictures, so none would be looked at; give the captions by --prompts FILE, or take "
+            "'adversarial' or another method"
+        )
+
+
+def _scenes(recipe: DistillRecipe, teacher: Model, run: Path, font: Path | None) -> list[torch.Tensor]:
     """Latents of the scenes that the captions describe, for a method that asks for pictures."""
     if not method_named(recipe.method).pictures(recipe):
-        return None
-    if prompts:
-        raise RecipeError(
-            "this recipe needs pictures, which prompts alone have not; leave out 'adversarial' and 'backward_distillation', "
-            "or take another method"
-        )
+        return []
     path, side = run / "latents.safetensors", teacher.stages.default_size[0]
     with processes().main_process_first():
-        return encoded_scenes(teacher, path, seed=recipe.seed, size=side, count=recipe.prompts, font=font)
+        return [encoded_scenes(teacher, path, seed=recipe.seed, size=side, count=recipe.prompts, font=font)]
+
+
+def _own_pictures(
+    recipe: DistillRecipe, teacher: Model, run: Path, source: PictureSource, console: Console
+) -> PictureSet:
+    """The pictures of a source as latents, kept in the run's folder. RecipeError where they are too few."""
+    with processes().main_process_first():
+        found = picture_set(teacher, source, run / "pictures.safetensors", most=recipe.prompts, console=console)
+    if len(found.captions) < recipe.fit.batch:
+        raise RecipeError(
+            f"{source.place} has {len(found.captions)} pictures of use, fewer than fit.batch {recipe.fit.batch}; "
+            "give more, or lower the batch"
+        )
+    return found
 
 
 def _base(teacher: Path, folder: Path) -> str:

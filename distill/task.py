@@ -42,20 +42,23 @@ class DistillTask(Task):
         prompts: list[str],
         teacher_sha256: str,
         *,
-        pictures: torch.Tensor | None = None,
+        pictures: Sequence[torch.Tensor] = (),
+        pictures_sha256: str = "",
         start: tuple[Model, str] | None = None,
         shown: Sequence[str] = (),
         text_file: Path | None = None,
     ) -> None:
-        """pictures: latents of the pictures that `prompts` describe, for a method that asks for them. start: a student to
-        begin with instead of the teacher, and the hash of its folder. shown: prompts of the preview, else the first ones.
-        text_file: where the prompts' embeddings are kept, if they are."""
+        """pictures: latents of the pictures that `prompts` describe, in their order, for a method that asks for them: one tensor
+        (N, C, h, w) per size, and all rows of an update are of one. pictures_sha256: their hash, where the recipe does not say
+        what they are. start: a student to begin with instead of the teacher, and the hash of its folder. shown: prompts of the
+        preview, else the first ones. text_file: where the prompts' embeddings are kept, if they are."""
         self.recipe, self.teacher, self.pictures = recipe, teacher, pictures
         self.method = method_named(recipe.method)
         if recipe.fit.mixed_precision == "bf16":
             plain_attention(teacher)
         begin, begin_sha256 = start or (teacher, "")
-        self.fingerprint = fingerprint(recipe, teacher_sha256, prompts, begin_sha256)
+        known = (recipe, teacher_sha256, prompts, begin_sha256)
+        self.fingerprint = fingerprint(*known, *filter(None, [pictures_sha256]))
         torch.manual_seed(recipe.seed)  # the first weights of adapters
         if recipe.lora is None:
             self.student, denoiser = teacher.with_network(begin.network).trainable_copy(), teacher.denoiser
@@ -86,21 +89,32 @@ class DistillTask(Task):
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         seed, size = self.recipe.seed, self.recipe.fit.batch
         generator = seeded(seed, 3, step, 0)
-        rows = torch.randint(len(self.text), (size,), generator=generator)
+        rows, pictures = self._rows(step, size, generator)
         draws = Draws(
             step=step,
             size=size,
-            latent_shape=self.teacher.latent_shape,
+            latent_shape=self.teacher.latent_shape if pictures is None else pictures[0].shape,
             last_time=self.teacher.denoiser.last_time,
             generator=generator,
             shared=np.random.default_rng([seed, step]),
-            pictures=None if self.pictures is None else self.pictures[rows],
+            pictures=pictures,
         )
         batch = part_of(self.method.draw(draws, self.recipe), size, part)
         own = rows[rows_of(size, part)]
         batch["text"] = self.text[own]
         batch["uncond"] = tuple(u.expand(len(own), *u.shape[1:]) for u in self.uncond)
         return batch
+
+    def _rows(self, step: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which prompts an update takes, and their pictures; each picture as often, whatever its size."""
+        if not self.pictures:
+            return torch.randint(len(self.text), (size,), generator=generator), None
+        counts = [len(group) for group in self.pictures]
+        chosen = int(
+            np.random.default_rng([self.recipe.seed, step, 1]).choice(len(counts), p=np.divide(counts, sum(counts)))
+        )
+        rows = torch.randint(counts[chosen], (size,), generator=generator)
+        return rows + sum(counts[:chosen]), self.pictures[chosen][rows]
 
     def after_update(self, step: int) -> None:
         self.loss.after_update(step)

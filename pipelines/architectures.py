@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ArtifactError, nearest
+from ..folders.sizes import Size
 from ..models.control import PARTS, PIPELINES
 from .control import Control, control_of
 from .networks import (
@@ -42,7 +43,7 @@ class Architecture:
     network: str  # the denoiser's component
     parts: tuple[str, ...]  # the other components it needs
     text: Callable[[Any], tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]]
-    denoiser: Callable[[Any, Any], torch.nn.Module]  # of a network and a size; of a UNet also of None, any
+    denoiser: Callable[[Any, Any], torch.nn.Module]  # of a network and a size, or None: any, but of FLUX
     heeds: tuple[str, ...] = ()
     told: str | None = None
     packs: int = 1
@@ -52,6 +53,13 @@ class Architecture:
     def components(self) -> tuple[str, ...]:
         """All components of the pipeline folder that the stages are made of."""
         return (self.network, "vae", *self.parts, "scheduler")
+
+    def denoiser_of(self, network: Any, size: Size | None, downscale: int) -> Any:
+        """The denoiser that a network of this class is, for pictures of that size, or of any."""
+        denoiser = self.denoiser(network, size)
+        if isinstance(denoiser, UNetXL | PixArt):
+            denoiser.downscale = downscale
+        return denoiser
 
 
 def architecture_of(pipeline_class: str) -> Architecture:
@@ -97,7 +105,7 @@ def stages_of(pipeline: Any) -> Stages:
         tokens=tokens,
         text_encoder=text,
         conditions=conditions,
-        denoiser=lambda size: _controlled(architecture.denoiser(network, size), control, downscale),
+        denoiser=lambda size: _controlled(architecture.denoiser_of(network, size, downscale), control),
         decoder=decoder,
         image_encoder=ImageEncoder(decoder),
         scheduler=scheduler,
@@ -116,11 +124,9 @@ def stages_of(pipeline: Any) -> Stages:
     )
 
 
-def _controlled(denoiser: Any, control: Control | None, downscale: int) -> torch.nn.Module:
+def _controlled(denoiser: Any, control: Control | None) -> torch.nn.Module:
     if control is not None:
         denoiser.control = control.network
-    if isinstance(denoiser, UNetXL):
-        denoiser.downscale = downscale
     return denoiser
 
 

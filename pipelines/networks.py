@@ -147,23 +147,28 @@ class UNetXL(UNet):
 
 
 class PixArt(torch.nn.Module):
-    """As UNet, with attention_mask (B, L); of a network that also predicts a variance, the mean alone."""
+    """As UNet, with attention_mask (B, L); of a network that also predicts a variance, the mean alone. size: as of UNetXL."""
 
     resolution: torch.Tensor
     aspect_ratio: torch.Tensor
+    downscale = 8
 
-    def __init__(self, transformer: Any, size: Size) -> None:
+    def __init__(self, transformer: Any, size: Size | None) -> None:
         super().__init__()
         self.transformer = transformer
         self.learned_sigma = transformer.config.out_channels == 2 * transformer.config.in_channels
-        self.told_size = bool(transformer.use_additional_conditions)
-        self.register_buffer("resolution", torch.tensor([size], dtype=torch.float32), persistent=False)
-        self.register_buffer("aspect_ratio", torch.tensor([[size[0] / size[1]]]), persistent=False)
+        self.told_size, self.any_size = bool(transformer.use_additional_conditions), size is None
+        height, width = size or (1, 1)
+        self.register_buffer("resolution", torch.tensor([[height, width]], dtype=torch.float32), persistent=False)
+        self.register_buffer("aspect_ratio", torch.tensor([[height / width]]), persistent=False)
 
     def forward(
         self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
         told = {"resolution": self.resolution, "aspect_ratio": self.aspect_ratio}
+        if self.any_size:
+            sides = torch.tensor([latents.shape[-2:]], dtype=torch.float32, device=latents.device)
+            told = {"resolution": sides * self.downscale, "aspect_ratio": sides[:, :1] / sides[:, 1:]}
         added = {name: v.expand(latents.shape[0], -1) if self.told_size else None for name, v in told.items()}
         m = self.transformer(
             latents,

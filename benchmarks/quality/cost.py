@@ -24,7 +24,7 @@ def evaluations_per_row(recipe: DistillRecipe, teacher: Model) -> float:
     fit = recipe.fit.model_copy(update={"steps": SAMPLED, "batch": _ROWS, "accumulate": 1})
     recipe = recipe.model_copy(update={"fit": fit})
     pictures = torch.randn(_ROWS, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
-    task = DistillTask(recipe, teacher, [""] * _ROWS, "", pictures=pictures)
+    task = DistillTask(recipe, teacher, [""] * _ROWS, "", pictures=[pictures])
     spent = 0
     for step in range(SAMPLED):
         with Operations() as counted:

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 _BATCH = 100
 
 
+def encoder_weights(model: Model) -> str:
+    """A SHA-256 of what makes latents of pictures."""
+    weights = model.pipeline.vae.encoder.state_dict().values()
+    plain = (each.detach().cpu().contiguous().flatten().view(torch.uint8) for each in weights)  # NumPy has no bfloat16
+    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in plain)).hexdigest()
+
+
 @torch.no_grad()
 def encoded_scenes(
     model: Model, path: Path, *, seed: int, size: int, count: int, font: Path | None = None
 ) -> torch.Tensor:
     """Latents (count, C, h, w) float16 of the first scenes of a seed, kept in `path` and used again while nothing changed."""
-    vae = model.pipeline.vae
-    encoder = vae.encoder.state_dict().values()
-    weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
+    weights, device = encoder_weights(model), model.pipeline.vae.device
     scenes = EmojiScenes(seed=seed, size=size, font=font)
     probe = hashlib.sha256(
         b"".join(scenes[i].image.tobytes() for i in range(8))
@@ -36,8 +41,6 @@ def encoded_scenes(
     def encoded() -> dict[str, torch.Tensor]:
         batches = track(rendered(scenes, count, batch=_BATCH), "encoding scenes", -(-count // _BATCH))
         encode = model.stages.image_encoder
-        return {
-            "latents": torch.cat([encode(torch.from_numpy(images).to(vae.device)).half().cpu() for images in batches])
-        }
+        return {"latents": torch.cat([encode(torch.from_numpy(images).to(device)).half().cpu() for images in batches])}
 
     return kept(path, fingerprint(weights, probe, count), encoded)["latents"]

@@ -34,7 +34,7 @@ class Draws:
 
     step: int
     size: int
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     last_time: int
     generator: torch.Generator
     shared: np.random.Generator

@@ -93,7 +93,7 @@ def test_every_method_on_every_prediction(kind: str, method: str, teachers) -> N
     model = load_model(teachers(kind))
     recipe = distill_recipe({"method": method, "fit": FIT})
     pictures = torch.randn(len(PROMPTS), *model.latent_shape, generator=torch.Generator().manual_seed(1))
-    task = DistillTask(recipe, model, PROMPTS, "", pictures=pictures)
+    task = DistillTask(recipe, model, PROMPTS, "", pictures=[pictures])
     for step in range(2):
         loss = task.module(**task.batch(step, Part()))
         loss.backward()

@@ -37,7 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_counted_on_fake_tensors_is_what_an_update_makes(values: dict[str, Any], teacher: Path) -> None:
     recipe = distill_recipe({"method": "imagine_flash", **values, "fit": FIT})
     model = load_teacher(teacher, recipe)
-    pictures = torch.zeros(4, *model.latent_shape)
+    pictures = [torch.zeros(4, *model.latent_shape)]
     task = DistillTask(recipe, model, list(CAPTIONS[:4]), "", pictures=pictures)
     assert peak_of_update(task) == pytest.approx(peak_of_update(task, fake=False), rel=0.01)
 
