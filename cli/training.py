@@ -134,7 +134,9 @@ def _say_memory(teacher: Path, recipe: str) -> None:
     }
     for name, count in lines.items():
         say(f"{count / 2**30:8.2f} GiB  {name}")
-    note("beside what torch itself takes. Less: lora, teacher_dtype, gradient_checkpointing, accumulate in the recipe")
+    note(
+        "beside what torch itself takes. Less: lora, teacher_dtype, gradient_checkpointing, accumulate, adamw8bit in the recipe"
+    )
 
 
 def train_judge_command(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -36,7 +37,7 @@ def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: flo
     tensors |= {f"ema.{i}": value for i, value in enumerate(state.ema.shadow_params)}
     for place, optimizer in enumerate(state.optimizers):
         for index, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"moments{place}.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+            tensors |= {f"moments{place}.{index}.{key}": torch.as_tensor(value) for key, value in _flat(moments)}
     tensors = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
     numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
     metadata = {"version": _VERSION, "task": state.task, "fingerprint": state.fingerprint}
@@ -71,10 +72,17 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
     return int(metadata["step"]), float(metadata["seconds"])
 
 
+def _flat(moments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; bitsandbytes keeps some in a dict of their own, which it does not need back."""
+    for name, value in moments.items():
+        yield from value.items() if isinstance(value, dict) else [(name, value)]
+
+
 def _load_moments(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         place, *rest = name.split(".")
         if place == prefix:
-            state.setdefault(int(rest[0]), {})[rest[1]] = value
+            counts = value.ndim == 0 and not value.is_floating_point()  # a number of updates that was a plain int
+            state.setdefault(int(rest[0]), {})[rest[1]] = int(value) if counts else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

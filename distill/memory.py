@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..pipelines.loading import student_folder
 from .models import load_teacher
-from .optimizers import build_optimizers
+from .optimizers import build_optimizers, moment_bytes
 from .recipe import DistillRecipe
 from .reproducible import Part
 from .task import DistillTask
@@ -61,7 +61,7 @@ def plan_memory(teacher_folder: str | Path, recipe: DistillRecipe, *, processes:
     return MemoryPlan(
         frozen=_bytes(tensor for part in parts for tensor in (*part.parameters(), *part.buffers())) - trained,
         trained=trained + _bytes(p for p in task.averaged.parameters() if p.requires_grad),
-        moments=_moments(task.module, recipe),
+        moments=sum(map(moment_bytes, build_optimizers(task.module, recipe.fit))),
         update=peak_of_update(task),
     )
 
@@ -69,16 +69,6 @@ def plan_memory(teacher_folder: str | Path, recipe: DistillRecipe, *, processes:
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Of their storages, each once."""
     return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
-
-
-def _moments(module: nn.Module, recipe: DistillRecipe) -> int:
-    """Two of each weight for AdamW, one for Muon."""
-    total = 0
-    for optimizer in build_optimizers(module, recipe.fit):
-        each = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
-        weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        total += each * sum(p.numel() * p.element_size() for p in weights)
-    return total
 
 
 def peak_of_update(task: DistillTask, *, fake: bool = True) -> int:

@@ -27,7 +27,8 @@ class Fit(Frozen):
     steps: Positive
     batch: Positive = 64  # of one update, over all processes
     accumulate: Positive = 1  # parts of each process's share that are computed one after another
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the network, AdamW for the rest
+    # muon: for the matrices inside the network, AdamW for the rest; adamw8bit: AdamW with moments in 8 bits
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     muon_rate: Annotated[float, Field(gt=0)] = 5e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

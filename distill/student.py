@@ -20,6 +20,7 @@ from .data.vocabulary import all_words, vocabulary
 from .fit import fit
 from .methods import method_named
 from .models import Model, load_model, load_teacher
+from .optimizers import check_optimizer
 from .processes import processes
 from .recipe import DistillRecipe
 from .report import check_trackers
@@ -48,6 +49,7 @@ def distill(
     RecipeError for a plan outside the teacher's schedule.
     """
     check_trackers(track)
+    check_optimizer(recipe.fit)
     console, out = console or Console(stderr=True), out.resolve()
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
