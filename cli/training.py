@@ -92,6 +92,10 @@ def distill_command(
     plan_memory: Annotated[
         bool, flag("--plan-memory", help="Say what the run would take of memory, and train nothing.")
     ] = False,
+    shard: Annotated[
+        bool,
+        flag("--shard", help="Share the student out over the processes that were launched, for less memory in each."),
+    ] = False,
     device: Device = None,
     track: Track = None,
     font: Font = None,
@@ -111,7 +115,7 @@ def distill_command(
     settings, texts = load_distill_recipe(recipe), read_prompts(prompts) if prompts else None
     source = picture_source(pictures, columns, buckets)
     use_device(device)
-    how: Any = {"start": start, "font": font, "console": progress(), "track": track or ()}
+    how: Any = {"start": start, "font": font, "console": progress(), "track": track or (), "shared": shard}
     distill(teacher, out, settings, prompts=texts, pictures=source, **how)
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..folders.files import atomic_file
+from .sharding import part_like, whole
 
 
 class Best:
@@ -32,9 +33,10 @@ class Best:
         if not value < self.value:
             return
         self.step, self.value = step, value
+        gathered = (whole(weight.detach()) for weight in weights)  # by every process
+        tensors = {str(i): weight.cpu().contiguous() for i, weight in enumerate(gathered) if write}
         if not write:
             return
-        tensors = {str(i): weight.detach().cpu().contiguous() for i, weight in enumerate(weights)}
         metadata = {"fingerprint": self.fingerprint, "step": str(step), "value": repr(value)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as temporary:
@@ -50,7 +52,7 @@ class Best:
         if self.step:
             with safe_open(str(self.path), "pt") as file:
                 for i, weight in enumerate(weights):
-                    weight.copy_(file.get_tensor(str(i)))
+                    weight.copy_(part_like(file.get_tensor(str(i)), weight))
 
     def _read(self) -> None:
         """What an earlier sitting found; a file of another run or a damaged one counts as none."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ..core.errors import ArtifactError
 from ..folders.files import atomic_file
+from .sharding import part_like, whole
 
 _VERSION = "3"
 
@@ -30,15 +31,21 @@ class TrainingState:
     frozen: frozenset[str] = frozenset()  # weights that are the same before and after, and not stored
 
 
-def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: float) -> None:
-    """Write the state after `step` updates; a kill while writing leaves the previous file whole."""
+def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: float, write: bool = True) -> None:
+    """Write the state after `step` updates; a kill while writing leaves the previous file whole.
+
+    Weights that are shared out are whole in the file, so that any number of processes goes on with it: all of them must call
+    this, and one has `write`.
+    """
     weights = state.module.state_dict().items()
     tensors = {f"weight.{name}": value for name, value in weights if name not in state.frozen}
     tensors |= {f"ema.{i}": value for i, value in enumerate(state.ema.shadow_params)}
     for place, optimizer in enumerate(state.optimizers):
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"moments{place}.{index}.{key}": torch.as_tensor(value) for key, value in _flat(moments)}
-    tensors = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
+    tensors = {name: _plain(value, write) for name, value in tensors.items()}
+    if not write:
+        return
     numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
     metadata = {"version": _VERSION, "task": state.task, "fingerprint": state.fingerprint}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +69,22 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
             f"{path} belongs to another recipe, teacher or version; choose another OUT, or delete the folder {path.parents[1]}"
         )
     weights = {name[7:]: value for name, value in tensors.items() if name.startswith("weight.")}
+    own = state.module.state_dict()
+    weights = {name: part_like(value, own[name]) if name in own else value for name, value in weights.items()}
     unknown = state.module.load_state_dict(weights, strict=False)
     assert not unknown.unexpected_keys and set(unknown.missing_keys) <= state.frozen
     for i, shadow in enumerate(state.ema.shadow_params):
-        shadow.copy_(tensors[f"ema.{i}"])
+        shadow.copy_(part_like(tensors[f"ema.{i}"], shadow))
     state.ema.optimization_step = int(metadata["ema_updates"])
     for place, optimizer in enumerate(state.optimizers):
         _load_moments(optimizer, f"moments{place}", tensors)
     return int(metadata["step"]), float(metadata["seconds"])
+
+
+def _plain(value: torch.Tensor, write: bool) -> torch.Tensor:
+    """A copy of all of it in memory, where it is to be written."""
+    value = whole(value.detach())
+    return value.contiguous().cpu().clone() if write else value[:0] if value.ndim else value
 
 
 def _flat(moments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -79,10 +94,12 @@ def _flat(moments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         place, *rest = name.split(".")
         if place == prefix:
             counts = value.ndim == 0 and not value.is_floating_point()  # a number of updates that was a plain int
-            state.setdefault(int(rest[0]), {})[rest[1]] = int(value) if counts else value
+            own = int(value) if counts else part_like(value, weights[int(rest[0])])
+            state.setdefault(int(rest[0]), {})[rest[1]] = own
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.console import Console
@@ -32,6 +32,7 @@ from .processes import begin_training, on_cpu
 from .recipe import Fit
 from .report import Report, check_trackers, start_trackers
 from .reproducible import Part
+from .sharding import agreed, average_rest, gather, let_go, shard, whole
 
 _MOST_SKIPPED = 50
 _PLAIN = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
@@ -56,6 +57,11 @@ class Task(Protocol):
     def frozen(self) -> frozenset[str]:
         """Names of weights of `module` that no update changes: a checkpoint does without them."""
         return frozenset()
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The parts of `module` that may be shared out over processes; none: it cannot be."""
+        return ()
 
     @abstractmethod
     def batch(self, step: int, part: Part) -> dict[str, Any]:
@@ -85,28 +91,34 @@ def _single_threaded_worker() -> ThreadPoolExecutor:
 class _Run:
     """Network, optimiser and EMA of one task, prepared by accelerate."""
 
-    def __init__(self, task: Task, fit: Fit, track: Sequence[str], folder: Path) -> None:
-        self.task, self.fit = task, fit
+    def __init__(self, task: Task, fit: Fit, track: Sequence[str], folder: Path, shared: bool) -> None:
+        self.task, self.fit, self.shared = task, fit, shared
         parts = DistributedDataParallelKwargs(
             find_unused_parameters=bool(special_parts(task.module))
         )  # not all learn at once
+        casts = AutocastKwargs(
+            cache_enabled=not shared
+        )  # of gathered weights it would keep what a rollout made without graph
         logs: dict[str, Any] = {"log_with": list(track), "project_dir": str(folder / "trackers")} if track else {}
         begin_training(fit.mixed_precision)
         self.accelerator = Accelerator(
-            cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts], **logs
+            cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts, casts], **logs
         )
         if self.accelerator.distributed_type not in (*_PLAIN, DistributedType.NO):
             raise ImagineFlashError(
                 f"{self.accelerator.distributed_type} shards weights, which checkpoints here do not follow; "
-                "launch plain processes (DDP), with 'lora', 'teacher_dtype' and 'gradient_checkpointing' for memory"
+                "launch plain processes, with --shard for memory"
             )
+        task.module.to(self.accelerator.device)
+        if shared:
+            shard(task.networks, self.accelerator.device)
         self.clipped = clipped_together(task.module)
         self.averaged = [p for p in task.averaged.parameters() if p.requires_grad]
         optimizers = build_optimizers(task.module, fit)
-        task.module.to(self.accelerator.device)
         self.ema = EMAModel(self.averaged, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4)
         self.ema.to(self.accelerator.device)
-        self.wrapped, *self.optimizers = self.accelerator.prepare(task.module, *optimizers)
+        self.wrapped = self.accelerator.prepare_model(task.module, evaluation_mode=shared)  # true: not wrapped in DDP
+        self.optimizers = [self.accelerator.prepare_optimizer(each) for each in optimizers]
         self.state = TrainingState(
             module=task.module,
             ema=self.ema,
@@ -135,6 +147,9 @@ class _Run:
                 self.accelerator.backward(loss)
             mean: Any = self.accelerator.reduce(loss.detach(), "mean")
             total += float(mean)
+        if self.shared:
+            let_go(self.task.module)
+            average_rest(self.task.module, self.accelerator)
         self._step(step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -145,7 +160,7 @@ class _Run:
     def _step(self, step: int) -> None:
         """Clip and apply the gradients; one bad batch is passed over, a run that has diverged is not."""
         norms = [self.accelerator.clip_grad_norm_(parameters, self.fit.clip) for parameters in self.clipped]
-        if all(norm is None or torch.isfinite(norm) for norm in norms):
+        if all(norm is None or torch.isfinite(whole(norm)) for norm in norms):
             self.skipped = 0
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -166,19 +181,24 @@ class _Run:
             yield
         finally:
             self.task.module.train()
+            let_go(self.task.module)
             self.ema.restore(self.averaged)
+
+    def agreed(self, value: float) -> float:
+        """What all processes go by, where they must do the same thing."""
+        return agreed(value, self.accelerator.device) if self.shared else value
 
     def look(self, step: int, report: Report, best: Best) -> None:
         """What the recipe asks for after `step` updates: a picture, figures."""
         previews, validations = self.fit.preview_every, self.fit.validate_every
-        if report.main and previews and step % previews == 0:
+        if (report.main or self.shared) and previews and step % previews == 0:
             with self.average():
                 picture = self.task.preview()
-            if picture is not None:
+            if picture is not None and report.main:
                 report.picture(picture, step)
         if validations and step % validations == 0:
             with self.average(), torch.no_grad():
-                figures = self.task.validate()
+                figures = {name: self.agreed(value) for name, value in self.task.validate().items()}
                 if figures and (self.fit.keep_best or self.fit.patience):
                     best.offer(figures, step, self.averaged, write=report.main)
             report.figures(figures, step)
@@ -204,7 +224,13 @@ def _asked_to_stop() -> Iterator[threading.Event]:
 
 
 def fit(
-    task: Task, settings: Fit, folder: Path, console: Console | None = None, *, track: Sequence[str] = ()
+    task: Task,
+    settings: Fit,
+    folder: Path,
+    console: Console | None = None,
+    *,
+    track: Sequence[str] = (),
+    shared: bool = False,
 ) -> dict[str, float]:
     """Train `task.module` in place and leave its EMA weights in it. Resumes from `folder`/checkpoints where there is one.
 
@@ -214,12 +240,13 @@ def fit(
         console: of the progress bar; by default standard error.
         folder: the run's folder; `checkpoints/{task}.safetensors`, `previews/{task}-{step}.png` and `logs/{task}.csv` go there.
         track: trackers by accelerate's names; local ones write to `trackers/`.
+        shared: whether the task's networks are shared out over the processes while they train.
     Returns:
         {"steps", "seconds"} of all sittings, "loss", the mean of the last hundred steps, where any were made, and "best_step"
         and "best", the least figure, where the recipe keeps the best.
     """
     check_trackers(track)
-    run, checkpoint = _Run(task, settings, track, folder), folder / "checkpoints" / f"{task.name}.safetensors"
+    run, checkpoint = _Run(task, settings, track, folder, shared), folder / "checkpoints" / f"{task.name}.safetensors"
     done, before = load_checkpoint(checkpoint, run.state) if checkpoint.exists() else (0, 0.0)
     best = Best(checkpoint.with_name(f"{task.name}-best.safetensors"), task.fingerprint, settings.patience)
     trackers = start_trackers(run.accelerator, task.name, settings) if track else []
@@ -234,6 +261,8 @@ def fit(
     if settings.keep_best:
         run.accelerator.wait_for_everyone()
         best.restore(run.averaged)
+    if shared:
+        gather(task.module)
     task.module.eval()
     figures = {"steps": float(done), "seconds": round(before + time.monotonic() - started, 1)}
     figures |= {} if report.recent is None else {"loss": report.recent}
@@ -259,7 +288,8 @@ class _Sitting(NamedTuple):
             self.report.update(step, self.run.update(batches, step), time.monotonic() + self.since)
             self.run.look(step + 1, self.report, self.best)
             ends = step + 1 == last or stop.is_set() or self.best.exhausted(step + 1)
-            if self.report.main and (ends or time.monotonic() - saved > self.run.fit.checkpoint_minutes * 60):
+            due = self.run.agreed(ends or time.monotonic() - saved > self.run.fit.checkpoint_minutes * 60)
+            if due and (self.report.main or self.run.shared):
                 self.save(step + 1)
                 saved = time.monotonic()
             if self.report.main and stop.is_set():
@@ -271,4 +301,5 @@ class _Sitting(NamedTuple):
     def save(self, step: int) -> None:
         """A checkpoint after `step` updates."""
         self.report.flush()
-        save_checkpoint(self.checkpoint, self.run.state, step=step, seconds=time.monotonic() + self.since)
+        seconds = time.monotonic() + self.since
+        save_checkpoint(self.checkpoint, self.run.state, step=step, seconds=seconds, write=self.report.main)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
 from torch import nn
 
@@ -40,7 +41,9 @@ def save_pipeline(
         return
     parts = {**model.pipeline.components, architecture_of(model.stages.pipeline).network: model.network}
     with quiet(), atomic_folder(out, replaces=replaces) as temporary:
-        half = {n: copy.deepcopy(p).cpu().to(torch.float16) for n, p in parts.items() if isinstance(p, nn.Module)}
+        rest = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and part is not model.network}
+        half = {name: copy.deepcopy(part).cpu().to(torch.float16) for name, part in rest.items()}
+        half[architecture_of(model.stages.pipeline).network] = _half(model.network)
         parts |= half | {"scheduler": stock_scheduler(model, sampler, scheduler.get("plans", {}))}
         type(model.pipeline)(**parts, **settings_of(model.pipeline)).save_pretrained(str(temporary))
         for path in temporary.rglob("config.json"):
@@ -50,6 +53,15 @@ def save_pipeline(
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")
+
+
+def _half(network: Any) -> Any:
+    """A copy in half precision on the CPU; of its config and weights, since one that was shared out cannot be copied."""
+    weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    with init_empty_weights():
+        fresh = type(network).from_config(network.config)
+    fresh.load_state_dict({n: v.half() if v.is_floating_point() else v for n, v in weights.items()}, assign=True)
+    return fresh
 
 
 def _without_origin(config: Path) -> None:

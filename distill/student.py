@@ -25,6 +25,7 @@ from .processes import processes
 from .recipe import DistillRecipe
 from .report import check_trackers
 from .saving import save_lora, save_pipeline
+from .sharding import check_sharding
 from .task import DistillTask
 from .teacher import PREVIEW_PROMPTS
 
@@ -40,16 +41,19 @@ def distill(
     font: Path | None = None,
     console: Console | None = None,
     track: Sequence[str] = (),
+    shared: bool = False,
 ) -> StudentManifest:
     """Distil `teacher_folder` into the student folder `out`; the run's state is kept beside it in `{out}.run`.
 
     prompts: instead of captions of emoji scenes; pictures: of one's own, whose captions are the prompts. start: a student
     folder whose weights it begins with, instead of the teacher's. track: trackers by accelerate's names, tensorboard for one.
-    Called again after a kill, it goes on where the last checkpoint was. Errors: ArtifactError for a folder that is no pipeline,
-    RecipeError for a plan outside the teacher's schedule.
+    shared: each of several processes keeps a part of the student. Called again after a kill, it goes on where the last
+    checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
     check_trackers(track)
     check_optimizer(recipe.fit)
+    if shared:
+        check_sharding(recipe.fit, processes().num_processes)
     console, out = console or Console(stderr=True), out.resolve()
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
@@ -79,7 +83,7 @@ def distill(
             shown=() if prompts else PREVIEW_PROMPTS,
             text_file=run / "text.safetensors" if recipe.cache_text else None,
         )
-    figures = fit(task, recipe.fit, run, console, track=track)
+    figures = fit(task, recipe.fit, run, console, track=track, shared=shared)
     if processes().is_main_process:
         console.print(f"student: {figures}")
     manifest = _described(recipe, figures, teacher_sha256, emoji=not prompts)

@@ -82,6 +82,12 @@ class DistillTask(Task):
         return self.student.network
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """The student, and companions that follow it. One that trains is whole in each process: its features may be read
+        from a forward that is cut short, which FSDP does not follow backwards."""
+        return [self.loss.student, *self.loss.followers]
+
+    @property
     def frozen(self) -> frozenset[str]:
         parameters = self.student.denoiser.network.named_parameters(prefix="student")
         return frozenset(name for name, p in parameters if not p.requires_grad)

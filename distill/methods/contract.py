@@ -120,6 +120,11 @@ class DistillationLoss(nn.Module):
     def companions(self) -> Companions:
         return {name: companion.network for name, companion in self._companions.items()}
 
+    @property
+    def followers(self) -> list[nn.Module]:
+        """Companions that no optimiser trains: copies of the student from before, or averages of it."""
+        return [companion.network for companion in self._companions.values() if companion.learning_rate is None]
+
     def forward(self, **batch: Any) -> torch.Tensor:
         return self._method.loss(*self.denoisers, batch, self._recipe, self.companions)
 

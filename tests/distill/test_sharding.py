@@ -1,0 +1,131 @@
+"""A student that is shared out over processes learns what one process learns, and its checkpoints are anybody's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagine_flash.core.errors import RecipeError
+from imagine_flash.distill.data.captioned import PictureSource
+from imagine_flash.distill.methods import distill_recipe
+from imagine_flash.distill.models import load_model
+from imagine_flash.distill.recipe import Fit
+from imagine_flash.distill.sharding import agreed, check_sharding, gather, part_like, shard, whole
+from imagine_flash.distill.student import distill
+from imagine_flash.tests.commands import fails
+from imagine_flash.tests.distill.picture_sets import image_folder
+from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+
+LOOKS = {"preview_every": 2, "validate_every": 2, "keep_best": True}
+FIT: dict[str, Any] = {"batch": 4, "schedule": "constant", "warmup": 0, "learning_rate": 1e-3, **LOOKS}
+PLAIN: dict[str, Any] = {"plans": {1: [999], 2: [999, 499]}, "teacher_steps": 1, "fit": FIT}
+RUNS: dict[
+    str, tuple[dict[str, Any], float]
+] = {  # recipe, and how far a loss may be: a discriminator's share is of norms in each process
+    "plain": ({**PLAIN, "fit": {**FIT, "accumulate": 2}}, 1e-4),
+    "bf16": ({**PLAIN, "fit": {**FIT, "mixed_precision": "bf16"}}, 2e-2),
+    "lora": ({**PLAIN, "lora": {"rank": 4}, "gradient_checkpointing": True, "adversarial": {"ramp": 0}}, 1e-3),
+    "lcm": ({"method": "lcm", "fit": FIT}, 1e-4),
+    "dmd2": ({"method": "dmd2", "fit": FIT}, 1e-3),
+}
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from imagine_flash.tests.distill.test_sharding import distilled
+for name, recipe, steps in json.loads(sys.argv[2]):
+    distilled(Path(sys.argv[1]), name, recipe, steps, shared=True)
+"""
+
+
+def distilled(folder: Path, name: str, recipe: str, steps: int, *, shared: bool) -> None:
+    """`steps` updates of one of RUNS into a student of that name."""
+    values, _ = RUNS[recipe]
+    parsed = distill_recipe({**values, "fit": {**values["fit"], "steps": steps}})
+    needs_pictures = "method" in values or "adversarial" in values
+    data: dict[str, Any] = {"pictures": PictureSource(place=str(folder / "set"))} if needs_pictures else {}
+    distill(folder / "teacher", folder / name, parsed, shared=shared, **(data or {"prompts": list(CAPTIONS)}))
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [float(row.split(",")[1]) for row in (folder / f"{name}.run/logs/student.csv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("sharding")
+    build_pipeline().save_pretrained(place / "teacher", safe_serialization=True)
+    image_folder(place / "set", ".txt")
+    return place
+
+
+@pytest.mark.slow
+def test_two_sharing_processes_learn_what_one_does(folder: Path) -> None:
+    """With previews, validations and the best weights; stopped and resumed by two, and by one alone."""
+    from diffusers import DiffusionPipeline
+
+    work = [(f"two {name}", name, 4) for name in RUNS if name != "plain"]
+    work += [("two plain", "plain", 2), ("two plain", "plain", 4), ("then one plain", "plain", 2)]
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, str(folder / "worker.py"), str(folder), json.dumps(work)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    distilled(folder, "then one plain", "plain", 4, shared=False)
+    for name, (_, far) in RUNS.items():
+        distilled(folder, f"one {name}", name, 4, shared=False)
+        assert losses(folder, f"two {name}") == pytest.approx(losses(folder, f"one {name}"), rel=far), name
+    assert losses(folder, "then one plain") == pytest.approx(losses(folder, "one plain"), rel=1e-4)
+    one = load_model(folder / "one plain").network.state_dict()
+    for name in ("two plain", "then one plain"):
+        assert (folder / f"{name}.run/previews/student-000004.png").is_file()
+        pipeline: Any = DiffusionPipeline.from_pretrained(str(folder / name), dtype=torch.float32)
+        for key, value in pipeline.unet.state_dict().items():
+            torch.testing.assert_close(value, one[key], atol=3e-3, rtol=0)  # Adam makes a step of a rounding error
+    pipeline = DiffusionPipeline.from_pretrained(str(folder / "teacher"))
+    pipeline.load_lora_weights(str(folder / "two lora"))
+
+
+def test_what_is_shared_out_is_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a group of one process: parts are DTensors, and gathering gives the weights back."""
+    import torch.distributed as processes
+    from torch.distributed.tensor import DTensor
+
+    unet = build_pipeline().unet
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    processes.init_process_group("gloo", store=processes.HashStore(), rank=0, world_size=1)
+    try:
+        shard([unet], torch.device("cpu"))
+        parts = dict(unet.named_parameters())
+        assert all(isinstance(part, DTensor) for part in parts.values())
+        assert all(torch.equal(whole(part), before[name]) for name, part in parts.items())
+        again = part_like(before["conv_in.weight"], parts["conv_in.weight"])
+        assert isinstance(again, DTensor) and torch.equal(whole(again), before["conv_in.weight"])
+        gather(unet)
+        weights = unet.state_dict()
+        assert not any(isinstance(value, DTensor) for value in weights.values())
+        assert all(torch.equal(value, before[name]) for name, value in weights.items()) and len(weights) == len(before)
+    finally:
+        processes.destroy_process_group()
+    assert agreed(0.5, torch.device("cpu")) == 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit"])
+def test_optimisers_that_read_whole_weights_are_refused(optimizer: str) -> None:
+    with pytest.raises(RecipeError, match=f"--shard needs fit.optimizer: adamw; {optimizer} reads whole weights"):
+        check_sharding(Fit.model_validate({**FIT, "steps": 1, "optimizer": optimizer}), 2)
+
+
+def test_one_process_has_nobody_to_share_with(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({**PLAIN, "fit": {**FIT, "steps": 1}}))
+    line = fails("distill", folder / "teacher", tmp_path / "out", "--recipe", recipe, "--prompts", "general", "--shard")
+    assert "and there is one; start more: accelerate launch --num_processes 2" in line
+    assert list(tmp_path.iterdir()) == [recipe]
