@@ -93,17 +93,13 @@ class _Run:
 
     def __init__(self, task: Task, fit: Fit, track: Sequence[str], folder: Path, shared: bool) -> None:
         self.task, self.fit, self.shared = task, fit, shared
-        parts = DistributedDataParallelKwargs(
-            find_unused_parameters=bool(special_parts(task.module))
-        )  # not all learn at once
-        casts = AutocastKwargs(
-            cache_enabled=not shared
-        )  # of gathered weights it would keep what a rollout made without graph
+        unused = bool(special_parts(task.module))  # not all learn at once
+        # of gathered weights autocast would keep the copies that a rollout made without a graph, and they would get no gradient
+        kinds = [DistributedDataParallelKwargs(find_unused_parameters=unused), AutocastKwargs(cache_enabled=not shared)]
         logs: dict[str, Any] = {"log_with": list(track), "project_dir": str(folder / "trackers")} if track else {}
         begin_training(fit.mixed_precision)
-        self.accelerator = Accelerator(
-            cpu=on_cpu(), mixed_precision=fit.mixed_precision, kwargs_handlers=[parts, casts], **logs
-        )
+        how: Any = {"mixed_precision": fit.mixed_precision, "kwargs_handlers": kinds}
+        self.accelerator = Accelerator(cpu=on_cpu(), **how, **logs)
         if self.accelerator.distributed_type not in (*_PLAIN, DistributedType.NO):
             raise ImagineFlashError(
                 f"{self.accelerator.distributed_type} shards weights, which checkpoints here do not follow; "

@@ -51,16 +51,12 @@ def distill(
     checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
     check_trackers(track)
-    check_optimizer(recipe.fit)
-    if shared:
-        check_sharding(recipe.fit, processes().num_processes)
     console, out = console or Console(stderr=True), out.resolve()
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
     _check_data(recipe, prompts, pictures)
-    if recipe.lora is not None and start is not None:
-        raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
+    _check_recipe(recipe, start, shared)
     folder = student_folder(teacher_folder)
     teacher, teacher_sha256 = load_teacher(folder, recipe).to(processes().device), hash_folder(folder)
     run = out.with_name(out.name + ".run")
@@ -107,6 +103,15 @@ def _described(
         known_words=all_words() if emoji else [],
         vocabulary=vocabulary() if emoji else {},
     )
+
+
+def _check_recipe(recipe: DistillRecipe, start: Path | None, shared: bool) -> None:
+    """Raises RecipeError and MissingExtraError for what this run cannot do."""
+    check_optimizer(recipe.fit)
+    if shared:
+        check_sharding(recipe.fit, processes().num_processes)
+    if recipe.lora is not None and start is not None:
+        raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
 
 
 def _check_data(recipe: DistillRecipe, prompts: list[str] | None, pictures: PictureSource | None) -> None:
