@@ -33,7 +33,7 @@ def times_of(latency: Record) -> Times:
             if timing.name.startswith(OURS):
                 place = times.engine, steps
             elif timing.name.startswith(DIFFUSERS):
-                place = (times.student, steps) if guided is None else (times.teacher, int(guided))
+                place = (times.teacher, guided) if isinstance(guided, int) else (times.student, steps)
             else:
                 continue
             of, number = place
@@ -78,11 +78,14 @@ def plot_against_time(record: dict[str, Any], latency: Record, path: Path) -> No
     axes = figure.add_subplot()
     for (name, places), marker in zip(lines.items(), "osD^vP*X" * len(lines), strict=False):
         steps, milliseconds, distances = zip(*sorted(places), strict=True)
-        hollow = {"markerfacecolor": "none"} if name.endswith("in diffusers") else {}
+        hollow: Any = {"markerfacecolor": "none"} if name.endswith("in diffusers") else {}
         axes.plot(milliseconds, distances, marker=marker, linewidth=0.8, label=name, **hollow)
-        for label, *place in zip(steps, milliseconds, distances, strict=True):
-            axes.annotate(str(label), place, textcoords="offset points", xytext=(5, 4), fontsize="small")
-    axes.set(xscale="log", yscale="log", xlabel="milliseconds of one picture, p50", ylabel="FD (judge)")
+        for label, time, distance in zip(steps, milliseconds, distances, strict=True):
+            axes.annotate(str(label), (time, distance), textcoords="offset points", xytext=(5, 4), fontsize="small")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("milliseconds of one picture, p50")
+    axes.set_ylabel("FD (judge)")
     axes.grid(alpha=0.3, which="both")
     figure.suptitle("Quality against time; beside each point its steps")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")

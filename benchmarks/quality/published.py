@@ -34,7 +34,9 @@ def published() -> dict[str, dict[str, dict[str, float]]]:
     """Study -> row -> {"fid", "clip"} of published.yaml."""
     import yaml
 
-    return yaml.safe_load(files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(
+        files("imagine_flash.benchmarks.quality").joinpath("published.yaml").read_text(encoding="utf-8")
+    )
 
 
 def rows_in_both(record: dict[str, Any]) -> list[Beside]:
@@ -45,6 +47,7 @@ def rows_in_both(record: dict[str, Any]) -> list[Beside]:
     for name, figures in theirs.items():
         if name in ours:
             row, share = ours[name], ours[name]["seen"]["all"]
+            low, high = row["fd_interval"]
             half = 1.96 * math.sqrt(share * (1 - share) / record["n"]["seen"])
             found.append(
                 Beside(
@@ -52,7 +55,7 @@ def rows_in_both(record: dict[str, Any]) -> list[Beside]:
                     fid=figures["fid"],
                     clip=figures["clip"],
                     distance=row["fd_judge_unbiased"],
-                    distance_interval=tuple(row["fd_interval"]),
+                    distance_interval=(low, high),
                     fidelity=100 * share,
                     fidelity_interval=(100 * (share - half), 100 * (share + half)),
                 )
