@@ -94,8 +94,9 @@ def dpm_solver(denoiser: Denoiser, step: Step, x: torch.Tensor, times: Sequence[
         x0, _ = denoiser.estimates(x, step(x, now), now)
         (alpha, sigma), (alpha_after, sigma_after) = (denoiser.scales(time, x) for time in (now, after))
         h = _log_ratio(alpha_after, sigma_after) - _log_ratio(alpha, sigma)
-        second = before is not None and math.isfinite(h) and math.isfinite(grown)  # not where alpha or sigma is 0
-        estimate = x0 + h / (2 * grown) * (x0 - before) if second else x0
+        estimate = x0
+        if before is not None and math.isfinite(h) and math.isfinite(grown):  # not where alpha or sigma is 0
+            estimate = x0 + h / (2 * grown) * (x0 - before)
         x = sigma_after / sigma * x - alpha_after * math.expm1(-h) * estimate
         before, grown = x0, h
     return denoiser.estimates(x, step(x, times[-1]), times[-1])[0]

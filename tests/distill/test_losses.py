@@ -126,7 +126,7 @@ def test_the_second_order_solver_is_diffusers_own(t: int, k: int) -> None:
     teacher, text, uncond = gaussian_denoiser(), (torch.full((2, 1, 1), 0.3),), (torch.zeros(2, 1, 1),)
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     target = teacher_target(teacher, x, t, k, text, uncond, 2.0, solver="dpm_solver++")
-    scheduler = DPMSolverMultistepScheduler.from_config(
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(
         {**SD_CONFIG, "_class_name": "DPMSolverMultistepScheduler"}, solver_order=2, final_sigmas_type="zero"
     )
     scheduler.set_timesteps(timesteps=list(teacher_plan(t, k).timesteps))
