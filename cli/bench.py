@@ -247,18 +247,19 @@ def bench_report_command(
     """Write a record's table into a Markdown file, and its plot beside the record; of a study or an evaluation the tables, and
     with a record of `bench latency` the plot of quality against time."""
     needs("bench", "matplotlib")
-    from ..benchmarks.quality.plots import plot_against_time
+    from ..benchmarks.quality.plots import against_time, plot_against_time
     from ..benchmarks.quality.tables import quality_as_markdown, read_quality
     from ..benchmarks.records import joined, plot, put_between, update_table_in
     from ..benchmarks.schema import read_record
 
     further = [read_record(path) for path in also or ()]
     if (quality := read_quality(record)) is not None:
+        lines = against_time(quality, joined(further, any_machine=any_machine)) if further else None
         put_between(into, quality_as_markdown(quality), marker or record.stem)
         say(f"wrote the tables in {into}")
-        if further:
+        if lines:
             picture = record.with_name(f"{record.stem}_time.png")
-            plot_against_time(quality, joined(further, any_machine=any_machine), picture)
+            plot_against_time(lines, picture)
             say(f"wrote {picture}")
         return
     found = joined([read_record(record), *further], any_machine=any_machine)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...distill.data.captions import Caption, Scene
 from ...distill.grids import grid
+from ...folders.files import atomic_file
 from .method import Method
 from .prompts import Prompts
 
@@ -50,6 +55,14 @@ def comparison_grid(shown: list[Method], *, scale: int = 2, label: int = 170) ->
             (label + i * (height + _GAP * scale), 2), "\n".join(lines), fill="black", font=small, spacing=1
         )
     return sheet
+
+
+def save_quality(record: dict[str, Any], picture: Image.Image, out: Path) -> None:
+    """Write `out`.json, the record, and `out`.png, the pictures that go with it."""
+    with atomic_file(out.with_name(f"{out.name}.png")) as temporary:
+        picture.save(temporary, format="PNG")
+    with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
+        Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _prompts() -> Prompts:

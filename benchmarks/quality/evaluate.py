@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,9 +19,9 @@ from ...distill.models import load_model
 from ...distill.progress import progress_bar
 from ...distill.recipe import Frozen, Positive
 from ...distill.reproducible import fingerprint
-from ...folders.files import atomic_file, hash_folder, sha256_file
+from ...folders.files import hash_folder, sha256_file
 from ...folders.reading import read_student_manifest
-from .comparison import comparison_grid
+from .comparison import comparison_grid, save_quality
 from .judge import FEATURES, FEWEST, Judge, load_judge
 from .measure import Measured, PictureStore
 from .method import REFERENCE, Method
@@ -94,7 +93,7 @@ def evaluate(
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": str(device)},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }
-    _write(record, methods, out)
+    save_quality(record, comparison_grid([method for method in methods if method.shown]), out)
     return record
 
 
@@ -222,11 +221,3 @@ def detail_deviation(latents: np.ndarray, clean: np.ndarray) -> float:
 
 def _around(value: float, deviations: np.ndarray) -> list[float]:
     return [round(value + float(d), 3) for d in np.percentile(deviations, (2.5, 97.5))]
-
-
-def _write(record: dict[str, Any], methods: list[Method], out: Path) -> None:
-    picture = comparison_grid([m for m in methods if m.shown])
-    with atomic_file(out.with_name(f"{out.name}.png")) as temporary:
-        picture.save(temporary, format="PNG")
-    with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
-        Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from ...folders.files import atomic_file
 from ..schema import Record
 
 OURS, DIFFUSERS, GUIDED = "imagine-flash", "diffusers", "guided_steps"
+Lines = dict[str, list[tuple[int, float, float]]]  # name -> (steps, milliseconds, FD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ def times_of(latency: Record) -> Times:
     return times
 
 
-def points(record: dict[str, Any], times: Times) -> dict[str, list[tuple[int, float, float]]]:
+def points(record: dict[str, Any], times: Times) -> Lines:
     """Line -> (steps, milliseconds, FD) of the rows whose time is known; a student's row stands in two lines."""
-    lines: dict[str, list[tuple[int, float, float]]] = {}
+    lines: Lines = {}
     for row in record["rows"]:
         method, calls, distance = row["method"], row["network_calls"], row["fd_judge_unbiased"]
         if method.startswith("teacher"):
@@ -60,19 +61,22 @@ def points(record: dict[str, Any], times: Times) -> dict[str, list[tuple[int, fl
     return lines
 
 
-def plot_against_time(record: dict[str, Any], latency: Record, path: Path) -> None:
-    """Write a PNG: FD (judge) of each row over the time of one picture. Raises MissingExtraError, and ImagineFlashError where
-    the record of times has none of the rows' steps."""
+def against_time(record: dict[str, Any], latency: Record) -> Lines:
+    """`points` of a record of times. Raises ImagineFlashError where it has none of the rows' steps."""
+    if not (lines := points(record, times_of(latency))):
+        raise ImagineFlashError(
+            "the record of times has no row of these steps; measure with bench latency --against diffusers --teacher 3,25"
+        )
+    return lines
+
+
+def plot_against_time(lines: Lines, path: Path) -> None:
+    """Write a PNG: FD (judge) of each row over the time of one picture. Raises MissingExtraError."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise missing_extra("matplotlib", "bench") from None
-    lines = points(record, times_of(latency))
-    if not lines:
-        raise ImagineFlashError(
-            "the record of times has no row of these steps; measure with bench latency --against diffusers --teacher 3,25"
-        )
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

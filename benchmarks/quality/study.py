@@ -8,7 +8,6 @@ next one.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,10 +22,10 @@ from ...distill.models import Model, load_model
 from ...distill.recipe import DistillRecipe, Frozen, parse_recipe, read_recipe
 from ...distill.reproducible import fingerprint
 from ...distill.student import distill
-from ...folders.files import atomic_file, hash_folder, sha256_file
+from ...folders.files import hash_folder, sha256_file
 from ...folders.manifests import StudentManifest
 from ...folders.reading import read_student_manifest
-from .comparison import comparison_grid
+from .comparison import comparison_grid, save_quality
 from .cost import updates_within
 from .evaluate import Kinds, compare, measured
 from .judge import FEWEST, load_judge
@@ -57,6 +56,8 @@ class Study(Frozen):
 
 def load_study(path: Path) -> tuple[Study, dict[str, DistillRecipe]]:
     """A study and the recipe of each variant; RecipeError for anything wrong, before the first hour of training."""
+    if not path.is_file():
+        raise RecipeError(f"no study at {path}; give a YAML file such as those in benchmarks/studies")
     values, source = read_recipe(path)
     study = parse_recipe(values, Study, source)
     recipes = {}
@@ -90,7 +91,7 @@ def train_variant(
     of its own; `run_study` goes on with what is there. RecipeError as there, and for a name that is no variant's."""
     study, recipes = load_study(path)
     if name not in recipes:
-        raise RecipeError(f"{path}: no variant {name!r}{nearest(name, list(recipes))}; there are {', '.join(recipes)}")
+        raise RecipeError(f"{path}: no variant {name!r}; there are {', '.join(recipes)}{nearest(name, list(recipes))}")
     recipe, folder = recipes[name], out.with_name(f"{out.name}.run") / slug(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if study.budget is not None:
@@ -136,16 +137,9 @@ def run_study(
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
         record["rows"] += compare(rows, found, judge)
         shown += rows
-        _write(record, shown, out)
+        save_quality(record, comparison_grid(shown, scale=1, label=250), out)
         console.print(as_rich(record))
     return record
-
-
-def _write(record: dict[str, Any], shown: list[Method], out: Path) -> None:
-    with atomic_file(out.with_name(f"{out.name}.png")) as temporary:
-        comparison_grid(shown, scale=1, label=250).save(temporary, format="PNG")
-    with atomic_file(out.with_name(f"{out.name}.json")) as temporary:
-        Path(temporary).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _student_of(

@@ -118,12 +118,14 @@ def test_quality_against_time(tmp_path: Path) -> None:
 def test_the_report_of_a_study_with_its_plot(tmp_path: Path) -> None:
     quality, page = tmp_path / "quality.json", tmp_path / "page.md"
     quality.write_text((ROOT / "docs/results/emoji_scenes.json").read_text(encoding="utf-8"), encoding="utf-8")
-    page.write_text("<!-- bench:quality --><!-- /bench -->\n", encoding="utf-8")
+    page.write_text(empty := "<!-- bench:quality --><!-- /bench -->\n", encoding="utf-8")
     done = CliRunner().invoke(app, ["bench", "report", str(quality), str(page), "--with", str(latency(tmp_path))])
     assert done.exit_code == 0, done.output
     with Image.open(tmp_path / "quality_time.png") as picture:
         assert picture.width > 800
+    page.write_text(empty, encoding="utf-8")
     done = CliRunner().invoke(
         app, ["bench", "report", str(quality), str(page), "--with", str(ROOT / "docs/results/serve.json")]
     )
     assert "measure with bench latency --against diffusers --teacher" in str(done.exception)
+    assert page.read_text(encoding="utf-8") == empty  # nothing is half-written

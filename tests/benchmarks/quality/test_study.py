@@ -65,6 +65,11 @@ def test_what_cannot_work_is_said_before_the_training(changes: dict, says: str, 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_study_that_is_not_there_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^no study at .*nowhere\.yaml; give a YAML file"):
+        load_study(tmp_path / "nowhere.yaml")
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -108,7 +113,7 @@ def test_the_whole_study_and_how_it_goes_on(
     monkeypatch.setattr(evaluate, "RESAMPLES", 10)  # both for speed
     train_variant(path, "fresh", tiny_student, out)  # beside another command that trains the other
     trained = hash_folder(tmp_path / "out.v1.run/fresh")
-    with pytest.raises(RecipeError, match=r"no variant 'fresch'; did you mean 'fresh'.*there are own eps, fresh"):
+    with pytest.raises(RecipeError, match=r"no variant 'fresch'; there are own eps, fresh; did you mean 'fresh'\?"):
         train_variant(path, "fresch", tiny_student, out)
     record = run_study(path, tiny_student, untrained_judge, out)
     assert hash_folder(tmp_path / "out.v1.run/fresh") == trained
