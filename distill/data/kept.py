@@ -15,9 +15,9 @@ from ...folders.files import atomic_file
 def kept(path: Path, identity: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What `compute` gives, by name, read from `path` (safetensors) where that was written with the same `identity`."""
     if _identity(path) != identity:
+        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}  # may fail: nothing is left then
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
             save_file(tensors, str(temporary), metadata={"identity": identity})
     return load_file(str(path))
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from imagine_flash.distill.data.kept import kept
@@ -18,3 +19,12 @@ def test_computed_once_and_again_for_another_identity_or_a_damaged_file(tmp_path
     path.write_bytes(path.read_bytes()[:20])
     assert kept(path, "y", compute)["a"].tolist() == [3, 3] and len(calls) == 3
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_cannot_be_computed_leaves_nothing(tmp_path: Path) -> None:
+    def compute() -> dict[str, torch.Tensor]:
+        raise ValueError("no pictures")
+
+    with pytest.raises(ValueError, match="no pictures"):
+        kept(tmp_path / "out.run/pictures.safetensors", "a", compute)
+    assert not list(tmp_path.iterdir())
