@@ -29,7 +29,7 @@ from .random_students import Shape, random_student
 from .records import save
 from .schema import Case, Check, Record, new_record
 
-EAGER, COMPILED = "diffusers, eager", "diffusers, compiled"
+EAGER = "diffusers, eager"
 OURS = {
     "torch": "ours, eager",
     "torch-graph": "ours, captured with kernels",
@@ -47,11 +47,12 @@ def bench_gpu(
     rounds: int = 50,
     tiny: bool = False,
     compile: bool = True,
+    mode: str = "max-autotune",
 ) -> Record:
     """Measures pictures until the minutes are over, then kernels for a quarter of that; writes `out`.json and `out`.png after
     each row and the kernels' record beside it.
     tiny: small shapes, to try the whole of it on a CPU. compile: also what torch.compile makes, which takes minutes for each
-    batch size. Raises ImagineFlashError for a wrong picture."""
+    batch size; mode: its mode for diffusers, which the row's name says. Raises ImagineFlashError for a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
         raise ImagineFlashError(
@@ -59,7 +60,7 @@ def bench_gpu(
         )
     refuse_interpreter()
     end, rows, record = time.monotonic() + 60 * minutes, list[Case](), None
-    for measured in _rows("tiny" if tiny else "sd-turbo", device, rounds, compile):
+    for measured in _rows("tiny" if tiny else "sd-turbo", device, rounds, mode if compile else None):
         rows.append(measured)
         record = new_record("From a prompt to a picture on the host, beside diffusers?", rows, device=device)
         save(record, out)
@@ -71,11 +72,11 @@ def bench_gpu(
     return record
 
 
-def _rows(shape: Shape, device: str, rounds: int, compile: bool) -> Iterator[Case]:
+def _rows(shape: Shape, device: str, rounds: int, mode: str | None) -> Iterator[Case]:
     for tiny_decoder in (True, False):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
             random_student(student := Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
-            models = _Models(student, device, opened, compile)
+            models = Models(student, device, opened, mode)
             for batch, cached, steps in ((1, True, 1), (1, False, 1), (1, True, 3), (4, True, 1), (16, True, 1)):
                 for again in (1, 2):
                     case = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", "batch": batch}
@@ -83,14 +84,14 @@ def _rows(shape: Shape, device: str, rounds: int, compile: bool) -> Iterator[Cas
                     yield models.measure(case, rounds)
 
 
-class _Models:
-    """Every way to draw one student, loaded once."""
+class Models:
+    """Every way to draw one student, loaded once; mode: of torch.compile for diffusers, None leaves out what it makes."""
 
-    def __init__(self, student: Path, device: str, opened: ExitStack, compile: bool) -> None:
+    def __init__(self, student: Path, device: str, opened: ExitStack, mode: str | None) -> None:
         self.device = device
         with Engine.load(student, backend="torch", device=device, precision="fp32", max_batch=16) as exact:
             self.expected = {steps: exact.generate(_request(PROMPTS[0], 1, steps)).images[0] for steps in (1, 3)}
-        left_out = [*(["torch-graph"] if device == "cpu" else []), *([] if compile else ["torch-compile"])]
+        left_out = [*(["torch-graph"] if device == "cpu" else []), *([] if mode else ["torch-compile"])]
         names = {name: title for name, title in OURS.items() if name not in left_out}
         self.engines = {
             title: opened.enter_context(Engine.load(student, backend=name, device=device, max_batch=16))
@@ -100,8 +101,8 @@ class _Models:
         plans = read_student_manifest(student).step_plans
         self.plans = {steps: list(plan.timesteps) for steps, plan in plans.items()}
         self.pipelines = {EAGER: _pipeline(student, device)}
-        if compile:
-            self.pipelines[COMPILED] = _compiled(_pipeline(student, device))
+        if mode:
+            self.pipelines[f"diffusers, compiled ({mode})"] = _compiled(_pipeline(student, device), mode)
 
     def measure(self, case: dict[str, Any], rounds: int) -> Case:
         """One row: all candidates in turn, by the host's clock, since each call ends with the picture on the host."""
@@ -163,9 +164,9 @@ def _pipeline(student: Path, device: str) -> Any:
     return pipeline_of(student).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def _compiled(pipeline: Any) -> Any:
+def _compiled(pipeline: Any, mode: str) -> Any:
     """As diffusers' documentation has it."""
-    mode = "default" if pipeline.device.type == "cpu" else "max-autotune"
+    mode = "default" if pipeline.device.type == "cpu" else mode
     pipeline.unet = torch.compile(pipeline.unet.to(memory_format=torch.channels_last), mode=mode)
     pipeline.vae.decode = torch.compile(pipeline.vae.to(memory_format=torch.channels_last).decode, mode=mode)
     return pipeline

@@ -6,7 +6,6 @@ a CPU: the random state is never stored because it is never carried from one ste
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from abc import abstractmethod
@@ -26,9 +25,10 @@ from torch import nn
 
 from ..core.errors import ImagineFlashError, Interrupted
 from .best import Best
+from .captured import CapturedLoss, CudaGraphs
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .optimizers import build_optimizers, clipped_together, rate_factor, special_parts
-from .processes import begin_training, on_cpu
+from .processes import asked_to_stop, begin_training, on_cpu
 from .recipe import Fit
 from .report import Report, check_trackers, start_trackers
 from .reproducible import Part
@@ -111,7 +111,8 @@ class _Run:
         self.clipped = clipped_together(task.module)
         self.averaged = [p for p in task.averaged.parameters() if p.requires_grad]
         optimizers = build_optimizers(task.module, fit)
-        self.ema = EMAModel(self.averaged, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4)
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.ema = EMAModel(self.averaged, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=on_gpu)
         self.ema.to(self.accelerator.device)
         self.wrapped = self.accelerator.prepare_model(task.module, evaluation_mode=shared)  # true: not wrapped in DDP
         self.optimizers = [self.accelerator.prepare_optimizer(each) for each in optimizers]
@@ -123,26 +124,27 @@ class _Run:
             fingerprint=task.fingerprint,
             frozen=task.frozen,
         )
-        self.skipped = 0
+        self.skipped, self.drawing = 0, threading.Lock()
+        self.captured = self._captured() if fit.captured and on_gpu else None
+
+    def _captured(self) -> CapturedLoss:
+        if self.accelerator.num_processes > 1:
+            raise ImagineFlashError("fit.captured needs one process; set it to false, or start one")
+        learners = [p for p in self.task.module.parameters() if p.requires_grad]
+        return CapturedLoss(self.wrapped, learners, CudaGraphs(self.drawing))
 
     def batches(self, step: int) -> list[dict[str, Any]]:
         """What this process computes in a step: one batch for each step of accumulation."""
         first, steps = self.accelerator.process_index * self.fit.accumulate, self.fit.accumulate
         count = self.accelerator.num_processes * steps
-        return [self.task.batch(step, Part(first + i, count)) for i in range(steps)]
+        with self.drawing:
+            return [self.task.batch(step, Part(first + i, count)) for i in range(steps)]
 
     def update(self, batches: list[dict[str, Any]], step: int) -> float:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate_factor(step, self.fit)
-        total = 0.0
-        for i, batch in enumerate(batches):
-            waits = self.accelerator.no_sync(self.wrapped) if i + 1 < len(batches) else nullcontext()
-            with waits:
-                loss = self.wrapped(**send_to_device(batch, self.accelerator.device)) / len(batches)
-                self.accelerator.backward(loss)
-            mean: Any = self.accelerator.reduce(loss.detach(), "mean")
-            total += float(mean)
+        total = self._gradients(batches) if self.captured is None else self.captured.update(batches)
         if self.shared:
             let_go(self.task.module)
             average_rest(self.task.module, self.accelerator)
@@ -151,6 +153,18 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
         self.task.after_update(step)
         self.ema.step(self.averaged)
+        return total
+
+    def _gradients(self, batches: list[dict[str, Any]]) -> float:
+        """Leave the gradients of a step in the weights; returns its mean loss over all processes."""
+        total = 0.0
+        for i, batch in enumerate(batches):
+            waits = self.accelerator.no_sync(self.wrapped) if i + 1 < len(batches) else nullcontext()
+            with waits:
+                loss = self.wrapped(**send_to_device(batch, self.accelerator.device)) / len(batches)
+                self.accelerator.backward(loss)
+            mean: Any = self.accelerator.reduce(loss.detach(), "mean")
+            total += float(mean)
         return total
 
     def _step(self, step: int) -> None:
@@ -200,25 +214,6 @@ class _Run:
             report.figures(figures, step)
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C, so that the update that is under way is made whole and kept; the second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def asked(*_: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, asked)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def fit(
     task: Task,
     settings: Fit,
@@ -249,7 +244,7 @@ def fit(
     report = Report(task.name, folder, trackers, console, main=run.accelerator.is_main_process)
     task.module.train()
     started = time.monotonic()
-    with _asked_to_stop() as stop, report, _single_threaded_worker() as ahead:
+    with asked_to_stop() as stop, report, _single_threaded_worker() as ahead:
         report.begin(settings.steps, done)
         sitting = _Sitting(run, report, best, checkpoint, before - started)
         done = sitting.train(done, stop, ahead)

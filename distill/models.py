@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +84,22 @@ class Denoiser:
         if not isinstance(t, torch.Tensor):
             alpha_t, sigma_t = self.schedule.at(t)
             return float(alpha_t), float(sigma_t)
-        alpha_t, sigma_t, _ = self._tables.to(like.device)[:, t.to(like.device)]
+        alpha_t, sigma_t, _ = tables_on(like.device, self.schedule)[:, t.to(like.device)]
         shape = (-1, *(1,) * (like.ndim - 1))
         return alpha_t.view(shape), sigma_t.view(shape)
 
     def _network_time(self, t: Times, x_t: torch.Tensor) -> torch.Tensor:
         """What the network is told at t, float32 (B,)."""
         if isinstance(t, torch.Tensor):
-            return self._tables.to(x_t.device)[2, t.to(x_t.device)].expand(x_t.shape[0])
+            return tables_on(x_t.device, self.schedule)[2, t.to(x_t.device)].expand(x_t.shape[0])
         return torch.full(x_t.shape[:1], float(self.schedule.network_time(t)), device=x_t.device)
 
-    @cached_property
-    def _tables(self) -> torch.Tensor:
-        """alpha, sigma and what the network is told, at every timestep index: float32 (3, T)."""
-        told = self.schedule.network_time(np.arange(self.schedule.num_train_timesteps))
-        return torch.from_numpy(np.stack([self.schedule.alpha, self.schedule.sigma, told])).float()
+
+@lru_cache(16)
+def tables_on(device: torch.device, schedule: NoiseSchedule) -> torch.Tensor:
+    """alpha, sigma and what the network is told, at every timestep index: float32 (3, T), uploaded once: a CUDA graph must not."""
+    told = schedule.network_time(np.arange(schedule.num_train_timesteps))
+    return torch.from_numpy(np.stack([schedule.alpha, schedule.sigma, told])).float().to(device)
 
 
 NOT_DISTILLED = ("FluxPipeline",)

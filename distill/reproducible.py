@@ -44,7 +44,7 @@ def part_of(batch: Any, size: int, part: Part) -> Any:
 def _may_change(recipe: BaseModel) -> set[str]:
     """What a run may change and go on: how often it looks, and the length where no rate depends on it."""
     open_ended = getattr(getattr(recipe, "fit", recipe), "schedule", "") == "constant"
-    looks = {"checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"}
+    looks = {"captured", "checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"}
     return looks | ({"steps"} if open_ended else set())
 
 

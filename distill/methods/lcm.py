@@ -59,15 +59,15 @@ def draw(draws: Draws, recipe: LcmRecipe) -> Batch:
 
 def consistency(denoiser: Denoiser, z: torch.Tensor, t: Times, text: Conditions) -> torch.Tensor:
     """f(z, t), for which f(z, 0) = z."""
-    rows = torch.as_tensor(t, device=z.device).view(-1, 1, 1, 1)
-    c_skip, c_out = torch.from_numpy(_scalings(denoiser.last_time)).to(z.device, z.dtype)[:, rows]
+    rows = t.view(-1, 1, 1, 1) if isinstance(t, torch.Tensor) else int(t)
+    c_skip, c_out = _scalings(denoiser.last_time, z.device, z.dtype)[:, rows]
     return c_skip * z + c_out * denoiser.x0_eps(z, t, text)[0]
 
 
 @lru_cache(8)
-def _scalings(last_time: int) -> np.ndarray:
-    """c_skip and c_out at every timestep index, float64 (2, T)."""
-    return np.stack(SAMPLER.scalings(np.arange(last_time + 1)))
+def _scalings(last_time: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """c_skip and c_out at every timestep index (2, T), uploaded once."""
+    return torch.from_numpy(np.stack(SAMPLER.scalings(np.arange(last_time + 1)))).to(device, dtype)
 
 
 def loss(student: Denoiser, teacher: Denoiser, batch: Batch, recipe: LcmRecipe, companions: Companions) -> torch.Tensor:

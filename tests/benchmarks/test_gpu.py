@@ -18,7 +18,7 @@ def test_without_a_gpu_the_way_out_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_row_is_checked_against_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = next(gpu._rows("tiny", "cpu", 5, compile=False))
+    first = next(gpu._rows("tiny", "cpu", 5, mode=None))
     assert first.baseline == "diffusers, eager" and {t.name for t in first.timings} == {
         "diffusers, eager",
         "ours, eager",
