@@ -60,7 +60,8 @@ class CapturedLoss:
         for parameter in self.gradients:
             parameter.grad = None
         device = next(iter(self.gradients)).device
-        total = sum(float(self._add(send_to_device(batch, device))) for batch in batches)
+        on_device: list[Any] = [send_to_device(batch, device) for batch in batches]
+        total = sum(float(self._add(batch)) for batch in on_device)
         if len(batches) > 1:
             torch._foreach_div_([p.grad for p in self.gradients if p.grad is not None], len(batches))
         return total / len(batches)
