@@ -100,6 +100,7 @@ class TeacherRecipe(Frozen):
     beta_end: float = 0.012
     rescale_betas_zero_snr: bool = False
     caption_dropout: Share = 0.1
+    stated_patterns: Share = 0.0  # of the captions that say the background's pattern; some others do too
     scenes: Positive = 80_000  # rendered and encoded once, then drawn from at random
     autoencoder: Autoencoder
     network: Network = Network()
@@ -131,6 +132,9 @@ class DistillRecipe(Frozen):
     negative_prompt: str = ""  # what the guidance leads away from
     noise_correction: bool = False  # at inference: the true noise at t = T
     prompts: Positive = 60_000
+    stated_patterns: Share = (
+        0.0  # of the captions of emoji scenes that say the background's pattern; some others do too
+    )
     lora: LoraSettings | None = None  # None: the whole network trains
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of all that does not train
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass

@@ -71,7 +71,7 @@ def distill(
         task = DistillTask(
             recipe,
             teacher,
-            prompts or emoji_prompts(recipe.prompts, recipe.seed),
+            prompts or emoji_prompts(recipe.prompts, recipe.seed, recipe.stated_patterns),
             teacher_sha256,
             pictures=latents,
             pictures_sha256=digest,

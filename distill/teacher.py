@@ -22,7 +22,7 @@ from ..folders.files import hash_folder, refuse_foreign
 from ..pipelines.networks import Conditions
 from ..pipelines.stages import quiet
 from .autoencoder import AutoencoderTask
-from .data.captions import describe
+from .data.captions import Scene, describe, describe_with_patterns
 from .data.emoji import EmojiScenes, caption_at, scene_at
 from .data.latents import encoded_scenes
 from .data.vocabulary import all_words
@@ -169,11 +169,16 @@ class TeacherTask(Task):
         (ids,) = self.model.tokens(captions).values()
         return ids
 
+    def _caption(self, scene: Scene, words: np.random.Generator) -> str:
+        share = self.recipe.stated_patterns
+        return (describe_with_patterns(scene, words, share) if share else describe(scene, words)).text
+
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         size, draw = self.recipe.fit.batch, seeded(self.recipe.seed, 2, step, 0)
         rows = torch.randint(len(self.latents), (size,), generator=draw)
         words = np.random.default_rng([self.recipe.seed, 5, step, 0])
-        captions = [describe(scene_at(self.recipe.seed, int(row)), words).text for row in rows]  # new ones every time
+        scenes = [scene_at(self.recipe.seed, int(row)) for row in rows]
+        captions = [self._caption(scene, words) for scene in scenes]  # new ones every time
         x0, ids = self.latents[rows].float(), self._ids(captions)
         ids[torch.rand(size, generator=draw) < self.recipe.caption_dropout] = self.empty
         spread = (torch.rand(1, generator=draw) + torch.arange(size) / size) % 1  # evenly over all times

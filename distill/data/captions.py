@@ -89,6 +89,15 @@ def describe(scene: Scene, rng: np.random.Generator, *, strange_words: float = 0
     )
 
 
+def describe_with_patterns(scene: Scene, rng: np.random.Generator, share: float) -> Caption:
+    """The same, with the background's pattern stated in `share` of the captions, and in some of the others too: by itself a caption
+    says it once in four times, which is so rare that a network learns everything else first."""
+    wanted, caption = chance(rng, share), describe(scene, rng)
+    while wanted and not caption.states_pattern:
+        caption = describe(scene, rng)
+    return caption
+
+
 def _noun(name: str, style: _Style, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
     """A noun with its adjectives, and the kinds that it can mean."""
     kind, kinds = KINDS[name], same_noun(name)

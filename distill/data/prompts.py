@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from ...core.errors import ImagineFlashError
-from .emoji import caption_at
+from .captions import describe_with_patterns
+from .emoji import caption_at, scene_at
 
 
-def emoji_prompts(count: int, seed: int) -> list[str]:
-    """Captions of the training split, as many as asked."""
-    return [caption_at(seed, index)[1].text for index in range(count)]
+def emoji_prompts(count: int, seed: int, stated_patterns: float = 0.0) -> list[str]:
+    """Captions of the training split's first scenes, as many as asked; stated_patterns: see describe_with_patterns."""
+    if not stated_patterns:
+        return [caption_at(seed, index)[1].text for index in range(count)]
+    words = (np.random.default_rng([seed, index, 2]) for index in range(count))
+    return [describe_with_patterns(scene_at(seed, i), rng, stated_patterns).text for i, rng in enumerate(words)]
 
 
 GENERAL = "general"  # the name of the prompts that the package brings

@@ -10,7 +10,7 @@ import pytest
 
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.distill.data import captions, emoji, vocabulary
-from imagine_flash.distill.data.prompts import general_prompts, read_prompts
+from imagine_flash.distill.data.prompts import emoji_prompts, general_prompts, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +176,20 @@ def test_the_prompts_that_the_package_brings() -> None:
     assert not [prompt for prompt in found if re.search(r"[{}]|  |\ba [aeiou]|\ban [^aeiou]", prompt)]
     words = Counter(word for prompt in found for word in set(prompt.split()))
     assert len(words) > 350 and words.most_common(4)[3][1] < 700  # no word but articles and prepositions everywhere
+
+
+def test_patterns_are_stated_as_often_as_a_recipe_asks() -> None:
+    """Half of the captions, and a quarter of the others, say the pattern; all of them say it of their own scene."""
+    rng, words = np.random.default_rng(1), {pattern: {*a, *n} for pattern, (a, n) in vocabulary.PATTERNS.items()}
+    told = [
+        (scene, captions.describe_with_patterns(scene, rng, 0.5))
+        for scene in (emoji.scene_at(3, i) for i in range(1000))
+    ]
+    assert 0.58 < np.mean([caption.states_pattern for _, caption in told]) < 0.67
+    for scene, caption in told:
+        if caption.states_pattern:
+            assert any(word in caption.text for word in words[scene.pattern]), caption.text
+    assert emoji_prompts(20, 3) == [emoji.caption_at(3, i)[1].text for i in range(20)]
+    often = emoji_prompts(400, 3, 1.0)
+    assert often[:20] == emoji_prompts(20, 3, 1.0)
+    assert all(any(w in text for w in words[emoji.scene_at(3, i).pattern]) for i, text in enumerate(often))
