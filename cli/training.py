@@ -89,6 +89,13 @@ def distill_command(
     start: Annotated[
         Path | None, typer.Option(metavar="STUDENT", help="Begin with this student's weights instead of the teacher's.")
     ] = None,
+    start_teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEACHER",
+            help="The teacher that --start is a student of, earlier in its training: adds what TEACHER learned since.",
+        ),
+    ] = None,
     plan_memory: Annotated[
         bool, flag("--plan-memory", help="Say what the run would take of memory, and train nothing.")
     ] = False,
@@ -115,7 +122,14 @@ def distill_command(
     settings, texts = load_distill_recipe(recipe), read_prompts(prompts) if prompts else None
     source = picture_source(pictures, columns, buckets)
     use_device(device)
-    how: Any = {"start": start, "font": font, "console": progress(), "track": track or (), "shared": shard}
+    how: Any = {
+        "start": start,
+        "start_teacher": start_teacher,
+        "font": font,
+        "console": progress(),
+        "track": track or (),
+        "shared": shard,
+    }
     distill(teacher, out, settings, prompts=texts, pictures=source, **how)
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")

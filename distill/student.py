@@ -38,6 +38,7 @@ def distill(
     prompts: list[str] | None = None,
     pictures: PictureSource | None = None,
     start: Path | None = None,
+    start_teacher: Path | None = None,
     font: Path | None = None,
     console: Console | None = None,
     track: Sequence[str] = (),
@@ -46,7 +47,8 @@ def distill(
     """Distil `teacher_folder` into the student folder `out`; the run's state is kept beside it in `{out}.run`.
 
     prompts: instead of captions of emoji scenes; pictures: of one's own, whose captions are the prompts. start: a student
-    folder whose weights it begins with, instead of the teacher's. track: trackers by accelerate's names, tensorboard for one.
+    folder whose weights it begins with, instead of the teacher's; start_teacher: its teacher, an earlier state of this one:
+    what the teacher learned since is added to the student. track: trackers by accelerate's names, tensorboard for one.
     shared: each of several processes keeps a part of the student. Called again after a kill, it goes on where the last
     checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
@@ -56,7 +58,7 @@ def distill(
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
     _check_data(recipe, prompts, pictures)
-    _check_recipe(recipe, start, shared)
+    _check_recipe(recipe, start, start_teacher, shared)
     folder = student_folder(teacher_folder)
     teacher, teacher_sha256 = load_teacher(folder, recipe).to(processes().device), hash_folder(folder)
     run = out.with_name(out.name + ".run")
@@ -66,7 +68,7 @@ def distill(
     if pictures is not None:
         own = _own_pictures(recipe, teacher, run, pictures, console)
         prompts, latents, digest = own.captions, own.latents, own.digest
-    begun = (load_model(start).to(processes().device), hash_folder(start)) if start else None
+    begun = _begun(start, start_teacher, teacher) if start else None
     with processes().main_process_first():
         task = DistillTask(
             recipe,
@@ -105,11 +107,36 @@ def _described(
     )
 
 
-def _check_recipe(recipe: DistillRecipe, start: Path | None, shared: bool) -> None:
+def _begun(start: Path, start_teacher: Path | None, teacher: Model) -> tuple[Model, str]:
+    """The student that training begins with, and a hash of what it is made of."""
+    student = load_model(start)
+    if start_teacher is None:
+        return student.to(processes().device), hash_folder(start)
+    add_learned(student.network, load_model(start_teacher).network, teacher.network)
+    return student.to(processes().device), hash_folder(start) + hash_folder(start_teacher)
+
+
+@torch.no_grad()
+def add_learned(student: torch.nn.Module, before: torch.nn.Module, after: torch.nn.Module) -> None:
+    """Add to the student's weights what its teacher learned between two states (Ilharco et al. 2022, arXiv 2212.04089, eq. 1).
+    ArtifactError where the networks differ."""
+    states: list[dict[str, torch.Tensor]] = [network.state_dict() for network in (student, before, after)]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    if not shapes[0] == shapes[1] == shapes[2]:
+        raise ArtifactError(
+            "student, its teacher and the teacher of this run must have one network to add what was learned"
+        )
+    for name, value in states[0].items():
+        value += (states[2][name].to(value.device) - states[1][name].to(value.device)).to(value.dtype)
+
+
+def _check_recipe(recipe: DistillRecipe, start: Path | None, start_teacher: Path | None, shared: bool) -> None:
     """Raises RecipeError and MissingExtraError for what this run cannot do."""
     check_optimizer(recipe.fit)
     if shared:
         check_sharding(recipe.fit, processes().num_processes)
+    if start_teacher is not None and start is None:
+        raise RecipeError("what the teacher learned is added to a student; give that by --start too")
     if recipe.lora is not None and start is not None:
         raise RecipeError("'lora' begins with the teacher; leave out --start, or take a recipe without 'lora'")
 

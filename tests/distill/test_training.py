@@ -17,7 +17,7 @@ from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
 from imagine_flash.distill.processes import begin_training
 from imagine_flash.distill.recipe import TeacherRecipe
-from imagine_flash.distill.student import distill
+from imagine_flash.distill.student import add_learned, distill
 from imagine_flash.distill.teacher import train_teacher
 from imagine_flash.folders.reading import read_student_manifest
 
@@ -123,7 +123,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from imagine_flash.distill.methods import distill_recipe
-from imagine_flash.distill.student import distill
+from imagine_flash.distill.student import add_learned, distill
 distill(Path(sys.argv[1]), Path(sys.argv[2]), distill_recipe(json.loads(sys.argv[3])))
 """
 
@@ -211,6 +211,26 @@ def test_a_student_begins_with_another(teacher: Path, tmp_path: Path) -> None:
     ours, theirs = (load_model(tmp_path / name).network.state_dict() for name in ("first", "second"))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert not torch.equal(ours["conv_in.weight"], load_model(teacher).network.state_dict()["conv_in.weight"])
+
+
+def test_a_student_takes_over_what_its_teacher_learned(teacher: Path, tmp_path: Path) -> None:
+    """Of a teacher trained on, it begins with its own weights plus the difference of the teachers', and says what is missing."""
+    first, later = tmp_path / "first", tmp_path / "later"
+    distill(teacher, first, distill_recipe(STUDENT))
+    train_teacher(TeacherRecipe.model_validate({**TINY, "fit": {"steps": 2, "batch": 2}}), later, start=teacher)
+    still = {**STUDENT, "fit": {"steps": 1, "batch": 2, "learning_rate": 1e-12, "weight_decay": 0, "preview_every": 0}}
+    distill(later, tmp_path / "second", distill_recipe(still), start=first, start_teacher=teacher)
+    names = ("first", "second", "later")
+    student, found, after = (load_model(tmp_path / name).network.state_dict() for name in names)
+    before = load_model(teacher).network.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    for name, value in found.items():
+        torch.testing.assert_close(value, student[name] + after[name] - before[name], atol=1e-3, rtol=1e-2)
+    with pytest.raises(RecipeError, match="give that by --start too"):
+        distill(later, tmp_path / "third", distill_recipe(still), start_teacher=teacher)
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(ArtifactError, match="must have one network"):
+        add_learned(other, other, load_model(teacher).network)
 
 
 def test_a_teacher_begins_with_another(teacher: Path, tmp_path: Path) -> None:
