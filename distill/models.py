@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import _lru_cache_wrapper, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.errors import ArtifactError, RecipeError
 from ..core.noise import step_noise
@@ -95,7 +96,18 @@ class Denoiser:
         return torch.full(x_t.shape[:1], float(self.schedule.network_time(t)), device=x_t.device)
 
 
-@lru_cache(16)
+def kept_tables(compute: Callable[..., torch.Tensor]) -> _lru_cache_wrapper[torch.Tensor]:
+    """Computes a tensor once for the same arguments, and a real one: who asks first may be counting memory on fake tensors."""
+
+    @lru_cache(16)
+    def once(*arguments: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            return compute(*arguments)
+
+    return once
+
+
+@kept_tables
 def tables_on(device: torch.device, schedule: NoiseSchedule) -> torch.Tensor:
     """alpha, sigma and what the network is told, at every timestep index: float32 (3, T), uploaded once: a CUDA graph must not."""
     told = schedule.network_time(np.arange(schedule.num_train_timesteps))

@@ -10,7 +10,6 @@ The student is drawn with by re-noising: z_s = alpha_s f + sigma_s z, z fresh no
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from pydantic import Field
 
 from ...core.sampler import Sampler
 from ...pipelines.networks import Conditions
-from ..models import Denoiser, Times
+from ..models import Denoiser, Times, kept_tables
 from ..recipe import DistillRecipe, Share
 from .contract import Batch, Companion, Companions, Draws, Method, frozen_copy
 
@@ -64,7 +63,7 @@ def consistency(denoiser: Denoiser, z: torch.Tensor, t: Times, text: Conditions)
     return c_skip * z + c_out * denoiser.x0_eps(z, t, text)[0]
 
 
-@lru_cache(8)
+@kept_tables
 def _scalings(last_time: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """c_skip and c_out at every timestep index (2, T), uploaded once."""
     return torch.from_numpy(np.stack(SAMPLER.scalings(np.arange(last_time + 1)))).to(device, dtype)

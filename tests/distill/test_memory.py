@@ -9,7 +9,9 @@ import torch
 
 from imagine_flash.distill.memory import peak_of_update, plan_memory
 from imagine_flash.distill.methods import METHODS, distill_recipe
+from imagine_flash.distill.methods.lcm import _scalings
 from imagine_flash.distill.models import load_teacher
+from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.task import DistillTask
 from imagine_flash.tests.commands import run
 from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
@@ -40,6 +42,17 @@ def test_what_is_counted_on_fake_tensors_is_what_an_update_makes(values: dict[st
     pictures = [torch.zeros(4, *model.latent_shape)]
     task = DistillTask(recipe, model, list(CAPTIONS[:4]), "", pictures=pictures)
     assert peak_of_update(task) == pytest.approx(peak_of_update(task, fake=False), rel=0.01)
+
+
+def test_an_update_behind_a_plan_is_real(teacher: Path) -> None:
+    """What an update looks up in tables must not come from the plan's fake tensors."""
+    recipe = distill_recipe({"method": "lcm", "fit": FIT})
+    model = load_teacher(teacher, recipe)
+    pictures = [torch.zeros(4, *model.latent_shape)]
+    task = DistillTask(recipe, model, list(CAPTIONS[:4]), "", pictures=pictures)
+    _scalings.cache_clear()
+    peak_of_update(task)
+    assert torch.isfinite(task.loss(**task.batch(0, Part())))
 
 
 def test_the_plan_counts_each_weight_once(teacher: Path) -> None:
