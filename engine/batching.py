@@ -108,8 +108,15 @@ class Batcher:
             self._drop_the_ended()
         group = [chunk for chunk in group if chunk in self._queue.active]
         if group:
-            work = self._sample if self.whole else self._decode if group[0].is_drawn else self._calls.denoise
+            whole = self.whole or self._is_alone(group)
+            work = self._sample if whole else self._decode if group[0].is_drawn else self._calls.denoise
             self._guarded(work, group)
+
+    def _is_alone(self, group: Sequence[Chunk]) -> bool:
+        """Whether this is one new picture with nobody beside it, whose whole plan the backend can draw in one call."""
+        first = group[0]
+        one = len(self._queue.active) == len(group) == first.rows == 1 and first.job.steps in self.backend.lone_plans
+        return one and first.x is None and first.start is None and not first.against
 
     def _begin(self, new: Sequence[Chunk]) -> None:
         """What chunks need before their first step; prompts are encoded together, those in the cache not at all."""

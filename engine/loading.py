@@ -13,10 +13,10 @@ from ..core.checked import Checked
 from ..core.errors import ArtifactError, RequestError, nearest
 from ..folders.hub import HUB_ID, local_folder
 from ..folders.loras import check_name
-from ..folders.manifests import ModelDescription
+from ..folders.manifests import STUDENT_BATCHES, ModelDescription
 from ..folders.reading import read_artifact_manifest
 from ..folders.sizes import Size, size_name, sizes_text
-from .backends.base import STUDENT_BATCHES, Backend, BackendOptions, check_device
+from .backends.base import Backend, BackendOptions, check_device
 from .backends.choosing import check_backend, choose, installed, load_backend, runs_student
 from .precision import bf16_is_accurate
 from .prompt_cache import DEFAULT_BYTES

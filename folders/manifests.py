@@ -24,6 +24,7 @@ CONDITION_ENCODER = "condition_encoder"  # a stage of models with a ControlNet o
 SAMPLERS = ("sampler_{}", "sampler_{}_from_embeddings")  # by number of steps
 PIPELINE_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+STUDENT_BATCHES = (1, 63)  # the smallest and the largest of a student that runs in torch
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 Plans = dict[int, list[int | float]]  # the timesteps of each number of steps, the noisiest first

@@ -15,7 +15,6 @@ from ...core.errors import ArtifactError, nearest
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders
-STUDENT_BATCHES = (1, 63)
 DEVICES = {
     "tensorrt": "auto, cuda or cuda:0",
     "openvino": "auto, cpu, gpu, gpu:N or npu",
@@ -70,6 +69,11 @@ class Backend(Protocol):
     """The stages of a model as functions of arrays. Called by one thread at a time, `prepare` and `describe` excepted."""
 
     name: str
+
+    @property
+    def lone_plans(self) -> Sequence[int]:
+        """Numbers of steps whose whole plan `sample` draws from embeddings for one picture, faster than step by step."""
+        ...
 
     @property
     def loras(self) -> Mapping[str, frozenset[str]]:

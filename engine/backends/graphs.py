@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +28,7 @@ class GraphBackend(ABC, Generic[Described]):
 
     name: str
     batches: tuple[int, ...] = ()  # increasing; empty where a graph takes any batch
+    lone_plans: tuple[int, ...] = ()
     splits = False
     way_out = "export the student again"
 
@@ -52,6 +53,11 @@ class GraphBackend(ABC, Generic[Described]):
             known = [min(batch, self.batches[-1]) for batch in batches] if self.splits else batches
             for batch in sorted({self._bucket(batch) for batch in known}):
                 self._graph(graph, batch)
+
+    @property
+    def graph_names(self) -> Collection[str]:
+        """What `open` knows."""
+        return self.manifest.graph_names
 
     @property
     def loras(self) -> Mapping[str, frozenset[str]]:
@@ -146,7 +152,7 @@ class GraphBackend(ABC, Generic[Described]):
             return found
         with self._lock:
             if (graph, batch) not in self._graphs:
-                if graph not in self.manifest.graph_names:
+                if graph not in self.graph_names:
                     raise ArtifactError(f"{self.folder} has no graph {graph!r}; export the student again")
                 try:
                     self._graphs[graph, batch] = self.open(graph, batch)

@@ -1,32 +1,24 @@
 """A student folder's own networks in torch, without an export: the slow, correct path that the others are tested against.
 
 Each backend name is one way of running them: "torch" module by module; "torch-compile" with denoiser and decoder compiled for
-fixed batch sizes, which on a GPU are captured as CUDA graphs too; "torch-graph" captured without a compiler. The loop over
-the steps is not captured: requests join and leave between steps.
+fixed batch sizes, which on a GPU are captured as CUDA graphs too; "torch-graph" captured without a compiler. Where networks
+are captured, a lone picture's whole plan is one graph; pictures in company go step by step, since requests join and leave
+between steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from ...core.errors import ArtifactError, missing_extra
-from ...folders.manifests import (
-    CONDITION_ENCODER,
-    IMAGE_ENCODER,
-    ModelDescription,
-    Size,
-    StudentManifest,
-    TokenizerSpec,
-)
-from ...folders.reading import first_problem, read_student_manifest
+from ...core.errors import missing_extra
+from ...folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, SAMPLERS, ModelDescription, Size
+from ...folders.reading import read_student_manifest
 
 try:
     import torch
@@ -36,13 +28,14 @@ except ImportError:
 from ...kernels import group_norm_silu
 from ...pipelines.adapters import Adapter, Rewriter, read_adapters
 from ...pipelines.architectures import architecture_of, stages_of
+from ...pipelines.description import describe_student
 from ...pipelines.loading import load_student_pipeline
 from ...pipelines.skeleton import read_networks
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
 from ..tokenizer import PromptTokenizer
-from .base import STUDENT_BATCHES, BackendOptions, Column, Fresh, LoraSet, Pictures, Stopped
+from .base import BackendOptions, Column, Fresh, LoraSet, Pictures, Stopped
 from .fused_update import FusedUpdate
 from .graphs import GraphBackend, Run
 from .torch_modes import (
@@ -56,8 +49,12 @@ from .torch_modes import (
     compiled,
     cuda_graphs,
     device_of,
+    device_stopwatch,
     keep_channels_last,
+    to_device,
+    to_host,
 )
+from .whole_plan import LONGEST, WholePlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,7 +79,7 @@ def load_student(
         stages.check_size(size)
     tokenizers = tokenizers_of(stages, student.known_words)
     specs = [spec for spec, _ in tokenizers]
-    model = _description(folder, student, stages, precision, sizes or [stages.default_size], specs)
+    model = describe_student(folder, student, stages, precision, sizes or [stages.default_size], specs)
     name = "torch" if backend == "auto" else backend
     loaded = TorchBackend(folder, model, stages, device, name=name, batches=options.batches, adapters=adapters)
     return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
@@ -127,13 +124,18 @@ class TorchBackend(GraphBackend[ModelDescription]):
         self.batches = () if name == "torch" else tuple(batches)
         self._dtype = DTYPES[model.precision]
         self._tokens = [ids.to(device) for ids in stages.example_tokens(1).values()]
-        self._networks = self._on_device(stages)
+        self._networks, self._made = self._on_device(stages), dict[tuple[str, int], Network]()
         self._rewriter = Rewriter(adapters or {})
         self._sizes = {model.graph_name(kind, size): size for kind in ("denoiser", "decoder") for size in model.sizes}
-        self._fixed = {*self._sizes, *(["text_encoder"] if self._capture else [])}  # run at fixed batch sizes
         self._uncaptured: set[str] = set()
-        tables = model.update_tables().values()
-        self._update = FusedUpdate(tables, device) if self._on_gpu or self._capture else None
+        self._tables = model.update_tables()
+        self._update = FusedUpdate(self._tables.values(), device) if self._on_gpu or self._capture else None
+        self.lone_plans = tuple(n for n in self._tables if n <= LONGEST and self._capture is not None)
+        self._whole = {
+            model.graph_name(SAMPLERS[1].format(n), size): (n, size) for n in self.lone_plans for size in model.sizes
+        }
+        captured = ["text_encoder", *self._whole] if self._capture else []
+        self._fixed = {*self._sizes, *captured}  # run at fixed batch sizes
 
     def _on_device(self, stages: Stages) -> dict[str, Network]:
         """By graph name. channels_last: 13.0 instead of 14.2 ms for the embedded denoiser on one core, 6.6 instead of 8.5
@@ -163,19 +165,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
     def stopwatch(self) -> Callable[[], Stopped]:
         if not self._on_gpu:
             return super().stopwatch()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(self.device)
-        start.record(stream)
-
-        def stop() -> Stopped:
-            end.record(stream)
-            return seconds
-
-        def seconds() -> float:
-            end.synchronize()
-            return start.elapsed_time(end) / 1000  # of what was queued, not of the queueing
-
-        return stop
+        return device_stopwatch(self.device)
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu"
@@ -186,13 +176,11 @@ class TorchBackend(GraphBackend[ModelDescription]):
 
     @torch.inference_mode()
     def open(self, graph: str, batch: int) -> Run:
-        network: Any = self._networks[graph]
         if not batch or graph not in self._fixed:
-            return as_run(network)
+            return as_run(self._networks[graph])
         with self._current():
             inputs = self._example(graph, batch)
-            if self._compiles and graph in self._sizes:
-                network = compiled(network, inputs)
+            network = self._plan(*self._whole[graph]) if graph in self._whole else self._compiled(graph, inputs)
             if self._capture is None:
                 return as_run(network)
             try:
@@ -203,8 +191,29 @@ class TorchBackend(GraphBackend[ModelDescription]):
                 self._uncaptured.add(graph)  # some text encoders ask the device about their mask
                 return as_run(network)
 
+    def _compiled(self, graph: str, inputs: Sequence[torch.Tensor]) -> Network:
+        """The network as it runs at the batch of these inputs: compiled, once, where this backend compiles it."""
+        if not self._compiles or graph not in self._sizes:
+            return self._networks[graph]
+        key = graph, len(inputs[0])
+        if key not in self._made:
+            self._made[key] = compiled(self._networks[graph], inputs)
+        return self._made[key]
+
+    def _plan(self, steps: int, size: Size) -> WholePlan:
+        """All that a lone picture needs behind its prompt."""
+        assert self._update is not None
+        names = [self.manifest.graph_name(kind, size) for kind in ("denoiser", "decoder")]
+        examples = [self._example(name, 1) for name in names]
+        denoise, decode = map(self._compiled, names, examples)
+        schedule, latents = self.manifest.schedule, examples[0][0]
+        return WholePlan(self._tables[steps], schedule, denoise, decode, self._update, latents)
+
     def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
         super().prepare(graphs, batches)
+        for name, (_, size) in self._whole.items():
+            if self.manifest.graph_name("denoiser", size) in graphs:
+                self._graph(name, 1)
         if self._update is not None:  # its kernel is compiled now, not in the first request
             shape, table = self.manifest.latent_shape, next(iter(self.manifest.update_tables().values()))
             x = self.upload(np.zeros((1, *shape), np.float32))
@@ -212,11 +221,16 @@ class TorchBackend(GraphBackend[ModelDescription]):
 
     def _example(self, graph: str, batch: int) -> list[torch.Tensor]:
         """Inputs of a graph's shapes, as the network reads them: a short prompt and its conditions, latents of zeros."""
+        if graph in self._whole:
+            steps, size = self._whole[graph]
+            noise = self._zeros((batch, *self.manifest.latent_shape_of(size)))
+            told = self._example(self.manifest.graph_name("denoiser", size), batch)[2:]
+            k = len(self._tables[steps].renoised)
+            return [*told, noise, *([noise.new_zeros((batch, k, *noise.shape[1:]))] if k else [])]
         if graph == "text_encoder":
             return [ids.expand(batch, *ids.shape[1:]).clone() for ids in self._tokens]
-        shape = (batch, *self.manifest.latent_shape_of(self._sizes[graph]))
         dtype = self._dtype if self._capture and graph.startswith("denoiser") else torch.float32
-        latents = torch.zeros(shape, device=self.device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        latents = self._zeros((batch, *self.manifest.latent_shape_of(self._sizes[graph])), dtype)
         if graph.startswith("decoder"):
             return [latents]
         conditions = [
@@ -231,6 +245,13 @@ class TorchBackend(GraphBackend[ModelDescription]):
             told += [*self._networks[self.manifest.graph_name(CONDITION_ENCODER, size)](picture), one.clone()]
         return [latents, torch.zeros(batch, device=self.device), *conditions, *told]
 
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, device=self.device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    @property
+    def graph_names(self) -> Collection[str]:
+        return {*self.manifest.graph_names, *self._whole}
+
     @property
     def loras(self) -> Mapping[str, frozenset[str]]:
         return {name: adapter.stages for name, adapter in self._rewriter.adapters.items()}
@@ -243,12 +264,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
 
     @torch.inference_mode()
     def upload(self, values: NDArray[Any]) -> torch.Tensor:
-        layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
-        given = torch.from_numpy(np.require(values, requirements="W"))  # a request's pictures cannot be written
-        if not self._on_gpu:
-            return given.clone(memory_format=layout)
-        pinned = torch.empty(values.shape, dtype=given.dtype, pin_memory=True, memory_format=layout)
-        return pinned.copy_(given).to(self.device, non_blocking=True)  # from memory that a GPU reads by itself
+        return to_device(values, self.device)
 
     @torch.inference_mode()
     def join(self, arrays: Sequence[Any]) -> Any:
@@ -297,61 +313,22 @@ class TorchBackend(GraphBackend[ModelDescription]):
     def finite(self, x: Any) -> NDArray[np.bool_]:
         return torch.isfinite(x).flatten(1).all(1).cpu().numpy()
 
-    @torch.inference_mode()
     def decode(self, x: Any) -> Pictures:
-        images, finite = self.run(self._at_size("decoder", x), [x])
-        if not self._on_gpu:
-            return images.numpy(), finite.numpy()
-        hosts = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in (images, finite)]
-        for host, each in zip(hosts, (images, finite), strict=True):
-            host.copy_(each, non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
-        return hosts[0].numpy(), hosts[1].numpy()
+        return self.pictures(self.run(self._at_size("decoder", x), [x]), x)
+
+    @torch.inference_mode()
+    def pictures(self, outputs: Sequence[torch.Tensor], x: Any) -> Pictures:
+        """On the host; waits for the device."""
+        images, finite = to_host(outputs, self.device)
+        return images, finite
 
     def close(self) -> None:
         super().close()
         self._networks.clear()
+        self._made.clear()
         if self._on_gpu:
             torch.cuda.empty_cache()
 
     def _current(self) -> AbstractContextManager[Any]:
         """Makes the device the current one: Triton and captures start there."""
         return torch.cuda.device(self.device) if self._on_gpu else nullcontext()
-
-
-def _description(
-    folder: Path,
-    student: StudentManifest,
-    stages: Stages,
-    precision: str,
-    sizes: Sequence[Size],
-    tokenizers: Sequence[TokenizerSpec],
-) -> ModelDescription:
-    """Raises ArtifactError for plans that the schedule does not have."""
-    known: dict[str, Any] = {
-        "format": student.format,
-        "name": folder.resolve().name,
-        "pipeline": stages.pipeline,
-        "precision": precision,
-        "created_with": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-        "prediction_type": stages.prediction_type,
-        "scheduler": stages.scheduler,
-        "plans": student.plans,
-        "noise_correction": student.noise_correction,
-        "sampler": student.sampler,
-        "guidance": stages.guidance(student.guidance),
-        "default_steps": student.default_steps,
-        "sources": student.sources,
-        "latent_channels": stages.latent_channels,
-        "downscale": stages.downscale,
-        "sizes": list(sizes),
-        "batch": STUDENT_BATCHES,
-        "scaling_factor": stages.decoder.scaling_factor,
-        "vocabulary": student.vocabulary,
-        "tokenizers": list(tokenizers),
-        "control": stages.control,
-    }
-    try:
-        return ModelDescription(**known)
-    except ValidationError as error:
-        raise ArtifactError(f"{folder}: {first_problem(error, known)}") from None

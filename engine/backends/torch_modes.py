@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
-from .base import check_device
+from .base import Stopped, check_device
 from .graphs import Run
 
 WARM_UP = 3  # calls before a capture, for what libraries allocate and choose at their first ones
@@ -159,3 +161,41 @@ def check_mode(backend: str, device: torch.device) -> None:
     """Raises ArtifactError where a backend's name and its device do not go together."""
     if backend == "torch-graph" and device.type != "cuda":
         raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")
+
+
+def device_stopwatch(device: torch.device) -> Callable[[], Stopped]:
+    """Starts a watch of a GPU's time: of what was queued, not of the queueing."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
+
+    def stop() -> Stopped:
+        end.record(stream)
+        return seconds
+
+    def seconds() -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    return stop
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy, pictures and latents in channels_last; to a GPU queued, from memory that it reads by itself."""
+    layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+    given = torch.from_numpy(np.require(values, requirements="W"))  # a request's pictures cannot be written
+    if device.type != "cuda":
+        return given.clone(memory_format=layout)
+    pinned = torch.empty(values.shape, dtype=given.dtype, pin_memory=True, memory_format=layout)
+    return pinned.copy_(given).to(device, non_blocking=True)
+
+
+def to_host(tensors: Sequence[torch.Tensor], device: torch.device) -> list[NDArray[Any]]:
+    """Their values, once the device has them."""
+    if device.type != "cuda":
+        return [each.numpy() for each in tensors]
+    hosts = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
+    for host, each in zip(hosts, tensors, strict=True):
+        host.copy_(each, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return [host.numpy() for host in hosts]

@@ -3,7 +3,10 @@
 An input that is not written before a replay is poisoned, so a stale one shows in the picture.
 """
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from imagine_flash.core.sampler import Sampler
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.torch import TorchBackend, load_student
 from imagine_flash.engine.backends.torch_modes import Captured
 from imagine_flash.engine.reference import reference_generate
 from imagine_flash.pipelines.loading import load_stages
+from imagine_flash.tests.pipelines import describe
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
@@ -46,6 +51,12 @@ class Recorder(TorchDispatchMode):
                     static.copy_(new)
 
 
+def make_recordable(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter's kernels are no operations of torch, and would not be recorded; their references are."""
+    for kernel in ("group_norm_silu", "update"):
+        patch.setattr(f"imagine_flash.kernels.{kernel}.runs_kernel", lambda x: False)
+
+
 def emulate(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     recorder = Recorder()
     with recorder:
@@ -67,13 +78,19 @@ def poison_after(run: Captured) -> Callable[[], None]:
 
 @pytest.fixture(scope="module")
 def engine(tiny_student: Path) -> Iterator[Any]:
+    with captured_engine(tiny_student) as made:
+        yield made
+
+
+@contextmanager
+def captured_engine(folder: Path) -> Iterator[Any]:
     """Its backend captures by emulation, and every graph of it is poisoned."""
-    _, tokenizer, model = load_student(tiny_student, "torch", BackendOptions(device="cpu", precision="fp32"), None)
-    patched = pytest.MonkeyPatch()  # the interpreter's kernels are no operations of torch, and would not be recorded
-    patched.setattr("imagine_flash.kernels.group_norm_silu.runs_kernel", lambda x: False)
-    stages = load_stages(tiny_student, dtype=torch.float32)
+    _, tokenizer, model = load_student(folder, "torch", BackendOptions(device="cpu", precision="fp32"), None)
+    patched = pytest.MonkeyPatch()
+    make_recordable(patched)
+    stages = load_stages(folder, dtype=torch.float32)
     backend = TorchBackend(
-        tiny_student, model, stages, torch.device("cpu"), name="torch-graph", batches=(1, 2, 4), capture=emulate
+        folder, model, stages, torch.device("cpu"), name="torch-graph", batches=(1, 2, 4), capture=emulate
     )
     backend.prepare(("text_encoder", "denoiser", "decoder"), (1, 2, 4))
     for run in backend._graphs.values():
@@ -103,6 +120,49 @@ def test_replays_draw_what_eager_calls_draw(engine, plain: Engine, steps: int, c
         ).max()
         <= 1
     )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_lone_picture_is_one_replay(engine, plain: Engine, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its whole plan; in company it goes step by step, to the same picture."""
+    request, replays = GenerateRequest(prompt="a cat on pink", seed=5, steps=steps), list[str]()
+    for (name, _), run in engine.backend._graphs.items():
+        replay = run._replay
+        monkeypatch.setattr(run, "_replay", lambda name=name, replay=replay: (replays.append(name), replay()))
+    engine.generate(request)  # the prompt is known from now on
+    replays.clear()
+    alone = engine.generate(request)
+    assert replays == [f"sampler_{steps}_from_embeddings"] and set(alone.timings.stages()) & {"sampler", "denoise"} == {
+        "sampler"
+    }
+    replays.clear()
+    two = [engine.submit(one) for one in (request, request.model_copy(update={"count": 2}))]
+    together, _ = (drawing.result(60) for drawing in two)
+    assert "denoiser" in replays
+    for found in (alone, together):
+        assert np.abs(found.images.astype(int) - plain.generate(request).images).max() <= 1
+
+
+def test_a_plan_that_takes_fresh_noise_is_one_replay_too(tiny_student: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_student, tmp_path / "renoise")
+    describe(folder, sampler=Sampler(kind="renoise", start="sigma"), noise_correction=False)
+    request = GenerateRequest(prompt="a cat on pink", seed=5, steps=3)
+    with (
+        Engine.load(folder, backend="torch", device="cpu", precision="fp32") as plain,
+        captured_engine(folder) as engine,
+    ):
+        found = engine.generate(request)
+        assert "sampler" in found.timings.stages()
+        assert np.abs(found.images.astype(int) - plain.generate(request).images).max() <= 1
+
+
+def test_what_one_call_cannot_draw_goes_step_by_step(engine, plain: Engine) -> None:
+    """A negative prompt, and several pictures."""
+    for changes in ({"negative_prompt": "a dog", "guidance": 2.0}, {"count": 3}):
+        request = GenerateRequest(prompt="a cat on pink", seed=5, steps=2, **changes)
+        found = engine.generate(request)
+        assert "sampler" not in found.timings.stages() and found.timings.denoise
+        assert np.abs(found.images.astype(int) - plain.generate(request).images).max() <= 1
 
 
 def test_requests_at_different_steps_share_a_batch(engine, plain: Engine) -> None:
@@ -139,8 +199,29 @@ def test_the_update_writes_the_next_input(engine) -> None:
     assert run.ready is other, "another call in between makes the old one stale"
 
 
+VIEWS = "view|slice|select|as_strided|detach|alias|expand|unsqueeze|empty|lift_fresh|aten.to.|resolve"
+
+
+def launches(counted: Recorder) -> list[str]:
+    return [str(func) for func, *_ in counted.calls if not re.search(VIEWS, str(func))]
+
+
+def test_a_lone_picture_of_a_cached_prompt_is_launched_with_few_calls(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise goes up and into its place, the prompt's embeddings into theirs; then one replay, and two copies to the host."""
+    backend, model = engine.backend, engine.manifest
+    conditions = backend.encode(engine.tokenizer.encode("a cat"))
+    for run in backend._graphs.values():
+        monkeypatch.setattr(run, "_replay", lambda: None)
+    for steps in (1, 3):
+        counted = Recorder()
+        with counted:
+            noise = backend.upload(np.zeros((1, *model.latent_shape), np.float32))
+            backend.sample(f"sampler_{steps}_from_embeddings", conditions, noise)
+        assert len(launches(counted)) <= 2 + len(conditions), launches(counted)
+
+
 def test_a_cached_prompt_at_one_step_takes_few_operations(engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host launches beside the replays: at most 12, of which each is a copy or the update."""
+    """Host launches beside the replays, of a picture in company: at most 12, of which each is a copy or the update."""
     backend, tokenizer, model = engine.backend, engine.tokenizer, engine.manifest
     conditions, table = backend.encode(tokenizer.encode("a cat")), model.update_tables()[1]
     time = model.schedule.network_time(table.timesteps).astype(np.float32)
@@ -154,19 +235,4 @@ def test_a_cached_prompt_at_one_step_takes_few_operations(engine, monkeypatch: p
             x, backend.denoise(x, time, conditions), table.a.astype(np.float32), table.b.astype(np.float32)
         )
         backend.decode(x)
-    views = (
-        "view",
-        "slice",
-        "select",
-        "as_strided",
-        "detach",
-        "alias",
-        "expand",
-        "unsqueeze",
-        "empty",
-        "lift_fresh",
-        "aten.to.",
-        "resolve",
-    )
-    launches = [str(func) for func, *_ in counted.calls if not any(view in str(func) for view in views)]
-    assert len(launches) + 3 + 2 <= 12, launches  # the pictures and whether they are finite are copied to the host
+    assert len(launches(counted)) + 3 + 2 <= 12, launches(counted)  # two copies to the host

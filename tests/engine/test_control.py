@@ -213,17 +213,17 @@ def test_captured_graphs_read_it_as_an_input_too(made: Any, monkeypatch: pytest.
     from imagine_flash.engine.backends.base import BackendOptions
     from imagine_flash.engine.backends.torch import TorchBackend, load_student
     from imagine_flash.pipelines.loading import load_stages
-    from imagine_flash.tests.engine.test_captured import emulate, poison_after
+    from imagine_flash.tests.engine.test_captured import emulate, make_recordable, poison_after
 
     student = made("sd15 controlnet")[1]
     _, tokenizer, model = load_student(student, "torch", BackendOptions(device="cpu", precision="fp32"), None)
-    monkeypatch.setattr("imagine_flash.kernels.group_norm_silu.runs_kernel", lambda x: False)
+    make_recordable(monkeypatch)
     stages = load_stages(student, dtype=torch.float32)
     how: dict[str, Any] = {"name": "torch-graph", "batches": (1, 2), "capture": emulate}
     backend = TorchBackend(student, model, stages, torch.device("cpu"), **how)
     backend.prepare(model.stages, (1, 2))
-    captured: Any = backend._graphs["denoiser", 2]
-    monkeypatch.setattr(captured, "_replay", poison_after(captured))
+    for captured in (backend._graphs["denoiser", 2], backend._graphs["sampler_2_from_embeddings", 1]):
+        monkeypatch.setattr(captured, "_replay", poison_after(captured))  # type: ignore[arg-type]
     with Engine(backend, tokenizer, model, max_batch=2) as engine, Engine.load(student, backend="torch") as plain:
         asked = [ask(steps=2, seed=1, condition=control.picture(1)), ask(steps=2, seed=2, guidance=2.0)]
         for drawing, one in zip([engine.submit(each) for each in asked], asked, strict=True):

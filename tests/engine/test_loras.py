@@ -31,7 +31,7 @@ from imagine_flash.pipelines.adapters import Adapter, Rewriter, read_adapters
 from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.tests import architectures
 from imagine_flash.tests.engine.test_batching import Gate
-from imagine_flash.tests.engine.test_captured import emulate
+from imagine_flash.tests.engine.test_captured import emulate, make_recordable
 from imagine_flash.tests.engine.test_fairness import work
 from imagine_flash.tests.loras import ATTENTION, write_lora
 
@@ -270,7 +270,7 @@ def test_captured_calls_draw_with_what_is_written(
     model: Model, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs are captured before any LoRA is, and are not captured again."""
-    monkeypatch.setattr("imagine_flash.kernels.group_norm_silu.runs_kernel", lambda x: False)
+    make_recordable(monkeypatch)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(model.folder)
     adapters = read_adapters(pipeline, "unet", model.loras)
     backend = TorchBackend(
