@@ -310,6 +310,7 @@ def study_command(
             "option goes on with what they made.",
         ),
     ] = None,
+    device: Device = None,
     font: Font = None,
     quiet: Quiet = False,
 ) -> None:
@@ -321,13 +322,14 @@ def study_command(
     writable(output, make=True)
     from ..benchmarks.quality.study import run_study, train_variant
     from ..benchmarks.quality.tables import quality_as_markdown
+    from ..distill.devices import use_device
 
-    teacher = teacher or _embedded("teacher")
+    teacher, used = teacher or _embedded("teacher"), use_device(device)
     if train is not None:
         done = train_variant(study, train, teacher, output, font=font)
         say(f"trained {train}: {done.training.get('steps', 0):.0f} updates")
         return
-    record = run_study(study, teacher, judge or _embedded("judge.safetensors"), output, font=font)
+    record = run_study(study, teacher, judge or _embedded("judge.safetensors"), output, font=font, device=used)
     say(quality_as_markdown(record))
 
 

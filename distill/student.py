@@ -40,6 +40,7 @@ def distill(
     start: Path | None = None,
     start_teacher: Path | None = None,
     font: Path | None = None,
+    scenes: Path | None = None,
     console: Console | None = None,
     track: Sequence[str] = (),
     shared: bool = False,
@@ -48,7 +49,8 @@ def distill(
 
     prompts: instead of captions of emoji scenes; pictures: of one's own, whose captions are the prompts. start: a student
     folder whose weights it begins with, instead of the teacher's; start_teacher: its teacher, an earlier state of this one:
-    what the teacher learned since is added to the student. track: trackers by accelerate's names, tensorboard for one.
+    what the teacher learned since is added to the student. scenes: a folder in which several trainings keep the latents of rendered
+    scenes; by default that of the run. track: trackers by accelerate's names, tensorboard for one.
     shared: each of several processes keeps a part of the student. Called again after a kill, it goes on where the last
     checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
@@ -64,7 +66,7 @@ def distill(
     run = out.with_name(out.name + ".run")
     if pictures is not None and pictures.buckets:
         teacher = teacher.of_any_size()
-    latents, digest = _scenes(recipe, teacher, run, font) if pictures is None else [], ""
+    latents, digest = _scenes(recipe, teacher, scenes or run, font) if pictures is None else [], ""
     if pictures is not None:
         own = _own_pictures(recipe, teacher, run, pictures, console)
         prompts, latents, digest = own.captions, own.latents, own.digest
@@ -158,11 +160,11 @@ def _check_data(recipe: DistillRecipe, prompts: list[str] | None, pictures: Pict
         )
 
 
-def _scenes(recipe: DistillRecipe, teacher: Model, run: Path, font: Path | None) -> list[torch.Tensor]:
-    """Latents of the scenes that the captions describe, for a method that asks for pictures."""
+def _scenes(recipe: DistillRecipe, teacher: Model, folder: Path, font: Path | None) -> list[torch.Tensor]:
+    """Latents of the scenes that the captions describe, for a method that asks for pictures; kept in the folder."""
     if not method_named(recipe.method).pictures(recipe):
         return []
-    path, side = run / "latents.safetensors", teacher.stages.default_size[0]
+    path, side = folder / f"latents-{recipe.seed}-{recipe.prompts}.safetensors", teacher.stages.default_size[0]
     with processes().main_process_first():
         return [encoded_scenes(teacher, path, seed=recipe.seed, size=side, count=recipe.prompts, font=font)]
 

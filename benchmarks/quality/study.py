@@ -100,16 +100,24 @@ def train_variant(
 
 
 def run_study(
-    path: Path, teacher_folder: Path, judge_file: Path, out: Path, *, font: Path | None = None
+    path: Path,
+    teacher_folder: Path,
+    judge_file: Path,
+    out: Path,
+    *,
+    font: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Train and measure every variant; write `out`.json and `out`.png after each of them and return the record.
 
-    Students and pictures are kept in `out`.run. Errors: RecipeError for a study or variant that is not valid, ArtifactError for
-    a folder that is no teacher or a run of another study.
+    device: what draws and judges; trainings take accelerate's. Students and pictures are kept in `out`.run, and the latents of
+    rendered scenes, once for all variants. Errors: RecipeError for a study or variant that is not valid, ArtifactError for a folder
+    that is no teacher or a run of another study.
     """
     study, recipes = load_study(path)
     judge, accuracy = load_judge(judge_file)
-    teacher, console, run = load_model(teacher_folder), Console(stderr=True), out.with_name(f"{out.name}.run")
+    teacher, judge = load_model(teacher_folder).to(device), judge.to(device)
+    console, run = Console(stderr=True), out.with_name(f"{out.name}.run")
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
     seen = draw_prompts(study.count, split=study.split, held_out=False)
     unseen = draw_prompts(study.held_out, split=study.split, held_out=True)
@@ -125,13 +133,19 @@ def run_study(
     found, shown = pictures_of(methods, "references"), [method for method in methods if method.shown]
     record: dict[str, Any] = {"question": study.question, "schema": 2, "split": study.split, "sha256": hashes}
     record |= {"n": {"seen": study.count, "held_out": study.held_out}, "guidance": study.guidance}
-    record |= {"judge_accuracy": accuracy, "threads": torch.get_num_threads(), "budget": study.budget, "variants": {}}
+    record |= {
+        "judge_accuracy": accuracy,
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "budget": study.budget,
+        "variants": {},
+    }
     record["rows"] = compare(methods, found, judge)
     for name, recipe in recipes.items():
         if study.budget is not None:
             recipe = updates_within(study.budget, recipe, teacher)
         manifest = _student_of(recipe, teacher_folder, run / slug(name), font, console)
-        student = load_model(run / slug(name))
+        student = load_model(run / slug(name)).to(device)
         rows = student_rows(name, student, manifest)
         found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
@@ -147,7 +161,7 @@ def _student_of(
 ) -> StudentManifest:
     """The manifest of the student in `folder`, which is trained if it is not there yet."""
     if not folder.exists():
-        distill(teacher, folder, recipe, font=font, console=console)
+        distill(teacher, folder, recipe, font=font, console=console, scenes=folder.parent)
     manifest = read_student_manifest(folder)
     if manifest.recipe != recipe.model_dump(mode="json"):
         raise RecipeError(f"{folder} was trained by another recipe; choose another OUTPUT, or delete that folder")

@@ -108,6 +108,7 @@ def test_the_whole_study_and_how_it_goes_on(
     """A finished variant is neither trained nor drawn again; one of another recipe is refused."""
     variants = {"own eps": {}, "fresh": {"renoise": "fresh"}}
     small = {"count": 258, "held_out": 4, "teacher_steps": [2]}
+    small["common"] = {"prompts": 8, "fit": FIT, "adversarial": {"ramp": 0}}
     path, out = written(tmp_path, variants=variants, **small), tmp_path / "out.v1"
     monkeypatch.setattr(evaluate, "DIVERSITY_PROMPTS", 2)
     monkeypatch.setattr(evaluate, "RESAMPLES", 10)  # both for speed
@@ -115,7 +116,10 @@ def test_the_whole_study_and_how_it_goes_on(
     trained = hash_folder(tmp_path / "out.v1.run/fresh")
     with pytest.raises(RecipeError, match=r"no variant 'fresch'; there are own eps, fresh; did you mean 'fresh'\?"):
         train_variant(path, "fresch", tiny_student, out)
+    scenes = {file: file.stat().st_mtime_ns for file in (tmp_path / "out.v1.run").glob("latents-*")}
     record = run_study(path, tiny_student, untrained_judge, out)
+    assert scenes == {file: file.stat().st_mtime_ns for file in (tmp_path / "out.v1.run").glob("**/latents*")}
+    assert len(scenes) == 1, "rendered once for all variants"
     assert hash_folder(tmp_path / "out.v1.run/fresh") == trained
     names = [row["method"] for row in record["rows"]]
     assert names[:4] == ["rendered scenes", "autoencoder", "teacher, 25 steps", "teacher, 2 steps"]
