@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import onnx
 import pytest
 
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.export.tensorrt import batch_profile, build_plans, write_plan, write_tensorrt
+from imagine_flash.folders.files import hash_files, sha256_file
 from imagine_flash.folders.manifests import GraphSpec, TensorSpec
-from imagine_flash.folders.reading import read_artifact_manifest
+from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
 from imagine_flash.tests.tensorrt_artifact import (
     GRAPHS,
     NEEDS_TENSORRT,
@@ -18,6 +20,7 @@ from imagine_flash.tests.tensorrt_artifact import (
     flip,
     key_of,
     model,
+    tiny_model,
 )
 
 
@@ -36,6 +39,25 @@ def test_the_recipe_says_what_a_plan_is_built_from(artifact):
         "weights": ["weights.bin"],
         "profile": {"x": [[1, 4, 8, 8], [4, 4, 8, 8], [4, 4, 8, 8]]},
     }
+
+
+def test_tensorrt_gets_a_copy_of_what_has_attention(artifact):
+    """The same graph but for one attribute, above the same weights; the artifact's own stays as the others run it."""
+    own = model(
+        [NODE("Mul", ["x", "w"], ["q"]), NODE("Attention", ["q", "x", "x"], ["y"])], tiny_model().graph.initializer
+    )
+    (artifact / "denoiser.onnx").write_bytes(own.SerializeToString())
+    manifest = read_artifact_manifest(artifact, verify=False)
+    write_tensorrt(artifact, manifest)
+    recipe = json.loads((artifact / "tensorrt" / "build.json").read_text())["graphs"]
+    assert [recipe[name]["file"] for name in ("denoiser", "decoder")] == ["tensorrt/denoiser.onnx", "decoder.onnx"]
+    assert all(graph["weights"] == ["weights.bin"] for graph in recipe.values())
+    copy = onnx.load(artifact / "tensorrt/denoiser.onnx", load_external_data=False)
+    assert [a.name for a in copy.graph.node[1].attribute] == ["TRT_decomposable"]
+    del copy.graph.node[1].attribute[:]
+    assert copy == own and (artifact / "denoiser.onnx").read_bytes() == own.SerializeToString()
+    write_manifest(artifact, manifest.model_copy(update={"files": hash_files(artifact)}))
+    assert key_of(artifact).graph_sha256 == sha256_file(artifact / "tensorrt/denoiser.onnx")
 
 
 @pytest.mark.parametrize(
