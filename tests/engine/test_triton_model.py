@@ -1,9 +1,16 @@
-"""The Triton model that takes prompts: its pictures are the engine's. Here the server is a stand-in that runs the repository's own
-model files; in test_triton_server.py it is Triton's."""
+"""The Triton model that takes prompts: its pictures are the engine's. The server is a stand-in that runs the repository's own
+model files; at the end, where there is one, Triton's own."""
 
+import importlib.util
+import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -44,8 +51,8 @@ class Served:
         shapes = {value.name: value.shape for value in session.get_inputs()}
         fed = {t.name: t.values[:, 0] if len(shapes[t.name]) == 1 else t.values for t in inputs}
         self.calls.append((model, len(inputs[0].values)))
-        found: list[Any] = session.run(names, fed)
-        found = [values[:, None] if values.ndim == 1 else values for values in found]
+        arrays: Any = session.run(names, fed)
+        found = [values[:, None] if values.ndim == 1 else values for values in arrays]
         tensors = [Tensor(name, values) for name, values in zip(names, found, strict=True)]
         return SimpleNamespace(has_error=lambda: False, tensors=tensors)
 
@@ -158,3 +165,80 @@ def test_a_broken_network_is_the_servers_fault(model: TritonPythonModel, served:
     assert answer.error[0] == "INTERNAL" and "out of memory" in answer.error[1]
     served.broken = ""
     assert pictures(model.execute([request("a cat")])[0]).shape == (1, 64, 64, 3)
+
+
+# on Triton's own server, as nvidia-pytriton has it: with its python backend, and none for ONNX
+
+ONNX_BACKEND = """
+import os
+
+import onnxruntime
+import triton_python_backend_utils as utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_outputs()]
+
+    def execute(self, requests):
+        fed = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
+        given = [zip(self.names, self.session.run(self.names, inputs)) for inputs in fed]
+        return [utils.InferenceResponse([utils.Tensor(*pair) for pair in outputs]) for outputs in given]
+"""
+
+
+@pytest.fixture(scope="module")
+def address(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server's, with the repository loaded and warm."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs nvidia-pytriton, whose wheel holds a Triton server")
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        pytest.skip("nvidia-pytriton 0.7 has Triton 2.51, whose python backend reads no arrays of NumPy 2")
+    home, folder = Path(spec.origin).parent / "tritonserver", tmp_path_factory.mktemp("triton")
+    shutil.copytree(home / "backends", folder / "backends")
+    (folder / "backends" / "onnxruntime").mkdir()
+    (folder / "backends" / "onnxruntime" / "model.py").write_text(ONNX_BACKEND)
+    stub = f"{sys.version_info.major}.{sys.version_info.minor}/triton_python_backend_stub"
+    for source, place in ((home / "python_backend_stubs" / stub, "backends/python"), (home / "bin/tritonserver", ".")):
+        Path(shutil.copy(source, folder / place)).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [folder / "tritonserver", "--model-repository", artifact / "triton_repository", "--http-port", str(port)]
+    command += ["--backend-directory", folder / "backends", "--http-address", "127.0.0.1"]
+    command += ["--allow-grpc", "false", "--allow-metrics", "false", "--exit-timeout-secs", "2"]
+    paths = {
+        "LD_LIBRARY_PATH": str(home.parents[1] / "nvidia_pytriton.libs"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(list(map(str, command)), env=os.environ | paths, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            time.sleep(0.5)
+            assert server.poll() is None, (folder / "log").read_text(errors="replace")[-2000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5)
+                break
+            except OSError:
+                continue
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_on_tritons_own_server(address: str, drawn: Callable[..., np.ndarray], steps: int) -> None:
+    columns = {"PROMPT": ("BYTES", ["a cat", "a fox"]), "SEED": ("INT64", [7, 9]), "STEPS": ("INT32", [steps, steps])}
+    inputs = [{"name": name, "shape": [2, 1], "datatype": kind, "data": data} for name, (kind, data) in columns.items()]
+    body = json.dumps({"inputs": inputs}).encode()
+    with urllib.request.urlopen(f"{address}/v2/models/text_to_image/infer", body, timeout=60) as answer:
+        outputs = {tensor["name"]: tensor for tensor in json.load(answer)["outputs"]}
+    got = np.array(outputs["IMAGES"]["data"]).reshape(outputs["IMAGES"]["shape"])
+    expected = [drawn(prompt=text, seed=seed, steps=steps) for text, seed in (("a cat", 7), ("a fox", 9))]
+    assert np.abs(got - np.stack(expected)).max() <= 1 and outputs["SEED"]["data"] == [7, 9]
