@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ...core.errors import ArtifactError, missing_extra
 from ...folders.manifests import ArtifactManifest
 from ...folders.tensorrt_plans import Machine, PlanKey, PlanRecord, command, find_plan, read_json, this_machine
-from .base import BackendOptions, Column, Fresh, Pictures
+from .base import BackendOptions, Column, Fresh, Pictures, Stopped
 from .graphs import GraphBackend
 
 
@@ -147,6 +147,10 @@ class TensorrtBackend(GraphBackend[ArtifactManifest]):
         device = self._torch.cuda.get_device_name(self._device)
         graphs = f"no CUDA graph of {', '.join(sorted(self._uncaptured))}" if self._uncaptured else "CUDA graphs"
         return f"tensorrt {self._machine.tensorrt} on {device}, {self.manifest.precision}, {graphs}"
+
+    def stopwatch(self) -> Callable[[], Stopped]:
+        self._torch.cuda.set_stream(self._stream)
+        return self._stopwatch(self._device)
 
     def prepare(self, graphs: Sequence[str], batches: Sequence[int] = (1,)) -> None:
         buckets = {self._bucket(batch) for batch in batches}
