@@ -91,16 +91,14 @@ def build_plans(
 ) -> list[Path]:
     """Builds the plans of an artifact for the GPU of this machine and returns their paths; what is there is kept.
 
-    graphs: which; by default those of the stages, which draw everything, and with whole_sampler (or where the artifact has
-    no stages) those of the whole sampler too. version_compatible: later TensorRTs of the same major version run the plans
+    graphs: which; by default `graphs_to_build`. version_compatible: later TensorRTs of the same major version run the plans
     too. refit: weights may be replaced later. progress is told what is being done. Raises ArtifactError, MissingExtraError.
     """
     folder = Path(folder)
     manifest, recipe = read_artifact_manifest(folder), read_json(folder / RECIPE_FILE, BuildRecipe)
     machine = this_machine(folder)
     flags = ["VERSION_COMPATIBLE"] * version_compatible + ["REFIT"] * refit
-    stages = [name for name in recipe.graphs if not name.startswith(WHOLE_SAMPLER)]
-    wanted = graphs or (recipe.graphs if whole_sampler or not stages else stages)
+    wanted = graphs or graphs_to_build(recipe, whole_sampler=whole_sampler)
     keys = [plan_key(manifest, recipe, name, machine, flags) for name in wanted]
     for key in keys:
         plan = folder / FOLDER / key.file
@@ -111,6 +109,12 @@ def build_plans(
             progress(f"building {plan.name}")
             write_plan(folder, key, _build(folder, recipe.graphs[key.graph].file, key), driver=machine.driver)
     return [folder / FOLDER / key.file for key in keys]
+
+
+def graphs_to_build(recipe: BuildRecipe, *, whole_sampler: bool) -> list[str]:
+    """Those of the stages; with whole_sampler, or where there are no stages, those of the whole sampler too."""
+    stages = [name for name in recipe.graphs if not name.startswith(WHOLE_SAMPLER)]
+    return list(recipe.graphs) if whole_sampler or not stages else stages
 
 
 def write_plan(folder: Path, key: PlanKey, plan: bytes, *, driver: str = "") -> Path:

@@ -7,10 +7,11 @@ import onnx
 import pytest
 
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
-from imagine_flash.export.tensorrt import batch_profile, build_plans, write_plan, write_tensorrt
+from imagine_flash.export.tensorrt import batch_profile, build_plans, graphs_to_build, write_plan, write_tensorrt
 from imagine_flash.folders.files import hash_files, sha256_file
 from imagine_flash.folders.manifests import GraphSpec, TensorSpec
 from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.folders.tensorrt_plans import BuildRecipe, read_json
 from imagine_flash.tests.tensorrt_artifact import (
     GRAPHS,
     NEEDS_TENSORRT,
@@ -58,6 +59,19 @@ def test_tensorrt_gets_a_copy_of_what_has_attention(artifact):
     assert copy == own and (artifact / "denoiser.onnx").read_bytes() == own.SerializeToString()
     write_manifest(artifact, manifest.model_copy(update={"files": hash_files(artifact)}))
     assert key_of(artifact).graph_sha256 == sha256_file(artifact / "tensorrt/denoiser.onnx")
+
+
+def test_the_stages_are_built_and_the_whole_sampler_where_it_is_asked_for(tiny_artifact, tmp_path):
+    """Six unrolled networks, which nothing reads by default, took most of the time."""
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    manifest = read_artifact_manifest(folder)
+    write_tensorrt(folder, manifest)
+    recipe = read_json(folder / "tensorrt" / "build.json", BuildRecipe)
+    stages = ["text_encoder", "denoiser", "decoder", "image_encoder"]
+    assert graphs_to_build(recipe, whole_sampler=False) == stages
+    assert graphs_to_build(recipe, whole_sampler=True) == list(manifest.graphs) and len(manifest.graphs) == 10
+    alone = recipe.model_copy(update={"graphs": {n: g for n, g in recipe.graphs.items() if n not in stages}})
+    assert graphs_to_build(alone, whole_sampler=False) == list(alone.graphs), "where there is nothing else"
 
 
 @pytest.mark.parametrize(
