@@ -192,8 +192,11 @@ def build_tensorrt_command(
     folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Exported with --format tensorrt.")],
     graphs: Annotated[
         list[str] | None,
-        typer.Option("--graph", metavar="NAME", help="Only this graph; may be repeated; by default all."),
+        typer.Option("--graph", metavar="NAME", help="Only this graph; may be repeated; by default all stages."),
     ] = None,
+    whole_sampler: Annotated[
+        bool, flag("--whole-sampler", help="Also those of the whole sampler, each of its steps a copy of the network.")
+    ] = False,
     version_compatible: Annotated[
         bool,
         flag(
@@ -209,6 +212,7 @@ def build_tensorrt_command(
         paths = build_plans(
             folder,
             graphs=graphs,
+            whole_sampler=whole_sampler,
             version_compatible=version_compatible,
             refit=refit,
             progress=lambda what: progress(what, 0),

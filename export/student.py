@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..core.errors import ArtifactError, ParityError
 from ..folders.cache import check_room
 from ..folders.files import ARTIFACT_FILE, atomic_folder, cache_folder, hash_files, hash_folder
-from ..folders.manifests import ArtifactManifest
+from ..folders.manifests import WHOLE_SAMPLER, ArtifactManifest
 from ..folders.reading import read_student_manifest, with_digest, write_manifest
 from ..models.control import is_controlled
 from ..models.files import weights_files
@@ -136,7 +136,7 @@ def _finish(
     """Reference pictures, the other formats, and the manifest with everything's hash."""
     graphs = dict(manifest.graphs)
     for name in list(graphs):
-        whole = name.startswith("sampler_")
+        whole = name.startswith(WHOLE_SAMPLER)
         if options.forms != "both" and whole != (options.forms == "whole-sampler"):
             (target / graphs.pop(name).file).unlink()
     references = save_references(target, cases, is_controlled=manifest.control is not None)

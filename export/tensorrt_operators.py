@@ -2,7 +2,7 @@
 
 From docs/operators.md of github.com/onnx/onnx-tensorrt as of TensorRT 10.15, the newest list at hand. Attention is listed
 since 10.14; RMSNormalization, RotaryEmbedding and TensorScatter since 10.15. Of what the list says of shapes and attributes
-only Attention's is here.
+only Attention's is here, and what `docs/TRT_custom_ops.md` there says of decomposing it.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ TYPES = {
     22: "INT4",
     23: "FP4",
 }  # by onnx.TensorProto.DataType
+AS_THEIR_INPUT = ("GroupNormalization", "MeanVarianceNormalization")  # ONNX (1.23) infers no type or shape of theirs
+DECOMPOSABLE = "TRT_decomposable"  # the parser's own attribute of Attention, 0 where it is not given
 TYPED_BY_OUTPUT = ("Cast", "CastLike", "Constant", "ConstantOfShape")
 
 
@@ -76,7 +78,8 @@ def check_graph(name: str, model: onnx.ModelProto) -> None:
     """Raises ArtifactError, naming each operator and how often, for what TensorRT's ONNX parser does not list.
 
     Checked are the opset, the operators, the type of the data they read (of a cast or constant also what it gives), and
-    the form of Attention. A type that ONNX's shape inference does not find is not checked; weights need not be loaded.
+    the form of Attention. Types are ONNX's shape inference's; one that it does not find is not checked. Weights need not be
+    loaded.
     """
     import onnx
 
@@ -85,19 +88,46 @@ def check_graph(name: str, model: onnx.ModelProto) -> None:
         raise ArtifactError(
             f"{name}: opset {opset}, but TensorRT's ONNX parser takes {OPSETS[0]} to {OPSETS[1]}; export with another opset"
         )
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output, *graph.value_info)}
-    numbers = {key: value.elem_type for key, value in values.items() if value.elem_type}
-    numbers |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    numbers, ranks = types_and_ranks(model)
     types = {key: TYPES.get(n) or onnx.TensorProto.DataType.Name(n) for key, n in numbers.items()}
-    ranks = {key: len(value.shape.dim) for key, value in values.items() if value.HasField("shape")}
-    wrong = Counter(complaint for node in graph.node for complaint in _complaints(node, types, ranks))
+    wrong = Counter(complaint for node in model.graph.node for complaint in _complaints(node, types, ranks))
     if wrong:
         listed = ", ".join(f"{complaint} ({count} of them)" for complaint, count in sorted(wrong.items()))
         raise ArtifactError(
             f"{name}: TensorRT's ONNX parser {PARSER_VERSION} does not list {listed}; "
             "export with another opset or without the format 'tensorrt'"
         )
+
+
+def types_and_ranks(model: onnx.ModelProto) -> tuple[dict[str, int], dict[str, int]]:
+    """By value, its type (of onnx.TensorProto.DataType) and its number of axes, as far as they follow from the graph."""
+    import onnx
+
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    for node in plain.graph.node:
+        if node.op_type in AS_THEIR_INPUT:  # inference stops there, and knows nothing of what follows
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1]))
+    graph = onnx.shape_inference.infer_shapes(plain).graph
+    values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    types = {name: value.elem_type for name, value in values.items() if value.elem_type}
+    ranks = {name: len(value.shape.dim) for name, value in values.items() if value.HasField("shape")}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return types, ranks | {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+
+
+def allow_decomposing(model: onnx.ModelProto) -> bool:
+    """Lets TensorRT compute each Attention with several kernels where it has no fused one; whether there is any.
+
+    Otherwise the build fails there: in float32, and for heads wider than 256 such as those of Stable Diffusion's decoder. The
+    attribute is none of ONNX, so onnxruntime and ONNX's checker refuse a graph that has it.
+    """
+    import onnx
+
+    nodes = [node for node in model.graph.node if node.op_type == "Attention"]
+    for node in nodes:
+        node.attribute.append(onnx.helper.make_attribute(DECOMPOSABLE, 1))
+    return bool(nodes)
 
 
 def _complaints(node: onnx.NodeProto, types: dict[str, str], ranks: dict[str, int]) -> Iterator[str]:

@@ -19,11 +19,12 @@ from typing import Any
 
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.files import atomic_folder
-from ..folders.manifests import ArtifactManifest, GraphSpec, TensorSpec
+from ..folders.manifests import STAGES, ArtifactManifest, GraphSpec, TensorSpec
+from ..folders.triton_model import CODE, IMAGES, INPUTS, NAME, SEED
 
 FOLDER = "triton_repository"
 CONFIG_FILE = "config.pbtxt"
-MODEL_FILE = "model.onnx"  # the backend's default
+MODEL_FILE, CODE_FILE = "model.onnx", "model.py"  # the backends' defaults
 VERSION = "1"
 QUEUE_DELAY = 1000  # microseconds that a request may wait for others to share its batch
 DATA_TYPES = {
@@ -39,17 +40,20 @@ DATA_TYPES = {
 
 
 def write_triton_repository(folder: Path, manifest: ArtifactManifest) -> dict[str, Any]:
-    """Writes folder/triton_repository/NAME/{config.pbtxt, 1/model.onnx, 1/weights.bin}; returns what the manifest says.
+    """Writes folder/triton_repository/NAME/{config.pbtxt, 1/model.onnx, 1/weights.bin}, and where all stages are there the
+    model `text_to_image`, which takes prompts and has the others draw; returns what the manifest says.
 
     Serve it with `tritonserver --model-repository FOLDER/triton_repository`. Batches up to the manifest's largest; a
     batch below its smallest, which no one checked, is not refused by the server. "linked" is False where a file had to be
     copied. Raises ArtifactError, MissingExtraError; an older repository gives way only when the new one is whole.
     """
+    graphs = manifest.graphs
+    takes_prompts = manifest.control is None and set(STAGES) <= graphs.keys()
     models: dict[str, Any] = {}
     copies: dict[Path, Path] = {}
     linked = True
-    with atomic_folder(folder / FOLDER, replaces=[f"{name}/{CONFIG_FILE}" for name in manifest.graphs]) as target:
-        for name, spec in manifest.graphs.items():
+    with atomic_folder(folder / FOLDER, replaces=[f"{name}/{CONFIG_FILE}" for name in graphs]) as target:
+        for name, spec in graphs.items():
             weights = _external_files(folder, spec)
             version = target / name / VERSION
             version.mkdir(parents=True)
@@ -57,11 +61,38 @@ def write_triton_repository(folder: Path, manifest: ArtifactManifest) -> dict[st
             graph = PurePosixPath(spec.file)
             for source, place in [(graph, MODEL_FILE), *((graph.parent / file, file) for file in weights)]:
                 linked &= _place(folder / source, version / place, copies)
-            models[name] = {
-                "config": f"{FOLDER}/{name}/{CONFIG_FILE}",
-                "model": f"{FOLDER}/{name}/{VERSION}/{MODEL_FILE}",
-            }
+            models[name] = _record(name, MODEL_FILE)
+        if takes_prompts:
+            (target / NAME / VERSION).mkdir(parents=True)
+            (target / NAME / VERSION / CODE_FILE).write_text(CODE, encoding="utf-8")
+            (target / NAME / CONFIG_FILE).write_text(prompt_config_text(manifest), encoding="utf-8")
+            models[NAME] = _record(NAME, CODE_FILE)
     return {"backend": "onnxruntime", "max_batch_size": manifest.batch[1], "linked": linked, "models": models}
+
+
+def _record(name: str, file: str) -> dict[str, str]:
+    return {"config": f"{FOLDER}/{name}/{CONFIG_FILE}", "model": f"{FOLDER}/{name}/{VERSION}/{file}"}
+
+
+def prompt_config_text(manifest: ArtifactManifest) -> str:
+    """The config.pbtxt of the model that takes prompts, of the python backend. Its own work is small: it is on the CPU."""
+    size = [-1, -1] if len(manifest.sizes) > 1 else list(manifest.sizes[0])
+    required = next(iter(INPUTS))
+    inputs = [
+        _tensor_text("input", name, kind, [1], [] if name == required else ["optional: true"])
+        for name, kind in INPUTS.items()
+    ]
+    parts = [
+        f"name: {_quoted(NAME)}",
+        'backend: "python"',
+        f"max_batch_size: {manifest.batch[1]}",
+        *inputs,
+        _tensor_text("output", IMAGES, "TYPE_UINT8", [*size, 3]),
+        _tensor_text("output", SEED, "TYPE_INT64", [1]),
+        "instance_group [ { count: 1 kind: KIND_CPU } ]",
+        *_batching(manifest.batch[1]),
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def config_text(name: str, spec: GraphSpec, max_batch: int) -> str:
@@ -79,13 +110,26 @@ def config_text(name: str, spec: GraphSpec, max_batch: int) -> str:
         *(_tensor("output", name, tensor) for tensor in spec.outputs),
         f"version_policy {{ latest {{ num_versions: {VERSION} }} }}",
         "instance_group [ { count: 1 kind: KIND_AUTO } ]",
+        *_batching(max_batch),
+        *(_warm_up(name, spec, batch) for batch in sorted({1, max_batch})),
     ]
-    if max_batch > 1:
-        parts.append(
-            f"dynamic_batching {{\n  preferred_batch_size: [ {max_batch} ]\n"
-            f"  max_queue_delay_microseconds: {QUEUE_DELAY}\n}}"
-        )
     return "\n".join(parts) + "\n"
+
+
+def _batching(max_batch: int) -> list[str]:
+    """Dynamic batching, of a model that takes more than one picture."""
+    lines = f"preferred_batch_size: [ {max_batch} ]\n  max_queue_delay_microseconds: {QUEUE_DELAY}"
+    return [f"dynamic_batching {{\n  {lines}\n}}"] if max_batch > 1 else []
+
+
+def _warm_up(graph: str, spec: GraphSpec, batch: int) -> str:
+    """A call before the model counts as ready: what its backend chooses or allocates at a first one is no request's wait."""
+    lines = [f'name: "batch of {batch}"', f"batch_size: {batch}"]
+    for tensor in spec.inputs:
+        kind, dims = _kind_and_dims(graph, tensor)
+        value = f"data_type: {kind} dims: {_list(dims or [1])} zero_data: true"
+        lines.append(f"inputs {{ key: {_quoted(tensor.name)} value {{ {value} }} }}")
+    return "model_warmup {\n" + "".join(f"  {line}\n" for line in lines) + "}"
 
 
 def _tensor(kind: str, graph: str, tensor: TensorSpec) -> str:
@@ -94,6 +138,12 @@ def _tensor(kind: str, graph: str, tensor: TensorSpec) -> str:
     Triton knows no empty dims: a tensor of shape (batch,), such as the timestep, is (batch, 1) to the client and loses its
     last axis by `reshape`.
     """
+    data_type, dims = _kind_and_dims(graph, tensor)
+    return _tensor_text(kind, tensor.name, data_type, dims or [1], [] if dims else ["reshape { shape: [ ] }"])
+
+
+def _kind_and_dims(graph: str, tensor: TensorSpec) -> tuple[str, list[int]]:
+    """Raises ArtifactError for a tensor that Triton does not take."""
     if tensor.dtype not in DATA_TYPES:
         raise ArtifactError(
             f"{graph}: {tensor.name} is {tensor.dtype}, which Triton's onnxruntime backend does not take; "
@@ -101,10 +151,11 @@ def _tensor(kind: str, graph: str, tensor: TensorSpec) -> str:
         )
     if not tensor.shape or not isinstance(tensor.shape[0], str):
         raise ArtifactError(f"{graph}: the first axis of {tensor.name} must be a free batch, got shape {tensor.shape}")
-    dims = [-1 if isinstance(size, str) else size for size in tensor.shape[1:]]
-    lines = [f"name: {_quoted(tensor.name)}", f"data_type: {DATA_TYPES[tensor.dtype]}", f"dims: {_list(dims or [1])}"]
-    if not dims:
-        lines.append("reshape { shape: [ ] }")
+    return DATA_TYPES[tensor.dtype], [-1 if isinstance(size, str) else size for size in tensor.shape[1:]]
+
+
+def _tensor_text(kind: str, name: str, data_type: str, dims: Sequence[int], more: Sequence[str] = ()) -> str:
+    lines = [f"name: {_quoted(name)}", f"data_type: {data_type}", f"dims: {_list(dims)}", *more]
     return f"{kind} {{\n" + "".join(f"  {line}\n" for line in lines) + "}"
 
 

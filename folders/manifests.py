@@ -22,6 +22,7 @@ STAGES = ("text_encoder", "denoiser", "decoder")
 IMAGE_ENCODER = "image_encoder"  # a stage that only drawing from a picture needs
 CONDITION_ENCODER = "condition_encoder"  # a stage of models with a ControlNet or T2I-adapter
 SAMPLERS = ("sampler_{}", "sampler_{}_from_embeddings")  # by number of steps
+WHOLE_SAMPLER = "sampler_"  # how their names begin, and no stage's
 PIPELINE_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STUDENT_BATCHES = (1, 63)  # the smallest and the largest of a student that runs in torch

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...core.errors import ArtifactError, ImagineFlashError, nearest
 from ...folders.files import ARTIFACT_FILE, STUDENT_FILE
-from ...folders.manifests import ArtifactManifest
+from ...folders.manifests import WHOLE_SAMPLER, ArtifactManifest
 from ...folders.tensorrt_plans import find_plan
 from .base import BACKENDS, STUDENT_BACKENDS, Backend, BackendOptions
 
@@ -65,7 +65,7 @@ def _has_plans(folder: Path, manifest: ArtifactManifest) -> bool:
     packages = (importlib.util.find_spec(name) is not None for name in ("tensorrt", "torch"))
     if not (all(packages) and os.path.exists("/dev/nvidiactl")):
         return False
-    stages = [name for name in manifest.graphs if not name.startswith("sampler_")]
+    stages = [name for name in manifest.graphs if not name.startswith(WHOLE_SAMPLER)]
     try:
         return all(find_plan(folder, name) is not None for name in stages or manifest.graphs)
     except ImagineFlashError:  # plans of another machine

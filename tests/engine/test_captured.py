@@ -156,6 +156,14 @@ def test_a_plan_that_takes_fresh_noise_is_one_replay_too(tiny_student: Path, tmp
         assert np.abs(found.images.astype(int) - plain.generate(request).images).max() <= 1
 
 
+def test_a_student_whose_every_plan_takes_fresh_noise_loads(tiny_student: Path, tmp_path: Path) -> None:
+    """The kernel was tried out with the first step's numbers and no noise, a row that such a plan does not have."""
+    folder = shutil.copytree(tiny_student, tmp_path / "renoise")
+    describe(folder, plans={3: [999, 666, 333]}, sampler=Sampler(kind="renoise"), noise_correction=False)
+    with captured_engine(folder) as engine:
+        assert engine.generate(GenerateRequest(prompt="a cat on pink", seed=5, steps=3)).images.std() > 0
+
+
 def test_what_one_call_cannot_draw_goes_step_by_step(engine, plain: Engine) -> None:
     """A negative prompt, and several pictures."""
     for changes in ({"negative_prompt": "a dog", "guidance": 2.0}, {"count": 3}):

@@ -15,7 +15,7 @@ from imagine_flash.core.images import psnr
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.choosing import choose, installed, load_backend
-from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, fused_update, plan_of
+from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, plan_of
 from imagine_flash.export.tensorrt import build_plans, write_plan, write_tensorrt
 from imagine_flash.folders.files import hash_files
 from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
@@ -73,26 +73,19 @@ def test_plans_are_of_this_machine_or_the_error_says_what_differs(artifact: Path
     flip(plan)
     with pytest.raises(ArtifactError, match="differs from its sha256"):
         plan_of(artifact, "denoiser", HERE)
+    with pytest.raises(ArtifactError) as error:
+        plan_of(artifact, "sampler_1", HERE)
+    assert str(error.value).endswith(f"run 'imagine-flash build-tensorrt {artifact} --whole-sampler'")
 
 
 def test_a_batch_between_two_sizes_is_padded_with_its_last_image() -> None:
     x, t, y = torch.full((4, 2), 9.0), torch.full((4,), 9.0), torch.zeros(4, 2)
-    run = Bound(None, [x, t], [y], lambda: y.copy_(x * t[:, None]))
+    run = Bound(None, None, [x, t], [y], lambda: y.copy_(x * t[:, None]))
     for rows in (3, 1, 4):  # a smaller batch after a larger one sees none of it
         values = torch.arange(2.0 * rows).reshape(rows, 2)
         (got,) = run([values, torch.full((rows,), 2.0)])
         assert torch.equal(got, values * 2) and got.data_ptr() == y.data_ptr()
         assert torch.equal(x[rows:], values[-1:].expand(4 - rows, 2)) and bool((t == 2).all())
-
-
-def test_the_update_is_a_x_plus_b_m_per_image() -> None:
-    rng = np.random.default_rng(0)
-    x, m = (rng.standard_normal((3, 4, 8, 8)).astype(np.float32) for _ in range(2))
-    a, b = np.array([[0.5, 1.0, -0.25], [0.75, 0.0, 2.0]], np.float32)
-    state, rows = torch.from_numpy(x.copy()), torch.from_numpy(np.stack([a, b, np.zeros_like(a)], axis=1))
-    got = fused_update(state, torch.from_numpy(m), rows, torch.arange(3, dtype=torch.int32))
-    assert torch.equal(state, torch.from_numpy(x)), "the state stays: a failing turn is tried again"
-    np.testing.assert_allclose(got, a[:, None, None, None] * x + b[:, None, None, None] * m, rtol=1e-6, atol=1e-6)
 
 
 # with TensorRT and a GPU
@@ -106,7 +99,7 @@ def planned(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     manifest = read_artifact_manifest(folder)
     formats = manifest.formats | {"tensorrt": write_tensorrt(folder, manifest)}
     write_manifest(folder, manifest.model_copy(update={"formats": formats, "files": hash_files(folder)}))
-    build_plans(folder)
+    build_plans(folder, whole_sampler=True)
     return folder
 
 
@@ -202,6 +195,18 @@ def test_the_replay_is_what_was_enqueued(
     for seed, got in zip((0, 1, 0), replayed, strict=True):
         np.testing.assert_allclose(got, denoised(plain, 3, seed), rtol=1e-5, atol=1e-5)
     assert np.abs(replayed[0] - replayed[1]).max() > 0.1
+    plain.close()
+
+
+@pytest.mark.gpu
+def test_all_contexts_share_one_workspace(planned: Path) -> None:
+    plain = load_backend("tensorrt", planned, read_artifact_manifest(planned), BackendOptions(batches=(1, 3)))
+    assert isinstance(plain, TensorrtBackend)
+    plain.prepare(["text_encoder", "denoiser", "decoder"], (1, 3))
+    bound: list[Any] = [
+        plain._graph(graph, batch) for graph in ("text_encoder", "denoiser", "decoder") for batch in (1, 3)
+    ]
+    assert len({one.workspace.data_ptr() for one in bound}) == 1
     plain.close()
 
 

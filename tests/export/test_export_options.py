@@ -65,6 +65,9 @@ def test_tensorrt_gets_a_recipe_for_every_graph(lowered):
     manifest, folder = lowered
     recipe = json.loads((folder / manifest.formats["tensorrt"]["recipe"]).read_text(encoding="utf-8"))
     assert set(recipe["graphs"]) == set(manifest.graphs) and "tensorrt/build.json" in manifest.files
+    assert {graph["file"] for graph in recipe["graphs"].values()} == {
+        f"tensorrt/{name}.onnx" for name in manifest.graphs
+    }
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
 
 from imagine_flash.core.errors import ArtifactError
-from imagine_flash.export.tensorrt_operators import OPERATORS, check_graph
+from imagine_flash.export.tensorrt_operators import OPERATORS, allow_decomposing, check_graph, types_and_ranks
 from imagine_flash.tests.tensorrt_artifact import LATENTS, NODE, model
 
 ROOT = Path(__file__).parents[2]
@@ -65,3 +67,58 @@ def test_what_the_parser_does_not_list_is_named(graph, message):
 )
 def test_what_the_parser_lists_passes(graph):
     check_graph("denoiser", graph)
+
+
+def exported(folder: Path) -> dict[str, onnx.ModelProto]:
+    return {path.stem: onnx.load(path, load_external_data=False) for path in sorted(folder.glob("*.onnx"))}
+
+
+def test_the_types_of_a_real_export_are_known(tiny_artifact):
+    """ONNX infers nothing of GroupNormalization; all that came after the first one of a network was taken unread."""
+    for name, graph in exported(tiny_artifact).items():
+        types, ranks = types_and_ranks(graph)
+        read = [value for node in graph.graph.node for value in node.input if value]
+        assert sum(value in types for value in read) >= 0.99 * len(read), name
+        assert sum(value in ranks for value in read) >= 0.99 * len(read), name
+        check_graph(name, graph)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "decoder", "sampler_3"])
+def test_a_wrong_type_deep_in_a_network_is_found(tiny_artifact, name):
+    graph = exported(tiny_artifact)[name]
+    deepest = [node for node in graph.graph.node if node.op_type == "Sigmoid"][-1]
+    cast = NODE("Cast", deepest.input[:1], ["wide"], to=TensorProto.DOUBLE)
+    narrow = NODE("Cast", ["wider"], deepest.output[:1], to=TensorProto.FLOAT)
+    place = list(graph.graph.node).index(deepest)
+    deepest.CopyFrom(NODE("Sigmoid", ["wide"], ["wider"]))
+    graph.graph.node.insert(place + 1, narrow)
+    graph.graph.node.insert(place, cast)
+    with pytest.raises(
+        ArtifactError, match=r"does not list Cast of DOUBLE \(2 of them\), Sigmoid of DOUBLE \(1 of them\);"
+    ):
+        check_graph(name, graph)
+
+
+def test_every_attention_may_be_decomposed(tiny_artifact):
+    graphs = exported(tiny_artifact)
+    for name in ("text_encoder", "denoiser", "decoder", "image_encoder", "sampler_1"):
+        before = onnx.ModelProto()
+        before.CopyFrom(graphs[name])
+        assert allow_decomposing(graphs[name])
+        for old, new in zip(before.graph.node, graphs[name].graph.node, strict=True):
+            added = [attribute for attribute in new.attribute if attribute not in old.attribute]
+            wanted = [("TRT_decomposable", 1)] if new.op_type == "Attention" else []
+            assert [(attribute.name, attribute.i) for attribute in added] == wanted
+    assert not allow_decomposing(model([NODE("Relu", ["x"], ["y"])]))
+
+
+def test_others_refuse_the_attribute_so_it_needs_a_copy():
+    graph = attention()
+    graph.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, LATENTS))
+    onnx.checker.check_model(graph, full_check=True)
+    onnxruntime.InferenceSession(graph.SerializeToString())
+    allow_decomposing(graph)
+    with pytest.raises(onnx.checker.ValidationError, match="Unrecognized attribute: TRT_decomposable"):
+        onnx.checker.check_model(graph)
+    with pytest.raises(InvalidGraph, match="TRT_decomposable"):
+        onnxruntime.InferenceSession(graph.SerializeToString())

@@ -14,7 +14,9 @@ import onnxruntime
 import pytest
 
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
-from imagine_flash.export.triton_repository import config_text, write_triton_repository
+from imagine_flash.engine import GenerateRequest
+from imagine_flash.engine.triton_model import TritonPythonModel
+from imagine_flash.export.triton_repository import config_text, prompt_config_text, write_triton_repository
 from imagine_flash.folders.files import hash_files
 from imagine_flash.folders.manifests import ArtifactManifest, GraphSpec, TensorSpec
 
@@ -110,10 +112,11 @@ def read(folder: Path, name: str) -> str:
 
 def test_every_graph_is_a_model(written):
     folder, manifest, record = written
-    assert set(record["models"]) == set(manifest.graphs) >= {"text_encoder", "denoiser", "decoder", "sampler_1"}
+    assert set(record["models"]) - {"text_to_image"} == set(manifest.graphs)
+    assert set(manifest.graphs) >= {"text_encoder", "denoiser", "decoder", "sampler_1"}
     expected = {
         f"{name}/{file}" for name in manifest.graphs for file in ("config.pbtxt", "1/model.onnx", "1/weights.bin")
-    }
+    } | {"text_to_image/config.pbtxt", "text_to_image/1/model.py"}
     assert set(tree(folder / "triton_repository")) == expected
     assert all((folder / path).is_file() for model in record["models"].values() for path in model.values())
     with_record = manifest.model_copy(update={"formats": {"triton-repository": record}})
@@ -147,6 +150,40 @@ def test_scheduling_fields(written, parse):
     (group,) = config.instance_group
     assert (group.count, group.kind, list(group.gpus)) == (1, group.KIND_AUTO, [])
     assert not config.HasField("optimization")
+
+
+def test_a_model_is_warm_before_it_is_ready(written, parse):
+    config = parse(read(written[0], "denoiser"))
+    assert [(warm.name, warm.batch_size) for warm in config.model_warmup] == [("batch of 1", 1), ("batch of 3", 3)]
+    for warm in config.model_warmup:
+        assert set(warm.inputs) == {tensor.name for tensor in config.input}
+        for tensor in config.input:
+            given = warm.inputs[tensor.name]
+            assert (given.data_type, list(given.dims), given.zero_data) == (tensor.data_type, list(tensor.dims), True)
+
+
+def test_the_model_that_takes_prompts(written, parse):
+    folder, manifest, _ = written
+    config = parse(read(folder, "text_to_image"))
+    assert (config.backend, config.max_batch_size) == ("python", 3)
+    assert [tensor.name for tensor in config.input if not tensor.optional] == ["PROMPT"]
+    fields = {tensor.name.lower() for tensor in config.input}
+    assert fields == {"prompt", "negative_prompt", "seed", "steps", "height", "width", "guidance"}
+    assert fields <= GenerateRequest.model_fields.keys()
+    assert [(tensor.name, list(tensor.dims)) for tensor in config.output] == [("IMAGES", [64, 64, 3]), ("SEED", [1])]
+    assert not config.model_warmup, "the models that it asks may not be there yet"
+    code: dict = {}
+    exec((folder / "triton_repository/text_to_image/1/model.py").read_text(), code)
+    assert code["TritonPythonModel"] is TritonPythonModel
+    wide = manifest.model_copy(update={"sizes": [(64, 64), (64, 128)]})
+    assert list(parse(prompt_config_text(wide)).output[0].dims) == [-1, -1, 3]
+
+
+def test_no_prompts_without_the_stages(tmp_path):
+    manifest = described_copy(tmp_path)
+    samplers = {name: spec for name, spec in manifest.graphs.items() if name.startswith("sampler_")}
+    record = write_triton_repository(tmp_path, manifest.model_copy(update={"graphs": samplers}))
+    assert set(record["models"]) == set(samplers)
 
 
 def test_timestep_is_batch_by_one_to_the_client(written, parse):

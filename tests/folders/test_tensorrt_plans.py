@@ -1,5 +1,6 @@
 """Which TensorRT plan fits: keys, records, and the message where none does. No TensorRT is needed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.export.tensorrt import write_plan, write_tensorrt
 from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
-from imagine_flash.folders.tensorrt_plans import Machine, find_plan
+from imagine_flash.folders.tensorrt_plans import Machine, PlanRecord, find_plan
 from imagine_flash.tests.tensorrt_artifact import (
     HERE,
     NEEDS_TENSORRT,
@@ -32,7 +33,7 @@ def changed_batch(folder: Path) -> None:
 CHANGES = {
     "a byte of the graph": (lambda folder: flip(folder / "denoiser.onnx"), "graph_sha256"),
     "a byte of the weights": (lambda folder: flip(folder / "weights.bin"), "weights_sha256"),
-    "the profile": (changed_batch, "profile"),
+    "the profiles": (changed_batch, "profiles"),
 }
 
 
@@ -51,10 +52,10 @@ def test_what_a_plan_is_made_from_changes_its_name(artifact, change):
 
 
 def test_every_machine_and_flag_has_its_own_name(artifact):
-    machines = [HERE, *(HERE.model_copy(update={field: "10.3"}) for field in Machine.model_fields)]
+    machines = [HERE, *(HERE.model_copy(update={field: "10.3"}) for field in ("sm", "tensorrt"))]
     flags = [(), ("REFIT",), ("VERSION_COMPATIBLE",), ("REFIT", "VERSION_COMPATIBLE")]
     names = {key_of(artifact, machine, chosen).file for machine in machines for chosen in flags}
-    assert len(names) == 16
+    assert len(names) == 12
     assert key_of(artifact).file == key_of(artifact).file
     assert re.fullmatch(r"denoiser_sm_90_trt10\.16\.1\.11_[0-9a-f]{16}\.plan", key_of(artifact).file)
     assert key_of(artifact, flags=("REFIT",)).flags == ["REFIT", "STRONGLY_TYPED"]
@@ -79,7 +80,7 @@ def test_a_plan_is_found_and_checked(artifact):
     ("there", "flags", "message"),
     [
         ({"sm": "sm_80"}, (), "sm is sm_90 here and sm_80 in the plan; run 'imagine-flash build-tensorrt"),
-        ({"driver": "570.1"}, (), "driver is 580.65.06 here and 570.1 in the plan"),
+        ({"driver": "570.1"}, (), None),
         ({"tensorrt": "10.15.1.29"}, (), "tensorrt is 10.16.1.11 here and 10.15.1.29 in the plan"),
         ({"tensorrt": "10.15.1.29"}, ("VERSION_COMPATIBLE",), None),
         ({"tensorrt": "10.16.2.0"}, ("VERSION_COMPATIBLE",), "tensorrt is 10.16.1.11 here and 10.16.2.0"),
@@ -101,6 +102,47 @@ def test_the_nearest_plan_is_named(artifact):
     write_plan(artifact, key_of(artifact, HERE.model_copy(update={"sm": "sm_120"})), b"near")
     with pytest.raises(ArtifactError, match="fits: sm is sm_90 here and sm_120 in the plan; run"):
         find_plan(artifact, "denoiser", machine=HERE)
+
+
+def test_an_update_of_the_driver_leaves_the_plan(artifact):
+    plan = write_plan(artifact, key_of(artifact), b"plan", driver="570.1")
+    assert PlanRecord.model_validate_json(plan.with_suffix(".json").read_bytes()).driver == "570.1"
+    assert find_plan(artifact, "denoiser", machine=HERE.model_copy(update={"driver": "590.1"})) == plan
+
+
+def test_a_record_of_before_says_what_differs(artifact):
+    """Its key held the driver and one profile for all batches."""
+    record = write_plan(artifact, key_of(artifact), b"plan").with_suffix(".json")
+    old = json.loads(record.read_text())
+    old["key"] |= {"driver": old.pop("driver"), "profile": {"x": [[1, 4, 8, 8], [4, 4, 8, 8], [4, 4, 8, 8]]}}
+    del old["key"]["profiles"]
+    record.write_text(json.dumps(old))
+    with pytest.raises(ArtifactError) as error:
+        find_plan(artifact, "denoiser", machine=HERE)
+    differs = "profiles differs; run 'imagine-flash build-tensorrt"
+    assert str(error.value) == f"no TensorRT plan of 'denoiser' fits: {differs} {artifact}' here"
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((1, 4), [(1, 1, 1), (2, 4, 4)]),
+        ((1, 2), [(1, 1, 1), (2, 2, 2)]),
+        ((1, 1), [(1, 1, 1)]),
+        ((2, 8), [(2, 2, 2), (3, 8, 8)]),
+    ],
+)
+def test_the_smallest_batch_has_a_profile_of_its_own(artifact, batch, expected):
+    write_tensorrt(artifact, read_artifact_manifest(artifact).model_copy(update={"batch": batch}))
+    rehash(artifact)
+    key = key_of(artifact)
+    assert [tuple(shape[0] for shape in profile["x"]) for profile in key.profiles] == expected
+    assert all(shape[1:] == [4, 8, 8] for profile in key.profiles for shape in profile["x"])
+    taken = [key.profile_for({"x": [n, 4, 8, 8]}) for n in range(10)]
+    assert taken == [
+        next((i for i, (low, _, high) in enumerate(expected) if low <= n <= high), None) for n in range(10)
+    ]
+    assert key.profile_for({"x": [batch[0], 4, 8, 16]}) is None
 
 
 def test_damaged_recipes_and_records(artifact):
