@@ -1,0 +1,186 @@
+"""The graphs on onnxruntime's CUDA or TensorRT provider, never run by the project: latents, conditions and what the networks give
+stay on the device.
+
+A graph of fixed sizes is bound once for each batch size to static arrays, as a CUDA graph needs; onnxruntime captures it in the
+first call for that batch by the thread that draws, and replays it afterwards. A graph of any size, or one that onnxruntime cannot
+capture, since part of it runs on the processor, is bound anew in each call. Each call waits for the device at its end, so that
+sessions, which have a stream of their own each, never overtake one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.errors import ArtifactError
+from ...folders.manifests import ArtifactManifest
+from .base import BackendOptions, Column, Fresh, LoraSet, Pictures
+from .onnxruntime import OnnxruntimeBackend
+from .onnxruntime_arrays import Device, DeviceArray
+from .onnxruntime_providers import NVIDIA, PROVIDERS, load_cuda, uncaptured
+
+UPDATE = "ax = Mul(a, x) bm = Mul(b, m) out = Add(ax, bm)"
+RENOISED = "ax = Mul(a, x) bm = Mul(b, m) mean = Add(ax, bm) cz = Mul(c, z) out = Add(mean, cz)"
+GRAPH_ID = "gpu_graph_id"  # onnxruntime's run option: which of a session's CUDA graphs; -1 neither captures nor replays
+
+Answers = list[DeviceArray]
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A session bound once to static arrays of one batch size. start: runs it."""
+
+    inputs: Sequence[DeviceArray]
+    outputs: Sequence[DeviceArray]
+    start: Callable[[], Any]
+
+    def __call__(self, inputs: Sequence[DeviceArray | NDArray[Any]]) -> Answers:
+        """Copies, padded with the last image, and run -> rows of the static outputs, valid until the next call."""
+        for static, values in zip(self.inputs, inputs, strict=True):
+            static.write(values)
+        self.start()
+        return [static[: len(inputs[0])] for static in self.outputs]
+
+
+class OnnxruntimeOnDevice(OnnxruntimeBackend):
+    """As OnnxruntimeBackend, with arrays on the device. On the CPU it draws the same, which is how it is tested."""
+
+    captures = True  # False: every graph is bound anew in each call, the oracle of the static arrays
+
+    def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
+        super().__init__(folder, manifest, options)
+        self._lacks = load_cuda(self._library) if self._kind in NVIDIA else ""
+        name = "cuda" if self._kind in NVIDIA else "cpu"
+        alone = [(PROVIDERS[name], {"device_id": self._index} if self._kind in NVIDIA else {})]
+        self._on = Device(self._library, name, self._index, alone)
+        self.batches = self._asked
+        self._sessions = dict[str, tuple[Any, bool]]()  # by graph, and whether it can be captured
+        self._fed = dict[int, tuple[NDArray[Any], DeviceArray]]()  # by the host's array, its copy on the device
+
+    def describe(self) -> str:
+        missing = sorted(graph for graph, (_, captured) in list(self._sessions.items()) if not captured)
+        return f"{super().describe()}, " + (f"no CUDA graph of {', '.join(missing)}" if missing else "CUDA graphs")
+
+    def open(self, graph: str, batch: int) -> Any:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._load(graph)
+        session, captured = self._sessions[graph]
+        free = self._free(graph, session)
+        if not captured:
+            return free
+        spec, size = self.manifest.graphs[graph].inputs, self.manifest.sizes[0]
+        inputs = [self._on.upload(np.zeros(value.at(batch, size), value.dtype)) for value in spec]
+        outputs = free(inputs)  # measures convolutions now, and gives the shapes
+        return self._bound(graph, session, batch, inputs, outputs)
+
+    def _load(self, graph: str) -> tuple[Any, bool]:
+        """A graph's session, and whether it can be captured. Raises ArtifactError."""
+        given = self._providers(graph)
+        try:
+            if self.captures and self.manifest.any_size is None:
+                try:
+                    return self._session(graph, given), True
+                except Exception:  # onnxruntime's, for a graph of which part runs on the processor
+                    pass
+            return self._session(graph, uncaptured(given)), False
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} {self._lacks}".rstrip()) from None
+
+    def _free(self, graph: str, session: Any) -> Callable[[Sequence[Any]], Answers]:
+        """Runs a session on arrays of any batch; what it gives is the caller's."""
+        spec = self.manifest.graphs[graph]
+        told = self._library.RunOptions()
+        told.add_run_config_entry(GRAPH_ID, "-1")
+
+        def run(inputs: Sequence[Any]) -> Answers:
+            binding = session.io_binding()
+            self._bind(binding, graph, inputs)
+            for value in spec.outputs:
+                binding.bind_output(value.name, self._on.name, self._on.index)
+            session.run_with_iobinding(binding, told)
+            found = zip(spec.outputs, binding.get_outputs(), strict=True)
+            return [
+                DeviceArray(self._on, memory, tuple(memory.shape()), np.dtype(value.dtype)) for value, memory in found
+            ]
+
+        return run
+
+    def _bound(
+        self, graph: str, session: Any, batch: int, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
+    ) -> Bound:
+        binding, told = session.io_binding(), self._library.RunOptions()
+        self._bind(binding, graph, inputs)
+        for value, static in zip(self.manifest.graphs[graph].outputs, outputs, strict=True):
+            self._on.bind_output(binding, value.name, static)
+        told.add_run_config_entry(GRAPH_ID, str(batch))  # one for each batch size; 0 is onnxruntime's own
+        return Bound(inputs, outputs, lambda: session.run_with_iobinding(binding, told))
+
+    def _bind(self, binding: Any, graph: str, inputs: Sequence[Any]) -> None:
+        given = {value.name: values for value, values in zip(self.manifest.graphs[graph].inputs, inputs, strict=True)}
+        for name, values in (given | self._fed_to(graph)).items():
+            self._on.bind_input(binding, name, values)
+
+    def _fed_to(self, graph: str) -> Mapping[str, DeviceArray]:
+        """The weights that a graph is fed, on the device; one that several graphs share is there once."""
+        found = {}
+        for name, values in self.fed_to(graph).items():
+            if id(values) not in self._fed:
+                self._fed[id(values)] = values, self._on.upload(values)
+            found[name] = self._fed[id(values)][1]
+        return found
+
+    def adapt(self, loras: LoraSet) -> None:
+        super().adapt(loras)
+        for values, static in self._fed.values():  # where they are, so that a captured graph reads them
+            static.write(values)
+
+    def upload(self, values: NDArray[Any]) -> Any:
+        return self._on.upload(values)
+
+    def join(self, arrays: Sequence[Any]) -> Any:
+        if len(arrays) == 1 or isinstance(arrays[0], np.ndarray):
+            return super().join(arrays)
+        return self._on.join(arrays)
+
+    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs of a graph, the caller's own. Raises ArtifactError with the library's reason."""
+        run, answers = self._answers(graph, inputs)
+        return [values.clone() for values in answers] if isinstance(run, Bound) else list(answers)
+
+    def _answers(self, graph: str, inputs: Sequence[Any]) -> tuple[Any, Answers]:
+        run: Any = self._graph(graph, self._bucket(len(inputs[0])))
+        try:
+            return run, run(inputs)
+        except Exception as error:  # onnxruntime's share no base of their own
+            raise self._broken(graph, error) from None
+
+    def update(self, x: Any, m: Any, a: Column, b: Column, fresh: Fresh = None) -> Any:
+        rows = (-1, *(1,) * (x.ndim - 1))
+        given = {"a": a.reshape(rows), "x": x, "b": b.reshape(rows), "m": m}
+        if fresh is None:
+            return self._on.compute(UPDATE, self._on.empty(x.shape, x.dtype), **given)
+        given |= {"c": fresh[0].reshape(rows), "z": fresh[1]}
+        return self._on.compute(RENOISED, self._on.empty(x.shape, x.dtype), **given)
+
+    def finite(self, x: Any) -> NDArray[np.bool_]:
+        return super().finite(np.asarray(x))
+
+    def decode(self, x: Any) -> Pictures:
+        return self._drawn(self._at_size("decoder", x), [x], x)
+
+    def sample(self, graph: str, inputs: Sequence[Any], *noises: Any) -> Pictures:
+        return self._drawn(self._at_size(graph, noises[0]), [*inputs, *noises], noises[0])
+
+    def _drawn(self, graph: str, inputs: Sequence[Any], x: Any) -> Pictures:
+        """The only answers that leave the device."""
+        return self.pictures([values.numpy() for values in self._answers(graph, inputs)[1]], x)
+
+    def close(self) -> None:
+        super().close()
+        self._sessions.clear()
+        self._fed.clear()
