@@ -26,7 +26,6 @@ class OnnxruntimeBackend(FedGraphs):
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
         self._library, (self.device, self._kind, self._index) = self.check(folder, manifest, options)
-        self._asked = tuple(sorted({max(batch, manifest.batch[0]) for batch in options.batches}))
         self.threads = options.threads or processors()
         if options.loras:
             self.fed = FedWeights(folder, manifest, options.loras)
@@ -56,16 +55,19 @@ class OnnxruntimeBackend(FedGraphs):
         return f"onnxruntime {self._library.__version__} on {self.device}, {self.manifest.precision}{threads}"
 
     def open(self, graph: str, batch: int) -> Run:
-        session, fed = self._session(graph, self._providers(graph)), self.fed_to(graph)
+        session, fed = self._session(graph, self._providers(graph, batch)), self.fed_to(graph)
         names = [value.name for value in session.get_inputs() if value.name not in fed]
         return lambda inputs: session.run(None, {**dict(zip(names, inputs, strict=True)), **fed})
 
-    def _providers(self, graph: str) -> list[Provider]:
-        return providers(self._kind, self._index, self.manifest, graph, self._asked, self._library.__version__)
+    def _providers(self, graph: str, batch: int) -> list[Provider]:
+        return providers(self._kind, self._index, self.manifest, graph, batch, self._library.__version__)
 
-    def _session(self, graph: str, given: list[Provider]) -> Any:
-        """A graph loaded by these providers. Raises ArtifactError where the first of them does not start."""
+    def _session(self, graph: str, given: list[Provider], batch: int = 0) -> Any:
+        """A graph loaded by these providers, for this batch size alone where one is given. Raises ArtifactError where the first
+        of them does not start."""
         options = self._library.SessionOptions()
+        if batch:
+            options.add_free_dimension_override_by_name("batch", batch)
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
         large = max((path.stat().st_size for path in self.folder.glob("*.bin")), default=0) > LARGE

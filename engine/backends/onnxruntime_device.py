@@ -1,15 +1,16 @@
 """The graphs on onnxruntime's CUDA or TensorRT provider, never run by the project: latents, conditions and what the networks give
 stay on the device.
 
-A graph of fixed sizes is bound once for each batch size to static arrays, as a CUDA graph needs; onnxruntime captures it in the
-first call for that batch by the thread that draws, and replays it afterwards. A graph of any size, or one that onnxruntime cannot
-capture, since part of it runs on the processor, is bound anew in each call. Each call waits for the device at its end, so that
-sessions, which have a stream of their own each, never overtake one another.
+A graph of fixed sizes is loaded once for each batch size: of a free one, onnxruntime computes shapes on the processor, and the
+embedded denoiser then has 90 copies to and from the device in it. It is bound to static arrays, captured as a CUDA graph in the
+first call by the thread that draws, and replayed from then on. A graph of any size is bound anew in each call. Each call waits for
+the device at its end, so that sessions, which have a stream of their own each, never overtake one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from ...folders.manifests import ArtifactManifest
 from .base import BackendOptions, Column, Fresh, LoraSet, Pictures
 from .onnxruntime import OnnxruntimeBackend
 from .onnxruntime_arrays import Device, DeviceArray
-from .onnxruntime_providers import NVIDIA, PROVIDERS, load_cuda, uncaptured
+from .onnxruntime_providers import NVIDIA, PROVIDERS, load_cuda, numbered, uncaptured
 
 UPDATE = "ax = Mul(a, x) bm = Mul(b, m) out = Add(ax, bm)"
 RENOISED = "ax = Mul(a, x) bm = Mul(b, m) mean = Add(ax, bm) cz = Mul(c, z) out = Add(mean, cz)"
-GRAPH_ID = "gpu_graph_id"  # onnxruntime's run option: which of a session's CUDA graphs; -1 neither captures nor replays
+CAPTURED, UNCAPTURED = "1", "-1"  # of onnxruntime's CUDA graphs of a session; 0 is its own
 
 Answers = list[DeviceArray]
 
@@ -50,52 +51,51 @@ class Bound:
 class OnnxruntimeOnDevice(OnnxruntimeBackend):
     """As OnnxruntimeBackend, with arrays on the device. On the CPU it draws the same, which is how it is tested."""
 
-    captures = True  # False: every graph is bound anew in each call, the oracle of the static arrays
+    captures = True  # False: the oracle of the replay
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest, options)
         self._lacks = load_cuda(self._library) if self._kind in NVIDIA else ""
         name = "cuda" if self._kind in NVIDIA else "cpu"
-        alone = [(PROVIDERS[name], {"device_id": self._index} if self._kind in NVIDIA else {})]
-        self._on = Device(self._library, name, self._index, alone)
-        self.batches = self._asked
-        self._sessions = dict[str, tuple[Any, bool]]()  # by graph, and whether it can be captured
+        self._on = Device(self._library, name, self._index, [(PROVIDERS[name], numbered(self._index))])
+        self.batches = () if manifest.any_size else tuple(sorted({max(n, manifest.batch[0]) for n in options.batches}))
+        self._uncaptured = set[str]()
         self._fed = dict[int, tuple[NDArray[Any], DeviceArray]]()  # by the host's array, its copy on the device
 
     def describe(self) -> str:
-        missing = sorted(graph for graph, (_, captured) in list(self._sessions.items()) if not captured)
-        return f"{super().describe()}, " + (f"no CUDA graph of {', '.join(missing)}" if missing else "CUDA graphs")
+        missing = f"no CUDA graph of {', '.join(sorted(self._uncaptured))}" if self._uncaptured else "CUDA graphs"
+        return f"{super().describe()}, {missing}"
 
     def open(self, graph: str, batch: int) -> Any:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._load(graph)
-        session, captured = self._sessions[graph]
+        try:
+            session, captured = self._load(graph, batch)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} {self._lacks}".rstrip()) from None
         free = self._free(graph, session)
-        if not captured:
+        if not batch:
             return free
         spec, size = self.manifest.graphs[graph].inputs, self.manifest.sizes[0]
         inputs = [self._on.upload(np.zeros(value.at(batch, size), value.dtype)) for value in spec]
-        outputs = free(inputs)  # measures convolutions now, and gives the shapes
-        return self._bound(graph, session, batch, inputs, outputs)
+        outputs = free(inputs)  # convolutions are measured now, and these arrays are kept
+        binding = session.io_binding()
+        self._bind(binding, graph, inputs)
+        for value, static in zip(self.manifest.graphs[graph].outputs, outputs, strict=True):
+            self._on.bind_output(binding, value.name, static)
+        told = self._told(CAPTURED if captured else UNCAPTURED)
+        return Bound(inputs, outputs, lambda: session.run_with_iobinding(binding, told))
 
-    def _load(self, graph: str) -> tuple[Any, bool]:
-        """A graph's session, and whether it can be captured. Raises ArtifactError."""
-        given = self._providers(graph)
-        try:
-            if self.captures and self.manifest.any_size is None:
-                try:
-                    return self._session(graph, given), True
-                except Exception:  # onnxruntime's, for a graph of which part runs on the processor
-                    pass
-            return self._session(graph, uncaptured(given)), False
-        except ArtifactError as error:
-            raise ArtifactError(f"{error} {self._lacks}".rstrip()) from None
+    def _load(self, graph: str, batch: int) -> tuple[Any, bool]:
+        """A graph's session, and whether it is captured. Raises ArtifactError."""
+        given = self._providers(graph, batch)
+        if batch and self.captures:
+            with suppress(Exception):  # onnxruntime's, for a graph of which part runs on the processor
+                return self._session(graph, given, batch), True
+        self._uncaptured.add(graph)
+        return self._session(graph, uncaptured(given), batch), False
 
     def _free(self, graph: str, session: Any) -> Callable[[Sequence[Any]], Answers]:
-        """Runs a session on arrays of any batch; what it gives is the caller's."""
-        spec = self.manifest.graphs[graph]
-        told = self._library.RunOptions()
-        told.add_run_config_entry(GRAPH_ID, "-1")
+        """Runs a session on arrays of any shape that it takes; what it gives is the caller's."""
+        spec, told = self.manifest.graphs[graph], self._told(UNCAPTURED)
 
         def run(inputs: Sequence[Any]) -> Answers:
             binding = session.io_binding()
@@ -110,24 +110,20 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
 
         return run
 
-    def _bound(
-        self, graph: str, session: Any, batch: int, inputs: Sequence[DeviceArray], outputs: Sequence[DeviceArray]
-    ) -> Bound:
-        binding, told = session.io_binding(), self._library.RunOptions()
-        self._bind(binding, graph, inputs)
-        for value, static in zip(self.manifest.graphs[graph].outputs, outputs, strict=True):
-            self._on.bind_output(binding, value.name, static)
-        told.add_run_config_entry(GRAPH_ID, str(batch))  # one for each batch size; 0 is onnxruntime's own
-        return Bound(inputs, outputs, lambda: session.run_with_iobinding(binding, told))
+    def _told(self, graph_id: str) -> Any:
+        """Options of a run: which CUDA graph it captures or replays."""
+        told = self._library.RunOptions()
+        told.add_run_config_entry("gpu_graph_id", graph_id)
+        return told
 
     def _bind(self, binding: Any, graph: str, inputs: Sequence[Any]) -> None:
         given = {value.name: values for value, values in zip(self.manifest.graphs[graph].inputs, inputs, strict=True)}
-        for name, values in (given | self._fed_to(graph)).items():
+        for name, values in {**given, **self._fed_to(graph)}.items():
             self._on.bind_input(binding, name, values)
 
-    def _fed_to(self, graph: str) -> Mapping[str, DeviceArray]:
+    def _fed_to(self, graph: str) -> dict[str, DeviceArray]:
         """The weights that a graph is fed, on the device; one that several graphs share is there once."""
-        found = {}
+        found = dict[str, DeviceArray]()
         for name, values in self.fed_to(graph).items():
             if id(values) not in self._fed:
                 self._fed[id(values)] = values, self._on.upload(values)
@@ -182,5 +178,4 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
 
     def close(self) -> None:
         super().close()
-        self._sessions.clear()
         self._fed.clear()

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...core.errors import ArtifactError
 from ...folders.files import cache_folder
-from ...folders.manifests import ArtifactManifest, GraphSpec
+from ...folders.manifests import ArtifactManifest, GraphSpec, Size
 from .base import check_device
 
 PROVIDERS = {
@@ -65,19 +65,25 @@ def find_device(library: Any, device: str) -> tuple[str, str, int]:
 
 
 def providers(
-    kind: str, index: int, manifest: ArtifactManifest, graph: str, batches: Sequence[int], version: str
+    kind: str, index: int, manifest: ArtifactManifest, graph: str, batch: int, version: str
 ) -> list[Provider]:
-    """What onnxruntime is given to load a graph for a device of this kind; batches: those that it will see."""
+    """What onnxruntime is given to load a graph for a device of this kind. batch: the only one that it will see; 0: any."""
     if kind == "cpu":
         return [(PROVIDERS["cpu"], {})]
     if kind == "coreml":
         return [(PROVIDERS["coreml"], {}), (PROVIDERS["cpu"], {})]
     if kind == "directml":
-        return [(PROVIDERS["directml"], {"device_id": index}), (PROVIDERS["cpu"], {})]
-    chosen = [(PROVIDERS["cuda"], cuda_options(index, captures=kind == "cuda"))]
+        return [(PROVIDERS["directml"], numbered(index)), (PROVIDERS["cpu"], {})]
+    spec = manifest.graphs[graph]
+    chosen = [(PROVIDERS["cuda"], cuda_options(index, manifest.precision, spec, captures=kind == "cuda"))]
     if kind == "tensorrt":
-        chosen.insert(0, (PROVIDERS["tensorrt"], tensorrt_options(index, manifest, graph, batches, version)))
+        chosen.insert(0, (PROVIDERS["tensorrt"], tensorrt_options(index, manifest, graph, batch, version)))
     return [*chosen, (PROVIDERS["cpu"], {})]
+
+
+def numbered(index: int) -> dict[str, int]:
+    """Which device; the first goes unsaid, since onnxruntime 1.31 warns of every number on standard error."""
+    return {"device_id": index} if index else {}
 
 
 def uncaptured(chosen: Sequence[Provider]) -> list[Provider]:
@@ -85,53 +91,56 @@ def uncaptured(chosen: Sequence[Provider]) -> list[Provider]:
     return [(name, {key: told[key] for key in told if key != UNCAPTURED.get(name)}) for name, told in chosen]
 
 
-def cuda_options(index: int, *, captures: bool) -> dict[str, Any]:
-    """Of the CUDA provider. Float32 stays float32 (use_tf32 is on by default and keeps ten bits of it); convolutions are
-    channels_last and timed once per shape, when a graph is loaded; memory grows by what is asked for, since each graph has its
-    own."""
+def cuda_options(index: int, precision: str, spec: GraphSpec, *, captures: bool) -> dict[str, Any]:
+    """Of the CUDA provider. Convolutions are timed once, when a graph is loaded; memory grows by what is asked for, since each
+    graph has its own.
+
+    Float32 stays float32 to the last bits, which the default, TF32, drops. In half precision TF32 is on, since off means no tensor
+    cores at all, whatever the type; and convolutions are channels_last, as tensor cores read them. Not beside GroupNormalization,
+    for which the provider has no kernel: of the shapes in its place it then computes some on the processor and some on the device,
+    which is 110 copies in a small UNet.
+    """
+    half = precision != "fp32"
     return {
-        "device_id": index,
-        "enable_cuda_graph": int(captures),
-        "prefer_nhwc": 1,
-        "use_tf32": 0,
+        **numbered(index),
+        "enable_cuda_graph": captures,
+        "prefer_nhwc": half and "GroupNormalization" not in spec.nodes,
+        "use_tf32": half,
         "cudnn_conv_algo_search": "EXHAUSTIVE",
-        "cudnn_conv_use_max_workspace": 1,
+        "cudnn_conv_use_max_workspace": True,
         "arena_extend_strategy": "kSameAsRequested",
     }
 
 
-def tensorrt_options(
-    index: int, manifest: ArtifactManifest, graph: str, batches: Sequence[int], version: str
-) -> dict[str, Any]:
-    """Of the TensorRT provider: one engine a graph for all batches, optimised for one picture; engines and the times of kernels
-    are kept in the user's cache folder, by content, since the names of their files don't tell weights apart."""
+def tensorrt_options(index: int, manifest: ArtifactManifest, graph: str, batch: int, version: str) -> dict[str, Any]:
+    """Of the TensorRT provider. Engines and the times of kernels are kept in the user's cache folder, by content, since the names
+    of their files don't tell weights apart."""
     told: dict[str, Any] = {
-        "device_id": index,
-        "trt_cuda_graph_enable": 1,
-        "trt_fp16_enable": int(manifest.precision == "fp16"),
-        "trt_bf16_enable": int(manifest.precision == "bf16"),
-        "trt_layer_norm_fp32_fallback": int(manifest.precision != "fp32"),
-        **_profiles(manifest, manifest.graphs[graph], batches),
+        **numbered(index),
+        "trt_cuda_graph_enable": True,
+        "trt_fp16_enable": manifest.precision == "fp16",
+        "trt_bf16_enable": manifest.precision == "bf16",
+        "trt_layer_norm_fp32_fallback": manifest.precision != "fp32",
+        **_profiles(manifest, manifest.graphs[graph], batch),
     }
-    key = f"{version} {manifest.sha256} {sorted(manifest.files.items())} {graph} {sorted(told.items())}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    if cache := cache_folder(f"onnxruntime/{digest}"):
-        told |= {"trt_engine_cache_enable": 1, "trt_engine_cache_path": str(cache)}
+    key = f"{version} {sorted(manifest.files.items())} {graph} {batch} {sorted(told.items())}"
+    if cache := cache_folder(f"onnxruntime/{hashlib.sha256(key.encode()).hexdigest()[:32]}"):
+        told |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
     if times := cache_folder("onnxruntime/timings"):
-        told |= {"trt_timing_cache_enable": 1, "trt_timing_cache_path": str(times)}
+        told |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": str(times)}
     return told
 
 
-def _profiles(manifest: ArtifactManifest, spec: GraphSpec, batches: Sequence[int]) -> dict[str, str]:
-    """The smallest, usual and largest shapes of a graph's inputs; none where nothing is free."""
-    if not any(isinstance(side, str) for value in spec.inputs for side in value.shape):
+def _profiles(manifest: ArtifactManifest, spec: GraphSpec, batch: int) -> dict[str, str]:
+    """The smallest, usual and largest shapes of a graph of any size, for which one engine is built; none where the shapes are
+    fixed, with the batch."""
+    if batch or manifest.any_size is None:
         return {}
-    size, any_size = manifest.sizes[0], manifest.any_size
-    least = (any_size.smallest, any_size.smallest) if any_size else size
-    most = (any_size.largest, any_size.largest) if any_size else size
-    ends = {"min": (batches[0], least), "opt": (batches[0], size), "max": (batches[-1], most)}
+    low, high = manifest.batch
+    least, most = manifest.any_size.smallest, manifest.any_size.largest
+    ends = {"min": (low, (least, least)), "opt": (low, manifest.sizes[0]), "max": (high, (most, most))}
 
-    def shapes(batch: int, size: tuple[int, int]) -> str:
+    def shapes(batch: int, size: Size) -> str:
         return ",".join(f"{value.name}:{'x'.join(map(str, value.at(batch, size)))}" for value in spec.inputs)
 
     return {f"trt_profile_{end}_shapes": shapes(*asked) for end, asked in ends.items()}
