@@ -41,3 +41,10 @@ def on_device(
     backend.prepare(described.stages if route == "stages" else [f"sampler_{max(described.plans)}"])
     tokenizer = PromptTokenizer.load(folder, described.tokenizers)
     return Engine(backend, tokenizer, described, route=route, max_batch=most, folder=folder)
+
+
+def load(folder: Path, backend: str, **options: Any) -> Engine:
+    """In float32, by a backend's name, among them "on device"."""
+    if backend == "on device":
+        return on_device(folder, **options)
+    return Engine.load(folder, backend=backend, precision="fp32", **options)
