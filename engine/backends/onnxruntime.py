@@ -22,6 +22,7 @@ class OnnxruntimeBackend(FedGraphs):
     :N) or coreml; auto takes the CPU unless onnxruntime-gpu finds CUDA. The precision is the graphs' own."""
 
     name = "onnxruntime"
+    lacks = ""  # the libraries that a provider needs and onnxruntime did not find
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest)
@@ -82,7 +83,8 @@ class OnnxruntimeBackend(FedGraphs):
         # without its own fallback, which prints, and draws on the CPU
         session = self._library.InferenceSession(path, options, providers=given, enable_fallback=0)
         if (provider := given[0][0]) not in session.get_providers():
+            why = f" ({self.lacks})" if self.lacks else ""
             raise ArtifactError(
-                f"{provider} does not start here, often for want of CUDA's libraries; take the device cpu"
+                f"{provider} does not start here, often for want of CUDA's libraries{why}; take the device cpu"
             )
         return session

@@ -10,7 +10,6 @@ the device at its end, so that sessions, which have a stream of their own each, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,11 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
     """As OnnxruntimeBackend, with arrays on the device. On the CPU it draws the same, which is how it is tested."""
 
     captures = True  # False: the oracle of the replay
+    way_out = "take the device cpu, or export the student again"
 
     def __init__(self, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
         super().__init__(folder, manifest, options)
-        self._lacks = load_cuda(self._library) if self._kind in NVIDIA else ""
+        self.lacks = load_cuda(self._library, self._kind) if self._kind in NVIDIA else ""
         name = "cuda" if self._kind in NVIDIA else "cpu"
         self._on = Device(self._library, name, self._index, [(PROVIDERS[name], numbered(self._index))])
         self.batches = () if manifest.any_size else tuple(sorted({max(n, manifest.batch[0]) for n in options.batches}))
@@ -67,10 +67,7 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
         return f"{super().describe()}, {missing}"
 
     def open(self, graph: str, batch: int) -> Any:
-        try:
-            session, captured = self._load(graph, batch)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error} {self._lacks}".rstrip()) from None
+        session, captured = self._load(graph, batch)
         free = self._free(graph, session)
         if not batch:
             return free
@@ -88,8 +85,12 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
         """A graph's session, and whether it is captured. Raises ArtifactError."""
         given = self._providers(graph, batch)
         if batch and self.captures:
-            with suppress(Exception):  # onnxruntime's, for a graph of which part runs on the processor
+            try:
                 return self._session(graph, given, batch), True
+            except ArtifactError:
+                raise
+            except Exception:  # onnxruntime's, for a graph of which part runs on the processor
+                pass
         self._uncaptured.add(graph)
         return self._session(graph, uncaptured(given), batch), False
 

@@ -146,9 +146,11 @@ def _profiles(manifest: ArtifactManifest, spec: GraphSpec, batch: int) -> dict[s
     return {f"trt_profile_{end}_shapes": shapes(*asked) for end, asked in ends.items()}
 
 
-def load_cuda(library: Any) -> str:
-    """Loads NVIDIA's libraries from their pip packages, where they are installed so -> what onnxruntime says about those that it
+def load_cuda(library: Any, kind: str) -> str:
+    """Loads NVIDIA's libraries, from their pip packages where they are installed so -> what onnxruntime says about those that it
     does not find."""
     with redirect_stdout(io.StringIO()) as said:  # it prints
         library.preload_dlls()
-    return " ".join(said.getvalue().split())
+    if kind == "tensorrt" and importlib.util.find_spec("tensorrt") is not None:
+        importlib.import_module("tensorrt")  # which loads its own
+    return " ".join(said.getvalue().split())[:200]

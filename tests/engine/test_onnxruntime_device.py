@@ -125,7 +125,7 @@ def test_conditions_outlive_the_next_prompt(engine: Engine) -> None:
 def test_a_batch_beyond_the_largest(engine: Engine) -> None:
     x = np.zeros((4, *engine.manifest.latent_shape), np.float32)
     with pytest.raises(ArtifactError, match=r"a batch of 4 is more than this engine was loaded for \(3\)"):
-        engine.backend.denoise(x, np.zeros(4, np.float32), [])
+        engine.backend.denoise(x, np.zeros(4, np.float32), ())
 
 
 def test_each_graph_and_batch_is_bound_once(engine: Engine) -> None:
