@@ -105,6 +105,12 @@ def test_replays_draw_what_eager_calls_draw(engine, plain: Engine, steps: int, c
     )
 
 
+def test_a_negative_prompt_in_more_than_one_call(engine, plain: Engine) -> None:
+    """Eight rows in two calls of four: the second wrote its answer over the first's, and drew the negative prompt."""
+    request = GenerateRequest(prompt="a cat", seed=5, steps=2, count=4, guidance=3.0, negative_prompt="a dog")
+    assert np.abs(engine.generate(request).images.astype(int) - plain.generate(request).images).max() <= 1
+
+
 def test_requests_at_different_steps_share_a_batch(engine, plain: Engine) -> None:
     """What the update wrote for one group is not taken for the input of another."""
     requests = [
