@@ -30,11 +30,17 @@ class Poisoned(OnnxruntimeOnDevice):
 
 
 def on_device(
-    folder: Path, *, loras: Any = None, captures: bool = True, route: Any = "stages", **manifest: Any
+    folder: Path,
+    *,
+    loras: Any = None,
+    captures: bool = True,
+    route: Any = "stages",
+    max_batch: int | None = None,
+    **manifest: Any,
 ) -> Engine:
     """manifest: fields to change in the artifact's."""
     described = read_artifact_manifest(folder).model_copy(update=manifest)
-    most = check_max_batch(None, described.batch)
+    most = check_max_batch(max_batch, described.batch)
     options = LoadOptions(backend="onnxruntime", device="cpu", loras=loras or {})
     backend = Poisoned(folder, described, options.for_backend(most))
     backend.captures = captures

@@ -105,9 +105,13 @@ def test_replays_draw_what_eager_calls_draw(engine, plain: Engine, steps: int, c
     )
 
 
-def test_a_negative_prompt_in_more_than_one_call(engine, plain: Engine) -> None:
-    """Eight rows in two calls of four: the second wrote its answer over the first's, and drew the negative prompt."""
-    request = GenerateRequest(prompt="a cat", seed=5, steps=2, count=4, guidance=3.0, negative_prompt="a dog")
+def test_a_negative_prompt_in_two_calls(engine, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batch 1: the second call wrote its answer over the first's, and the negative prompt was drawn."""
+    for prompt in ("a cat", "a dog"):  # known from now on
+        engine.generate(GenerateRequest(prompt=prompt))
+    for one in (engine.batcher, engine.batcher._calls):
+        monkeypatch.setattr(one, "max_batch", 1)
+    request = GenerateRequest(prompt="a cat", seed=5, steps=2, guidance=3.0, negative_prompt="a dog")
     assert np.abs(engine.generate(request).images.astype(int) - plain.generate(request).images).max() <= 1
 
 

@@ -20,7 +20,7 @@ from imagine_flash.engine.reference import reference_generate
 from imagine_flash.folders.manifests import ArtifactManifest, GraphSpec, TensorSpec
 from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.folders.sizes import AnySize
-from imagine_flash.tests.onnxruntime_device import on_device
+from imagine_flash.tests.onnxruntime_device import load, on_device
 
 IMAGE = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 MASK = np.zeros((64, 64), bool)
@@ -62,6 +62,16 @@ def test_it_draws_what_the_host_draws(engine: Engine, plain: Engine, values: dic
     expected = plain.generate(ask(**values)).images
     for _ in range(2):  # the second time the prompt is known
         assert levels(engine.generate(ask(**values)).images, expected) <= 1
+
+
+@pytest.mark.parametrize("backend", ["on device", "openvino"])
+def test_a_negative_prompt_where_a_call_has_one_row(tiny_artifact: Path, plain: Engine, backend: str) -> None:
+    """Two prompts to encode and two rows to draw; OpenVINO refused the prompts as a batch of 2."""
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    values = REQUESTS["a negative prompt"]
+    with load(tiny_artifact, backend, max_batch=1) as engine:
+        assert levels(engine.generate(ask(**values)).images, plain.generate(ask(**values)).images) <= 1
 
 
 def test_it_draws_what_is_defined(engine: Engine, plain: Engine) -> None:
