@@ -61,7 +61,8 @@ class OnnxruntimeBackend(FedGraphs):
         return lambda inputs: session.run(None, {**dict(zip(names, inputs, strict=True)), **fed})
 
     def _providers(self, graph: str, batch: int) -> list[Provider]:
-        return providers(self._kind, self._index, self.manifest, graph, batch, self._library.__version__)
+        is_fed, version = bool(self.fed_to(graph)), self._library.__version__
+        return providers(self._kind, self._index, self.manifest, graph, batch, version, is_fed=is_fed)
 
     def _session(self, graph: str, given: list[Provider], batch: int = 0) -> Any:
         """A graph loaded by these providers, for this batch size alone where one is given. Raises ArtifactError where the first

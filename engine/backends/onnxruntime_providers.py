@@ -65,17 +65,19 @@ def find_device(library: Any, device: str) -> tuple[str, str, int]:
 
 
 def providers(
-    kind: str, index: int, manifest: ArtifactManifest, graph: str, batch: int, version: str
+    kind: str, index: int, manifest: ArtifactManifest, graph: str, batch: int, version: str, *, is_fed: bool = False
 ) -> list[Provider]:
-    """What onnxruntime is given to load a graph for a device of this kind. batch: the only one that it will see; 0: any."""
+    """What onnxruntime is given to load a graph for a device of this kind. batch: the only one that it will see; 0: any. is_fed:
+    some of its weights are inputs."""
     if kind == "cpu":
         return [(PROVIDERS["cpu"], {})]
     if kind == "coreml":
         return [(PROVIDERS["coreml"], {}), (PROVIDERS["cpu"], {})]
     if kind == "directml":
         return [(PROVIDERS["directml"], numbered(index)), (PROVIDERS["cpu"], {})]
-    spec = manifest.graphs[graph]
-    chosen = [(PROVIDERS["cuda"], cuda_options(index, manifest.precision, spec, captures=kind == "cuda"))]
+    is_fixed = bool(batch) and not is_fed
+    told = cuda_options(index, manifest.precision, manifest.graphs[graph], captures=kind == "cuda", is_fixed=is_fixed)
+    chosen = [(PROVIDERS["cuda"], told)]
     if kind == "tensorrt":
         chosen.insert(0, (PROVIDERS["tensorrt"], tensorrt_options(index, manifest, graph, batch, version)))
     return [*chosen, (PROVIDERS["cpu"], {})]
@@ -91,20 +93,22 @@ def uncaptured(chosen: Sequence[Provider]) -> list[Provider]:
     return [(name, {key: told[key] for key in told if key != UNCAPTURED.get(name)}) for name, told in chosen]
 
 
-def cuda_options(index: int, precision: str, spec: GraphSpec, *, captures: bool) -> dict[str, Any]:
+def cuda_options(
+    index: int, precision: str, spec: GraphSpec, *, captures: bool, is_fixed: bool = True
+) -> dict[str, Any]:
     """Of the CUDA provider. Convolutions are timed once, when a graph is loaded; memory grows by what is asked for, since each
     graph has its own.
 
     Float32 stays float32 to the last bits, which the default, TF32, drops. In half precision TF32 is on, since off means no tensor
-    cores at all, whatever the type; and convolutions are channels_last, as tensor cores read them. Not beside GroupNormalization,
-    for which the provider has no kernel: of the shapes in its place it then computes some on the processor and some on the device,
-    which is 110 copies in a small UNet.
+    cores at all, whatever the type. And convolutions are channels_last, as tensor cores read them, where all shapes and weights
+    are known at loading (is_fixed) and there is no GroupNormalization, for which the provider has no kernel. Else it computes some
+    shapes on the processor and some on the device, which is 110 copies in a small UNet, and it refuses weights that are fed.
     """
     half = precision != "fp32"
     return {
         **numbered(index),
         "enable_cuda_graph": captures,
-        "prefer_nhwc": half and "GroupNormalization" not in spec.nodes,
+        "prefer_nhwc": half and is_fixed and "GroupNormalization" not in spec.nodes,
         "use_tf32": half,
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "cudnn_conv_use_max_workspace": True,

@@ -232,7 +232,17 @@ def test_cuda_is_told_what_the_precision_bears() -> None:
     assert (half["use_tf32"], half["prefer_nhwc"]) == (True, True)
     norms = graph({"GroupNormalization": 21})
     assert cuda_options(0, "fp16", norms, captures=True)["prefer_nhwc"] is False
+    assert cuda_options(0, "fp16", graph(), captures=True, is_fixed=False)["prefer_nhwc"] is False
     assert "device_id" not in exact and cuda_options(1, "fp32", graph(), captures=False)["device_id"] == 1
+
+
+def test_convolutions_are_channels_last_where_all_is_known(manifest: ArtifactManifest) -> None:
+    half = manifest.model_copy(update={"precision": "fp16", "graphs": {"denoiser": graph()}})
+
+    def told(batch: int, is_fed: bool) -> bool:
+        return providers("cuda", 0, half, "denoiser", batch, "1.31", is_fed=is_fed)[0][1]["prefer_nhwc"]
+
+    assert told(1, False) and not told(0, False) and not told(1, True)
 
 
 def test_without_cuda_graphs_all_else_stays(manifest: ArtifactManifest) -> None:
