@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
@@ -26,6 +27,7 @@ from .onnxruntime_providers import NVIDIA, PROVIDERS, load_cuda, numbered, uncap
 
 UPDATE = "ax = Mul(a, x) bm = Mul(b, m) out = Add(ax, bm)"
 RENOISED = "ax = Mul(a, x) bm = Mul(b, m) mean = Add(ax, bm) cz = Mul(c, z) out = Add(mean, cz)"
+MIXED = 1024  # combinations of steps in one batch whose coefficients stay on the device
 CAPTURED, UNCAPTURED = "1", "-1"  # of onnxruntime's CUDA graphs of a session; 0 is its own
 
 Answers = list[DeviceArray]
@@ -60,6 +62,7 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
         self._on = Device(self._library, name, self._index, [(PROVIDERS[name], numbered(self._index))])
         self.batches = () if manifest.any_size else tuple(sorted({max(n, manifest.batch[0]) for n in options.batches}))
         self._uncaptured = set[str]()
+        self._columns: LRUCache[bytes, DeviceArray] = LRUCache(MIXED)
         self._fed = dict[int, tuple[NDArray[Any], DeviceArray]]()  # by the host's array, its copy on the device
 
     def describe(self) -> str:
@@ -156,13 +159,23 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
         except Exception as error:  # onnxruntime's share no base of their own
             raise self._broken(graph, error) from None
 
+    def denoise(self, x: Any, timestep: NDArray[np.float32], conditions: Sequence[Any]) -> Any:
+        """Of a bound graph valid until its next call."""
+        return self._answers(self._at_size("denoiser", x), [x, timestep, *conditions])[1][0]
+
     def update(self, x: Any, m: Any, a: Column, b: Column, fresh: Fresh = None) -> Any:
-        rows = (-1, *(1,) * (x.ndim - 1))
-        given = {"a": a.reshape(rows), "x": x, "b": b.reshape(rows), "m": m}
+        out = self._on.empty(x.shape, x.dtype)
+        given = {"a": self._coefficients(a, x.ndim), "x": x, "b": self._coefficients(b, x.ndim), "m": m}
         if fresh is None:
-            return self._on.compute(UPDATE, self._on.empty(x.shape, x.dtype), **given)
-        given |= {"c": fresh[0].reshape(rows), "z": fresh[1]}
-        return self._on.compute(RENOISED, self._on.empty(x.shape, x.dtype), **given)
+            return self._on.compute(UPDATE, out, **given)
+        return self._on.compute(RENOISED, out, **given, c=self._coefficients(fresh[0], x.ndim), z=fresh[1])
+
+    def _coefficients(self, column: Column, ndim: int) -> DeviceArray:
+        """One for each image (B, 1, ...); those of the plans' steps stay on the device."""
+        key = column.tobytes()
+        if key not in self._columns:
+            self._columns[key] = self._on.upload(column)
+        return self._columns[key].reshape(-1, *(1,) * (ndim - 1))
 
     def finite(self, x: Any) -> NDArray[np.bool_]:
         return super().finite(np.asarray(x))
@@ -179,4 +192,5 @@ class OnnxruntimeOnDevice(OnnxruntimeBackend):
 
     def close(self) -> None:
         super().close()
+        self._columns.clear()
         self._fed.clear()
