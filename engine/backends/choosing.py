@@ -75,16 +75,18 @@ def _has_plans(folder: Path, manifest: ArtifactManifest) -> bool:
 def load_backend(name: str, folder: Path, manifest: ArtifactManifest, options: BackendOptions | None = None) -> Backend:
     """The backend called `name`, or what "auto" means. Raises ArtifactError, MissingExtraError."""
     options = options or BackendOptions()
-    return _backend(choose(name, manifest, options.device, folder))(folder, manifest, options)
+    chosen = choose(name, manifest, options.device, folder)
+    return _backend(chosen, options.device)(folder, manifest, options)
 
 
 def check_backend(name: str, folder: Path, manifest: ArtifactManifest, options: BackendOptions) -> None:
     """What `load_backend` would find wrong before it reads a graph: a package, a device, a precision that is not here.
     Raises ArtifactError, MissingExtraError."""
-    _backend(choose(name, manifest, options.device, folder)).check(folder, manifest, options)
+    chosen = choose(name, manifest, options.device, folder)
+    _backend(chosen, options.device).check(folder, manifest, options)
 
 
-def _backend(name: str) -> Any:
+def _backend(name: str, device: str) -> Any:
     if name == "tensorrt":
         from .tensorrt import TensorrtBackend
 
@@ -94,5 +96,10 @@ def _backend(name: str) -> Any:
 
         return OpenvinoBackend
     from .onnxruntime import OnnxruntimeBackend
+    from .onnxruntime_providers import is_nvidia
 
-    return OnnxruntimeBackend
+    if not is_nvidia(device):
+        return OnnxruntimeBackend
+    from .onnxruntime_device import OnnxruntimeOnDevice
+
+    return OnnxruntimeOnDevice

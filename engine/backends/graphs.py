@@ -73,7 +73,16 @@ class GraphBackend(ABC, Generic[Described]):
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[NDArray[np.float32], ...]:
-        return tuple(self.run("text_encoder", list(tokens.values())))
+        """In parts where a prompt and its negative one are more than the largest batch."""
+        ids = list(tokens.values())
+        most = self.batches[-1] if self.batches else len(ids[0])
+        if len(ids[0]) <= most:
+            return tuple(self.run("text_encoder", ids))
+        firsts = range(0, len(ids[0]), most)
+        parts = [
+            [1 * values for values in self.run("text_encoder", [one[i : i + most] for one in ids])] for i in firsts
+        ]
+        return tuple(map(self.join, zip(*parts, strict=True)))
 
     def encode_image(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self.run(self.manifest.graph_name(IMAGE_ENCODER, (images.shape[1], images.shape[2])), [images])[0]

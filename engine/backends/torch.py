@@ -271,9 +271,6 @@ class TorchBackend(GraphBackend[ModelDescription]):
     def join(self, arrays: Sequence[Any]) -> Any:
         return arrays[0] if len(arrays) == 1 else torch.cat(list(arrays))
 
-    def encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Any, ...]:
-        return tuple(self.run("text_encoder", list(tokens.values())))
-
     @torch.inference_mode()
     def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a graph, queued; of a captured one valid until its next call. Raises ArtifactError."""

@@ -173,6 +173,16 @@ def test_what_one_call_cannot_draw_goes_step_by_step(engine, plain: Engine) -> N
         assert np.abs(found.images.astype(int) - plain.generate(request).images).max() <= 1
 
 
+def test_a_negative_prompt_in_two_calls(engine, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batch 1: the second call wrote its answer over the first's, and the negative prompt was drawn."""
+    for prompt in ("a cat", "a dog"):  # known from now on
+        engine.generate(GenerateRequest(prompt=prompt))
+    for one in (engine.batcher, engine.batcher._calls):
+        monkeypatch.setattr(one, "max_batch", 1)
+    request = GenerateRequest(prompt="a cat", seed=5, steps=2, guidance=3.0, negative_prompt="a dog")
+    assert np.abs(engine.generate(request).images.astype(int) - plain.generate(request).images).max() <= 1
+
+
 def test_requests_at_different_steps_share_a_batch(engine, plain: Engine) -> None:
     """What the update wrote for one group is not taken for the input of another."""
     requests = [

@@ -34,6 +34,7 @@ from imagine_flash.tests.engine.test_batching import Gate
 from imagine_flash.tests.engine.test_captured import emulate, make_recordable
 from imagine_flash.tests.engine.test_fairness import work
 from imagine_flash.tests.loras import ATTENTION, write_lora
+from imagine_flash.tests.onnxruntime_device import load
 
 OPENVINO = find_spec("openvino") is not None
 
@@ -188,8 +189,8 @@ def test_an_artifact_draws_with_them_what_torch_does(
     wide = {"height": 64, "width": 96}
     with Engine.load(model.student, backend="torch", device="cpu", loras=model.loras, sizes=sizes) as engine:
         expected = [picture(engine, chosen, **size) for chosen in SETS for size in ({}, wide)]
-    for backend in ("onnxruntime", *["openvino"] * OPENVINO):
-        with Engine.load(tmp_path / kind, backend=backend, precision="fp32", loras=model.loras) as engine:
+    for backend in ("onnxruntime", "on device", *["openvino"] * OPENVINO):
+        with load(tmp_path / kind, backend, loras=model.loras) as engine:
             before = picture(engine)
             drawn = [picture(engine, chosen, **size) for chosen in SETS for size in ({}, wide)]
             assert max(map(levels, drawn, expected)) <= 1

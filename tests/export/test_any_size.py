@@ -27,6 +27,7 @@ from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.tests import architectures, control
 from imagine_flash.tests.loras import ATTENTION, write_lora
+from imagine_flash.tests.onnxruntime_device import load
 
 RANGE = AnySize(smallest=32, largest=96, multiple=16)
 SIZES = ((64, 64), (32, 96), (80, 48), (96, 96))  # height, width
@@ -158,12 +159,12 @@ def test_other_sizes_are_refused_in_one_line(model_of: Any, backend: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, "on device"))
 def test_loras_are_swapped_at_any_size(model_of: Any, backend: str, tmp_path: Path) -> None:
     model = model_of(*CONTROLLED[0])
     lora = {"pixel": str(write_lora(tmp_path / "lora", architectures.DRAWN["sd15"](), {"unet": ATTENTION}, seed=1))}
     with (
-        Engine.load(model.artifact, backend=backend, precision="fp32", loras=lora) as engine,
+        load(model.artifact, backend, loras=lora) as engine,
         Engine.load(model.student, backend="torch", device="cpu", sizes=SIZES, loras=lora) as oracle,
     ):
         for size in SIZES[:3]:

@@ -17,6 +17,7 @@ from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.models.describe import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import architectures, control
+from imagine_flash.tests.onnxruntime_device import load
 
 STEPS = (1, 2, 4)
 SCALE_OF = {"controlnet": "controlnet_conditioning_scale", "adapter": "adapter_conditioning_scale"}
@@ -65,13 +66,13 @@ def test_the_picture_is_a_stage_and_an_input_of_the_denoiser(exported: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "on device", "openvino"])
 def test_the_runtime_draws_what_diffusers_and_torch_draw(exported: Any, backend: str) -> None:
     kind, student, _, artifact = exported
     condition = control.picture(1)
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(student, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    with Engine.load(artifact, backend=backend, precision="fp32") as engine, Engine.load(student) as oracle:
+    with load(artifact, backend) as engine, Engine.load(student) as oracle:
         assert all(one.passed for one in engine.verify())
         for steps in STEPS:
             for guidance, scale in ((1.0, 0.0), (1.0, 1.0), (3.0, 0.5)):

@@ -32,7 +32,7 @@ const figures = new Figures(
   Object.fromEntries(["all", "model", "queue", "rest", "page", "rate"].map((name) => [name, find(`f-${name}`)])),
 );
 
-let hello = { sizes: [], steps: [], formats: ["webp"], model: "" }; // what the model draws
+let hello = { sizes: [], steps: [], formats: ["jpeg"], model: "" }; // what the model draws
 let steps; // undefined: the model's most
 let good = whole(seed.defaultValue); // the last seed that was one
 let asked = { seq: 0 }; // the newest request: what was sent, and when
@@ -76,7 +76,7 @@ function draw(at = null, typed = false) {
   }
   const { seq } = asked;
   const preview = seconds > SLOW && steps !== 1;
-  const format = small(asked.size) && hello.formats.includes("png") ? "png" : "webp"; // 64 x 64: 6 kB without a loss
+  const format = small(asked.size) && hello.formats.includes("png") ? "png" : "jpeg"; // 64 x 64: 6 kB without a loss
   asked.sent = performance.now();
   waiting.set(seq, asked);
   const pictures = { image: source.current, condition: condition.current };

@@ -169,6 +169,14 @@ def test_what_was_refused_changes_nothing_for_what_was_taken(stream: ClientConne
         assert image["format"] == "jpeg" and image["seed"] == 0 and not image["preview"]
 
 
+def test_a_picture_is_a_jpeg_where_nothing_is_said(stream: ClientConnection) -> None:
+    stream.send(json.dumps({"seq": 1, "prompt": "a cat"}))
+    message = stream.recv(timeout=20)
+    assert isinstance(message, bytes) and b"\xff\xd8\xff" in message
+    (length,) = struct.unpack(">I", message[:4])
+    assert json.loads(message[4 : 4 + length])["format"] == "jpeg"
+
+
 def test_every_picture_of_a_flood_has_the_format_that_was_asked_for(server) -> None:
     with httpx.Client(base_url=server.url) as http, open_stream(server) as socket:
         read(socket)
