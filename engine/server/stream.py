@@ -45,7 +45,7 @@ class StreamRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=1000)
     size: str | None = Field(default=None, max_length=20)
-    format: Format = "jpeg"  # WebP takes several times as long to write: decision 023
+    format: Format = "jpeg"  # WebP takes several times as long to write: decision 025
     preview: bool = False
     lora: dict[str, float] | None = Field(default=None, max_length=16)
     guidance_scale: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
