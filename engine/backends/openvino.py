@@ -23,6 +23,7 @@ from ..processors import processors
 from .base import BackendOptions, check_device
 from .fed_weights import FedGraphs, FedWeights
 from .graphs import Run
+from .openvino_rewrites import rewrite
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 LARGE = 2**29  # bytes of an artifact
@@ -90,6 +91,8 @@ class OpenvinoBackend(FedGraphs):
         model.reshape({value.name: self._shape(value, batch) for value in spec.inputs})
         fed = self.fed_to(graph)
         self._make_inputs(model, graph, fed)
+        if self.device == "CPU":
+            rewrite(model)
         compiled = self._core.compile_model(model, self.device, self._options)
         if self._large and "CACHE_DIR" in self._options and not compiled.get_property("LOADED_FROM_CACHE"):
             del (

@@ -218,7 +218,7 @@ def coefficients(backend: TorchBackend) -> tuple[np.ndarray, np.ndarray]:
     return table.a.astype(np.float32), table.b.astype(np.float32)
 
 
-def walk(backend: TorchBackend, rows: int) -> np.ndarray:
+def walk(backend: Any, rows: int) -> np.ndarray:
     """Two steps and the decoder, as the batcher calls them: with conditions that it has copied."""
     tokens = {"input_ids": np.arange(16, dtype=np.int64)[None].repeat(rows, 0)}
     conditions = tuple(values.clone() for values in backend.encode(tokens))
