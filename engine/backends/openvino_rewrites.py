@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+LARGE = 2**19  # values of a weight; below that a second product may cost more than the copy, as in the embedded model
 Rewrite = Callable[[Any, Any], bool]  # opset, node -> whether it was one of these, and is another now
 
 
@@ -35,7 +36,9 @@ def split_gate(ops: Any, node: Any) -> bool:
     if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_a"]:
         return False
     weight, rows = _constant(_source(product, 1)), product.get_attributes()["transpose_b"]
-    if weight is None or len(weight.shape) != 2 or (bias is not None and _constant(bias) is None):
+    if weight is None or len(weight.shape) != 2 or weight.shape[0] * weight.shape[1] < LARGE:
+        return False
+    if bias is not None and _constant(bias) is None:
         return False
     width, ends = weight.shape[0 if rows else 1], [node.output(i).get_partial_shape()[-1] for i in (0, 1)]
     if any(end.is_dynamic or 2 * end.get_length() != width for end in ends):

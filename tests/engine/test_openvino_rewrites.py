@@ -10,6 +10,7 @@ import torch
 ov = pytest.importorskip("openvino", reason="its graphs are rewritten")
 from openvino import opset13 as ops  # noqa: E402
 
+from imagine_flash.engine.backends import openvino_rewrites  # noqa: E402
 from imagine_flash.engine.backends.openvino_rewrites import rewrite  # noqa: E402
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -47,7 +48,8 @@ def gated(
 @pytest.mark.parametrize("stored", [np.float32, np.float16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_gate_is_two_products(stored: type, transposed: bool, bias: bool) -> None:
+def test_a_gate_is_two_products(stored: type, transposed: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_rewrites, "LARGE", 48)  # the weight's own size
     model, x = gated(transposed=transposed, stored=stored, bias=bias), random(3, 6, seed=2)
     expected, before = run(model, x)
     assert rewrite(model) == {"gates": 1, "upsampling": 0}
@@ -56,7 +58,9 @@ def test_a_gate_is_two_products(stored: type, transposed: bool, bias: bool) -> N
     assert "Split" in before and "Split" not in after
 
 
-def test_what_is_split_otherwise_is_left() -> None:
+def test_what_is_split_otherwise_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rewrite(gated()) == {"gates": 0, "upsampling": 0}, "a small weight"
+    monkeypatch.setattr(openvino_rewrites, "LARGE", 48)
     given = ops.parameter([6, 8], np.float32, "w")
     x = ops.parameter([3, 6], np.float32, "x")
     by_input = ov.Model(ops.split(ops.matmul(x, given, False, False), 1, 2).outputs(), [x, given])
@@ -111,7 +115,7 @@ def test_what_is_enlarged_otherwise_is_left(changes: dict[str, Any]) -> None:
 
 
 def test_the_engine_draws_with_them(tiny_artifact: Path) -> None:
-    """Of the tiny student: a gate in each block of attention, an enlargement in the network and three in its decoder. That it
+    """Of the tiny student: no gate is large; an enlargement in the network and three in its decoder. That it
     draws what onnxruntime draws is what the backends' own tests say."""
     core, found = ov.Core(), {}
     for name in ("denoiser", "decoder"):
@@ -120,4 +124,4 @@ def test_the_engine_draws_with_them(tiny_artifact: Path) -> None:
             {port.any_name: [1, *[d.get_length() for d in list(port.partial_shape)[1:]]] for port in model.inputs}
         )
         found[name] = rewrite(model)
-    assert found == {"denoiser": {"gates": 4, "upsampling": 1}, "decoder": {"gates": 0, "upsampling": 3}}
+    assert found == {"denoiser": {"gates": 0, "upsampling": 1}, "decoder": {"gates": 0, "upsampling": 3}}
