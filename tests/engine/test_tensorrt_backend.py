@@ -17,8 +17,8 @@ from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.choosing import choose, installed, load_backend
 from imagine_flash.engine.backends.tensorrt import Bound, TensorrtBackend, plan_of
 from imagine_flash.export.tensorrt import build_plans, write_plan, write_tensorrt
-from imagine_flash.folders.files import hash_files
-from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.folders.reading import read_artifact_manifest
+from imagine_flash.tests.artifacts import with_format
 from imagine_flash.tests.tensorrt_artifact import HERE, NEEDS_TENSORRT, WITHOUT_TENSORRT, build_artifact, flip, key_of
 
 
@@ -96,9 +96,7 @@ def planned(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The tiny artifact with a plan of every graph."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed", exc_type=ImportError)
     folder = shutil.copytree(tiny_artifact, tmp_path_factory.mktemp("planned") / "artifact")
-    manifest = read_artifact_manifest(folder)
-    formats = manifest.formats | {"tensorrt": write_tensorrt(folder, manifest)}
-    write_manifest(folder, manifest.model_copy(update={"formats": formats, "files": hash_files(folder)}))
+    with_format(folder, "tensorrt", write_tensorrt)
     build_plans(folder, whole_sampler=True)
     return folder
 

@@ -29,10 +29,10 @@ from imagine_flash.engine.backends.choosing import load_backend
 from imagine_flash.engine.backends.tensorrt import TensorrtBackend
 from imagine_flash.engine.tokenizer import PromptTokenizer
 from imagine_flash.export.tensorrt import write_plan, write_tensorrt
-from imagine_flash.folders.files import hash_files
 from imagine_flash.folders.manifests import ArtifactManifest
-from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.folders.tensorrt_plans import BuildRecipe, PlanKey, plan_key, read_json
+from imagine_flash.tests.artifacts import with_format
 from imagine_flash.tests.tensorrt_artifact import HERE
 
 DataType = Enum("DataType", "FLOAT HALF BF16 INT32 INT64 UINT8 BOOL")
@@ -191,10 +191,8 @@ def emulate_cuda(gpu: Gpu, patch: pytest.MonkeyPatch) -> None:
 def planned(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifact with what stands for a plan of each graph."""
     folder = shutil.copytree(tiny_artifact, tmp_path_factory.mktemp("emulated") / "artifact")
-    manifest = read_artifact_manifest(folder)
-    formats = {"tensorrt": write_tensorrt(folder, manifest)}
-    write_manifest(folder, manifest.model_copy(update={"formats": formats, "files": hash_files(folder)}))
-    manifest, recipe = read_artifact_manifest(folder), read_json(folder / "tensorrt" / "build.json", BuildRecipe)
+    manifest = with_format(folder, "tensorrt", write_tensorrt)
+    recipe = read_json(folder / "tensorrt" / "build.json", BuildRecipe)
     for graph in manifest.graphs:
         write_plan(folder, plan_key(manifest, recipe, graph, HERE), graph.encode())
     return folder

@@ -22,8 +22,7 @@ import pytest
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.triton_model import TritonPythonModel
 from imagine_flash.export.triton_repository import write_triton_repository
-from imagine_flash.folders.files import hash_files
-from imagine_flash.folders.reading import read_artifact_manifest, write_manifest
+from imagine_flash.tests.artifacts import with_format
 
 
 class Tensor:
@@ -74,9 +73,7 @@ class Served:
 @pytest.fixture(scope="module")
 def artifact(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shutil.copytree(tiny_artifact, tmp_path_factory.mktemp("served") / "artifact")
-    manifest = read_artifact_manifest(folder)
-    formats = {"triton-repository": write_triton_repository(folder, manifest)}
-    write_manifest(folder, manifest.model_copy(update={"formats": formats, "files": hash_files(folder)}))
+    with_format(folder, "triton-repository", write_triton_repository)
     return folder
 
 
