@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from imagine_flash.tests.test_structure import package_files
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
@@ -55,11 +57,8 @@ def test_the_version_is_said_once_more_where_it_is_cited() -> None:
 def imported() -> dict[str, str]:
     """The top-level modules that the package imports, also inside functions, each with a file that does."""
     found = {}
-    for file in ROOT.rglob("*.py"):
-        inside = file.relative_to(ROOT)
-        if inside.parts[0] in ("tests", "deploy", "build") or inside.parts[0].startswith("."):
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for inside in package_files():
+        for node in ast.walk(ast.parse((ROOT / inside).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0]: str(inside) for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:

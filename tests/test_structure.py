@@ -32,9 +32,10 @@ MAY_IMPORT |= {
 
 
 def package_files() -> list[Path]:
-    """Every Python file of the package, relative to the root."""
+    """Every Python file of the package, relative to the root; virtual environments beside it are none of it."""
+    others = {*NOT_PACKAGE, *(path.parent.name for path in ROOT.glob("*/pyvenv.cfg"))}
     files = (path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
-    return sorted(f for f in files if f.parts[0] not in NOT_PACKAGE and not any(part[0] == "." for part in f.parts))
+    return sorted(f for f in files if f.parts[0] not in others and not any(part[0] == "." for part in f.parts))
 
 
 def imported_modules(source: str, file: Path) -> Iterator[tuple[str, ...]]:
