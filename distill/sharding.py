@@ -29,7 +29,7 @@ def check_sharding(fit: Fit, processes: int) -> None:
         raise RecipeError(f"--shard needs fit.optimizer: adamw; {fit.optimizer} reads whole weights")
     if processes < 2:
         raise RecipeError(
-            "--shard shares the student out over several processes, and there is one; start more: "
+            "--shard shares student and teacher out over several processes, and there is one; start more: "
             "accelerate launch --num_processes 2 -m imagine_flash distill ... --shard"
         )
 

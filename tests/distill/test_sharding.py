@@ -164,3 +164,12 @@ def test_one_process_has_nobody_to_share_with(folder: Path, tmp_path: Path) -> N
     line = fails("distill", folder / "teacher", tmp_path / "out", "--recipe", recipe, "--prompts", "general", "--shard")
     assert "and there is one; start more: accelerate launch --num_processes 2" in line
     assert list(tmp_path.iterdir()) == [recipe]
+
+
+@pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])
+def test_other_ways_of_sharing_out_are_refused(name: str, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """accelerate told to install DeepSpeed, with which the training would have failed as well."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    line = fails("distill", folder / "teacher", tmp_path / "out", "--prompts", "general")
+    assert f"asks for {name}, which this training does not follow; launch without it, and share out by --shard" in line
+    assert list(tmp_path.iterdir()) == []
