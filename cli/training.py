@@ -101,7 +101,10 @@ def distill_command(
     ] = False,
     shard: Annotated[
         bool,
-        flag("--shard", help="Share the student out over the processes that were launched, for less memory in each."),
+        flag(
+            "--shard",
+            help="Share student and teacher out over the processes that were launched, for less memory in each.",
+        ),
     ] = False,
     device: Device = None,
     track: Track = None,

@@ -63,6 +63,11 @@ class Task(Protocol):
         """The parts of `module` that may be shared out over processes; none: it cannot be."""
         return ()
 
+    @property
+    def resting(self) -> Sequence[nn.Module]:
+        """Networks that `module` runs and no update changes, to be shared out as well; none is a part of it."""
+        return ()
+
     @abstractmethod
     def batch(self, step: int, part: Part) -> dict[str, Any]:
         """The rows of a step's batch that belong to `part`: a pure function of its arguments."""
@@ -107,7 +112,7 @@ class _Run:
             )
         task.module.to(self.accelerator.device)
         if shared:
-            shard(task.networks, self.accelerator.device)
+            shard((*task.networks, *task.resting), self.accelerator.device)
         self.clipped = clipped_together(task.module)
         self.averaged = [p for p in task.averaged.parameters() if p.requires_grad]
         optimizers = build_optimizers(task.module, fit)
@@ -146,7 +151,8 @@ class _Run:
                 group["lr"] = group["initial_lr"] * rate_factor(step, self.fit)
         total = self._gradients(batches) if self.captured is None else self.captured.update(batches)
         if self.shared:
-            let_go(self.task.module)
+            for network in (self.task.module, *self.task.resting):
+                let_go(network)
             average_rest(self.task.module, self.accelerator)
         self._step(step)
         for optimizer in self.optimizers:

@@ -13,6 +13,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
+from ..core.errors import ImagineFlashError
+
 
 def on_cpu() -> bool:
     """Whether it computes on the CPU: where there is nothing else, or ACCELERATE_USE_CPU says so."""
@@ -20,7 +22,15 @@ def on_cpu() -> bool:
 
 
 def processes() -> Any:
-    """accelerate's PartialState: this process among the others. It joins processes of a CPU only if told so at first."""
+    """accelerate's PartialState: this process among the others. It joins processes of a CPU only if told so at first.
+
+    Raises ImagineFlashError where they were launched by a configuration of what would share weights out in another way."""
+    for name in ("DeepSpeed", "FSDP", "Megatron-LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+            raise ImagineFlashError(
+                f"accelerate's configuration asks for {name}, which this training does not follow; launch without it, and "
+                "share out by --shard: accelerate launch --num_processes N -m imagine_flash distill ... --shard"
+            )
     return PartialState(cpu=on_cpu())
 
 

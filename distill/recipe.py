@@ -99,6 +99,8 @@ class TeacherRecipe(Frozen):
     beta_start: float = 0.00085
     beta_end: float = 0.012
     rescale_betas_zero_snr: bool = False
+    # start: what the teacher of --start predicts at the same x_t; without the noise of data it takes far fewer updates
+    targets: Literal["data", "start"] = "data"
     caption_dropout: Share = 0.1
     stated_patterns: Share = 0.0  # of the captions that say the background's pattern; some others do too
     scenes: Positive = 80_000  # rendered and encoded once, then drawn from at random

@@ -1,14 +1,15 @@
-"""Weights that train, their gradients, moments and averages, shared out over the processes: torch's FSDP2.
+"""Weights, and what trains of them with gradients, moments and averages, shared out over the processes: torch's FSDP2.
 
 Each block of a network is a unit, whose weights are gathered when it runs and let go behind it, and the rest of the network is
-one, whose weights stay until `let_go`: they must not change before. Of a tensor that is shared out every process has a part (a
-DTensor); what asks for the whole must do so in every process.
+one, whose weights stay until `let_go`: they must not change before. They stay in the backward pass too: of a forward pass that
+was cut short, where features are read, FSDP sees no end at which it would gather them again. Of a tensor that is shared out
+every process has a part (a DTensor); what asks for the whole must do so in every process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -28,7 +29,7 @@ def check_sharding(fit: Fit, processes: int) -> None:
         raise RecipeError(f"--shard needs fit.optimizer: adamw; {fit.optimizer} reads whole weights")
     if processes < 2:
         raise RecipeError(
-            "--shard shares the student out over several processes, and there is one; start more: "
+            "--shard shares student and teacher out over several processes, and there is one; start more: "
             "accelerate launch --num_processes 2 -m imagine_flash distill ... --shard"
         )
 
@@ -39,6 +40,7 @@ def shard(networks: Iterable[nn.Module], device: torch.device) -> None:
     for network in networks:
         for part in (*_blocks(network), network):
             fully_shard(part, mesh=mesh)
+        cast(FSDPModule, network).set_reshard_after_backward(False, recurse=False)
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:

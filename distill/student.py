@@ -133,10 +133,11 @@ def add_learned(student: torch.nn.Module, before: torch.nn.Module, after: torch.
 
 
 def _check_recipe(recipe: DistillRecipe, start: Path | None, start_teacher: Path | None, shared: bool) -> None:
-    """Raises RecipeError and MissingExtraError for what this run cannot do."""
+    """Raises an error for what this run cannot do: RecipeError, MissingExtraError, and for how it was launched."""
     check_optimizer(recipe.fit)
+    launched = processes().num_processes
     if shared:
-        check_sharding(recipe.fit, processes().num_processes)
+        check_sharding(recipe.fit, launched)
     if start_teacher is not None and start is None:
         raise RecipeError("what the teacher learned is added to a student; give that by --start too")
     if recipe.lora is not None and start is not None:

@@ -83,9 +83,12 @@ class DistillTask(Task):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The student, and companions that follow it. One that trains is whole in each process: its features may be read
-        from a forward that is cut short, which FSDP does not follow backwards."""
-        return [self.loss.student, *self.loss.followers]
+        return self.loss.networks
+
+    @property
+    def resting(self) -> list[nn.Module]:
+        """The teacher, where it is no part of the student."""
+        return [self.teacher.denoiser.network] if self.recipe.lora is None else []
 
     @property
     def frozen(self) -> frozenset[str]:

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.update import update_table
 from ..folders.files import hash_folder, refuse_foreign
 from ..pipelines.networks import Conditions
-from ..pipelines.stages import quiet
 from .autoencoder import AutoencoderTask
 from .data.captions import Scene, describe, describe_with_patterns
-from .data.emoji import EmojiScenes, caption_at, scene_at
+from .data.emoji import EmojiScenes, scene_at
 from .data.latents import encoded_scenes
-from .data.vocabulary import all_words
 from .fit import Task, fit
 from .grids import grid
-from .models import Model, load_model, model_of, noise_of, plain_attention
+from .models import Model, load_model, noise_of, plain_attention
 from .processes import processes
 from .recipe import TeacherRecipe
 from .report import check_trackers
 from .reproducible import Part, fingerprint, part_of, seeded
 from .saving import save_pipeline
-from .tokenizer import train_tokenizer
+from .untrained import build_model
 
 PREVIEW_PROMPTS: tuple[str, ...] = (
     "a cat",
@@ -50,105 +45,25 @@ PREVIEW_PROMPTS: tuple[str, ...] = (
 _VALIDATION_STEP = 1 << 30  # a batch that no training comes to
 
 
-def build_text_encoder(recipe: TeacherRecipe, tokenizer: Any) -> CLIPTextModel:
-    """An untrained CLIP text encoder of the recipe's sizes."""
-    sizes = recipe.network
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.text_width,
-        intermediate_size=4 * sizes.text_width,
-        num_hidden_layers=sizes.text_layers,
-        num_attention_heads=sizes.text_heads,
-        projection_dim=sizes.text_width,
-        max_position_embeddings=sizes.context,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
-def build_unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
-    """An untrained UNet of the recipe's sizes."""
-    sizes = recipe.network
-    down = tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in sizes.attention)
-    up = tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in sizes.attention[::-1])
-    return UNet2DConditionModel(
-        sample_size=recipe.image_size // 8,
-        in_channels=recipe.autoencoder.latent_channels,
-        out_channels=recipe.autoencoder.latent_channels,
-        block_out_channels=sizes.channels,
-        layers_per_block=sizes.layers_per_block,
-        down_block_types=down,
-        up_block_types=up,
-        cross_attention_dim=sizes.text_width,
-        attention_head_dim=sizes.heads,
-        norm_num_groups=sizes.norm_groups,
-    )
-
-
-def build_scheduler(recipe: TeacherRecipe) -> DDIMScheduler:
-    """Stable Diffusion's schedule by default; trailing steps that start at T and end on x0."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=recipe.beta_start,
-        beta_end=recipe.beta_end,
-        beta_schedule=recipe.beta_schedule,
-        prediction_type=recipe.prediction_type,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=recipe.rescale_betas_zero_snr,
-    )
-
-
-def build_model(recipe: TeacherRecipe, autoencoder: AutoencoderTiny) -> Model:
-    """Everything untrained around `autoencoder`. RecipeError for sizes or a schedule that cannot work."""
-    tokenizer = _tokenizer(recipe.seed, recipe.network.context)
-    torch.manual_seed(recipe.seed + 1)
-    try:
-        scheduler: Any = build_scheduler(recipe)
-        text_encoder, unet = build_text_encoder(recipe, tokenizer), build_unet(recipe)
-        with quiet():
-            parts: dict[str, Any] = {
-                "vae": autoencoder,
-                "text_encoder": text_encoder,
-                "tokenizer": tokenizer,
-                "unet": unet,
-            }
-            without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-            pipeline = StableDiffusionPipeline(**parts, **without, scheduler=scheduler, requires_safety_checker=False)
-        model = model_of(pipeline)
-        update_table(model.denoiser.schedule, StepPlan.trailing(1), recipe.prediction_type)
-    except Exception as error:  # each library refuses sizes with errors of its own
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RecipeError(f"the recipe's network or schedule does not fit together: {reason}") from None
-    return model
-
-
-@lru_cache(4)
-def _tokenizer(seed: int, context: int) -> Any:
-    captions = [caption_at(seed, i, strange_words=0.0)[1].text for i in range(20_000)]
-    captions += all_words() * 3  # the rarest plural has a token of its own, too
-    return train_tokenizer(captions, context=context)
-
-
 class DenoisingLoss(nn.Module):
     """Mean squared error of the network's own prediction type (Ho et al. 2020 for eps; Salimans & Ho 2022 for v)."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, known: Model | None = None) -> None:
+        """known: another teacher, whose estimates of x0 and eps at x_t take the place of the data's."""
         super().__init__()
         self.unet, self.text_encoder = model.network, model.pipeline.text_encoder
-        self.model = model
+        self.model, self.known = model, known
 
     def forward(self, x0: torch.Tensor, ids: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x0, eps (B, C, h, w); ids (B, L); t (B,) integer times."""
         denoiser = self.model.denoiser
         alpha_t, sigma_t = denoiser.scales(t, x0)
+        x_t = alpha_t * x0 + sigma_t * eps
+        if self.known is not None:
+            with torch.no_grad():
+                x0, eps = self.known.denoiser.x0_eps(x_t, t, self.known.embed_tokens({"input_ids": ids}))
         target = eps if denoiser.prediction_type == "epsilon" else alpha_t * eps - sigma_t * x0
-        m = denoiser(alpha_t * x0 + sigma_t * eps, t, self.model.stages.text_encoder(ids))
-        return nn.functional.mse_loss(m, target)
+        return nn.functional.mse_loss(denoiser(x_t, t, self.model.stages.text_encoder(ids)), target)
 
 
 class TeacherTask(Task):
@@ -156,13 +71,22 @@ class TeacherTask(Task):
 
     name = "teacher"
 
-    def __init__(self, recipe: TeacherRecipe, model: Model, latents: torch.Tensor, started_from: str = "") -> None:
+    def __init__(
+        self,
+        recipe: TeacherRecipe,
+        model: Model,
+        latents: torch.Tensor,
+        started_from: str = "",
+        known: Model | None = None,
+    ) -> None:
+        """started_from: a hash of the teacher that it began with; known: that teacher, where it gives the targets."""
         self.recipe, self.model, self.latents = recipe, model, latents
         self.fingerprint = fingerprint(recipe, started_from, model.pipeline.tokenizer.get_vocab())
         model.network.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
         if recipe.fit.mixed_precision == "bf16":
-            plain_attention(model)
-        self.module: nn.Module = DenoisingLoss(model).requires_grad_(True)
+            for each in filter(None, (model, known)):
+                plain_attention(each)
+        self.module: nn.Module = DenoisingLoss(model, known).requires_grad_(True)
         self.empty = self._ids([""])[0]
 
     def _ids(self, captions: list[str]) -> torch.Tensor:
@@ -231,12 +155,15 @@ def train_teacher(
     Returns the figures of each stage. Called again after a kill, it goes on where the last checkpoint was.
     """
     check_trackers(track)
+    if recipe.targets == "start" and start is None:
+        raise RecipeError("targets: start are what another teacher predicts; give its folder by --start")
     console = console or Console(stderr=True)
     out = out.resolve()
     refuse_foreign(out, ())
     run = out.with_name(out.name + ".run")
     scenes = EmojiScenes(seed=recipe.seed, size=recipe.image_size, font=font)
     figures: dict[str, Any] = {}
+    known: Model | None = None
     if start is None:
         first = AutoencoderTask(recipe, scenes)
         model = build_model(recipe, first.autoencoder)  # before the hours of training: it may not fit together
@@ -244,7 +171,8 @@ def train_teacher(
         figures["autoencoder"] = fit(first, recipe.autoencoder.fit, run, console, track=track)
         console.print(f"autoencoder: {figures['autoencoder']}")
     else:
-        model, figures["start"] = _begun(recipe, start)
+        model, earlier, figures["start"] = _begun(recipe, start)
+        known = earlier if recipe.targets == "start" else None
         console.print(f"weights from {start}: {figures['start']}")
     run.mkdir(parents=True, exist_ok=True)
     model.pipeline.vae.requires_grad_(False)
@@ -252,18 +180,26 @@ def train_teacher(
         latents = encoded_scenes(
             model, run / "latents.safetensors", seed=recipe.seed, size=recipe.image_size, count=recipe.scenes, font=font
         )
-    task = TeacherTask(recipe, model, latents, hash_folder(start) if start else "")
+    task = TeacherTask(recipe, model, latents, hash_folder(start) if start else "", known)
     figures["teacher"] = fit(task, recipe.fit, run, console, track=track)
     console.print(f"teacher: {figures['teacher']}")
     save_pipeline(model, out)
     return figures
 
 
-def _begun(recipe: TeacherRecipe, start: Path) -> tuple[Model, dict[str, int]]:
-    """A model with the autoencoder and, where they fit, the weights of the teacher in `start`; and how many were copied."""
-    earlier = load_model(start)
+def _begun(recipe: TeacherRecipe, start: Path) -> tuple[Model, Model, dict[str, int]]:
+    """A model with the autoencoder and, where they fit, the weights of the teacher in `start`; that teacher; and how many were
+    copied. RecipeError where it cannot give the targets that the recipe asks for."""
+    earlier = load_model(start).to(processes().device)
     model = build_model(recipe, earlier.pipeline.vae)
-    return model, copy_weights(earlier, model)
+    if recipe.targets == "start":
+        words = [
+            (each.pipeline.tokenizer.get_vocab(), each.pipeline.tokenizer.model_max_length) for each in (model, earlier)
+        ]
+        noise = [each.denoiser.schedule.alpha for each in (model, earlier)]
+        if words[0] != words[1] or not np.array_equal(*noise):
+            raise RecipeError(f"targets: start needs the seed, context and betas of the recipe that made {start}")
+    return model, earlier, copy_weights(earlier, model)
 
 
 @torch.no_grad()

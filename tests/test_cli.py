@@ -202,6 +202,7 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
         (["distill", "{tmp}", "{tmp}/out", "--prompts", "{tmp}/none.txt"], "one prompt a line"),
         (["train-teacher", "/proc/missing/out"], "cannot make the folder /proc/missing"),
         (["train-teacher", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
+        (["train-teacher", "{tmp}/out", "--recipe", "teacher_epsilon"], "give its folder by --start"),
         (["train-teacher", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
         (["train-judge", "{tmp}/out", "--font", "{tmp}/none.ttf"], "fonts-noto-color-emoji"),
         (["train-judge", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),

@@ -109,21 +109,23 @@ class DistillationLoss(nn.Module):
         self._method, self._recipe, self.denoisers = method, recipe, (student, teacher)
         self._companions = method.companions(student, teacher, recipe)
         for name, companion in self._companions.items():
-            if recipe.lora is not None and isinstance(companion.network, type(teacher.network) | type(student.network)):
-                raise RecipeError(
-                    f"the method {recipe.method} keeps a second network ({name}), so 'lora' saves nothing; "
-                    "leave it out, or take imagine_flash, add, flash, or lcm with target_decay: 0"
-                )
             self.add_module(name, companion.network)
+        if recipe.lora is not None and len(self.networks) > 1:
+            name = next(n for n, companion in self._companions.items() if companion.network is self.networks[1])
+            raise RecipeError(
+                f"the method {recipe.method} keeps a second network ({name}), so 'lora' saves nothing; "
+                "leave it out, or take imagine_flash, add, flash, or lcm with target_decay: 0"
+            )
 
     @property
     def companions(self) -> Companions:
         return {name: companion.network for name, companion in self._companions.items()}
 
     @property
-    def followers(self) -> list[nn.Module]:
-        """Companions that no optimiser trains: copies of the student from before, or averages of it."""
-        return [companion.network for companion in self._companions.values() if companion.learning_rate is None]
+    def networks(self) -> list[nn.Module]:
+        """The student, and companions of its form: a fake score, the student from before, an average of it."""
+        kinds = tuple(type(denoiser.network) for denoiser in self.denoisers)
+        return [self.student, *(network for network in self.companions.values() if isinstance(network, kinds))]
 
     def forward(self, **batch: Any) -> torch.Tensor:
         return self._method.loss(*self.denoisers, batch, self._recipe, self.companions)

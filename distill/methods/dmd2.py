@@ -36,8 +36,8 @@ class Dmd2Recipe(DistillRecipe):
 
 
 def companions(student: Denoiser, teacher: Denoiser, recipe: Dmd2Recipe) -> dict[str, Companion]:
-    """Psi, which begins as the teacher, and its head."""
-    fake_score = copy.deepcopy(teacher.network).requires_grad_(True)
+    """Psi, which begins as the teacher and trains in float32, and its head."""
+    fake_score = copy.deepcopy(teacher.network).float().requires_grad_(True)
     found = {"fake_score": Companion(network=fake_score, learning_rate=recipe.fake_score_rate)}
     if recipe.gan_weight:
         heads = NetworkFeatures(teacher, deepest=True).heads()

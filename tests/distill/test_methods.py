@@ -284,3 +284,12 @@ def test_every_method_trains_its_own_parts_alone_and_repeats_itself(name: str) -
         assert all(p.grad is None for p in teacher.network.parameters())
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_the_fake_score_of_a_teacher_in_half_precision_trains_in_float32() -> None:
+    """It took the teacher's type, in which the updates of Adam are lost."""
+    recipe, teacher = distill_recipe({"method": "dmd2", "gan_weight": 0, "fit": FIT}), gaussian_denoiser()
+    teacher.network.to(torch.bfloat16)
+    fake_score = dmd2.companions(gaussian_denoiser(), teacher, recipe)["fake_score"].network
+    assert {p.dtype for p in fake_score.parameters()} == {torch.float32}
+    assert next(teacher.network.parameters()).dtype == torch.bfloat16

@@ -9,8 +9,9 @@ from imagine_flash.distill.recipe import TeacherRecipe, built_in_recipes, load_r
 
 def test_what_is_built_in_is_valid() -> None:
     """A recipe for each method, of the same name."""
-    assert set(built_in_recipes()) == {"teacher", "judge", "evaluation", *METHODS}
-    load_recipe("teacher", TeacherRecipe)
+    assert set(built_in_recipes()) == {"teacher", "teacher_epsilon", "judge", "evaluation", *METHODS}
+    v, epsilon = (load_recipe(name, TeacherRecipe) for name in ("teacher", "teacher_epsilon"))
+    assert (v.seed, v.network, v.beta_schedule) == (epsilon.seed, epsilon.network, epsilon.beta_schedule)
     for name in METHODS:
         assert load_distill_recipe(name).method == name
 

@@ -16,9 +16,11 @@ from imagine_flash.distill.data import emoji
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
 from imagine_flash.distill.processes import begin_training
-from imagine_flash.distill.recipe import TeacherRecipe
+from imagine_flash.distill.recipe import Fit, TeacherRecipe
+from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.student import add_learned, distill
-from imagine_flash.distill.teacher import train_teacher
+from imagine_flash.distill.teacher import DenoisingLoss, TeacherTask, train_teacher
+from imagine_flash.distill.untrained import build_model
 from imagine_flash.folders.reading import read_student_manifest
 
 TINY = {
@@ -251,6 +253,33 @@ def test_a_teacher_begins_with_another(teacher: Path, tmp_path: Path) -> None:
     rows = [model.pipeline.tokenizer.get_vocab()["cat</w>"] for model in (before, after)]
     tables = [model.pipeline.text_encoder.get_input_embeddings().weight for model in (before, after)]
     assert torch.equal(tables[0][rows[0]], tables[1][rows[1]])
+
+
+def test_a_teacher_learns_what_another_predicts(teacher: Path, tmp_path: Path) -> None:
+    """Of its own type it knows it already, and the loss is 0; epsilon is alpha_t v + sigma_t x_t."""
+    recipe = TeacherRecipe.model_validate({**TINY, "targets": "start", "prediction_type": "epsilon"})
+    known, model = load_model(teacher), build_model(recipe, load_model(teacher).pipeline.vae)
+    batch = TeacherTask(recipe, model, torch.randn(60, 4, 8, 8)).batch(0, Part())
+    assert float(DenoisingLoss(known, load_model(teacher))(**batch)) == pytest.approx(0, abs=1e-9)
+    alpha_t, sigma_t = model.denoiser.scales(batch["t"], batch["x0"])
+    x_t, text = alpha_t * batch["x0"] + sigma_t * batch["eps"], known.embed_tokens({"input_ids": batch["ids"]})
+    target = alpha_t * known.denoiser(x_t, batch["t"], text) + sigma_t * x_t
+    eps = model.denoiser(x_t, batch["t"], model.embed_tokens({"input_ids": batch["ids"]}))
+    torch.testing.assert_close(DenoisingLoss(model, known)(**batch), (eps - target).square().mean())
+
+    fast = {"steps": 40, "batch": 8, "learning_rate": 3e-3, "warmup": 0, "ema_decay": 0.5, "preview_every": 0}
+    train_teacher(recipe.model_copy(update={"fit": Fit.model_validate(fast)}), tmp_path / "epsilon", start=teacher)
+    learned = [float(row.split(",")[1]) for row in (tmp_path / "epsilon.run/logs/teacher.csv").read_text().splitlines()]
+    assert sum(learned[-5:]) < 0.6 * sum(learned[:5])
+    assert load_model(tmp_path / "epsilon").denoiser.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"network": {**TINY["network"], "context": 40}}, {"beta_end": 0.01}])
+def test_a_teacher_of_other_words_or_noise_gives_no_targets(change: dict, teacher: Path, tmp_path: Path) -> None:
+    recipe = TeacherRecipe.model_validate({**TINY, "targets": "start", **change})
+    with pytest.raises(RecipeError, match=r"needs the seed, context and betas of the recipe that made .*teacher"):
+        train_teacher(recipe, tmp_path / "out", start=teacher)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_discriminator_needs_pictures(teacher: Path, tmp_path: Path) -> None:
