@@ -35,6 +35,8 @@ OURS = {
     "torch-graph": "ours, captured with kernels",
     "torch-compile": "ours, compiled, captured",
 }
+TUNED = "ours, compiled, captured, tuned"
+CASES = ((1, 1, "cached"), (1, 1, "new"), (1, 3, "cached"), (4, 1, "cached"), (16, 1, "cached"))  # batch, steps, prompt
 LEAST_PSNR = 20.0  # dB to float32: random weights amplify what half precision rounds
 PROMPTS = ("a red fox", "a cat on pink", "a boat on blue", "a house", "a star on red", "a blue cat", "a fox")
 
@@ -52,7 +54,8 @@ def bench_gpu(
     """Measures pictures until the minutes are over, then kernels for a quarter of that; writes `out`.json and `out`.png after
     each row and the kernels' record beside it.
     tiny: small shapes, to try the whole of it on a CPU. compile: also what torch.compile makes, which takes minutes for each
-    batch size; mode: its mode for diffusers, which the row's name says. Raises ImagineFlashError for a wrong picture."""
+    batch size, and what it makes with kernels tried out, in rows of their own; mode: its mode for diffusers, which the
+    candidate's name says. Raises ImagineFlashError for a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
         raise ImagineFlashError(
@@ -77,26 +80,28 @@ def _rows(shape: Shape, device: str, rounds: int, mode: str | None) -> Iterator[
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
             random_student(student := Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
             models = Models(student, device, opened, mode)
-            for batch, cached, steps in ((1, True, 1), (1, False, 1), (1, True, 3), (4, True, 1), (16, True, 1)):
+            for case in _cases(tunes=mode is not None and tiny_decoder):
                 for again in (1, 2):
-                    case = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", "batch": batch}
-                    case |= {"steps": steps, "prompt": "cached" if cached else "new", "run": again}
-                    yield models.measure(case, rounds)
+                    named = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", **case, "run": again}
+                    yield models.measure(named, rounds)
+
+
+def _cases(*, tunes: bool) -> list[dict[str, Any]]:
+    """tunes: the first case once more, beside what is loaded for it alone."""
+    first, *others = ({"batch": batch, "steps": steps, "prompt": prompt} for batch, steps, prompt in CASES)
+    return [first, *([{**first, "kernels": "tried out"}] * tunes), *others]
 
 
 class Models:
     """Every way to draw one student, loaded once; mode: of torch.compile for diffusers, None leaves out what it makes."""
 
     def __init__(self, student: Path, device: str, opened: ExitStack, mode: str | None) -> None:
-        self.device = device
+        self.student, self.device, self._opened = student, device, opened
         with Engine.load(student, backend="torch", device=device, precision="fp32", max_batch=16) as exact:
             self.expected = {steps: exact.generate(_request(PROMPTS[0], 1, steps)).images[0] for steps in (1, 3)}
         left_out = [*(["torch-graph"] if device == "cpu" else []), *([] if mode else ["torch-compile"])]
         names = {name: title for name, title in OURS.items() if name not in left_out}
-        self.engines = {
-            title: opened.enter_context(Engine.load(student, backend=name, device=device, max_batch=16))
-            for name, title in names.items()
-        }
+        self.engines = {title: self._load(name) for name, title in names.items()}
         self.shape = next(iter(self.engines.values())).manifest.latent_shape
         plans = read_student_manifest(student).step_plans
         self.plans = {steps: list(plan.timesteps) for steps, plan in plans.items()}
@@ -104,12 +109,19 @@ class Models:
         if mode:
             self.pipelines[f"diffusers, compiled ({mode})"] = _compiled(_pipeline(student, device), mode)
 
+    def _load(self, backend: str, **options: Any) -> Engine:
+        loaded = Engine.load(self.student, backend=backend, device=self.device, max_batch=16, **options)
+        return self._opened.enter_context(loaded)
+
     def measure(self, case: dict[str, Any], rounds: int) -> Case:
         """One row: all candidates in turn, by the host's clock, since each call ends with the picture on the host."""
+        tried = "kernels" in case
+        if tried and TUNED not in self.engines:
+            self.engines[TUNED] = self._load("torch-compile", autotune=True)
         steps, batch, fresh = case["steps"], case["batch"], case["prompt"] == "new"
         draws = {
             **{name: self._by_diffusers(name, steps, batch, fresh) for name in self.pipelines},
-            **{name: self._by_engine(name, steps, batch, fresh) for name in self.engines},
+            **{name: self._by_engine(name, steps, batch, fresh) for name in self.engines if tried or name != TUNED},
         }
         found: dict[str, float] = {}
 

@@ -108,6 +108,12 @@ def serve_command(
         int | None,
         typer.Option(metavar="INTEGER", help="Processor threads of a network call; by default one for each core."),
     ] = None,
+    autotune: Annotated[
+        bool,
+        flag(
+            "--autotune", help="torch-compile and torch-graph try kernels out as they load, the first time for minutes."
+        ),
+    ] = False,
     ray: Annotated[
         bool,
         flag(

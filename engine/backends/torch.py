@@ -26,11 +26,10 @@ except ImportError:
     raise missing_extra("torch", "export") from None
 
 from ...kernels import group_norm_silu
-from ...pipelines.adapters import Adapter, Rewriter, read_adapters
+from ...pipelines.adapters import Adapter, Rewriter, lora_layers, read_adapters
 from ...pipelines.architectures import architecture_of, stages_of
 from ...pipelines.description import describe_student
 from ...pipelines.loading import load_student_pipeline
-from ...pipelines.skeleton import read_networks
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
 from ..processors import processors
@@ -46,7 +45,6 @@ from .torch_modes import (
     OnGpu,
     as_run,
     check_mode,
-    compiled,
     cuda_graphs,
     device_of,
     device_stopwatch,
@@ -54,8 +52,10 @@ from .torch_modes import (
     to_device,
     to_host,
 )
+from .torch_tuning import COMPILED, Maker, fuse_projections
 from .whole_plan import LONGEST, WholePlan
 
+__all__ = ["Rewriter", "TorchBackend", "load_student", "lora_layers", "torch"]  # pipelines are read here alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,16 +81,10 @@ def load_student(
     specs = [spec for spec, _ in tokenizers]
     model = describe_student(folder, student, stages, precision, sizes or [stages.default_size], specs)
     name = "torch" if backend == "auto" else backend
-    loaded = TorchBackend(folder, model, stages, device, name=name, batches=options.batches, adapters=adapters)
+    loaded = TorchBackend(
+        folder, model, stages, device, name=name, batches=options.batches, adapters=adapters, autotune=options.autotune
+    )
     return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
-
-
-def lora_layers(folder: Path, files: Mapping[str, str]) -> tuple[Mapping[str, Adapter], Mapping[str, str]]:
-    """LoRAs for an artifact, whose weights are elsewhere: by name; and by component the path of its layers in its stage.
-
-    Raises ArtifactError, MissingExtraError."""
-    pipeline, paths = read_networks(folder)
-    return read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, files), paths
 
 
 class TorchBackend(GraphBackend[ModelDescription]):
@@ -113,18 +107,21 @@ class TorchBackend(GraphBackend[ModelDescription]):
         batches: Sequence[int] = (1,),
         capture: Capture | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        autotune: bool = False,
     ) -> None:
         """capture: by default CUDA graphs, on a GPU and unless the name is "torch". adapters: the LoRAs, by name."""
         super().__init__(folder, model)
         self.name, self.device, self.precision = name, device, model.precision
-        self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
+        self._on_gpu = device.type == "cuda"
         if capture is None:
             check_mode(name, device)
         self._capture = cuda_graphs(device) if self._on_gpu and name != "torch" else capture
         self.batches = () if name == "torch" else tuple(batches)
         self._dtype = DTYPES[model.precision]
         self._tokens = [ids.to(device) for ids in stages.example_tokens(1).values()]
-        self._networks, self._made = self._on_device(stages), dict[tuple[str, int], Network]()
+        self._make = Maker(name == COMPILED, autotune, self._capture, self.stopwatch)
+        fuses = autotune and not adapters  # which are written into the weights that the products are made of
+        self._networks, self._made = self._on_device(stages, fuses), dict[tuple[str, int], Network]()
         self._rewriter = Rewriter(adapters or {})
         self._sizes = {model.graph_name(kind, size): size for kind in ("denoiser", "decoder") for size in model.sizes}
         self._uncaptured: set[str] = set()
@@ -137,7 +134,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         captured = ["text_encoder", *self._whole] if self._capture else []
         self._fixed = {*self._sizes, *captured}  # run at fixed batch sizes
 
-    def _on_device(self, stages: Stages) -> dict[str, Network]:
+    def _on_device(self, stages: Stages, fuses: bool) -> dict[str, Network]:
         """By graph name. channels_last: 13.0 instead of 14.2 ms for the embedded denoiser on one core, 6.6 instead of 8.5
         for its decoder."""
         model, found = self.manifest, dict[str, Network]()
@@ -152,6 +149,8 @@ class TorchBackend(GraphBackend[ModelDescription]):
             keep_channels_last(denoiser)
             if self._capture:
                 group_norm_silu.apply(denoiser)
+            if fuses:
+                fuse_projections(denoiser)
             found[model.graph_name("denoiser", size)] = InPrecision(denoiser, self._dtype)
             found[model.graph_name("decoder", size)] = OnGpu(decoder) if self._on_gpu else decoder
             found[model.graph_name(IMAGE_ENCODER, size)] = encoder
@@ -170,7 +169,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu"
         graphs = ["CUDA graphs" + "".join(f" without {name}" for name in sorted(self._uncaptured))]
-        how = ["compiled"] * self._compiles + graphs * (self._capture is not None) or ["eager"]
+        how = self._make.how + graphs * (self._capture is not None) or ["eager"]
         threads = [] if self._on_gpu else [f"{torch.get_num_threads()} threads"]
         return ", ".join([f"torch {torch.__version__} on {where}", self.precision, *how, *threads])
 
@@ -192,12 +191,12 @@ class TorchBackend(GraphBackend[ModelDescription]):
                 return as_run(network)
 
     def _compiled(self, graph: str, inputs: Sequence[torch.Tensor]) -> Network:
-        """The network as it runs at the batch of these inputs: compiled, once, where this backend compiles it."""
-        if not self._compiles or graph not in self._sizes:
+        """The network as it runs at the batch of these inputs, made once: compiled where this backend compiles it."""
+        if graph not in self._sizes:
             return self._networks[graph]
         key = graph, len(inputs[0])
         if key not in self._made:
-            self._made[key] = compiled(self._networks[graph], inputs)
+            self._made[key] = self._make(self._networks[graph], inputs)
         return self._made[key]
 
     def _plan(self, steps: int, size: Size) -> WholePlan:

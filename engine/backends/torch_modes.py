@@ -121,15 +121,6 @@ class Captured:
         return self.inputs[0][:rows]
 
 
-def compiled(network: Network, inputs: Sequence[torch.Tensor]) -> Network:
-    """The network compiled for tensors like these, made under inference mode."""
-    fast = torch.compile(network, dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=1024):  # every batch size of every size is one
-        fast(*inputs)
-    # what the batcher computes by itself is not of that kind, and would be compiled for anew
-    return lambda *given: fast(*(values if values.is_inference() else values.clone() for values in given))
-
-
 def as_run(network: Network) -> Run:
     """The network as a graph: a list in, a list out."""
 

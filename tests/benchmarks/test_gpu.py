@@ -16,6 +16,12 @@ def test_without_a_gpu_the_way_out_is_said(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_kernels_that_are_tried_out_have_rows_of_their_own() -> None:
+    """Early, but behind the first row, since they take minutes; the second decoder says nothing new of them."""
+    plain, tried = gpu._cases(tunes=False), gpu._cases(tunes=True)
+    assert tried[1] == {**plain[0], "kernels": "tried out"} and [tried[0], *tried[2:]] == plain
+
+
 @pytest.mark.slow
 def test_a_row_is_checked_against_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(gpu._rows("tiny", "cpu", 5, mode=None))
