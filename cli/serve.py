@@ -54,8 +54,8 @@ def serve_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="fp32, bf16, fp16 or int8; by default int8 where the artifact holds it, else the fastest that "
-            "reproduces its reference pictures.",
+            help="fp32, bf16, fp16 or int8, for a student in torch also fp8; by default int8 where the artifact holds it, else "
+            "the fastest that reproduces its reference pictures.",
         ),
     ] = "auto",
     max_queue: Annotated[

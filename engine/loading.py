@@ -129,17 +129,18 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
         return
     if runs_student(options.backend, folder):
-        _check_int8("torch", options.precision)
         check_device("torch", options.device)
         check_max_batch(options.max_batch, STUDENT_BATCHES)
         if here:
             from .backends.torch_modes import check_mode, device_of
+            from .backends.torch_quantised import computes_in
 
             check_mode(options.backend, device_of(options.device))
+            computes_in(backend_options, device_of(options.device))
     else:
         manifest = read_artifact_manifest(folder)
         name = choose(options.of_artifacts, manifest, options.device, folder)
-        _check_int8(name, options.precision)
+        _check_eight_bits(name, options.precision)
         check_device(name, options.device)
         check_max_batch(options.max_batch, manifest.batch)
         if here:
@@ -155,7 +156,6 @@ def _embedded() -> Path:
 def _load_student(folder: Path, options: LoadOptions) -> LoadedModel:
     from .backends.torch import load_student
 
-    _check_int8("torch", options.precision)
     max_batch = STUDENT_BATCH if options.max_batch is None else options.max_batch
     check_max_batch(max_batch, STUDENT_BATCHES)
     joins = options.long_prompts == "joined"
@@ -174,7 +174,7 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.of_artifacts, manifest, options.device, folder), options.precision
-    _check_int8(name, precision)
+    _check_eight_bits(name, precision)
     automatic = precision == "auto" and name == "openvino" and (options.loras or not manifest.holds_int8)
     if automatic and options.device in ("auto", "cpu") and bf16_is_accurate(folder, manifest):
         precision = "bf16"
@@ -185,11 +185,13 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     )
 
 
-def _check_int8(backend: str, precision: str) -> None:
+def _check_eight_bits(backend: str, precision: str) -> None:
+    if precision == "fp8":
+        raise ArtifactError(f"{backend} does not compute in fp8; take a student, which torch draws")
     if precision == "int8" and backend != "openvino":
         raise ArtifactError(
             f"{backend} does not compute in int8; take the backend openvino, and an artifact of: imagine-flash export "
-            "STUDENT OUT --format openvino --int8 full"
+            "STUDENT OUT --format openvino --int8 full; or a student, which torch draws"
         )
 
 

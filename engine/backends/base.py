@@ -22,7 +22,7 @@ DEVICES = {
     "torch": "auto, cpu, cuda or cuda:N",
     "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, directml, directml:N or coreml",
 }
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
 Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a device
 Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
 Column = NDArray[np.float32]  # one coefficient for each image (B,)

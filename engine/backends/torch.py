@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ except ImportError:
     raise missing_extra("torch", "export") from None
 
 from ...kernels import group_norm_silu
-from ...pipelines.adapters import Adapter, Rewriter, lora_layers, read_adapters
+from ...pipelines.adapters import Adapter, Rewriter, lora_layers, read_adapters  # noqa: F401 (pipelines are read here alone)
 from ...pipelines.architectures import architecture_of, stages_of
 from ...pipelines.description import describe_student
 from ...pipelines.loading import load_student_pipeline
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
-from ..processors import processors
 from ..tokenizer import PromptTokenizer
 from .base import BackendOptions, Column, Fresh, LoraSet, Pictures, Stopped
 from .fused_update import FusedUpdate
@@ -51,27 +51,26 @@ from .torch_modes import (
     keep_channels_last,
     to_device,
     to_host,
+    use_threads,
 )
+from .torch_quantised import computes_in, quantise
 from .torch_tuning import COMPILED, Maker, fuse_projections
 from .whole_plan import LONGEST, WholePlan
 
-__all__ = ["Rewriter", "TorchBackend", "load_student", "lora_layers", "torch"]  # pipelines are read here alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_student(
     folder: Path, backend: str, options: BackendOptions, sizes: Sequence[Size] | None
 ) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:
-    """What an engine is made of, from a student folder. sizes: by default the networks' own. options.threads is set for the
-    whole process, as torch knows no other way.
+    """What an engine is made of, from a student folder. sizes: by default the networks' own.
 
     Raises ArtifactError, ScheduleError, MissingExtraError.
     """
     student = read_student_manifest(folder)
     device = device_of(options.device)
-    if options.threads is not None or processors() < torch.get_num_threads():
-        torch.set_num_threads(options.threads or processors())
-    precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if options.precision == "auto" else options.precision
+    use_threads(options.threads)
+    precision, scheme = computes_in(options, device)
     pipeline = load_student_pipeline(folder, dtype=DTYPES[precision])
     adapters = read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, options.loras)
     stages = stages_of(pipeline)
@@ -80,11 +79,13 @@ def load_student(
     tokenizers = tokenizers_of(stages, student.known_words)
     specs = [spec for spec, _ in tokenizers]
     model = describe_student(folder, student, stages, precision, sizes or [stages.default_size], specs)
-    name = "torch" if backend == "auto" else backend
-    loaded = TorchBackend(
-        folder, model, stages, device, name=name, batches=options.batches, adapters=adapters, autotune=options.autotune
-    )
-    return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
+    reads = PromptTokenizer([one for _, one in tokenizers], specs)
+    build = partial(TorchBackend, folder, model, stages, device, autotune=options.autotune)
+    if scheme is not None:
+        quantise(build(), reads, model, stages.denoiser(model.sizes[0]), scheme)
+    loaded = build(name="torch" if backend == "auto" else backend, batches=options.batches, adapters=adapters)
+    loaded.precision = precision if scheme is None else f"{precision} with matrices in {scheme}"
+    return loaded, reads, model
 
 
 class TorchBackend(GraphBackend[ModelDescription]):
@@ -178,7 +179,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         if not batch or graph not in self._fixed:
             return as_run(self._networks[graph])
         with self._current():
-            inputs = self._example(graph, batch)
+            inputs = self.example(graph, batch)
             network = self._plan(*self._whole[graph]) if graph in self._whole else self._compiled(graph, inputs)
             if self._capture is None:
                 return as_run(network)
@@ -203,7 +204,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         """All that a lone picture needs behind its prompt."""
         assert self._update is not None
         names = [self.manifest.graph_name(kind, size) for kind in ("denoiser", "decoder")]
-        examples = [self._example(name, 1) for name in names]
+        examples = [self.example(name, 1) for name in names]
         denoise, decode = map(self._compiled, names, examples)
         schedule, latents = self.manifest.schedule, examples[0][0]
         return WholePlan(self._tables[steps], schedule, denoise, decode, self._update, latents)
@@ -219,12 +220,12 @@ class TorchBackend(GraphBackend[ModelDescription]):
             a, b = (values[-1:].astype(np.float32) for values in (table.a, table.b))  # the last step takes no noise
             self.update(x, x.to(self._dtype), a, b)
 
-    def _example(self, graph: str, batch: int) -> list[torch.Tensor]:
+    def example(self, graph: str, batch: int) -> list[torch.Tensor]:
         """Inputs of a graph's shapes, as the network reads them: a short prompt and its conditions, latents of zeros."""
         if graph in self._whole:
             steps, size = self._whole[graph]
             noise = self._zeros((batch, *self.manifest.latent_shape_of(size)))
-            told = self._example(self.manifest.graph_name("denoiser", size), batch)[2:]
+            told = self.example(self.manifest.graph_name("denoiser", size), batch)[2:]
             k = len(self._tables[steps].renoised)
             return [*told, noise, *([noise.new_zeros((batch, k, *noise.shape[1:]))] if k else [])]
         if graph == "text_encoder":

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
+from ..processors import processors
 from .base import Stopped, check_device
 from .graphs import Run
 
@@ -146,6 +147,12 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ArtifactError(f"there is no {name}: torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def use_threads(threads: int | None) -> None:
+    """So many, by default as many as this process may use; for the whole process, as torch knows no other way."""
+    if threads is not None or processors() < torch.get_num_threads():
+        torch.set_num_threads(threads or processors())
 
 
 def check_mode(backend: str, device: torch.device) -> None:

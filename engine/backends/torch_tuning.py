@@ -29,6 +29,7 @@ OPTIONS = {  # torch.compile's mode max-autotune-no-cudagraphs, since we capture
     "coordinate_descent_check_all_directions": True,
     "epilogue_fusion": False,
     "conv_1x1_as_mm": True,
+    "force_fuse_int_mm_with_mul": True,  # of matrices in 8 bits
     "autotune_num_choices_displayed": 0,  # on standard error, a table for each product
 }
 ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
