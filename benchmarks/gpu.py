@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ OURS = {
     "torch-graph": "ours, captured with kernels",
     "torch-compile": "ours, compiled, captured",
 }
+ALSO: dict[str, dict[str, Any]] = {  # of torch-compile, in rows of their own, since each takes minutes to load
+    "kernels tried out": {"autotune": True},
+    "matrices in fp8": {"precision": "fp8"},
+}
+CASES = ((1, 1, "cached"), (1, 1, "new"), (1, 3, "cached"), (4, 1, "cached"), (16, 1, "cached"))  # batch, steps, prompt
 LEAST_PSNR = 20.0  # dB to float32: random weights amplify what half precision rounds
 PROMPTS = ("a red fox", "a cat on pink", "a boat on blue", "a house", "a star on red", "a blue cat", "a fox")
 
@@ -52,7 +58,8 @@ def bench_gpu(
     """Measures pictures until the minutes are over, then kernels for a quarter of that; writes `out`.json and `out`.png after
     each row and the kernels' record beside it.
     tiny: small shapes, to try the whole of it on a CPU. compile: also what torch.compile makes, which takes minutes for each
-    batch size; mode: its mode for diffusers, which the row's name says. Raises ImagineFlashError for a wrong picture."""
+    batch size, and in rows of their own with kernels tried out and in fp8, where it can; mode: its mode for diffusers, which
+    the candidate's name says. Raises ImagineFlashError for a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
         raise ImagineFlashError(
@@ -77,26 +84,36 @@ def _rows(shape: Shape, device: str, rounds: int, mode: str | None) -> Iterator[
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
             random_student(student := Path(folder) / "student", shape, tiny_decoder=tiny_decoder)
             models = Models(student, device, opened, mode)
-            for batch, cached, steps in ((1, True, 1), (1, False, 1), (1, True, 3), (4, True, 1), (16, True, 1)):
+            for case in _cases(ALSO if mode is not None and tiny_decoder else ()):
+                try:
+                    models.load(case)
+                except (
+                    ImagineFlashError
+                ) as error:  # no GPU for it, a package that is missing, random weights that bear less
+                    warnings.warn(f"no row with {case['also']}: {error}", stacklevel=2)
+                    continue
                 for again in (1, 2):
-                    case = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", "batch": batch}
-                    case |= {"steps": steps, "prompt": "cached" if cached else "new", "run": again}
-                    yield models.measure(case, rounds)
+                    named = {"model": shape, "decoder": "tiny" if tiny_decoder else "KL", **case, "run": again}
+                    yield models.measure(named, rounds)
+
+
+def _cases(also: Collection[str]) -> list[dict[str, Any]]:
+    """also: the first case once more beside each of these."""
+    first, *others = ({"batch": batch, "steps": steps, "prompt": prompt} for batch, steps, prompt in CASES)
+    return [first, *({**first, "also": each} for each in also), *others]
 
 
 class Models:
     """Every way to draw one student, loaded once; mode: of torch.compile for diffusers, None leaves out what it makes."""
 
     def __init__(self, student: Path, device: str, opened: ExitStack, mode: str | None) -> None:
-        self.device = device
+        self.student, self.device, self._opened = student, device, opened
         with Engine.load(student, backend="torch", device=device, precision="fp32", max_batch=16) as exact:
             self.expected = {steps: exact.generate(_request(PROMPTS[0], 1, steps)).images[0] for steps in (1, 3)}
         left_out = [*(["torch-graph"] if device == "cpu" else []), *([] if mode else ["torch-compile"])]
         names = {name: title for name, title in OURS.items() if name not in left_out}
-        self.engines = {
-            title: opened.enter_context(Engine.load(student, backend=name, device=device, max_batch=16))
-            for name, title in names.items()
-        }
+        self.engines = {title: self._load(name) for name, title in names.items()}
+        self.also = dict[str, Engine]()
         self.shape = next(iter(self.engines.values())).manifest.latent_shape
         plans = read_student_manifest(student).step_plans
         self.plans = {steps: list(plan.timesteps) for steps, plan in plans.items()}
@@ -104,12 +121,24 @@ class Models:
         if mode:
             self.pipelines[f"diffusers, compiled ({mode})"] = _compiled(_pipeline(student, device), mode)
 
+    def _load(self, backend: str, **options: Any) -> Engine:
+        loaded = Engine.load(self.student, backend=backend, device=self.device, max_batch=16, **options)
+        return self._opened.enter_context(loaded)
+
+    def load(self, case: dict[str, Any]) -> None:
+        """What this case is measured with beside the others. Raises ImagineFlashError where it cannot be had."""
+        if (also := case.get("also")) is not None:
+            self.also[also] = self._load("torch-compile", **ALSO[also])
+
     def measure(self, case: dict[str, Any], rounds: int) -> Case:
         """One row: all candidates in turn, by the host's clock, since each call ends with the picture on the host."""
+        engines = {**self.engines}
+        if (also := case.get("also")) is not None:
+            engines[f"{OURS['torch-compile']}, {also}"] = self.also[also]
         steps, batch, fresh = case["steps"], case["batch"], case["prompt"] == "new"
         draws = {
             **{name: self._by_diffusers(name, steps, batch, fresh) for name in self.pipelines},
-            **{name: self._by_engine(name, steps, batch, fresh) for name in self.engines},
+            **{name: self._by_engine(engine, steps, batch, fresh) for name, engine in engines.items()},
         }
         found: dict[str, float] = {}
 
@@ -127,9 +156,7 @@ class Models:
         row = measure(candidates, baseline=EAGER, check=check, case=case, warm_up=3, n=rounds, repeats=1)
         return row.with_extra({name: {"PSNR to float32, dB": round(value, 1)} for name, value in found.items()})
 
-    def _by_engine(self, name: str, steps: int, batch: int, fresh: bool) -> Callable[[str], NDArray[np.uint8]]:
-        engine = self.engines[name]
-
+    def _by_engine(self, engine: Engine, steps: int, batch: int, fresh: bool) -> Callable[[str], NDArray[np.uint8]]:
         def draw(prompt: str) -> NDArray[np.uint8]:
             if fresh:
                 engine.prompt_cache.clear()

@@ -52,7 +52,10 @@ def bench_gpu_command(
     rounds: Rounds = 50,
     compile: Annotated[
         bool,
-        flag("--compile/--no-compile", help="Also what torch.compile makes, which takes minutes for each batch size."),
+        flag(
+            "--compile/--no-compile",
+            help="Also what torch.compile makes, with kernels tried out and in fp8 too, which takes minutes for each.",
+        ),
     ] = True,
     tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
 ) -> None:

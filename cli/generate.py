@@ -122,8 +122,8 @@ def generate_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="fp32, bf16, fp16 or int8; by default int8 where the artifact holds it, else the fastest that "
-            "reproduces its reference pictures; of a "
+            help="fp32, bf16, fp16 or int8, for a student in torch also fp8; by default int8 where the artifact holds it, else "
+            "the fastest that reproduces its reference pictures; of a "
             "student fp32 on a CPU and bf16 on a GPU.",
         ),
     ] = "auto",

@@ -54,8 +54,8 @@ def serve_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="fp32, bf16, fp16 or int8; by default int8 where the artifact holds it, else the fastest that "
-            "reproduces its reference pictures.",
+            help="fp32, bf16, fp16 or int8, for a student in torch also fp8; by default int8 where the artifact holds it, else "
+            "the fastest that reproduces its reference pictures.",
         ),
     ] = "auto",
     max_queue: Annotated[
@@ -108,6 +108,12 @@ def serve_command(
         int | None,
         typer.Option(metavar="INTEGER", help="Processor threads of a network call; by default one for each core."),
     ] = None,
+    autotune: Annotated[
+        bool,
+        flag(
+            "--autotune", help="torch-compile and torch-graph try kernels out as they load, the first time for minutes."
+        ),
+    ] = False,
     ray: Annotated[
         bool,
         flag(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..core.checked import Checked
 from ..core.errors import ArtifactError, RequestError, nearest
@@ -16,7 +16,7 @@ from ..folders.loras import check_name
 from ..folders.manifests import STUDENT_BATCHES, ModelDescription
 from ..folders.reading import read_artifact_manifest
 from ..folders.sizes import Size, size_name, sizes_text
-from .backends.base import Backend, BackendOptions, check_device
+from .backends.base import TUNED_BACKENDS, Backend, BackendOptions, check_device
 from .backends.choosing import check_backend, choose, installed, load_backend, runs_student
 from .precision import bf16_is_accurate
 from .prompt_cache import DEFAULT_BYTES
@@ -41,7 +41,8 @@ class LoadOptions(Checked):
     threads: of the processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the
     context, with a note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. loras:
     those that requests may ask for by name (GenerateRequest.lora): files, folders or hub ids in the formats of diffusers, peft
-    and kohya. revision: of a hub id, a branch, tag or commit; None is main.
+    and kohya. revision: of a hub id, a branch, tag or commit; None is main. autotune: torch-compile and torch-graph try kernels
+    out when they load a network; torch-compile keeps what it found, which takes minutes for each batch size the first time.
     """
 
     model_config = ConfigDict(strict=True)
@@ -58,11 +59,19 @@ class LoadOptions(Checked):
     long_prompts: Literal["cut", "joined"] = "cut"
     revision: str | None = None
     loras: Mapping[str, str | Path] = Field(default_factory=dict)
+    autotune: bool = False
 
     @field_validator("loras")
     @classmethod
     def _can_be_asked_for(cls, loras: Mapping[str, str | Path]) -> Mapping[str, str | Path]:
         return {check_name(name): file for name, file in loras.items()}
+
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Self:
+        if self.autotune and self.backend not in TUNED_BACKENDS:
+            known = " or ".join(TUNED_BACKENDS)
+            raise ValueError(f"autotune: goes with the backend {known}, got the backend {self.backend}")
+        return self
 
     @property
     def of_artifacts(self) -> str:
@@ -72,7 +81,7 @@ class LoadOptions(Checked):
 
     def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:
         """What the backend is told of it. Raises ArtifactError."""
-        known = {"device": self.device, "precision": self.precision, "threads": self.threads}
+        known = {name: getattr(self, name) for name in ("device", "precision", "threads", "autotune")}
         known |= {"loras": {name: str(file) for name, file in self.loras.items()}}
         return BackendOptions(**{**known, **changes}, batches=batch_buckets(max_batch))
 
@@ -120,17 +129,18 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):
         return
     if runs_student(options.backend, folder):
-        _check_int8("torch", options.precision)
         check_device("torch", options.device)
         check_max_batch(options.max_batch, STUDENT_BATCHES)
         if here:
             from .backends.torch_modes import check_mode, device_of
+            from .backends.torch_quantised import computes_in
 
             check_mode(options.backend, device_of(options.device))
+            computes_in(backend_options, device_of(options.device))
     else:
         manifest = read_artifact_manifest(folder)
         name = choose(options.of_artifacts, manifest, options.device, folder)
-        _check_int8(name, options.precision)
+        _check_eight_bits(name, options.precision)
         check_device(name, options.device)
         check_max_batch(options.max_batch, manifest.batch)
         if here:
@@ -146,7 +156,6 @@ def _embedded() -> Path:
 def _load_student(folder: Path, options: LoadOptions) -> LoadedModel:
     from .backends.torch import load_student
 
-    _check_int8("torch", options.precision)
     max_batch = STUDENT_BATCH if options.max_batch is None else options.max_batch
     check_max_batch(max_batch, STUDENT_BATCHES)
     joins = options.long_prompts == "joined"
@@ -165,7 +174,7 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     manifest = read_artifact_manifest(folder)
     route, max_batch = check_route(options.route, manifest), check_max_batch(options.max_batch, manifest.batch)
     name, precision = choose(options.of_artifacts, manifest, options.device, folder), options.precision
-    _check_int8(name, precision)
+    _check_eight_bits(name, precision)
     automatic = precision == "auto" and name == "openvino" and (options.loras or not manifest.holds_int8)
     if automatic and options.device in ("auto", "cpu") and bf16_is_accurate(folder, manifest):
         precision = "bf16"
@@ -176,11 +185,13 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     )
 
 
-def _check_int8(backend: str, precision: str) -> None:
+def _check_eight_bits(backend: str, precision: str) -> None:
+    if precision == "fp8":
+        raise ArtifactError(f"{backend} does not compute in fp8; take a student, which torch draws")
     if precision == "int8" and backend != "openvino":
         raise ArtifactError(
             f"{backend} does not compute in int8; take the backend openvino, and an artifact of: imagine-flash export "
-            "STUDENT OUT --format openvino --int8 full"
+            "STUDENT OUT --format openvino --int8 full; or a student, which torch draws"
         )
 
 

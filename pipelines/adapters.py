@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.errors import ArtifactError
+from .architectures import architecture_of
 from .lora import ADAPTER, Lora, place, take_out
+from .skeleton import read_networks
 
 TEXT_ENCODER, DENOISER = "text_encoder", "denoiser"
 _FUSE = "imagine-flash export --lora"
@@ -53,6 +56,14 @@ def read_adapters(pipeline: Any, network: str, files: Mapping[str, str]) -> dict
         stages = frozenset(DENOISER if part == network else TEXT_ENCODER for part in components)
         found[name] = Adapter(layers, stages)
     return found
+
+
+def lora_layers(folder: Path, files: Mapping[str, str]) -> tuple[Mapping[str, Adapter], Mapping[str, str]]:
+    """LoRAs for an artifact, whose weights are elsewhere: by name; and by component the path of its layers in its stage.
+
+    Raises ArtifactError, MissingExtraError."""
+    pipeline, paths = read_networks(folder)
+    return read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, files), paths
 
 
 def _check_layers(file: str, layers: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_pat
         (["a cat", "--model", "{tmp}/empty"], "empty"),
         (["a cat", "--bogus"], "--bogus"),
         (["a cat", "--backend", "onxruntime"], "no backend 'onxruntime'; did you mean 'onnxruntime'?"),
-        (["a cat", "--precision", "fp8"], "no precision 'fp8'"),
+        (["a cat", "--precision", "fp4"], "no precision 'fp4'"),
         (["a cat", "--device", "gpu"], "'gpu'"),
         (["a cat", "--image", "{tmp}/none.png"], "none.png: No such file"),
         (["a cat", "--image", "{tmp}/file"], "no picture that Pillow reads"),

@@ -15,13 +15,14 @@ from ...core.errors import ArtifactError, nearest
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")  # run artifacts
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")  # run student folders
+TUNED_BACKENDS = STUDENT_BACKENDS[1:]  # take `autotune`
 DEVICES = {
     "tensorrt": "auto, cuda or cuda:0",
     "openvino": "auto, cpu, gpu, gpu:N or npu",
     "torch": "auto, cpu, cuda or cuda:N",
     "onnxruntime": "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, directml, directml:N or coreml",
 }
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
 Array = Any  # the backend's own kind, batch first: of NumPy, or of torch on a device
 Conditions = tuple[Array, ...]  # what the text encoder gives the denoiser, each (B, ...)
 Column = NDArray[np.float32]  # one coefficient for each image (B,)
@@ -34,7 +35,7 @@ Pictures = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # images (B, H, W, 3); f
 class BackendOptions:
     """What a backend is asked for. batches: the batch sizes it will see most, increasing; the last is the largest.
     threads: processor threads of a network call; None leaves it to the backend, which takes all it may use. loras: the files,
-    folders or hub ids of LoRAs that `adapt` is to know, by name.
+    folders or hub ids of LoRAs that `adapt` is to know, by name. autotune: kernels are tried out when a network is loaded.
 
     Raises ArtifactError for an unknown precision.
     """
@@ -44,6 +45,7 @@ class BackendOptions:
     batches: tuple[int, ...] = (1,)
     threads: int | None = None
     loras: Mapping[str, str] = field(default_factory=dict)
+    autotune: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,12 @@ except ImportError:
     raise missing_extra("torch", "export") from None
 
 from ...kernels import group_norm_silu
-from ...pipelines.adapters import Adapter, Rewriter, read_adapters
+from ...pipelines.adapters import Adapter, Rewriter, lora_layers, read_adapters  # noqa: F401 (pipelines are read here alone)
 from ...pipelines.architectures import architecture_of, stages_of
 from ...pipelines.description import describe_student
 from ...pipelines.loading import load_student_pipeline
-from ...pipelines.skeleton import read_networks
 from ...pipelines.stages import Stages
 from ...pipelines.tokenizer import tokenizers_of
-from ..processors import processors
 from ..tokenizer import PromptTokenizer
 from .base import BackendOptions, Column, Fresh, LoraSet, Pictures, Stopped
 from .fused_update import FusedUpdate
@@ -46,14 +45,16 @@ from .torch_modes import (
     OnGpu,
     as_run,
     check_mode,
-    compiled,
     cuda_graphs,
     device_of,
     device_stopwatch,
     keep_channels_last,
     to_device,
     to_host,
+    use_threads,
 )
+from .torch_quantised import computes_in, quantise
+from .torch_tuning import COMPILED, Maker, fuse_projections
 from .whole_plan import LONGEST, WholePlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,16 +63,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load_student(
     folder: Path, backend: str, options: BackendOptions, sizes: Sequence[Size] | None
 ) -> tuple[TorchBackend, PromptTokenizer, ModelDescription]:
-    """What an engine is made of, from a student folder. sizes: by default the networks' own. options.threads is set for the
-    whole process, as torch knows no other way.
+    """What an engine is made of, from a student folder. sizes: by default the networks' own.
 
     Raises ArtifactError, ScheduleError, MissingExtraError.
     """
     student = read_student_manifest(folder)
     device = device_of(options.device)
-    if options.threads is not None or processors() < torch.get_num_threads():
-        torch.set_num_threads(options.threads or processors())
-    precision = {"cpu": "fp32", "cuda": "bf16"}[device.type] if options.precision == "auto" else options.precision
+    use_threads(options.threads)
+    precision, scheme = computes_in(options, device)
     pipeline = load_student_pipeline(folder, dtype=DTYPES[precision])
     adapters = read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, options.loras)
     stages = stages_of(pipeline)
@@ -80,17 +79,13 @@ def load_student(
     tokenizers = tokenizers_of(stages, student.known_words)
     specs = [spec for spec, _ in tokenizers]
     model = describe_student(folder, student, stages, precision, sizes or [stages.default_size], specs)
-    name = "torch" if backend == "auto" else backend
-    loaded = TorchBackend(folder, model, stages, device, name=name, batches=options.batches, adapters=adapters)
-    return loaded, PromptTokenizer([one for _, one in tokenizers], specs), model
-
-
-def lora_layers(folder: Path, files: Mapping[str, str]) -> tuple[Mapping[str, Adapter], Mapping[str, str]]:
-    """LoRAs for an artifact, whose weights are elsewhere: by name; and by component the path of its layers in its stage.
-
-    Raises ArtifactError, MissingExtraError."""
-    pipeline, paths = read_networks(folder)
-    return read_adapters(pipeline, architecture_of(type(pipeline).__name__).network, files), paths
+    reads = PromptTokenizer([one for _, one in tokenizers], specs)
+    build = partial(TorchBackend, folder, model, stages, device, autotune=options.autotune)
+    if scheme is not None:
+        quantise(build(), reads, model, stages.denoiser(model.sizes[0]), scheme)
+    loaded = build(name="torch" if backend == "auto" else backend, batches=options.batches, adapters=adapters)
+    loaded.precision = precision if scheme is None else f"{precision} with matrices in {scheme}"
+    return loaded, reads, model
 
 
 class TorchBackend(GraphBackend[ModelDescription]):
@@ -113,18 +108,21 @@ class TorchBackend(GraphBackend[ModelDescription]):
         batches: Sequence[int] = (1,),
         capture: Capture | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        autotune: bool = False,
     ) -> None:
         """capture: by default CUDA graphs, on a GPU and unless the name is "torch". adapters: the LoRAs, by name."""
         super().__init__(folder, model)
         self.name, self.device, self.precision = name, device, model.precision
-        self._on_gpu, self._compiles = device.type == "cuda", name == "torch-compile"
+        self._on_gpu = device.type == "cuda"
         if capture is None:
             check_mode(name, device)
         self._capture = cuda_graphs(device) if self._on_gpu and name != "torch" else capture
         self.batches = () if name == "torch" else tuple(batches)
         self._dtype = DTYPES[model.precision]
         self._tokens = [ids.to(device) for ids in stages.example_tokens(1).values()]
-        self._networks, self._made = self._on_device(stages), dict[tuple[str, int], Network]()
+        self._make = Maker(name == COMPILED, autotune, self._capture, self.stopwatch)
+        fuses = autotune and not adapters  # which are written into the weights that the products are made of
+        self._networks, self._made = self._on_device(stages, fuses), dict[tuple[str, int], Network]()
         self._rewriter = Rewriter(adapters or {})
         self._sizes = {model.graph_name(kind, size): size for kind in ("denoiser", "decoder") for size in model.sizes}
         self._uncaptured: set[str] = set()
@@ -137,7 +135,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         captured = ["text_encoder", *self._whole] if self._capture else []
         self._fixed = {*self._sizes, *captured}  # run at fixed batch sizes
 
-    def _on_device(self, stages: Stages) -> dict[str, Network]:
+    def _on_device(self, stages: Stages, fuses: bool) -> dict[str, Network]:
         """By graph name. channels_last: 13.0 instead of 14.2 ms for the embedded denoiser on one core, 6.6 instead of 8.5
         for its decoder."""
         model, found = self.manifest, dict[str, Network]()
@@ -152,6 +150,8 @@ class TorchBackend(GraphBackend[ModelDescription]):
             keep_channels_last(denoiser)
             if self._capture:
                 group_norm_silu.apply(denoiser)
+            if fuses:
+                fuse_projections(denoiser)
             found[model.graph_name("denoiser", size)] = InPrecision(denoiser, self._dtype)
             found[model.graph_name("decoder", size)] = OnGpu(decoder) if self._on_gpu else decoder
             found[model.graph_name(IMAGE_ENCODER, size)] = encoder
@@ -170,7 +170,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu"
         graphs = ["CUDA graphs" + "".join(f" without {name}" for name in sorted(self._uncaptured))]
-        how = ["compiled"] * self._compiles + graphs * (self._capture is not None) or ["eager"]
+        how = self._make.how + graphs * (self._capture is not None) or ["eager"]
         threads = [] if self._on_gpu else [f"{torch.get_num_threads()} threads"]
         return ", ".join([f"torch {torch.__version__} on {where}", self.precision, *how, *threads])
 
@@ -179,7 +179,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         if not batch or graph not in self._fixed:
             return as_run(self._networks[graph])
         with self._current():
-            inputs = self._example(graph, batch)
+            inputs = self.example(graph, batch)
             network = self._plan(*self._whole[graph]) if graph in self._whole else self._compiled(graph, inputs)
             if self._capture is None:
                 return as_run(network)
@@ -192,19 +192,19 @@ class TorchBackend(GraphBackend[ModelDescription]):
                 return as_run(network)
 
     def _compiled(self, graph: str, inputs: Sequence[torch.Tensor]) -> Network:
-        """The network as it runs at the batch of these inputs: compiled, once, where this backend compiles it."""
-        if not self._compiles or graph not in self._sizes:
+        """The network as it runs at the batch of these inputs, made once: compiled where this backend compiles it."""
+        if graph not in self._sizes:
             return self._networks[graph]
         key = graph, len(inputs[0])
         if key not in self._made:
-            self._made[key] = compiled(self._networks[graph], inputs)
+            self._made[key] = self._make(self._networks[graph], inputs)
         return self._made[key]
 
     def _plan(self, steps: int, size: Size) -> WholePlan:
         """All that a lone picture needs behind its prompt."""
         assert self._update is not None
         names = [self.manifest.graph_name(kind, size) for kind in ("denoiser", "decoder")]
-        examples = [self._example(name, 1) for name in names]
+        examples = [self.example(name, 1) for name in names]
         denoise, decode = map(self._compiled, names, examples)
         schedule, latents = self.manifest.schedule, examples[0][0]
         return WholePlan(self._tables[steps], schedule, denoise, decode, self._update, latents)
@@ -220,12 +220,12 @@ class TorchBackend(GraphBackend[ModelDescription]):
             a, b = (values[-1:].astype(np.float32) for values in (table.a, table.b))  # the last step takes no noise
             self.update(x, x.to(self._dtype), a, b)
 
-    def _example(self, graph: str, batch: int) -> list[torch.Tensor]:
+    def example(self, graph: str, batch: int) -> list[torch.Tensor]:
         """Inputs of a graph's shapes, as the network reads them: a short prompt and its conditions, latents of zeros."""
         if graph in self._whole:
             steps, size = self._whole[graph]
             noise = self._zeros((batch, *self.manifest.latent_shape_of(size)))
-            told = self._example(self.manifest.graph_name("denoiser", size), batch)[2:]
+            told = self.example(self.manifest.graph_name("denoiser", size), batch)[2:]
             k = len(self._tables[steps].renoised)
             return [*told, noise, *([noise.new_zeros((batch, k, *noise.shape[1:]))] if k else [])]
         if graph == "text_encoder":

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...core.errors import ArtifactError
+from ..processors import processors
 from .base import Stopped, check_device
 from .graphs import Run
 
@@ -121,15 +122,6 @@ class Captured:
         return self.inputs[0][:rows]
 
 
-def compiled(network: Network, inputs: Sequence[torch.Tensor]) -> Network:
-    """The network compiled for tensors like these, made under inference mode."""
-    fast = torch.compile(network, dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=1024):  # every batch size of every size is one
-        fast(*inputs)
-    # what the batcher computes by itself is not of that kind, and would be compiled for anew
-    return lambda *given: fast(*(values if values.is_inference() else values.clone() for values in given))
-
-
 def as_run(network: Network) -> Run:
     """The network as a graph: a list in, a list out."""
 
@@ -155,6 +147,12 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ArtifactError(f"there is no {name}: torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def use_threads(threads: int | None) -> None:
+    """So many, by default as many as this process may use; for the whole process, as torch knows no other way."""
+    if threads is not None or processors() < torch.get_num_threads():
+        torch.set_num_threads(threads or processors())
 
 
 def check_mode(backend: str, device: torch.device) -> None:

@@ -78,10 +78,10 @@ class ApiKey(Checked):
 class ServerSettings(Checked):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
-    model, backend, device, precision, max_batch, threads, long_prompts: as of `Engine.load`. tiny_decoder: the folder or hub id
-    of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the model. Neither
-    goes with ray, whose replicas load an artifact. lora: those that requests may ask for, by name, or "NAME=PATH".
-    max_queue: pictures that may wait.
+    model, backend, device, precision, max_batch, threads, long_prompts, autotune: as of `Engine.load`. tiny_decoder: the folder
+    or hub id of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the
+    model. Neither goes with ray, whose replicas load an artifact. lora: those that requests may ask for, by name, or
+    "NAME=PATH". max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
     trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
@@ -105,6 +105,7 @@ class ServerSettings(Checked):
     max_queue: int = Field(default=64, ge=1)
     threads: int | None = Field(default=None, ge=1)
     long_prompts: Literal["cut", "joined"] = "cut"
+    autotune: bool = False
     ray: bool = False
     replicas: int | None = Field(default=None, ge=1)
     api_key_file: Path | None = None
@@ -177,7 +178,7 @@ class ServerSettings(Checked):
                 )
         values = {
             name: getattr(self, name)
-            for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts")
+            for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts", "autotune")
         }
         return LoadOptions(**values, loras=self.lora, max_waiting=self.max_queue)
 

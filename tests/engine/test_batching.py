@@ -275,7 +275,7 @@ def test_padding_changes_nothing(tiny_artifact: Path) -> None:
         ({"max_batch": 5}, RequestError, "max_batch must be 1 to 3.*got 5"),
         ({"sizes": [(64, 96)]}, RequestError, r"has the sizes 64x64 \(width x height\), got 96x64"),
         ({"backend": "onnxrt"}, ArtifactError, "no backend 'onnxrt'; did you mean 'onnxruntime'"),
-        ({"precision": "fp8"}, ArtifactError, "no precision 'fp8'"),
+        ({"precision": "fp4"}, ArtifactError, "no precision 'fp4'"),
         ({"backend": "onnxruntime", "precision": "bf16"}, ArtifactError, "own precision, fp32.*--precision bf16"),
         ({"backend": "openvino", "precision": "fp16"}, ArtifactError, "computes in .*fp32.*, not fp16"),
         (

@@ -19,7 +19,8 @@ from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.openvino import OpenvinoBackend, processor_with_bf16
 from imagine_flash.engine.backends.torch import TorchBackend
-from imagine_flash.engine.backends.torch_modes import Captured, compiled
+from imagine_flash.engine.backends.torch_modes import Captured
+from imagine_flash.engine.backends.torch_tuning import compiled
 from imagine_flash.engine.fairness import FairShare
 from imagine_flash.engine.work import Client
 from imagine_flash.export import ExportOptions, export_student

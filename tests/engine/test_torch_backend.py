@@ -267,7 +267,7 @@ def test_what_cannot_be_loaded_is_one_line(tiny_student: Path, tiny_artifact: Pa
     cases = [
         (partial(Engine.load, tiny_student, backend="onnxruntime"), ArtifactError, "OUT, or take backend 'torch'"),
         (partial(Engine.load, tiny_student, backend="toch"), ArtifactError, "no backend 'toch'; did you mean 'torch'?"),
-        (partial(Engine.load, tiny_student, precision="fp8"), ArtifactError, "no precision 'fp8'"),
+        (partial(Engine.load, tiny_student, precision="fp4"), ArtifactError, "no precision 'fp4'"),
         (partial(Engine.load, tiny_student, device="gpu"), ArtifactError, "cuda or cuda:N for the backend torch"),
         (partial(Engine.load, tiny_student, device="cpu:1"), ArtifactError, "got 'cpu:1'"),
         (

@@ -57,11 +57,6 @@ def test_int8_where_there_is_none(tiny_artifact, options, message):
     assert "\n" not in str(found.value)
 
 
-def test_a_student_in_torch_has_no_int8(tiny_student):
-    with pytest.raises(ArtifactError, match="torch does not compute in int8"):
-        Engine.load(tiny_student, backend="torch", precision="int8")
-
-
 @pytest.mark.slow
 def test_eight_bits_draw_nearly_what_torch_drew(tiny_student, tmp_path):
     pytest.importorskip("nncf", reason="quantises the networks")
