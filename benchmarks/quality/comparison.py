@@ -40,21 +40,28 @@ def comparison_grid(shown: list[Method], *, scale: int = 2, label: int = 170) ->
     """Draw PROMPTS with every method; rendered scenes are examples of the same captions. label: pixels for the names."""
     rows = [method.draw(_prompts())[0] for method in shown]
     pictures = grid(np.concatenate(rows), columns=len(PROMPTS), scale=scale, gap=_GAP)
-    height = rows[0].shape[1] * scale
-    sheet = Image.new("RGB", (pictures.width + label, pictures.height + 44), "white")
-    sheet.paste(pictures, (label, 44))
+    height, width = (side * scale for side in rows[0].shape[1:3])
+    small = ImageFont.load_default(11)
+    titles = [_wrapped(prompt, width, small) for prompt in PROMPTS]
+    top = max(15 * title.count("\n") for title in titles) + 17
+    sheet = Image.new("RGB", (pictures.width + label, pictures.height + top), "white")
+    sheet.paste(pictures, (label, top))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, method in enumerate(shown):
-        pen.text((8, 44 + i * (height + _GAP * scale) + height // 2 - 8), method.name, fill="black", font=font)
-    small = ImageFont.load_default(11)
-    for i, prompt in enumerate(PROMPTS):
-        words, lines = prompt.split(), [""]
-        for word in words:
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1] + word) < 20 else [*lines, word]
-        pen.multiline_text(
-            (label + i * (height + _GAP * scale), 2), "\n".join(lines), fill="black", font=small, spacing=1
-        )
+        pen.text((8, top + i * (height + _GAP * scale) + height // 2 - 8), method.name, fill="black", font=font)
+    for i, title in enumerate(titles):
+        pen.multiline_text((label + i * (width + _GAP * scale), 2), title, fill="black", font=small, spacing=1)
     return sheet
+
+
+def _wrapped(text: str, width: int, font: Any) -> str:
+    """The words in lines of at most `width` pixels, where no word alone is wider."""
+    first, *words = text.split()
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
+    return "\n".join(lines)
 
 
 def save_quality(record: dict[str, Any], picture: Image.Image, out: Path) -> None:

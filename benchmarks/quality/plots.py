@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from ...core.errors import ImagineFlashError, missing_extra
 from ...folders.files import atomic_file
 from ..schema import Record
 
-OURS, DIFFUSERS, GUIDED = "imagine-flash", "diffusers", "guided_steps"
+OURS, DIFFUSERS = "imagine-flash", "diffusers"
+GUIDED = re.compile(r", (\d+) guided steps$")  # what `bench latency --teacher` adds to a name
 Lines = dict[str, list[tuple[int, float, float]]]  # name -> (steps, milliseconds, FD)
 
 
@@ -29,12 +31,12 @@ def times_of(latency: Record) -> Times:
     for row in latency.rows:
         if row.case.get("batch") != 1 or not isinstance(steps := row.case.get("steps"), int):
             continue
-        guided = row.case.get(GUIDED)
         for timing in row.timings:
+            guided = GUIDED.search(timing.name)
             if timing.name.startswith(OURS):
                 place = times.engine, steps
             elif timing.name.startswith(DIFFUSERS):
-                place = (times.teacher, guided) if isinstance(guided, int) else (times.student, steps)
+                place = (times.teacher, int(guided[1])) if guided else (times.student, steps)
             else:
                 continue
             of, number = place

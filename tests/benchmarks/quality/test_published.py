@@ -1,7 +1,5 @@
 """The paper's figures beside ours, and quality against time."""
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from imagine_flash.benchmarks.schema import read_record
 from imagine_flash.cli import app
 
 ROOT = Path(studies.__file__).parents[2]
-LATENCY = ROOT / "docs/results/latency_sd_turbo.json"
+LATENCY = ROOT / "docs/results/latency_embedded.json"
 
 
 def row(method: str, calls: int, distance: float, share: float) -> dict[str, Any]:
@@ -91,27 +89,19 @@ def test_the_page_names_what_is_the_other_way_round() -> None:
     assert published_as_markdown(few) == ""
 
 
-def latency(tmp_path: Path) -> Path:
-    """A record of one step beside a teacher of 25, made of one that was measured."""
-    values = json.loads(LATENCY.read_text(encoding="utf-8"))
-    one = next(r for r in values["rows"] if any(t["name"].startswith("diffusers") for t in r["timings"]))
-    guided = copy.deepcopy(one)
-    guided["case"] |= {"guidance": 2.0, "guided_steps": 25}
-    values["rows"] = [one, guided]
-    path = tmp_path / "latency.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
-def test_quality_against_time(tmp_path: Path) -> None:
-    times = times_of(read_record(latency(tmp_path)))
-    assert set(times.teacher) == {25} and set(times.student) == set(times.engine) == {1}
-    assert times.engine[1] < times.student[1]
+def test_quality_against_time() -> None:
+    times = times_of(read_record(LATENCY))
+    assert set(times.teacher) == {25, 50} and set(times.student) == set(times.engine) == {1, 2, 3}
+    assert times.engine[1] < times.student[1] < times.teacher[25] < times.teacher[50]
     lines = points(RECORD, times)
     assert lines == {
         "teacher, DDIM, in diffusers": [(25, times.teacher[25], 300)],
         "DMD2, in diffusers": [(1, times.student[1], 100)],
         "DMD2": [(1, times.engine[1], 100)],
+        "LCM, in diffusers": [(3, times.student[3], 400)],
+        "LCM": [(3, times.engine[3], 400)],
+        "Imagine Flash, in diffusers": [(3, times.student[3], 450)],
+        "Imagine Flash": [(3, times.engine[3], 450)],
     }
 
 
@@ -119,7 +109,7 @@ def test_the_report_of_a_study_with_its_plot(tmp_path: Path) -> None:
     quality, page = tmp_path / "quality.json", tmp_path / "page.md"
     quality.write_text((ROOT / "docs/results/emoji_scenes.json").read_text(encoding="utf-8"), encoding="utf-8")
     page.write_text(empty := "<!-- bench:quality --><!-- /bench -->\n", encoding="utf-8")
-    done = CliRunner().invoke(app, ["bench", "report", str(quality), str(page), "--with", str(latency(tmp_path))])
+    done = CliRunner().invoke(app, ["bench", "report", str(quality), str(page), "--with", str(LATENCY)])
     assert done.exit_code == 0, done.output
     with Image.open(tmp_path / "quality_time.png") as picture:
         assert picture.width > 800
