@@ -197,7 +197,7 @@ def _begun(recipe: TeacherRecipe, start: Path) -> tuple[Model, Model, dict[str, 
             (each.pipeline.tokenizer.get_vocab(), each.pipeline.tokenizer.model_max_length) for each in (model, earlier)
         ]
         noise = [each.denoiser.schedule.alpha for each in (model, earlier)]
-        if words[0] != words[1] or not np.array_equal(*noise):
+        if words[0] != words[1] or not np.array_equal(noise[0], noise[1]):
             raise RecipeError(f"targets: start needs the seed, context and betas of the recipe that made {start}")
     return model, earlier, copy_weights(earlier, model)
 
