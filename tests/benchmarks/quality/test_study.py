@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from imagine_flash.benchmarks.quality import evaluate
+from imagine_flash.benchmarks.quality import cost, evaluate
 from imagine_flash.benchmarks.quality import study as studies
 from imagine_flash.benchmarks.quality.cost import evaluations_per_row, updates_within
 from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug, train_variant
@@ -87,8 +87,16 @@ def test_what_an_update_costs(method: str, expected: float, tiny_student: Path) 
     values, source = read_recipe(method)
     recipe, teacher = distill_recipe(values, source), load_model(tiny_student)
     assert evaluations_per_row(recipe, teacher) == pytest.approx(expected, rel=0.06)
-    assert updates_within(recipe.fit.batch * expected * 10, recipe, teacher).fit.steps == 10
-    assert updates_within(1, recipe, teacher).fit.steps == 1
+
+
+@pytest.mark.parametrize(("budget", "updates"), [(60, 10), (1, 1)])
+def test_a_budget_buys_updates_and_at_least_one(
+    budget: float, updates: int, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "evaluations_per_row", lambda recipe, teacher: 3.0)
+    values, source = read_recipe("lcm")
+    recipe = distill_recipe(values | {"fit": {**values["fit"], "batch": 2}}, source)
+    assert updates_within(budget, recipe, load_model(tiny_student)).fit.steps == updates
 
 
 def test_the_table_of_an_evaluation_goes_into_a_page(tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ def processes(server, name: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 60, say: Callable[[], str] = str) -> None:
     limit = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < limit, f"not within {seconds} s"
+        assert time.monotonic() < limit, f"not within {seconds} s: {say()}"
         time.sleep(0.2)
 
 
@@ -201,7 +201,12 @@ def test_sigterm_under_load_draws_what_was_accepted(cluster) -> None:
 def test_a_signal_ends_the_start(start_server, number: int, during: str) -> None:
     """It was only noted until the application ran, which may be never in a cluster whose processors are taken."""
     server = start_server("--ray", "--replicas", "1", seconds=0)
-    wait_for(lambda: processes(server, during), 120)
+
+    def has_begun() -> bool:
+        assert server.process.poll() is None, server.log.read_text()
+        return bool(processes(server, during))
+
+    wait_for(has_begun, 240, say=server.log.read_text)  # as long as the cluster above may take
     started = processes(server, "")
     server.process.send_signal(number)
     assert server.process.wait(20) == 130
