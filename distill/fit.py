@@ -155,10 +155,12 @@ class _Run:
                 let_go(network)
             average_rest(self.task.module, self.accelerator)
         self._step(step)
+        moved = any(weight.grad is not None for weight in self.averaged)  # dmd2's in one update of several
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.task.after_update(step)
-        self.ema.step(self.averaged)
+        if moved:
+            self.ema.step(self.averaged)
         return total
 
     def _gradients(self, batches: list[dict[str, Any]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -126,6 +126,9 @@ class LoraSettings(Frozen):
 class DistillRecipe(Frozen):
     """`distill`: what every method has; its own fields stand in its file in `methods/`."""
 
+    draws_by_length: ClassVar[bool] = (
+        False  # whether what an update draws depends on `fit.steps`: it has phases or rounds
+    )
     method: str
     seed: Annotated[int, Field(ge=0)] = 0
     plans: Annotated[dict[int, tuple[int, ...]], Field(min_length=1)] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}

@@ -41,18 +41,26 @@ def part_of(batch: Any, size: int, part: Part) -> Any:
     return batch
 
 
-def _may_change(recipe: BaseModel) -> set[str]:
-    """What a run may change and go on: how often it looks, and the length where no rate depends on it."""
-    open_ended = getattr(getattr(recipe, "fit", recipe), "schedule", "") == "constant"
-    looks = {"captured", "checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"}
-    return looks | ({"steps"} if open_ended else set())
+_LOOKS = {"captured", "checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"}
+
+
+def _decisive(recipe: BaseModel, *, fixed_length: bool = False) -> dict[str, Any]:
+    """The fields of a recipe and of what it holds, without what a run may change and go on: how often it looks, and the length
+    where no rate and no draw depends on it."""
+    fixed_length = fixed_length or getattr(recipe, "draws_by_length", False)
+    fields = recipe.model_dump(mode="json")
+    for name in type(recipe).model_fields:
+        if isinstance(part := getattr(recipe, name), BaseModel):
+            fields[name] = _decisive(part, fixed_length=fixed_length)
+    if "checkpoint_minutes" not in fields:  # no `fit`
+        return fields
+    open_ended = fields["schedule"] == "constant" and not fixed_length
+    return {name: value for name, value in fields.items() if name not in _LOOKS | ({"steps"} if open_ended else set())}
 
 
 def fingerprint(*parts: Any) -> str:
     """A SHA-256 of recipes (without what only says how long and how often) and other values."""
-    plain = [
-        p.model_dump(mode="json", exclude={"fit": _may_change(p)}) if isinstance(p, BaseModel) else p for p in parts
-    ]
+    plain = [_decisive(part) if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

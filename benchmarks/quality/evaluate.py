@@ -26,10 +26,11 @@ from .judge import FEATURES, FEWEST, Judge, load_judge
 from .measure import Measured, PictureStore
 from .method import REFERENCE, Method
 from .methods import table_of_methods
-from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread, unbiased_frechet_distance
+from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread
+from .paired import Distance, against_teacher, distance_of
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
 
-RESAMPLES, WIDEST = 200, 46  # draws of a bootstrap; letters of a row's name beside its bar
+WIDEST = 46  # letters of a row's name beside its bar
 NEIGHBOURS_OF = 5000  # pictures in precision, recall and KID, whose cost grows with the square
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 64, 8
 
@@ -144,34 +145,37 @@ def measured(
     return found
 
 
-def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> list[dict[str, Any]]:
-    """The rows of the record; every difference is to the teacher at 25 steps, over the same prompts and noises."""
+def compare(
+    methods: list[Method], found: dict[str, Kinds], judge: Judge, distances: dict[str, Distance] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of the record; every difference is to the teacher at 25 steps, over the same prompts and noises. distances: those
+    known already, to which the rows' own are added."""
+    distances = {} if distances is None else distances
     reference = judge.reference_mean.double().numpy(), judge.reference_covariance.double().numpy()
+    for name in dict.fromkeys((REFERENCE, *(method.name for method in methods))):
+        if name not in distances:
+            distances[name] = distance_of(found[name]["seen"].features, reference)
     real = found["rendered scenes"]["seen"].features[:NEIGHBOURS_OF] if "rendered scenes" in found else None
     teacher, clean = found[REFERENCE]["seen"], found["autoencoder"]["seen"].latents
-    draws = resampled_distances(teacher.features, reference)
-    best = unbiased_frechet_distance(teacher.features, *reference)
     rows = []
     for method in methods:
-        ours = (kinds := found[method.name])["seen"]
-        distance = unbiased_frechet_distance(ours.features, *reference)
-        own = resampled_distances(ours.features, reference)
+        ours, own = (kinds := found[method.name])["seen"], distances[method.name]
         row: dict[str, Any] = {
             "method": method.name,
             "network_calls": method.network_calls,
             "seen": shares(ours.marks),
             "held_out": shares(kinds["held_out"].marks),
             "fd_judge": round(frechet_distance(ours.features, *reference), 3),
-            "fd_judge_unbiased": round(distance, 3),
-            "fd_interval": _around(distance, own - own.mean()),
+            "fd_judge_unbiased": round(own.value, 3),
+            "fd_interval": own.interval,
             "sharpness": round(float(ours.sharpness.mean()), 1),
             "milliseconds_per_image": round(1000 * ours.seconds / len(ours.marks), 2),
         }
         if method.name != "rendered scenes" and real is not None:
             few = ours.features[:NEIGHBOURS_OF]
-            precision, recall = precision_and_recall(few, real)
+            precision, recall = precision_and_recall(few, real, paired=True)
             row |= {
-                "kd_judge": round(kernel_distance(few, real), 4),
+                "kd_judge": round(kernel_distance(few, real, paired=True), 4),
                 "precision": round(precision, 4),
                 "recall": round(recall, 4),
             }
@@ -181,35 +185,9 @@ def compare(methods: list[Method], found: dict[str, Kinds], judge: Judge) -> lis
         if ours.latents.shape[1:] == clean.shape[1:]:
             row["detail_deviation"] = round(detail_deviation(ours.latents, clean), 4)
         if method.network_calls and method.name != REFERENCE:
-            row |= against(ours, teacher, distance, best, own, draws)
+            row |= against_teacher(ours, teacher, own, distances[REFERENCE])
         rows.append(row)
     return rows
-
-
-def against(
-    ours: Measured, teacher: Measured, distance: float, best: float, own: np.ndarray, draws: np.ndarray
-) -> dict[str, Any]:
-    """Differences to the teacher with paired 95 % intervals: FD by ratio, fidelity in points, latents by squared error."""
-    ratios = (distance + own - own.mean()) / (best + draws - draws.mean())
-    rows = np.random.default_rng(1).integers(len(ours.marks), size=(1000, len(ours.marks)))
-    gain = ours.marks[:, -1].astype(np.float64) - teacher.marks[:, -1]
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    worse, better = np.percentile(gain[rows].mean(1), (2.5, 97.5))
-    result: dict[str, Any] = {
-        "fd_ratio": [round(float(v), 4) for v in (distance / best, low, high)],
-        "fidelity_difference": [round(float(v), 4) for v in (gain.mean(), worse, better)],
-    }
-    if ours.latents.shape == teacher.latents.shape:
-        own_latents, wanted = ours.latents.astype(np.float32), teacher.latents.astype(np.float32)
-        result["error_to_teacher"] = round(float(np.square(own_latents - wanted).mean() / wanted.var()), 4)
-    return result
-
-
-def resampled_distances(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Frechet distances of bootstrap samples; draw k takes the same rows whatever the method."""
-    draw = np.random.default_rng(0)
-    rows = (draw.integers(len(features), size=len(features)) for _ in range(RESAMPLES))
-    return np.array([frechet_distance(features[r], *reference) for r in rows])
 
 
 def detail_deviation(latents: np.ndarray, clean: np.ndarray) -> float:
@@ -217,7 +195,3 @@ def detail_deviation(latents: np.ndarray, clean: np.ndarray) -> float:
     first = -(-latents.shape[1] // 6)
     ours, real = (x[:, first:].astype(np.float32).std(axis=(0, 2, 3)) for x in (latents, clean))
     return float((ours / real).mean())
-
-
-def _around(value: float, deviations: np.ndarray) -> list[float]:
-    return [round(value + float(d), 3) for d in np.percentile(deviations, (2.5, 97.5))]

@@ -30,22 +30,31 @@ def unbiased_frechet_distance(features: np.ndarray, mean: np.ndarray, covariance
     return float(np.polyfit(1.0 / sizes, distances, 1)[1])
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; "KID" where the features are Inception's)."""
+def kernel_distance(features: np.ndarray, reference: np.ndarray, *, paired: bool = False) -> float:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; "KID" where the features are Inception's).
+
+    paired: row i of both is of one prompt. Such pairs are no independent draws and are left out (Gretton et al. 2012, eq. 4)."""
 
     def off_diagonal(x: np.ndarray) -> float:
         kernel = (x @ x.T / x.shape[1] + 1) ** 3
         return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)))
 
-    cross = float(((features @ reference.T / features.shape[1] + 1) ** 3).mean())
+    kernel = (features @ reference.T / features.shape[1] + 1) ** 3
+    left_out = np.trace(kernel) if paired else 0.0
+    cross = float((kernel.sum() - left_out) / (kernel.size - (len(features) if paired else 0)))
     return off_diagonal(features) + off_diagonal(reference) - 2 * cross
 
 
-def precision_and_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+def precision_and_recall(
+    features: np.ndarray, reference: np.ndarray, neighbours: int = 3, *, paired: bool = False
+) -> tuple[float, float]:
     """Share of `features` inside the reference's manifold, and the reverse (Kynkaanniemi et al. 2019, eq. 1-3): a point is
-    inside where some point of the set is nearer to it than that point's own k-th neighbour."""
+    inside where some point of the set is nearer to it than that point's own k-th neighbour. paired: row i of both is of one
+    prompt, and is not looked for near the other."""
     ours, real = torch.from_numpy(features).float(), torch.from_numpy(reference).float()
     cross = torch.cdist(ours, real)
+    if paired:
+        cross.fill_diagonal_(torch.inf)
 
     def radii(points: torch.Tensor) -> torch.Tensor:
         return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values

@@ -32,6 +32,7 @@ from .judge import FEWEST, load_judge
 from .measure import PictureStore
 from .method import Method
 from .methods import reconstructions, rendered_scenes, solver_row, student_row, teacher_row
+from .paired import Distance, between
 from .prompts import draw_prompts
 from .tables import as_rich
 
@@ -140,7 +141,9 @@ def run_study(
         "budget": study.budget,
         "variants": {},
     }
-    record["rows"] = compare(methods, found, judge)
+    distances: dict[str, Distance] = {}
+    record |= {"rows": compare(methods, found, judge, distances), "pairs": []}
+    first: list[Method] = []
     for name, recipe in recipes.items():
         if study.budget is not None:
             recipe = updates_within(study.budget, recipe, teacher)
@@ -149,11 +152,24 @@ def run_study(
         rows = student_rows(name, student, manifest)
         found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
-        record["rows"] += compare(rows, found, judge)
-        shown += rows
+        record["rows"] += compare(rows, found, judge, distances)
+        record["pairs"] += pairs(first, rows, found, distances)
+        first, shown = first or rows, shown + rows
         save_quality(record, comparison_grid(shown, scale=1, label=250), out)
         console.print(as_rich(record))
     return record
+
+
+def pairs(
+    first: list[Method], rows: list[Method], found: dict[str, Kinds], distances: dict[str, Distance]
+) -> list[dict[str, Any]]:
+    """The study's first variant beside another, where both draw in as many steps: from the same prompts and noises."""
+    same = ((one, other) for one in first for other in rows if one.network_calls == other.network_calls)
+    return [
+        {"method": one.name, "than": other.name}
+        | between(*(found[row.name]["seen"] for row in (one, other)), *(distances[row.name] for row in (one, other)))
+        for one, other in same
+    ]
 
 
 def _student_of(
@@ -165,6 +181,8 @@ def _student_of(
     manifest = read_student_manifest(folder)
     if manifest.recipe != recipe.model_dump(mode="json"):
         raise RecipeError(f"{folder} was trained by another recipe; choose another OUTPUT, or delete that folder")
+    if manifest.teacher_sha256 != hash_folder(teacher):
+        raise RecipeError(f"{folder} has another teacher than {teacher}; choose another OUTPUT, or delete that folder")
     return manifest
 
 

@@ -64,6 +64,16 @@ def more_as_markdown(record: dict[str, Any]) -> str:
     return markdown_table(headings, rows, ["method"])
 
 
+def pairs_as_markdown(record: dict[str, Any]) -> str:
+    """The first variant of a study against each other one; below 0, its FD (judge) is the smaller."""
+    rows = []
+    for pair in record["pairs"]:
+        distance, gain = pair["fd_difference"], (100 * v for v in pair["fidelity_difference"])
+        cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*values) for values in (distance, gain)]
+        rows.append((pair["method"], pair["than"], *cells))
+    return markdown_table(("method", "against", "FD, 95 %", "fidelity, points, 95 %"), rows, ["method", "against"])
+
+
 def read_quality(file: Path) -> dict[str, Any] | None:
     """The record of a study or an evaluation; None for a file that holds none."""
     try:
@@ -77,6 +87,8 @@ def read_quality(file: Path) -> dict[str, Any] | None:
 def quality_as_markdown(record: dict[str, Any]) -> str:
     """Of a study the question and what each variant changes; the table, the further measures, and the paper's figures beside."""
     tables = [as_markdown(record), "", more_as_markdown(record)]
+    if record.get("pairs"):
+        tables += ["", pairs_as_markdown(record)]
     if beside := published_as_markdown(record):
         tables += ["", beside]
     if "variants" not in record:

@@ -10,7 +10,7 @@ teacher solver here is the deterministic step, the discriminator reads the froze
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ JUDGED_AT = (10, 250, 500, 750)  # of 1000 times
 
 
 class FlashRecipe(DistillRecipe):
+    draws_by_length: ClassVar[bool] = True
     method: Literal["flash"] = "flash"
     plans: dict[int, tuple[int, ...]] = Field(default={1: (999,), 2: (999, 499), 4: (999, 749, 499, 249)}, min_length=1)
     teacher_steps: Annotated[int, Field(ge=4, multiple_of=4)] = 32  # K

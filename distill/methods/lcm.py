@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from ...core.errors import RecipeError
 from ...core.sampler import Sampler
 from ...pipelines.networks import Conditions
 from ..models import Denoiser, Times, kept_tables
@@ -50,10 +51,13 @@ def after_update(student: Denoiser, companions: Companions, recipe: LcmRecipe, s
 
 def draw(draws: Draws, recipe: LcmRecipe) -> Batch:
     """Data, noise, two neighbouring times of the grid (t, and s below it) and the guidance of each row."""
-    gap = (draws.last_time + 1) // recipe.solver_steps
-    t = gap * torch.randint(1, recipe.solver_steps + 1, (draws.size,), generator=draws.generator) - 1
+    times, steps = draws.last_time + 1, recipe.solver_steps
+    if steps > times:
+        raise RecipeError(f"solver_steps must be at most the teacher's {times} times, got {steps}")
+    i = torch.randint(1, steps + 1, (draws.size,), generator=draws.generator)
+    t, s = (times * j // steps - 1 for j in (i, i - 1))  # the last is T, whatever divides what
     guidance = draws.uniform(*recipe.guidance)
-    return {"x0": draws.data(), "noise": draws.noise(), "t": t, "s": (t - gap).clamp_min(0), "guidance": guidance}
+    return {"x0": draws.data(), "noise": draws.noise(), "t": t, "s": s.clamp_min(0), "guidance": guidance}
 
 
 def consistency(denoiser: Denoiser, z: torch.Tensor, t: Times, text: Conditions) -> torch.Tensor:

@@ -10,7 +10,7 @@ the row "step distillation" of the paper's table. Drawn with by deterministic st
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -23,6 +23,7 @@ from .contract import Batch, Companion, Companions, Draws, Method, frozen_copy
 
 
 class StepDistillationRecipe(DistillRecipe):
+    draws_by_length: ClassVar[bool] = True
     method: Literal["step_distillation"] = "step_distillation"
     plans: dict[int, tuple[int, ...]] = Field(default={4: (999, 749, 499, 249)}, min_length=1)
     first_steps: Annotated[int, Field(ge=2)] = 16  # N of the first round; each round halves it

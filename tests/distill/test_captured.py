@@ -117,6 +117,7 @@ def test_every_method_trains_to_the_same_student(method: str, teacher: Path, tmp
             run.captured = CapturedLoss(run.wrapped, learners, again)
         assert (run.captured is not None) == replays
         losses.append([run.update([task.batch(step, Part())], step) for step in range(20)])
+        assert run.ema.optimization_step == (4 if method == "dmd2" else 20), "of updates that moved the student"
         run.ema.copy_to(run.averaged)
         ends.append([p.detach().cpu() for p in run.averaged])
     # on a GPU rounding differs from run to run, and Adam's first steps are as long for a gradient that is little else

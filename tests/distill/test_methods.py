@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from imagine_flash.core.errors import RecipeError
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.update import reference_update, update_table
 from imagine_flash.distill.backward import rollout, table_of
@@ -90,6 +91,16 @@ def test_lcm_has_no_loss_where_every_time_lands_on_one_point_of_the_trajectory()
     }
     assert lcm.loss(student, teacher, batch, recipe, {}).item() < 1e-4
     assert lcm.loss(teacher, teacher, batch, recipe, {}).item() > 1e-2  # whose own estimate is the mean of many ends
+
+
+def test_lcm_trains_at_pure_noise_whatever_its_steps() -> None:
+    """With 30 steps it began at 989, and its students at 999."""
+    recipe = distill_recipe({"method": "lcm", "solver_steps": 30, "fit": FIT})
+    batch = lcm.draw(draws(size=2000), recipe)
+    assert batch["t"].max() == 999 and len(set(batch["t"].tolist())) == 30
+    assert set((batch["t"] - batch["s"]).tolist()) <= {32, 33, 34} and batch["s"].min() == 0
+    with pytest.raises(RecipeError, match="solver_steps must be at most the teacher's 1000 times, got 1001"):
+        drawn(lcm, distill_recipe({"method": "lcm", "solver_steps": 1001, "fit": FIT}))
 
 
 def test_lcms_target_follows_the_student() -> None:

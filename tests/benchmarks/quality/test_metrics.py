@@ -58,6 +58,21 @@ def test_kernel_distance_is_unbiased() -> None:
     assert kernel_distance(rng.standard_normal((60, 8)) + 2, rng.standard_normal((60, 8))) > 10 * np.std(found)
 
 
+def test_pictures_of_one_prompt_are_no_independent_draws() -> None:
+    """Row i of both has something in common: with these pairs the distance of equal distributions is below 0, without them 0."""
+    naive, paired = [], []
+    for seed in range(40):
+        common, a, b = np.random.default_rng(seed).standard_normal((3, 60, 8))
+        naive.append(kernel_distance(common + a, common + b))
+        paired.append(kernel_distance(common + a, common + b, paired=True))
+    error = np.std(paired) / 40**0.5
+    assert abs(np.mean(paired)) < 3 * error and np.mean(naive) < -3 * error
+    points = np.random.default_rng(0).standard_normal((60, 8))
+    assert precision_and_recall(points, points) == (1, 1)
+    share, again = precision_and_recall(points, points, paired=True)
+    assert share == again < 1
+
+
 def test_kernel_distance_of_points() -> None:
     """Two points each in one dimension: k(x, y) = (x y + 1)^3 by hand."""
     x, y = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])

@@ -1,6 +1,7 @@
 """A study on tiny networks: its numbers mean nothing, its record is whole."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from imagine_flash.benchmarks.quality import cost, evaluate
+from imagine_flash.benchmarks.quality import cost, evaluate, paired
 from imagine_flash.benchmarks.quality import study as studies
 from imagine_flash.benchmarks.quality.cost import evaluations_per_row, updates_within
 from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug, train_variant
@@ -119,7 +120,7 @@ def test_the_whole_study_and_how_it_goes_on(
     small["common"] = {"prompts": 8, "fit": FIT, "adversarial": {"ramp": 0}}
     path, out = written(tmp_path, variants=variants, **small), tmp_path / "out.v1"
     monkeypatch.setattr(evaluate, "DIVERSITY_PROMPTS", 2)
-    monkeypatch.setattr(evaluate, "RESAMPLES", 10)  # both for speed
+    monkeypatch.setattr(paired, "RESAMPLES", 10)  # both for speed
     train_variant(path, "fresh", tiny_student, out)  # beside another command that trains the other
     trained = hash_folder(tmp_path / "out.v1.run/fresh")
     with pytest.raises(RecipeError, match=r"no variant 'fresch'; there are own eps, fresh; did you mean 'fresh'\?"):
@@ -133,6 +134,10 @@ def test_the_whole_study_and_how_it_goes_on(
     assert names[:4] == ["rendered scenes", "autoencoder", "teacher, 25 steps", "teacher, 2 steps"]
     assert names[4:] == [f"{variant}: student, {n} step{'s' * (n > 1)}" for variant in variants for n in (3, 2, 1)]
     assert "fd_ratio" in record["rows"][4] and record["variants"]["fresh"]["training"]["steps"] == 1
+    steps = ("3 steps", "2 steps", "1 step")
+    same = [(f"own eps: student, {n}", f"fresh: student, {n}") for n in steps]
+    assert [(pair["method"], pair["than"]) for pair in record["pairs"]] == same
+    assert "| own eps: student, 1 step | fresh: student, 1 step | " in quality_as_markdown(record)
     assert json.loads((tmp_path / "out.v1.json").read_text()) == record
     with Image.open(tmp_path / "out.v1.png") as grid:  # scenes, teacher at 25 and 2 steps, each variant's three plans
         assert grid.height > 9 * 64
@@ -141,5 +146,9 @@ def test_the_whole_study_and_how_it_goes_on(
 
     monkeypatch.setattr(studies, "distill", lambda *_, **__: pytest.fail("trained again"))
     assert run_study(path, tiny_student, untrained_judge, out) == record
+    other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
+    (other / "README.md").write_text("another teacher", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"fresh has another teacher than .*other; choose another OUTPUT, or delete"):
+        train_variant(path, "fresh", other, out)
     with pytest.raises(RecipeError, match=f"{slug('own eps')} was trained by another recipe"):
         run_study(written(tmp_path, variants={"own eps": {"gamma": 0.5}}, **small), tiny_student, untrained_judge, out)
