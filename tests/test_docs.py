@@ -22,7 +22,7 @@ def test_what_is_said_of_the_model_is_the_record() -> None:
     card = (ROOT / "docs/model-card.md").read_text(encoding="utf-8")
     assert as_markdown(record) in card
     rows = {row["method"]: row["seen"]["all"] for row in record["rows"]}
-    said = re.search(r"shows ([\d.]+) % of what its prompts ask for, where the teacher shows ([\d.]+) %", README)
+    said = re.search(r"is right in ([\d.]+) % of the student's pictures, in ([\d.]+) % of the teacher's", README)
     assert said and [float(share) for share in said.groups()] == [
         round(100 * rows[name], 1) for name in ("student, 3 steps", "teacher, 25 steps")
     ]
