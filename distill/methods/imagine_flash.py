@@ -29,6 +29,7 @@ class Adversarial(Frozen):
     """The discriminator: heads on the frozen teacher's features of noised latents (its form is open in the paper)."""
 
     share: Share = 0.3  # the length of its gradient by x0 over the regression's
+    first_share: Share | None = None  # the same at a plan's first step, where most is left to add; None: share
     ramp: Annotated[int, Field(ge=0)] = 500  # updates in which the share grows from 0, so that the heads learn first
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     r1: Annotated[float, Field(ge=0)] = 1e-2
@@ -42,8 +43,10 @@ class ImagineFlashRecipe(DistillRecipe):
     )
     shifted: bool = True  # shifted reconstruction loss; False: the teacher starts from the student's own state
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.75  # gamma(t) = gamma * t
+    first_gamma: Annotated[float, Field(gt=0, le=1)] | None = None  # the same at a plan's first step; None: gamma
     renoise: Literal["own", "fresh", "initial"] = "own"  # the noise in chi: the student's own eps, a new draw, or x_T
     teacher_steps: Positive = 4  # k
+    teacher_steps_fall: Annotated[float, Field(ge=0)] = 0.0  # from time t it takes k (t / T)^fall steps, at least 2
     teacher_solver: Solver = "ddim"  # of these k steps; of few, dpm_solver++ ends nearer to what many end at
     plain_share: Share = (
         0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
@@ -75,8 +78,15 @@ def draw(draws: Draws, recipe: ImagineFlashRecipe) -> Batch:
         batch["real"] = draws.data()
         batch["t"] = draws.times(*(share * draws.last_time for share in settings.noise))
         batch |= {"noise": draws.noise(), "noise_real": draws.noise()}
-        batch["share"] = settings.share * min(1.0, draws.step / max(1, settings.ramp))
+        share = settings.share if index or settings.first_share is None else settings.first_share
+        batch["share"] = share * min(1.0, draws.step / max(1, settings.ramp))
     return batch
+
+
+def steps_from(t: float, last_time: int, recipe: ImagineFlashRecipe) -> int:
+    """How many steps the teacher takes from time t: from little noise few end where many do."""
+    k = recipe.teacher_steps
+    return max(min(k, 2), round(k * (t / last_time) ** recipe.teacher_steps_fall))
 
 
 def loss(
@@ -94,14 +104,15 @@ def loss(
     x0, eps = student.x0_eps(x_t, t, text)
     start, start_t = x_t, t
     if batch["shifted"]:
-        start_t = shifted_time(t, recipe.gamma)
+        gamma = recipe.gamma if index or recipe.first_gamma is None else recipe.first_gamma
+        start_t = shifted_time(t, gamma)
         own = x_t if index == 0 and recipe.rollout_noise_correction else eps  # what its own step goes on with
         noise = choose_noise(recipe.renoise, own, batch["fresh"], x_T)
         start = teacher.noised(x0.detach(), noise.detach(), start_t)  # chi
     guidance = batch["guidance"]
     if (least := recipe.guidance_at_0) is not None:
         guidance = least + (guidance - least) * (start_t / teacher.last_time)
-    k, solver = recipe.teacher_steps, recipe.teacher_solver
+    k, solver = steps_from(start_t, teacher.last_time, recipe), recipe.teacher_solver
     target = teacher_target(teacher, start, start_t, k, text, batch["uncond"], guidance, solver=solver)
     value = loss_weight(recipe.loss_weight, *teacher.scales(t, x0)) * (x0 - target).square().mean()
     if recipe.adversarial is not None:

@@ -10,7 +10,8 @@ from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import sample, update_table
 from imagine_flash.distill.backward import Solver, choose_noise, rollout, shifted_time, teacher_plan, teacher_target
-from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, loss
+from imagine_flash.distill.methods.contract import Draws
+from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, draw, loss, steps_from
 from imagine_flash.distill.models import Denoiser
 from imagine_flash.distill.weighting import loss_weight
 from imagine_flash.tests.distill.toy import SD_CONFIG, gaussian_denoiser, point_denoiser
@@ -75,6 +76,44 @@ def test_who_is_asked_when() -> None:
         recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "gamma": 0.75, "teacher_steps": 4, "fit": FIT})
         _, teacher, student = loss_of(recipe, 0.0, 3, 1)
         assert student.calls == [999, 666] and teacher.calls == times
+
+
+def test_fewer_steps_from_low_noise_and_a_gamma_of_the_first_step() -> None:
+    """k (t / T)^fall steps, at least 2, also from a shifted time; k itself at T, and everywhere where nothing falls."""
+    fields = {"gamma": 0.75, "first_gamma": 0.9, "teacher_steps": 6, "teacher_steps_fall": 1.5, "fit": FIT}
+    recipe = ImagineFlashRecipe.model_validate(fields)
+    for index, plain, shifted in ((0, 6, 5), (1, 3, 2), (2, 2, 2)):
+        for is_shifted, count in ((False, plain), (True, shifted)):
+            recipe = ImagineFlashRecipe.model_validate({**fields, "shifted": is_shifted})
+            start = recipe.plans[3][index] * ((0.75 if index else 0.9) if is_shifted else 1)
+            _, teacher, _ = loss_of(recipe, 0.0, 3, index)
+            assert len(teacher.calls) == count and teacher.calls[0] == round(start)
+    same = ImagineFlashRecipe.model_validate({"teacher_steps": 6, "fit": FIT})
+    assert {steps_from(t, 999, same) for t in (1, 333, 999)} == {6}
+    assert steps_from(999, 999, ImagineFlashRecipe.model_validate({**fields, "teacher_steps": 1})) == 1
+
+
+@pytest.mark.parametrize(("first", "shares"), [(None, {0: 0.3, 1: 0.3}), (0.8, {0: 0.8, 1: 0.3})])
+def test_the_first_step_has_a_share_of_its_own(first: float | None, shares: dict[int, float]) -> None:
+    settings = {"ramp": 10, "first_share": first}
+    recipe = ImagineFlashRecipe.model_validate({"adversarial": settings, "fit": FIT})
+    found: dict[int, set[float]] = {0: set(), 1: set()}
+    for step in range(40):
+        draws = Draws(
+            step=step,
+            size=2,
+            latent_shape=(1, 2, 2),
+            last_time=999,
+            generator=torch.Generator().manual_seed(step),
+            shared=np.random.default_rng(step),
+            pictures=torch.zeros(2, 1, 2, 2),
+        )
+        batch = draw(draws, recipe)
+        if step >= 10:
+            found[min(1, batch["index"])].add(batch["share"])
+        else:
+            assert batch["share"] == pytest.approx(shares[min(1, batch["index"])] * step / 10)
+    assert found == {index: {share} for index, share in shares.items()}
 
 
 def test_without_backward_distillation_the_student_sees_pictures_with_noise() -> None:

@@ -11,7 +11,9 @@ from imagine_flash.distill.reproducible import fingerprint
 FIT: dict[str, Any] = {"steps": 1000, "schedule": "constant"}
 
 
-@pytest.mark.parametrize("change", [{"preview_every": 7}, {"checkpoint_minutes": 1}, {"validate_every": 5, "keep_best": True}])
+@pytest.mark.parametrize(
+    "change", [{"preview_every": 7}, {"checkpoint_minutes": 1}, {"validate_every": 5, "keep_best": True}]
+)
 def test_how_often_a_run_looks_may_change(change: dict[str, Any]) -> None:
     """The judge's Fit by itself and the autoencoder's inside a teacher's recipe were held to it, which refused the resume."""
     recipe, fit = distill_recipe({"fit": FIT}), Fit.model_validate(FIT)
