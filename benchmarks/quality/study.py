@@ -179,7 +179,7 @@ def _student_of(
     if not folder.exists():
         distill(teacher, folder, recipe, font=font, console=console, scenes=folder.parent)
     manifest = read_student_manifest(folder)
-    if manifest.recipe != recipe.model_dump(mode="json"):
+    if distill_recipe(manifest.recipe, str(folder)) != recipe:  # parsed, since keys that came later have defaults
         raise RecipeError(f"{folder} was trained by another recipe; choose another OUTPUT, or delete that folder")
     if manifest.teacher_sha256 != hash_folder(teacher):
         raise RecipeError(f"{folder} has another teacher than {teacher}; choose another OUTPUT, or delete that folder")

@@ -146,6 +146,11 @@ def test_the_whole_study_and_how_it_goes_on(
 
     monkeypatch.setattr(studies, "distill", lambda *_, **__: pytest.fail("trained again"))
     assert run_study(path, tiny_student, untrained_judge, out) == record
+    older = tmp_path / "out.v1.run/fresh/imagine_flash.json"
+    manifest = json.loads(older.read_text())
+    del manifest["recipe"]["teacher_steps_fall"]  # as before there was that key
+    older.write_text(json.dumps(manifest), encoding="utf-8")
+    train_variant(path, "fresh", tiny_student, out)
     other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
     (other / "README.md").write_text("another teacher", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"fresh has another teacher than .*other; choose another OUTPUT, or delete"):
