@@ -36,7 +36,7 @@ def distance_of(features: np.ndarray, reference: Moments) -> Distance:
 
 def against_teacher(ours: Measured, teacher: Measured, own: Distance, best: Distance) -> dict[str, Any]:
     """With paired 95 % intervals: FD by ratio, fidelity in points; and latents by squared error."""
-    result = {
+    result: dict[str, Any] = {
         "fd_ratio": _with_interval(own.value / best.value, own.draws / best.draws),
         "fidelity_difference": fidelity_difference(ours, teacher),
     }

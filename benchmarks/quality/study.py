@@ -164,11 +164,10 @@ def pairs(
     first: list[Method], rows: list[Method], found: dict[str, Kinds], distances: dict[str, Distance]
 ) -> list[dict[str, Any]]:
     """The study's first variant beside another, where both draw in as many steps: from the same prompts and noises."""
-    same = ((one, other) for one in first for other in rows if one.network_calls == other.network_calls)
+    same = ((a.name, b.name) for a in first for b in rows if a.network_calls == b.network_calls)
     return [
-        {"method": one.name, "than": other.name}
-        | between(*(found[row.name]["seen"] for row in (one, other)), *(distances[row.name] for row in (one, other)))
-        for one, other in same
+        {"method": a, "than": b} | between(found[a]["seen"], found[b]["seen"], distances[a], distances[b])
+        for a, b in same
     ]
 
 
