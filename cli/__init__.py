@@ -45,7 +45,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     serve_command: ("serve --port 8000", "serve --host 0.0.0.0 --api-key-file keys.txt"),
     export_command: ("export runs/student runs/artifact", "export runs/student out --precision fp16 --format tensorrt"),
     models_command: ("models", "models --json"),
-    inspect_command: ("inspect runs/artifact", "inspect runs/artifact --run"),
+    inspect_command: ("inspect", "inspect runs/artifact", "inspect runs/artifact --run"),
     push_command: ("push runs/artifact owner/name --private", "push runs/artifact owner/name --dry-run"),
     build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
     train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),
