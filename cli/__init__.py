@@ -97,6 +97,12 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
+def _value_of(error: Exception) -> str:
+    """The value that a usage error does not name: of one that was read by pydantic."""
+    problems = getattr(error.__cause__, "errors", list)()
+    return f", got {problems[0]['input']!r}" if problems else ""
+
+
 def main() -> None:
     """Run the command line: what a user got wrong is one line on standard error and exit code 2, never a traceback."""
     try:
@@ -114,5 +120,5 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line
             raise
-        code = _fail(f"{error.format_message()} Try --help.")  # type: ignore[attr-defined]
+        code = _fail(f"{error.format_message().rstrip('.')}{_value_of(error)}. Try --help.")  # type: ignore[attr-defined]
     sys.exit(code if isinstance(code, int) else 0)

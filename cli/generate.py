@@ -116,7 +116,8 @@ def generate_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="cpu, cuda or cuda:N; Intel's gpu, gpu:N and npu; directml, coreml; by default what the backend finds.",
+            help="cpu, cuda or cuda:N; onnxruntime's tensorrt, tensorrt:N, directml and coreml; Intel's gpu, gpu:N and npu; by "
+            "default what the backend finds.",
         ),
     ] = "auto",
     precision: Annotated[

@@ -107,6 +107,8 @@ def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_pat
         (["a cat", "-o", "{tmp}/missing/x.png"], "is not a folder; make it first"),
         (["a cat", "-o", "{tmp}/file/x.png"], "is not a folder"),
         (["a cat", "-o", "{tmp}/x.gif"], "must be one of .png"),
+        (["a cat", "-o", "."], "cannot write '.': its ending must be one of .png"),
+        (["a cat", "--lora", "f.safetensors:abc"], "got 'f.safetensors:abc': the weight 'abc' is no number"),
         (["a cat", "-o", "/proc/x.png"], "/proc"),
         (["a cat", "--model", "{tmp}/nowhere"], "nowhere"),
         (["a cat", "--model", "{tmp}/file"], "folder"),
@@ -186,6 +188,10 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
             "any size is a range of sides such as 256-1024, got",
         ),
         (["export", "{student}", "{tmp}/out", "--any-size", "40-96"], "in multiples of 16 for this student, got 40-96"),
+        (["export", "{student}", "{tmp}/out", "--max-error", "nan"], "--max-error must be a number above 0, got nan"),
+        (["export", "{student}", "{tmp}/out", "--min-psnr", "-5"], "--min-psnr must be a number above 0, got -5"),
+        (["cache", "prune", "--days", "abc"], "got 'abc'"),
+        (["serve", "--port", "abc"], "got 'abc'"),
         (["export", "{student}", "{tmp}/out", "--batch", "4-1"], "batch must run upwards"),
         (["export", "{student}", "{tmp}/out", "--precision", "fp8"], "got 'fp8'"),
         (["export", "{student}", "{tmp}/out", "--format", "coreml"], "got 'coreml'"),
@@ -203,6 +209,20 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
         (["distill", "{tmp}/nowhere", "{tmp}/out"], "no folder"),
         (["distill", "{tmp}", "{tmp}/out", "--recipe", "imagine_falsh"], "did you mean 'imagine_flash'"),
         (["distill", "{tmp}", "{tmp}/out", "--prompts", "{tmp}/none.txt"], "one prompt a line"),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--device", "gpu"], "cuda or cuda:N, got 'gpu'"),
+        (
+            ["distill", "{student}", "{tmp}/out", "--plan-memory", "--pictures", "/nope", "--recipe", "add"],
+            "no pictures at /nope",
+        ),
+        (
+            ["distill", "{student}", "{tmp}/out", "--plan-memory", "--prompts", "/nope"],
+            "cannot read prompts from /nope",
+        ),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--start", "/nope"], "there is no folder /nope"),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--font", "/nope"], "no emoji font at /nope"),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--track", "tensorbord"], "no tracker 'tensorbord'"),
+        (["compare", "{tmp}", "{tmp}", "-o", "{tmp}/c"], "is no folder of pictures"),
+        (["study", "/nope.yaml", "-o", "{tmp}/s"], "no study at /nope.yaml"),
         (["train-teacher", "/proc/missing/out"], "cannot make the folder /proc/missing"),
         (["train-teacher", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
         (["train-teacher", "{tmp}/out", "--recipe", "teacher_epsilon"], "give its folder by --start"),
@@ -215,6 +235,12 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
             ["evaluate", "{tmp}", "{tmp}", "--judge", "{tmp}/none", "-o", "{tmp}/e", "--device", "cuda:99"],
             "no 'cuda:99'",
         ),
+        (
+            ["evaluate", "--guidance", "nan", "-o", "{tmp}/e"],
+            "--guidance must be a number above 0, at most 50, got nan",
+        ),
+        (["evaluate", "--guidance", "-1", "-o", "{tmp}/e"], "--guidance must be a number above 0, at most 50, got -1"),
+        (["push", "{artifact}", "noowner", "--dry-run"], "a model of the hub is called OWNER/NAME, got 'noowner'"),
         (["evaluate", "{tmp}", "{tmp}", "--recipe", "judge", "-o", "{tmp}/e"], "unknown key"),
     ],
 )
@@ -337,6 +363,20 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
         "assert not {'torch', 'onnxruntime', 'numpy', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_folders_are_looked_at_before_a_library_is_loaded(tmp_path: Path) -> None:
+    """`compare` loaded CLIP first; `study` waited for torch."""
+    code = (
+        "import sys\nfrom imagine_flash.cli import main\nsys.argv = ['imagine-flash', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert ended.code == 2\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    for arguments in (["compare", tmp_path, tmp_path], ["study", tmp_path / "none.yaml"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0 and done.stderr.startswith("error: "), done.stderr
 
 
 @pytest.mark.parametrize(
