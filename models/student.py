@@ -48,10 +48,9 @@ def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
     options, folder = options or ModelOptions(), Path(model)
     if not folder.exists() and find(str(model)) is None:
         folder = _fetch_unknown(str(model))
-    if _is_ours(folder):
+    if _is_ours(folder) and options.tiny_decoder in (None, NONE) and options.controlnet is None:
         check_left_out(options, str(model))
-        if options.tiny_decoder in (None, NONE) and options.controlnet is None:
-            return folder
+        return folder
     if (folder / ARTIFACT_FILE).is_file():
         what, option = ("decoder", "tiny-decoder") if options.controlnet is None else ("networks", "controlnet")
         raise ArtifactError(f"{folder} was exported with its {what}; export its student again with --{option}")
@@ -59,7 +58,7 @@ def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
 
 
 def check_left_out(options: ModelOptions, name: str) -> None:
-    """Raises ArtifactError for what a model that says itself how it is sampled, called `name`, would not be asked."""
+    """Raises ArtifactError for what would be ignored, since the model called `name` says itself how it is sampled."""
     for field, option in FOREIGN.items():
         value = getattr(options, field)
         if value is None or value is False:
