@@ -20,6 +20,12 @@ class Shown:
     data: bytes
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures' files, sorted; none where there is no such folder."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in there if path.suffix.lower() in PICTURES]
+
+
 def pictures_in(folder: Path) -> dict[str, Shown]:
     """The pictures of a folder by name without ending, with the captions of its metadata.jsonl, where it has one."""
     captions: dict[str, str] = {}
@@ -30,5 +36,4 @@ def pictures_in(folder: Path) -> dict[str, Shown]:
             captions = {Path(row["file_name"]).stem: str(row["text"]) for row in rows}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ImagineFlashError(f"{metadata}: each line must hold file_name and text ({error})") from None
-    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES]
-    return {path.stem: Shown(captions.get(path.stem, ""), path.read_bytes()) for path in files}
+    return {path.stem: Shown(captions.get(path.stem, ""), path.read_bytes()) for path in picture_files(folder)}

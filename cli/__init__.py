@@ -45,7 +45,7 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     serve_command: ("serve --port 8000", "serve --host 0.0.0.0 --api-key-file keys.txt"),
     export_command: ("export runs/student runs/artifact", "export runs/student out --precision fp16 --format tensorrt"),
     models_command: ("models", "models --json"),
-    inspect_command: ("inspect runs/artifact", "inspect runs/artifact --run"),
+    inspect_command: ("inspect", "inspect runs/artifact", "inspect runs/artifact --run"),
     push_command: ("push runs/artifact owner/name --private", "push runs/artifact owner/name --dry-run"),
     build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
     train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),
@@ -97,6 +97,12 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
+def _value_of(error: Exception) -> str:
+    """The value that a usage error does not name: of one that was read by pydantic."""
+    problems = getattr(error.__cause__, "errors", list)()
+    return f", got {problems[0]['input']!r}" if problems else ""
+
+
 def main() -> None:
     """Run the command line: what a user got wrong is one line on standard error and exit code 2, never a traceback."""
     try:
@@ -114,5 +120,5 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line
             raise
-        code = _fail(f"{error.format_message()} Try --help.")  # type: ignore[attr-defined]
+        code = _fail(f"{error.format_message().rstrip('.')}{_value_of(error)}. Try --help.")  # type: ignore[attr-defined]
     sys.exit(code if isinstance(code, int) else 0)

@@ -69,7 +69,8 @@ def _pictures(entry: Path, prompts: Sequence[str], steps: int | None) -> dict[st
     if entry.is_dir() and (found := pictures_in(entry)):
         return found
     if not prompts:
-        raise ImagineFlashError(f"{entry} holds no pictures; a model needs --prompts FILE to draw, one prompt a line")
+        here = "holds no pictures" if entry.exists() else "does not exist here"
+        raise ImagineFlashError(f"{entry} {here}; a model needs --prompts FILE to draw, one prompt a line")
     with Engine.load(ready(entry, ModelOptions(), "auto", steps=steps)) as engine:
         drawn = pictures_drawn(engine, prompts, steps)
         return dict(track(drawn, str(entry), total=len(prompts), console=progress()))
@@ -97,7 +98,11 @@ def _serve(app: object, host: str, port: int) -> None:
 def _say_results(votes: Path) -> None:
     from ..benchmarks.arena.votes import read_votes, summary
 
-    found = summary(read_votes(votes))
+    if not (given := read_votes(votes)):
+        raise ImagineFlashError(
+            f"{votes} {'holds no votes yet' if votes.exists() else 'does not exist; --votes names another'}"
+        )
+    found = summary(given)
     say(
         f"A better {found.wins}, neither {found.ties}, B better {found.losses}: {found.votes} votes of {found.annotators} people"
     )

@@ -141,7 +141,7 @@ def progress() -> Any:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int], None]]:
-    """A progress bar: call it with what is being done and how many such things there are in all."""
+    """A progress bar on a terminal's standard error: call it with what is being done and how many such things there are in all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -151,13 +151,14 @@ def progress_bar() -> Iterator[Callable[[str, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    console = progress()
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
         started = False
 
         def tell(what: str, total: int) -> None:
             nonlocal started
-            progress.update(task, description=what, total=total or None, advance=int(started))
+            bar.update(task, description=what, total=total or None, advance=int(started))
             started = True
 
         yield tell

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.errors import ArtifactError
 from .common import (
     AnySteps,
     Base,
@@ -140,6 +141,9 @@ def export_command(
     from ..pipelines.lora import parse_lora
     from ..pipelines.single_file import unpacked
 
+    for option, limit in {"--min-psnr": min_psnr, "--max-error": max_error}.items():
+        if limit is not None and not limit > 0:
+            raise ArtifactError(f"{option} must be a number above 0, got {limit:g}")
     # names not yet checked
     chosen: dict[str, Any] = {"formats": tuple(formats or ["onnx"]), "precision": precision, "int8": int8}
     options = ExportOptions(

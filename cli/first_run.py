@@ -38,13 +38,16 @@ def ready(
     from ..folders.files import ARTIFACT_FILE, STUDENT_FILE
     from ..folders.reading import read_student_manifest
     from ..models.catalogue import find
-    from ..models.student import student_of
+    from ..models.student import check_left_out, student_of
 
     if model is None:
         if options.tiny_decoder is not None:
             raise ImagineFlashError("the embedded model has one decoder; --tiny-decoder goes with --model")
         if options.controlnet is not None:
             raise ImagineFlashError("the embedded model was exported without one; --controlnet goes with --model")
+        if base is not None:
+            raise ImagineFlashError(f"--base {base}: the embedded model is whole; --base goes with a file as --model")
+        check_left_out(options, "the embedded model")
         return None
     if Path(model).is_file() or base is not None:
         from ..pipelines.single_file import unpacked
@@ -52,9 +55,8 @@ def ready(
         model = unpacked(model, base=base, entry=options.entry)
     given = Path(model)
     is_changed = options.tiny_decoder is not None or options.controlnet is not None
-    if (given / ARTIFACT_FILE).is_file() and not is_changed:
-        return given
-    if (given / STUDENT_FILE).is_file() and not is_changed:
+    if ((given / ARTIFACT_FILE).is_file() or (given / STUDENT_FILE).is_file()) and not is_changed:
+        check_left_out(options, str(model))
         return given  # a student of ours runs in torch, unless it is exported by name
     unknown = options.entry is None and (given.exists() or find(str(model)) is None)
     if steps is not None and options.timesteps is None and (unknown or options.any_steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,8 @@ def generate_command(
         str,
         typer.Option(
             metavar="NAME",
-            help="cpu, cuda or cuda:N; Intel's gpu, gpu:N and npu; directml, coreml; by default what the backend finds.",
+            help="cpu, cuda or cuda:N; onnxruntime's tensorrt, tensorrt:N, directml and coreml; Intel's gpu, gpu:N and npu; by "
+            "default what the backend finds.",
         ),
     ] = "auto",
     precision: Annotated[
@@ -189,7 +191,11 @@ def generate_command(
             pictures = {name: _read(path, size, "L" if name == "mask" else "RGB") for name, path in files.items()}
             request = GenerateRequest(**values, **pictures, **scales)
         result, what = engine.generate(request), engine.describe()
-    for line in [*notes(result, engine.tokenizer.nearest), *guidance_notes(engine.manifest, request.guidance), what]:
+    for line in [
+        *notes(result, engine.tokenizer.nearest, model),
+        *guidance_notes(engine.manifest, request.guidance),
+        what,
+    ]:
         note(line)
     note("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
     _hand_out(result, output, as_json=json_)
@@ -223,16 +229,16 @@ def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def notes(result: GenerateResult, nearest: Callable[[str], list[str]]) -> list[str]:
-    """What the model made of words that it does not know, a line each. nearest: the known words that are spelled like one."""
+def notes(result: GenerateResult, nearest: Callable[[str], list[str]], model: Path | None) -> list[str]:
+    """What the model made of words that it does not know, a line each. nearest: the known words that are spelled like one;
+    model: its folder, None of the embedded one."""
     found = [f"note: read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
     if result.unknown_words:
         words = [
             f"{word} (near: {', '.join(near)})" if (near := nearest(word)) else word for word in result.unknown_words
         ]
-        found.append(
-            f"note: this model has no word for {', '.join(words)}; drawn without; what it knows: imagine-flash inspect"
-        )
+        inspect = shlex.join(["imagine-flash", "inspect", *([] if model is None else [str(model)])])
+        found.append(f"note: this model has no word for {', '.join(words)}; drawn without; what it knows: {inspect}")
     if result.cut:
         found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
     return found

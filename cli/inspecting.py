@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An artifact or a student folder.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="An artifact or a student folder; by default the embedded model."),
+    ] = None,
     run: Annotated[
         bool, flag("--run", help="Draw the artifact's reference pictures here and compare them with torch's.")
     ] = False,
@@ -24,6 +27,10 @@ def inspect_command(
     from ..folders.files import STUDENT_FILE
     from ..folders.reading import read_artifact_manifest, read_student_manifest
 
+    if folder is None:
+        from ..engine.loading import embedded_folder
+
+        folder = embedded_folder()
     if (folder / STUDENT_FILE).is_file():
         if run:
             raise ImagineFlashError(

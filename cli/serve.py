@@ -41,13 +41,19 @@ def serve_command(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="INTEGER", help="0 takes a free one.")] = 8000,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="openvino, onnxruntime or tensorrt; by default the fastest here.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="openvino, onnxruntime or tensorrt; for a student torch, torch-compile or torch-graph; by default the "
+            "fastest here.",
+        ),
     ] = "auto",
     device: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="cpu, cuda or cuda:N; Intel's gpu, gpu:N and npu; directml, coreml; by default what the backend finds.",
+            help="cpu, cuda or cuda:N; onnxruntime's tensorrt, tensorrt:N, directml and coreml; Intel's gpu, gpu:N and npu; by "
+            "default what the backend finds.",
         ),
     ] = "auto",
     precision: Annotated[
@@ -92,7 +98,11 @@ def serve_command(
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
-        typer.Option(metavar="ADDRESS", help="A proxy whose x-forwarded-for says who asks; may be repeated."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="A proxy, or a network of them such as 10.0.0.0/8, whose x-forwarded-for says who asks; * is any; may be "
+            "repeated.",
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,

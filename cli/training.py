@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import ImagineFlashError
 from .common import Device, Font, Output, Quiet, flag, note, progress, say, training, writable
+
+if TYPE_CHECKING:
+    from ..distill.recipe import DistillRecipe
 
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="A built-in recipe or a YAML file.")]
 EmbeddedTeacher = Annotated[
@@ -26,6 +29,7 @@ Track = Annotated[
         help="Also log to tensorboard, wandb, mlflow, aim or another tracker of accelerate; may be repeated.",
     ),
 ]
+MOST_GUIDANCE = 50
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 
 
@@ -113,45 +117,40 @@ def distill_command(
 ) -> None:
     """Distil a teacher into a student of 1, 2 and 3 steps."""
     training()
-    if plan_memory:
-        return _say_memory(teacher, recipe)
-    writable(out, make=True)
+    if not plan_memory:
+        writable(out, make=True)
     from ..distill.data.captioned import picture_source
     from ..distill.data.prompts import read_prompts
     from ..distill.devices import use_device
     from ..distill.methods import load_distill_recipe
-    from ..distill.student import distill
+    from ..distill.student import check_run, distill
 
     settings, texts = load_distill_recipe(recipe), read_prompts(prompts) if prompts else None
     source = picture_source(pictures, columns, buckets)
     use_device(device)
-    how: Any = {
-        "start": start,
-        "start_teacher": start_teacher,
-        "font": font,
-        "console": progress(),
-        "track": track or (),
-        "shared": shard,
-    }
+    how: Any = {"start": start, "start_teacher": start_teacher, "font": font, "track": track or ()}
+    if plan_memory:
+        check_run(settings, texts, source, **how)
+        return _say_memory(teacher, settings, shared=shard)
+    how |= {"console": progress(), "shared": shard}
     distill(teacher, out, settings, prompts=texts, pictures=source, **how)
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")
 
 
-def _say_memory(teacher: Path, recipe: str) -> None:
+def _say_memory(teacher: Path, recipe: DistillRecipe, *, shared: bool) -> None:
     """The parts of a run's memory, one a line, and their sum."""
     from ..distill.devices import use_device
     from ..distill.memory import plan_memory as planned
-    from ..distill.methods import load_distill_recipe
 
     use_device("cpu")
-    plan = planned(teacher, load_distill_recipe(recipe))
+    plan = planned(teacher, recipe)
     lines = {
         "weights that do not train": plan.frozen,
         "weights that train, and their average": plan.trained,
         "moments of the optimiser": plan.moments,
         "activations, gradients and targets": plan.update,
-        "in all": plan.total,
+        "in all, of one process without --shard" if shared else "in all": plan.total,
     }
     for name, count in lines.items():
         say(f"{count / 2**30:8.2f} GiB  {name}")
@@ -233,6 +232,8 @@ def evaluate_command(
     """
     training()
     writable(output)
+    if guidance is not None and not 0 < guidance <= MOST_GUIDANCE:
+        raise ImagineFlashError(f"--guidance must be a number above 0, at most {MOST_GUIDANCE}, got {guidance:g}")
     teacher, student = teacher or _embedded("teacher"), None if teacher_only else student or _embedded("student")
     from rich.console import Console
 
@@ -285,6 +286,11 @@ def compare_command(
     """Measure a student's pictures against its teacher's: FD, KD, precision, recall, CLIP score; for any model."""
     training()
     writable(output)
+    from ..benchmarks.picture_folders import picture_files
+
+    for folder in filter(None, (teacher, student, real)):  # before minutes of loading
+        if not picture_files(folder):
+            raise ImagineFlashError(f"{folder} is no folder of pictures (.png, .jpg, .webp)")
     from ..benchmarks.quality.features import Features
     from ..benchmarks.quality.folders import as_lines, compare_folders
     from ..distill.devices import use_device
@@ -322,6 +328,8 @@ def study_command(
     Students and pictures are kept in OUTPUT.run: the same command goes on with what is not there yet.
     """
     training()
+    if not study.is_file():
+        raise ImagineFlashError(f"no study at {study}; give a YAML file such as those in benchmarks/studies")
     writable(output, make=True)
     from ..benchmarks.quality.study import run_study, train_variant
     from ..benchmarks.quality.tables import quality_as_markdown

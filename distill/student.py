@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +14,7 @@ from ..folders.files import STUDENT_FILE, hash_folder, refuse_foreign
 from ..folders.manifests import StudentManifest
 from ..pipelines.loading import student_folder
 from .data.captioned import PictureSource
+from .data.emoji import find_font
 from .data.latents import encoded_scenes
 from .data.pictures import PictureSet, picture_set
 from .data.prompts import emoji_prompts
@@ -54,13 +56,12 @@ def distill(
     shared: each of several processes keeps a part of the student. Called again after a kill, it goes on where the last
     checkpoint was. Errors: ArtifactError for a folder that is no pipeline, RecipeError for a plan outside the teacher's schedule.
     """
-    check_trackers(track)
     console, out = console or Console(stderr=True), out.resolve()
     if out == teacher_folder.resolve():
         raise ArtifactError(f"{out} is the teacher itself; write the student elsewhere")
     refuse_foreign(out, (STUDENT_FILE,))
-    _check_data(recipe, prompts, pictures)
-    _check_recipe(recipe, start, start_teacher, shared)
+    begins: Any = {"start": start, "start_teacher": start_teacher}
+    check_run(recipe, prompts, pictures, **begins, font=font, track=track, shared=shared)
     folder = student_folder(teacher_folder)
     teacher, teacher_sha256 = load_teacher(folder, recipe).to(processes().device), hash_folder(folder)
     run = out.with_name(out.name + ".run")
@@ -130,6 +131,30 @@ def add_learned(student: torch.nn.Module, before: torch.nn.Module, after: torch.
         )
     for name, value in states[0].items():
         value += (states[2][name].to(value.device) - states[1][name].to(value.device)).to(value.dtype)
+
+
+def check_run(
+    recipe: DistillRecipe,
+    prompts: list[str] | None = None,
+    pictures: PictureSource | None = None,
+    *,
+    start: Path | None = None,
+    start_teacher: Path | None = None,
+    font: Path | None = None,
+    track: Sequence[str] = (),
+    shared: bool = False,
+) -> None:
+    """Raises what `distill` would, of these, before it reads any model or picture."""
+    check_trackers(track)
+    _check_data(recipe, prompts, pictures)
+    _check_recipe(recipe, start, start_teacher, shared)
+    if pictures is not None:
+        pictures.check()
+    if font is not None:
+        find_font(font)
+    for folder in filter(None, (start, start_teacher)):
+        if not student_folder(folder).is_dir():
+            raise ArtifactError(f"there is no folder {folder} to begin with; give a student's, and its teacher's")
 
 
 def _check_recipe(recipe: DistillRecipe, start: Path | None, start_teacher: Path | None, shared: bool) -> None:

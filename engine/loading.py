@@ -105,7 +105,7 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     embedded model. Raises ArtifactError for a folder that is missing, damaged, newer or of another kind,
     MissingExtraError for a backend that is not installed, RequestError for options that the model does not have.
     """
-    folder = _embedded() if path is None else local_folder(path, revision=options.revision)
+    folder = embedded_folder() if path is None else local_folder(path, revision=options.revision)
     is_student = runs_student(options.backend, folder)
     if options.loras and options.route == "sampler":
         raise RequestError("whole-sampler graphs have their weights for good; load the route 'stages' for loras")
@@ -147,7 +147,8 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
             check_backend(options.of_artifacts, folder, manifest, backend_options)
 
 
-def _embedded() -> Path:
+def embedded_folder() -> Path:
+    """That of the embedded model. Raises ArtifactError where it was not installed."""
     if not EMBEDDED.is_dir():
         raise ArtifactError("this installation has no embedded model; give --model PATH or install the wheel")
     return EMBEDDED

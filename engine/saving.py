@@ -18,7 +18,9 @@ IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"
 def image_format(path: Path) -> str:
     """Pillow's name of the format that a file's ending says. Raises ImagineFlashError."""
     if path.suffix.lower() not in IMAGE_FORMATS:
-        raise ImagineFlashError(f"cannot write {path.name!r}: its ending must be one of {', '.join(IMAGE_FORMATS)}")
+        raise ImagineFlashError(
+            f"cannot write {path.name or str(path)!r}: its ending must be one of {', '.join(IMAGE_FORMATS)}"
+        )
     return IMAGE_FORMATS[path.suffix.lower()]
 
 

@@ -11,6 +11,8 @@ from ..core.errors import ArtifactError
 
 NAME = re.compile(r"[\w.+()-][\w .+()-]{0,99}")  # what can be written into a prompt as <lora:NAME:0.8>
 
+WEIGHT = re.compile(r"-?(\d+\.?\d*|\.\d+)")
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -22,13 +24,15 @@ class Lora:
 
 def parse_lora(text: str) -> Lora:
     """ "style.safetensors" or "style.safetensors:0.8" -> the LoRA and its weight. Raises ArtifactError."""
-    found = re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", text.strip())
-    try:
-        if found is None:
-            raise ValueError
-        return Lora(found[1], float(found[2] or 1.0))
-    except ValueError:
-        raise ArtifactError(f"a LoRA is PATH or PATH:WEIGHT such as style.safetensors:0.8, got {text!r}") from None
+    path, weight = re.fullmatch(r"(.*?)(?::([^:/\\]*))?", text.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    if weight is not None and weight.endswith(".safetensors"):
+        path, weight = text.strip(), None  # a colon in the file's name
+    wrong = "" if path else ": there is no path"
+    if weight is not None and not re.fullmatch(WEIGHT, weight):
+        wrong = f": the weight {weight!r} is no number"
+    if wrong:
+        raise ArtifactError(f"a LoRA is PATH or PATH:WEIGHT such as style.safetensors:0.8, got {text!r}{wrong}")
+    return Lora(path, float(weight or 1.0))
 
 
 def parse_named(texts: Iterable[str]) -> dict[str, Lora]:

@@ -22,8 +22,7 @@ def push_to_hub(folder: Path, name: str, *, private: bool = False, revision: str
     private: of a repository that is made. revision: a branch, which must exist; None is main. Raises ArtifactError,
     MissingExtraError.
     """
-    if not HUB_ID.fullmatch(name):
-        raise ArtifactError(f"a model of the hub is called OWNER/NAME, got {name!r}")
+    _check_name(name)
     try:
         hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError:
@@ -49,8 +48,15 @@ def push_to_hub(folder: Path, name: str, *, private: bool = False, revision: str
     return address
 
 
+def _check_name(name: str) -> None:
+    if not HUB_ID.fullmatch(name):
+        raise ArtifactError(f"a model of the hub is called OWNER/NAME, got {name!r}")
+
+
 def model_card(manifest: ArtifactManifest, name: str) -> str:
-    """Markdown with the hub's metadata; what it says stands in the manifest. name: what the model is called on the hub."""
+    """Markdown with the hub's metadata; what it says stands in the manifest. name: what the model is called on the hub.
+    Raises ArtifactError for a name that none could have."""
+    _check_name(name)
     hub = import_module("huggingface_hub")
     base = manifest.sources.get("weights", "")
     base = base if HUB_ID.fullmatch(base) else ""  # a path of the machine that exported it is nobody's business

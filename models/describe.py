@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+
+from pydantic import model_validator
 
 from ..core.checked import Checked
 from ..core.diffusers_samplers import plan_of, sampler_of
@@ -23,6 +25,7 @@ from .files import NETWORKS, read_pipeline
 
 OPTION, STUDENT, SCHEDULER = "option", STUDENT_FILE, "the scheduler's config"
 NONE, FULL_DECODER = "none", "the model's own"
+MOST_GUIDANCE = 50
 LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline takes where nobody says another
 
 
@@ -57,6 +60,16 @@ class ModelOptions(Checked):
     tiny_decoder: str | None = None
     prefer_tiny: bool = False
     controlnet: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        if self.entry is not None:
+            entry_called(self.entry)
+        if self.prediction is not None:
+            check_prediction_type(self.prediction)
+        if self.guidance is not None and not 0 <= self.guidance <= MOST_GUIDANCE:
+            raise ValueError(f"guidance must be a number from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +202,6 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
     """What the options change. Without plans, from the scheduler's class or evenly spaced ones where a sampler was named."""
     changed: dict[str, Any] = {}
     if options.prediction is not None:
-        check_prediction_type(options.prediction)
         changed["prediction_type"] = options.prediction
     if options.sampler is not None:
         changed["sampler"] = Sampler(kind=options.sampler)

@@ -30,6 +30,14 @@ PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not wh
 HALF_VARIANT = ".fp16"
 FULL = tuple(f"*/{stem}{rest}.safetensors" for stem in WEIGHTS.values() for rest in ("", "-*-of-*"))
 NON_EMA = "*.non_ema.safetensors"
+FOREIGN = {  # fields of ModelOptions that say what a model of ours says itself, and their options
+    "entry": "--as",
+    "timesteps": "--timesteps",
+    "sampler": "--sampler",
+    "prediction": "--prediction",
+    "any_steps": "--any-steps",
+    "guidance": "--guidance",
+}
 
 
 def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
@@ -41,11 +49,24 @@ def student_of(model: str | Path, options: ModelOptions | None = None) -> Path:
     if not folder.exists() and find(str(model)) is None:
         folder = _fetch_unknown(str(model))
     if _is_ours(folder) and options.tiny_decoder in (None, NONE) and options.controlnet is None:
+        check_left_out(options, str(model))
         return folder
     if (folder / ARTIFACT_FILE).is_file():
         what, option = ("decoder", "tiny-decoder") if options.controlnet is None else ("networks", "controlnet")
         raise ArtifactError(f"{folder} was exported with its {what}; export its student again with --{option}")
     return write_student(describe(model, options, fetch=_fetch))
+
+
+def check_left_out(options: ModelOptions, name: str) -> None:
+    """Raises ArtifactError for what would be ignored, since the model called `name` says itself how it is sampled."""
+    for field, option in FOREIGN.items():
+        value = getattr(options, field)
+        if value is None or value is False:
+            continue
+        typed = "" if value is True else f" {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        raise ArtifactError(
+            f"{option}{typed}: {name} says itself how it is sampled; leave the option out, it is for models without {STUDENT_FILE}"
+        )
 
 
 def _is_ours(folder: Path) -> bool:

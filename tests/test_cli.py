@@ -107,6 +107,8 @@ def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_pat
         (["a cat", "-o", "{tmp}/missing/x.png"], "is not a folder; make it first"),
         (["a cat", "-o", "{tmp}/file/x.png"], "is not a folder"),
         (["a cat", "-o", "{tmp}/x.gif"], "must be one of .png"),
+        (["a cat", "-o", "."], "cannot write '.': its ending must be one of .png"),
+        (["a cat", "--lora", "f.safetensors:abc"], "got 'f.safetensors:abc': the weight 'abc' is no number"),
         (["a cat", "-o", "/proc/x.png"], "/proc"),
         (["a cat", "--model", "{tmp}/nowhere"], "nowhere"),
         (["a cat", "--model", "{tmp}/file"], "folder"),
@@ -186,12 +188,19 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
             "any size is a range of sides such as 256-1024, got",
         ),
         (["export", "{student}", "{tmp}/out", "--any-size", "40-96"], "in multiples of 16 for this student, got 40-96"),
+        (["export", "{student}", "{tmp}/out", "--max-error", "nan"], "--max-error must be a number above 0, got nan"),
+        (["export", "{student}", "{tmp}/out", "--min-psnr", "-5"], "--min-psnr must be a number above 0, got -5"),
+        (["cache", "prune", "--days", "abc"], "got 'abc'"),
+        (["serve", "--port", "abc"], "got 'abc'"),
         (["export", "{student}", "{tmp}/out", "--batch", "4-1"], "batch must run upwards"),
         (["export", "{student}", "{tmp}/out", "--precision", "fp8"], "got 'fp8'"),
         (["export", "{student}", "{tmp}/out", "--format", "coreml"], "got 'coreml'"),
         (["export", "{student}", "{tmp}/out", "--format", "openvino", "--precision", "bf16"], "takes precision fp32"),
         (["export", "{student}", "{tmp}/out", "--steps", "4"], "steps must be 1, 2 or 3, got 4"),
         (["export", "{student}", "{tmp}/out", "--check-prompts", "{tmp}/none.txt"], "cannot read the prompts"),
+        (["export", "{student}", "{tmp}/out", "--guidance", "3"], "--guidance 3.0: {student} says itself"),
+        (["export", "{student}", "{tmp}/out", "--guidance", "-3"], "guidance must be a number from 0 to 50, got -3"),
+        (["export", "{student}", "{tmp}/out", "--guidance", "nan"], "guidance must be a number from 0 to 50, got nan"),
         (["export", "{student}", "{tmp}/out", "--tiny-decoder", "{tmp}/none"], "is no AutoencoderTiny"),
         (["inspect", "{tmp}"], "empty"),
         (["inspect", "{student}", "--run"], "is a student; --run draws with an artifact"),
@@ -200,6 +209,20 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
         (["distill", "{tmp}/nowhere", "{tmp}/out"], "no folder"),
         (["distill", "{tmp}", "{tmp}/out", "--recipe", "imagine_falsh"], "did you mean 'imagine_flash'"),
         (["distill", "{tmp}", "{tmp}/out", "--prompts", "{tmp}/none.txt"], "one prompt a line"),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--device", "gpu"], "cuda or cuda:N, got 'gpu'"),
+        (
+            ["distill", "{student}", "{tmp}/out", "--plan-memory", "--pictures", "/nope", "--recipe", "add"],
+            "no pictures at /nope",
+        ),
+        (
+            ["distill", "{student}", "{tmp}/out", "--plan-memory", "--prompts", "/nope"],
+            "cannot read prompts from /nope",
+        ),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--start", "/nope"], "there is no folder /nope"),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--font", "/nope"], "no emoji font at /nope"),
+        (["distill", "{student}", "{tmp}/out", "--plan-memory", "--track", "tensorbord"], "no tracker 'tensorbord'"),
+        (["compare", "{tmp}", "{tmp}", "-o", "{tmp}/c"], "is no folder of pictures"),
+        (["study", "/nope.yaml", "-o", "{tmp}/s"], "no study at /nope.yaml"),
         (["train-teacher", "/proc/missing/out"], "cannot make the folder /proc/missing"),
         (["train-teacher", "{tmp}/out", "--recipe", "imagine_flash"], "unknown key"),
         (["train-teacher", "{tmp}/out", "--recipe", "teacher_epsilon"], "give its folder by --start"),
@@ -212,6 +235,12 @@ def test_generate_refuses_a_damaged_model(damage: str, tiny_artifact: Path, tmp_
             ["evaluate", "{tmp}", "{tmp}", "--judge", "{tmp}/none", "-o", "{tmp}/e", "--device", "cuda:99"],
             "no 'cuda:99'",
         ),
+        (
+            ["evaluate", "--guidance", "nan", "-o", "{tmp}/e"],
+            "--guidance must be a number above 0, at most 50, got nan",
+        ),
+        (["evaluate", "--guidance", "-1", "-o", "{tmp}/e"], "--guidance must be a number above 0, at most 50, got -1"),
+        (["push", "{artifact}", "noowner", "--dry-run"], "a model of the hub is called OWNER/NAME, got 'noowner'"),
         (["evaluate", "{tmp}", "{tmp}", "--recipe", "judge", "-o", "{tmp}/e"], "unknown key"),
     ],
 )
@@ -219,8 +248,54 @@ def test_the_other_commands_refuse(
     arguments: list[str], says: str, tiny_artifact: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
     places = {"tmp": tmp_path, "artifact": tiny_artifact, "student": tiny_student}
-    assert says in fails(*(a.format(**places) for a in arguments))
+    assert says.format(**places) in fails(*(a.format(**places) for a in arguments))
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_a_progress_bar_is_not_on_standard_output(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was: a picture piped there by the first `generate` of a model was broken, and a path had an empty line before it."""
+    from imagine_flash.cli import common
+
+    done = run("build-tensorrt", tiny_artifact)
+    assert done.returncode == 2 and done.stdout == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # as on a terminal
+        for quiet in (False, True):
+            patch.setattr(common, "_quiet", quiet)
+            with common.progress_bar() as tell:
+                tell("export", 2)
+                tell("check", 2)
+            said = capsys.readouterr()
+            assert said.out == "" and ("check" in said.err) != quiet
+
+
+OWN = "says itself how it is sampled; leave the option out, it is for models without imagine_flash.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--timesteps", "900,400,100", "--any-steps"], f"--timesteps 900,400,100: {{}} {OWN}"),
+        (["--sampler", "renoise"], f"--sampler renoise: {{}} {OWN}"),
+        (["--prediction", "epsilon"], f"--prediction epsilon: {{}} {OWN}"),
+        (["--as", "sd-turbo"], f"--as sd-turbo: {{}} {OWN}"),
+        (["--as", "sd-trubo"], "the catalogue has no 'sd-trubo'; did you mean 'sd-turbo'?"),
+        (["--prediction", "epsilom"], "got 'epsilom'; did you mean 'epsilon'?"),
+        (["--any-steps"], f"--any-steps: {{}} {OWN}"),
+        (["--base", "/nope"], "--base"),
+    ],
+)
+@pytest.mark.parametrize("model", ["embedded", "artifact", "student", "export"])
+def test_what_a_model_of_ours_says_itself_is_not_asked(
+    model: str, arguments: list[str], says: str, tiny_artifact: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    """All of it was ignored, and the usual picture drawn."""
+    folder = tiny_artifact if model == "artifact" else tiny_student
+    given = ["generate", "a fox", "--steps", "3", "-o", tmp_path / "fox.png"]
+    given += [] if model == "embedded" else ["--model", folder]
+    given = ["export", folder, tmp_path / "out"] if model == "export" else given
+    assert says.format("the embedded model" if model == "embedded" else folder) in fails(*given, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_makes_the_folder_that_it_writes_to(tmp_path):
@@ -233,6 +308,17 @@ def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> 
     said = run("inspect", tiny_artifact).stdout
     assert "sampler_3.onnx" in said and "against torch" in said
     assert "noise_correction" in run("inspect", tiny_student).stdout
+
+
+def test_what_a_model_draws_is_said_by_the_command_that_a_note_names(tiny_artifact: Path, tmp_path: Path) -> None:
+    for model in (None, tiny_artifact):
+        given = [] if model is None else ["--model", model]
+        noted = run("generate", "a zzebrraa", *given, "-o", tmp_path / "x.png").stderr
+        command = noted.partition("what it knows: imagine-flash ")[2].splitlines()[0].split()
+        assert command == ["inspect", *map(str, given[1:])]
+        done = run(*command)
+        assert done.returncode == 0 and " words: " in done.stdout
+    assert "name: emoji-scenes\n" in run("inspect").stdout
 
 
 def test_inspect_draws_the_reference_pictures(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -253,7 +339,7 @@ def test_inspect_draws_the_reference_pictures(tiny_artifact: Path, tmp_path: Pat
 def test_a_failing_export_exits_with_3_and_shows_the_pictures(tiny_student: Path, tmp_path: Path) -> None:
     short = ("--steps", "1", "--batch", "1", "--no-image-encoder")
     done = run("export", tiny_student, tmp_path / "out", "--min-psnr", "99", *short)
-    assert done.returncode == 3, done
+    assert done.returncode == 3 and not done.stdout, done
     assert "have a PSNR of" in done.stderr and "seed" in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.parity"]
     shown = {path.suffix for path in (tmp_path / "out.parity").iterdir()}
@@ -277,6 +363,20 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
         "assert not {'torch', 'onnxruntime', 'numpy', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_folders_are_looked_at_before_a_library_is_loaded(tmp_path: Path) -> None:
+    """`compare` loaded CLIP first; `study` waited for torch."""
+    code = (
+        "import sys\nfrom imagine_flash.cli import main\nsys.argv = ['imagine-flash', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert ended.code == 2\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    for arguments in (["compare", tmp_path, tmp_path], ["study", tmp_path / "none.yaml"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0 and done.stderr.startswith("error: "), done.stderr
 
 
 @pytest.mark.parametrize(

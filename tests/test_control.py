@@ -77,7 +77,7 @@ def test_export_and_generate_from_the_artifact(made: Path, tmp_path: Path) -> No
     out = tmp_path / "artifact"
     short = ("--batch", "1", "--steps", "1", "--no-image-encoder")
     done = run("export", made / "student", out, "--controlnet", made / "canny", *short)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout == f"{out}\n", done
     assert json.loads((out / "manifest.json").read_text())["control"] == "ControlNetModel"
     asked = ("generate", "a cat", "--model", out, "--condition", made / "edges.png", "-o", tmp_path / "cat.png")
     assert run(*asked).returncode == 0

@@ -70,10 +70,18 @@ class PictureSource:
                 text = path.with_suffix(".txt")
                 yield Captioned(str(path), path, _caption_of(text.read_bytes(), text, names) if text.is_file() else "")
         else:
-            raise ImagineFlashError(
-                f"no pictures at {self.place}; give a folder of {', '.join(PICTURES)} with metadata.jsonl or NAME.txt "
-                "beside NAME.jpg, WebDataset tars, a folder of Hugging Face's datasets, or a hub id (owner/name)"
-            )
+            raise self._nothing()
+
+    def check(self) -> None:
+        """ImagineFlashError where there is nothing; a set of the hub's is not asked for."""
+        if not self.files() and not _is_hub_id(self.place):
+            raise self._nothing()
+
+    def _nothing(self) -> ImagineFlashError:
+        return ImagineFlashError(
+            f"no pictures at {self.place}; give a folder of {', '.join(PICTURES)} with metadata.jsonl or NAME.txt "
+            "beside NAME.jpg, WebDataset tars, a folder of Hugging Face's datasets, or a hub id (owner/name)"
+        )
 
 
 def picture_source(place: str | None, columns: str | None = None, buckets: bool = False) -> PictureSource | None:

@@ -26,6 +26,10 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
 }
 PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "directml": "onnxruntime-directml"}
+INSTALLS = {  # never beside onnxruntime, which is the same Python module
+    "onnxruntime-gpu": "pip install 'imagine-flash[cuda]', in a checkout '.[cuda]'",
+    "onnxruntime-directml": "pip install onnxruntime-directml",
+}
 NVIDIA = ("cuda", "tensorrt")  # where arrays stay on the device
 UNCAPTURED = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
 
@@ -57,7 +61,7 @@ def find_device(library: Any, device: str) -> tuple[str, str, int]:
     if PROVIDERS[kind] not in there:
         way = "take a build of it that has (macOS)"
         if kind in PACKAGES:
-            way = f"pip uninstall onnxruntime and pip install {PACKAGES[kind]}"
+            way = f"{PACKAGES[kind]} has it, in a fresh environment: {INSTALLS[PACKAGES[kind]]}"
         raise ArtifactError(
             f"this onnxruntime has no {PROVIDERS[kind]} for the device {device!r}; {way}, or take the device cpu"
         )

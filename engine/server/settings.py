@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from ..loading import LoadOptions, check_loading
 SHORTEST_KEY = 16  # characters
 KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
 ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+EVERYBODY = "*"
 DEFAULT_PORT = {"http": 80, "https": 443}  # which browsers leave out
 
 
@@ -45,6 +47,19 @@ def _quota(given: str | None) -> str | None:
         except ValueError:
             raise ValueError("must be NUMBER/minute, /hour or /day, several with ; between them") from None
     return given
+
+
+def _proxy(given: str) -> str:
+    """As uvicorn compares it: an address, or a network without the bits of a host."""
+    if given == EVERYBODY:
+        return given
+    try:
+        network = ipaddress.ip_network(given, strict=False)
+    except ValueError:
+        raise ValueError(
+            f"must be an address such as 127.0.0.1, a network such as 10.0.0.0/8, or {EVERYBODY}"
+        ) from None
+    return str(network) if "/" in given else given
 
 
 Quota = Annotated[str | None, AfterValidator(_quota)]
@@ -84,7 +99,7 @@ class ServerSettings(Checked):
     "NAME=PATH". max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
-    trusted_proxy: addresses of proxies whose x-forwarded-for says who asks.
+    trusted_proxy: addresses or networks of proxies whose x-forwarded-for says who asks; "*" is anybody's.
     alias: further names of the model. image_urls: whether response_format=url gives an address of this server, where the picture
     is for an hour, or a data: URL.
     timeout: seconds that a request may take; body_timeout: until all of it is here. max_body: bytes of a JSON request;
@@ -112,7 +127,7 @@ class ServerSettings(Checked):
     api_keys: tuple[ApiKey, ...] = ()
     quota: Quota = None
     allow_origin: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
-    trusted_proxy: tuple[str, ...] = ()
+    trusted_proxy: tuple[Annotated[str, AfterValidator(_proxy)], ...] = ()
     alias: tuple[str, ...] = ()
     image_urls: Literal["stored", "data"] = "stored"
     timeout: float = Field(default=60.0, gt=0, le=3600)

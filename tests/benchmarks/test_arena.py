@@ -111,6 +111,8 @@ def test_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
     done = run("arena", a, b, "--votes", votes, "--results")
     assert done.returncode == 0 and "A better 3, neither 0, B better 0: 3 votes of 1 people" in done.stdout
     (tmp_path / "empty").mkdir()
+    assert "nope does not exist here; a model needs --prompts" in fails("arena", tmp_path / "nope", b, "--votes", votes)
+    assert "none.jsonl does not exist" in fails("arena", a, b, "--votes", tmp_path / "none.jsonl", "--results")
     assert "holds no pictures; a model needs --prompts" in fails("arena", a, tmp_path / "empty", "--votes", votes)
     votes.write_text('{"key": 1}\n', encoding="utf-8")
     assert "line 1 is no vote" in fails("arena", a, b, "--votes", votes)

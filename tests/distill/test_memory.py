@@ -68,5 +68,7 @@ def test_the_command_says_it_and_writes_nothing(teacher: Path, tmp_path: Path) -
     recipe.write_text(json.dumps({**QUICK, "fit": {**FIT, "accumulate": 4}}), encoding="utf-8")
     done = run("distill", teacher, tmp_path / "new" / "student", "--plan-memory", "--recipe", recipe)
     assert done.returncode == 0 and list(tmp_path.iterdir()) == [recipe]
+    shared = run("distill", teacher, tmp_path / "student", "--plan-memory", "--recipe", recipe, "--shard")
+    assert shared.stdout == done.stdout.replace("in all", "in all, of one process without --shard")
     sizes = [float(line.split(" GiB ")[0]) for line in done.stdout.splitlines()]
     assert len(sizes) == 5 and sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.03)

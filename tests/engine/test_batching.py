@@ -288,7 +288,7 @@ def test_padding_changes_nothing(tiny_artifact: Path) -> None:
         ({"device": "directml"}, ArtifactError, "no DmlExecutionProvider.*pip install onnxruntime-directml"),
         ({"device": "coreml"}, ArtifactError, "no CoreMLExecutionProvider.*take the device cpu"),
         ({"backend": "onnxruntime", "device": "gpu"}, ArtifactError, "device must be auto, cpu, cuda.*got 'gpu'"),
-        ({"device": "cuda:1"}, ArtifactError, "no CUDAExecutionProvider.*onnxruntime-gpu"),
+        ({"device": "cuda:1"}, ArtifactError, "no CUDAExecutionProvider.*onnxruntime-gpu.*fresh environment: .*cuda]"),
     ],
 )
 def test_what_cannot_be_loaded(tiny_artifact: Path, values: dict, error: type, message: str) -> None:

@@ -25,6 +25,9 @@ def test_a_name_goes_before_the_path_and_a_weight_behind() -> None:
         (["=x"], r"a LoRA's name has .*got ''; NAME=PATH gives one"),
         (["a" * 101 + "=x"], r"a LoRA's name has up to 100"),
         (["a="], r"a LoRA is PATH or PATH:WEIGHT"),
+        (["x.safetensors:abc"], r"got 'x\.safetensors:abc': the weight 'abc' is no number"),
+        (["owner/name:nan"], r"the weight 'nan' is no number"),
+        (["x.safetensors:"], r"the weight '' is no number"),
         (["a=x:1.2.3"], r"a LoRA is PATH or PATH:WEIGHT such as .*got 'x:1\.2\.3'"),
     ],
 )

@@ -147,6 +147,7 @@ def test_what_cannot_be_served(tiny_artifact: Path, tmp_path: Path) -> None:
         (["--api-key-file", tmp_path / "empty"], "holds no key"),
         (["--api-key-file", tmp_path / "short"], "key 1 of"),
         (["--api-key-file", tmp_path / "base64"], "make one with: openssl rand -hex 32"),
+        (["--trusted-proxy", "bogus"], "--trusted-proxy: must be an address such as 127.0.0.1, a network"),
         (["--allow-origin", "example.org"], f"{ORIGIN} 'example.org'"),
         (["--allow-origin", "https://example.org", "--allow-origin", "*"], f"{ORIGIN} '*'"),
     ):
@@ -220,6 +221,15 @@ def test_what_ray_cannot_serve(tiny_artifact: Path) -> None:
     ):
         line = run("--ray", "--model", tiny_artifact, "--port", "0", *options, RAY_ADDRESS=address)
         assert says in line, line
+
+
+def test_a_proxy_is_an_address_or_a_network() -> None:
+    """With bits of a host, a network was compared as a name, which nobody has."""
+    given = ("127.0.0.1", "::1", "10.1.2.3/8", "192.168.0.0/16")
+    assert ServerSettings(trusted_proxy=given).trusted_proxy == ("127.0.0.1", "::1", "10.0.0.0/8", "192.168.0.0/16")
+    assert ServerSettings(trusted_proxy="*").trusted_proxy == ("*",)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"trusted_proxy: must be an address .*, got '10\.0\.0\.0/99'"):
+        ServerSettings(trusted_proxy=("10.0.0.0/99",))
 
 
 def test_a_settings_file_has_the_options_names(tmp_path: Path) -> None:
