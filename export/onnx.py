@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import gc
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +151,7 @@ def _export(
     is_free = (
         sides is not None
     )  # then diffusers' question, whether there are more than 2^31 elements, has no one answer
-    with quiet(), torch.inference_mode(), uncollected():
+    with quiet(), torch.inference_mode():
         # not left to torch.onnx, whose own settings of torch.export lose that PixArt's inputs share their batch
         exported = torch.export.export(
             module.eval(),
@@ -181,19 +179,6 @@ def _export(
     for value in (*stage.graph.input, *stage.graph.output):
         _name_axes(value, {0: BATCH, **(sides.names(value.name, shapes[value.name]) if sides else {})})
     return stage
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No cyclic garbage collection: of tracing's many objects none dies early, and looking at all of them took a tenth of its
-    time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _name_axes(value: onnx.ValueInfoProto, names: Mapping[int, str]) -> None:
