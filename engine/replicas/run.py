@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,12 +44,14 @@ try:
     import ray
     from ray import serve
     from ray.exceptions import RayError
+    from ray.serve.schema import ProxyStatus
 except ImportError:
     raise missing_extra("ray", "ray") from None
 
 from .application import NAME, QUIET, deployment  # noqa: E402
 
 CONNECT_TIMEOUT = 3  # seconds, until somebody answers at RAY_ADDRESS
+PROXY_TIMEOUT = 180  # seconds that Serve's proxies get after the minute that Ray itself gives them
 PER_REPLICA = 16  # requests and open WebSockets of a replica, above which another is started
 
 
@@ -156,6 +159,20 @@ def _ray(host: str, port: int) -> Iterator[None]:
             ends.callback(serve.shutdown)  # the cluster stays
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=QUIET)
+        except TimeoutError:
+            wait_for_proxies(PROXY_TIMEOUT)
         except RayError as error:
             raise EngineError(f"Ray's proxies do not start: {str(error).splitlines()[0]}") from None
         yield
+
+
+def wait_for_proxies(seconds: float) -> None:
+    """Until one answers: on a busy machine Ray starts those anew that were late. Raises EngineError."""
+    limit = time.monotonic() + seconds
+    while ProxyStatus.HEALTHY not in (states := serve.status().proxies).values():
+        if time.monotonic() > limit:
+            said = ", ".join(sorted({state.value.lower() for state in states.values()})) or "there is none"
+            raise EngineError(
+                f"Ray's proxies do not start within {60 + seconds:g} s ({said}): is the machine overloaded?"
+            )
+        time.sleep(0.5)

@@ -13,6 +13,7 @@ MODULE = "imagine_flash.benchmarks.full_size.export"
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_record_of_an_export(tmp_path: Path) -> None:
     """In a folder of its own it looked for the tokenizer and the checkout one level too low."""
     out = tmp_path / "tiny.json"

@@ -26,6 +26,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_every_kernel_is_measured_against_its_baselines(measured: Path) -> None:
     record = read_record(measured.with_suffix(".json"))
     assert [row.case["kernel"] for row in record.rows] == ["update", "to_image", "group_norm_silu"]
@@ -39,6 +40,7 @@ def test_every_kernel_is_measured_against_its_baselines(measured: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_report_replaces_the_table_and_nothing_else(measured: Path, tmp_path: Path) -> None:
     document = tmp_path / "kernels.md"
     document.write_text("# Title\n\n<!-- bench:kernels -->\nold\n<!-- /bench -->\n\nend\n")

@@ -74,6 +74,7 @@ def test_what_was_measured_before_an_error_is_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_command_measures_what_strangers_do(tiny_artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "serve"

@@ -179,7 +179,7 @@ def test_they_draw_what_diffusers_draws(model_of: Callable[[str], Model], kind: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.weekly] * (k != "sd15")) for k in TARGETS])
 def test_an_artifact_draws_with_them_what_torch_does(
     model_of: Callable[[str], Model], kind: str, tmp_path: Path
 ) -> None:

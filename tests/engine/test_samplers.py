@@ -125,7 +125,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["told", "scaled"])
+@pytest.mark.parametrize("name", ["told", pytest.param("scaled", marks=pytest.mark.weekly)])
 def test_exports_take_the_noises_as_inputs(students: dict[str, Path], told: Path, tmp_path: Path, name: str) -> None:
     """Torch, both backends and both routes draw the same; a scale that the network is told is an input like the noises."""
     from imagine_flash.export import ExportOptions, export_student

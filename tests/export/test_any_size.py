@@ -33,7 +33,10 @@ RANGE = AnySize(smallest=32, largest=96, multiple=16)
 SIZES = ((64, 64), (32, 96), (80, 48), (96, 96))  # height, width
 BACKENDS = ("onnxruntime", *(["openvino"] if find_spec("openvino") else []))
 PROMPT = "a fox on a pink background"
-CONTROLLED = (("sd15", "controlnet"), ("sdxl", "adapter"))  # models that draw under a conditioning picture
+CONTROLLED = (  # models that draw under a conditioning picture
+    pytest.param("sd15", "controlnet"),
+    pytest.param("sdxl", "adapter", marks=pytest.mark.weekly),
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def test_every_size_is_drawn_as_diffusers_and_torch_draw_it(
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_sizes_are_refused_in_one_line(model_of: Any, backend: str) -> None:
-    artifact = model_of(*CONTROLLED[0]).artifact
+    artifact = model_of("sd15", "controlnet").artifact
     with Engine.load(artifact, backend=backend) as engine:
         for size, near in (((72, 64), "64x64"), ((16, 64), "96x32"), ((128, 64), "48x96"), ((8, 8), "32x32")):
             message = f"this engine draws sides of 32 to 96 in multiples of 16, got {size[1]}x{size[0]}; try {near}"
@@ -161,7 +164,7 @@ def test_other_sizes_are_refused_in_one_line(model_of: Any, backend: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", (*BACKENDS, "on device"))
 def test_loras_are_swapped_at_any_size(model_of: Any, backend: str, tmp_path: Path) -> None:
-    model = model_of(*CONTROLLED[0])
+    model = model_of("sd15", "controlnet")
     lora = {"pixel": str(write_lora(tmp_path / "lora", architectures.DRAWN["sd15"](), {"unet": ATTENTION}, seed=1))}
     with (
         load(model.artifact, backend, loras=lora) as engine,
@@ -175,6 +178,7 @@ def test_loras_are_swapped_at_any_size(model_of: Any, backend: str, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_eight_bits_of_any_size(tiny_student: Path, tmp_path: Path) -> None:
     """Calibrated at one size, judged at three, and drawn at others."""
     pytest.importorskip("openvino", reason="reads the graphs that are quantised")

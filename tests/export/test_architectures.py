@@ -138,7 +138,17 @@ def test_latents_are_unscaled_as_the_class_does(kind: str, heeded: tuple[str, ..
         torch.testing.assert_close(back + shift, encoded)
 
 
-@pytest.fixture(scope="module", params=[kind for kind in architectures.DRAWN if kind not in ("sd15", "sd21")])
+EXPECTED = {
+    "sdxl": "StableDiffusionXL",
+    "sd3": "StableDiffusion3",
+    "pixart": "PixArtAlpha",
+    "flux": "Flux",
+    "sana": "SanaSprint",
+}
+KINDS = [pytest.param(kind, marks=[pytest.mark.weekly] * (kind in ("flux", "sana"))) for kind in EXPECTED]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     student = architectures.build_student(request.param, folder / "student")
@@ -152,14 +162,7 @@ def exported(request, tmp_path_factory):
 @pytest.mark.slow
 def test_every_class_passes_the_gate(exported) -> None:
     kind, _, manifest, _ = exported
-    expected = {
-        "sdxl": "StableDiffusionXL",
-        "sd3": "StableDiffusion3",
-        "pixart": "PixArtAlpha",
-        "flux": "Flux",
-        "sana": "SanaSprint",
-    }
-    assert manifest.pipeline == f"{expected[kind]}Pipeline"
+    assert manifest.pipeline == f"{EXPECTED[kind]}Pipeline"
     assert max(figures["m"] for name, figures in manifest.parity.items() if name == "denoiser") <= 1e-4
     assert all(figures["images"] <= 1 for figures in manifest.parity.values() if "images" in figures)
     assert manifest.graphs["denoiser"].nodes["Attention"] > 0
@@ -169,6 +172,7 @@ def test_every_class_passes_the_gate(exported) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("kind", "precision"), [*((kind, "fp16") for kind in ("sdxl", "sd3", "pixart", "flux", "sana")), ("sana", "bf16")]
 )

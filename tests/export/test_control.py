@@ -37,7 +37,10 @@ def build(base: str, kind: str, folder: Path) -> Path:
         return student_of(folder / "base", options)
 
 
-@pytest.fixture(scope="module", params=[("sd15", "controlnet"), ("sdxl", "adapter")], ids=" ".join)
+MODELS = [("sd15", "controlnet"), pytest.param(("sdxl", "adapter"), marks=pytest.mark.weekly)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=" ".join)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     base, kind = request.param
     folder = tmp_path_factory.mktemp(base)
@@ -104,6 +107,7 @@ def test_the_runtime_draws_what_diffusers_and_torch_draw(exported: Any, backend:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_half_precision_passes_the_gate(tmp_path: Path) -> None:
     student = build("sd15", "controlnet", tmp_path)
     options = ExportOptions(precision="fp16", steps=(1,), batch=(1, 1), image_encoder=False)

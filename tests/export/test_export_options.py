@@ -17,7 +17,7 @@ from imagine_flash.tests import pipelines
 ONE = {"steps": (2,), "batch": (1, 2)}
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16"])
+@pytest.fixture(scope="module", params=["fp16", pytest.param("bf16", marks=pytest.mark.weekly)])
 def lowered(request, tiny_student, once_a_run):
     options = ExportOptions(precision=request.param, formats=("onnx", "tensorrt"), **ONE)
     folder = once_a_run(request.param, lambda out: export_student(tiny_student, out, options=options))

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
-from imagine_flash.core.errors import RequestError
+from imagine_flash.core.errors import EngineError, RequestError
+from imagine_flash.engine.replicas import run
 from imagine_flash.engine.replicas.application import Unanswered
-from imagine_flash.engine.replicas.run import placement
+from imagine_flash.engine.replicas.run import placement, wait_for_proxies
 from imagine_flash.engine.server.settings import ServerSettings
 
 
@@ -86,3 +87,16 @@ def test_placement() -> None:
         placement({"CPU": 32.0, "GPU": 4.0}, 2, replicas(5))
     with pytest.raises(RequestError, match="--replicas 64 need a processor each; Ray has 2"):
         placement({"CPU": 2.0}, 1, replicas(64))
+
+
+def test_proxies_that_are_late_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.schema import ProxyStatus, ServeStatus
+
+    states = [{}, {"a": ProxyStatus.UNHEALTHY}, {"a": ProxyStatus.STARTING}, {"a": ProxyStatus.HEALTHY}]
+    monkeypatch.setattr(run.time, "sleep", lambda _: None)
+    monkeypatch.setattr(run.serve, "status", lambda: ServeStatus(proxies=states.pop(0)))
+    wait_for_proxies(60)
+    assert not states
+    monkeypatch.setattr(run.serve, "status", lambda: ServeStatus(proxies={"a": ProxyStatus.STARTING}))
+    with pytest.raises(EngineError, match=r"do not start within 60 s \(starting\): is the machine overloaded"):
+        wait_for_proxies(0)
