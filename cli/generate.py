@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -31,18 +28,27 @@ from .common import (
     say,
     writable,
 )
+from .drawn import draw_many, guidance_notes, hand_out, notes
 
+WORDS = 10  # that are named
 FEW = 8  # pictures that are drawn before another backend would have been loaded
-
-if TYPE_CHECKING:
-    from ..engine import GenerateResult
-    from ..folders.manifests import ModelDescription
 
 
 def generate_command(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What to draw, for example 'a fox on a pink background'.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="What to draw, for example 'a fox on a pink background'.", show_default=False
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw every line of a text file into the folder OUTPUT: prompt i with SEED + i as its picture i, and what drew "
+            "them in metadata.jsonl; the same command goes on with what is missing. general: 2,000 prompts that are built in.",
+        ),
+    ] = None,
     steps: Annotated[
         str | None,
         typer.Option(
@@ -53,22 +59,22 @@ def generate_command(
         str | None,
         typer.Option(
             metavar="INTEGER",
-            help="The same seed draws the same picture, in any batch; by default random, and printed.",
+            help="The same seed draws the same picture, in any batch; by default random, and printed; with --prompts 0.",
         ),
     ] = None,
     count: Annotated[
         str, typer.Option(metavar="INTEGER", help="Pictures, 1 to 64; picture i has the seed SEED + i.")
     ] = "1",
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FILE",
             help="A .png, .jpg or .webp file, numbered where COUNT is above 1; a PNG remembers prompt, steps and seed; "
-            "- is a PNG to standard output.",
+            "- is a PNG to standard output; by default imagine-flash.png.",
         ),
-    ] = Path("imagine-flash.png"),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -157,17 +163,21 @@ def generate_command(
     from ..folders.loras import parse_named
     from .first_run import ready
 
+    files = {"image": image, "mask": mask, "condition": condition}
+    texts = _texts(prompt, prompts, output, **files, json=json_, count=count != "1")
+    output = output or Path("imagine-flash.png")
     piped = str(output) == "-"
     if piped and (json_ or count != "1"):
         raise ImagineFlashError("-o - is one picture and nothing else on standard output; leave out --json and --count")
     if not piped:
-        image_format(output)
         writable(output)
+    if not piped and not texts:
+        image_format(output)
     loras = parse_named(lora or ())
     values: dict[str, Any] = {
-        "prompt": prompt,
+        "prompt": texts[0] if texts else prompt,
         "steps": _number(steps),
-        "seed": _number(seed),
+        "seed": _number(seed or ("0" if texts else None)),
         "count": _number(count),
         "width": _number(width),
         "height": _number(height),
@@ -180,12 +190,18 @@ def generate_command(
     model = ready(
         model, described, backend, device=device, steps=request.steps, quality=quality, base=base, swaps=bool(loras)
     )
-    if (backend, device, precision) == ("auto", "auto", "auto") and request.count <= FEW:
+    if (backend, device, precision) == ("auto", "auto", "auto") and max(request.count, len(texts)) <= FEW:
         backend = _soonest(model)
     names = {name: one.name for name, one in loras.items()}
     with Engine.load(model, backend=backend, device=device, precision=precision, loras=names) as engine:
+        if texts:
+            drawn, unknown = draw_many(engine, texts, output, values)
+            if unknown:
+                more = f" and {len(unknown) - WORDS} others" if len(unknown) > WORDS else ""
+                note(f"note: this model has no word for {', '.join(unknown[:WORDS])}{more}; drawn without")
+            note(engine.describe())
+            return say(f"{output} ({len(texts)} pictures, {drawn} of them new)")
         scales = {"strength": _number(strength, float), "condition_scale": _number(condition_scale, float)}
-        files = {"image": image, "mask": mask, "condition": condition}
         if any(given is not None for given in (*scales.values(), *files.values())):
             _, size = engine.check(request)
             pictures = {name: _read(path, size, "L" if name == "mask" else "RGB") for name, path in files.items()}
@@ -198,60 +214,25 @@ def generate_command(
     ]:
         note(line)
     note("  ".join(f"{stage} {1000 * seconds:.1f} ms" for stage, seconds in result.timings.stages().items()))
-    _hand_out(result, output, as_json=json_)
+    hand_out(result, output, as_json=json_)
 
 
-def _hand_out(result: GenerateResult, output: Path, *, as_json: bool) -> None:
-    """Writes the pictures, and says where. Raises ImagineFlashError."""
-    from ..engine.saving import png_bytes
-
-    if str(output) == "-":
-        sys.stdout.buffer.write(png_bytes(result.images[0], result.caption()))
-        return
-    paths = result.save(output)
-    if as_json:
-        say(json.dumps(_facts(result, paths)))
-        return
-    for i, path in enumerate(paths):
-        say(f"{path} ({result.steps} steps, seed {result.seed + i})")
-
-
-def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
-    return {
-        "files": [str(path) for path in paths],
-        "steps": result.steps,
-        "seed": result.seed,
-        "lora": dict(result.loras),
-        "timings": result.timings.stages(),
-        "unknown_words": result.unknown_words,
-        "replaced_words": result.replaced_words,
-        "cut": result.cut,
-    }
-
-
-def notes(result: GenerateResult, nearest: Callable[[str], list[str]], model: Path | None) -> list[str]:
-    """What the model made of words that it does not know, a line each. nearest: the known words that are spelled like one;
-    model: its folder, None of the embedded one."""
-    found = [f"note: read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
-    if result.unknown_words:
-        words = [
-            f"{word} (near: {', '.join(near)})" if (near := nearest(word)) else word for word in result.unknown_words
-        ]
-        inspect = shlex.join(["imagine-flash", "inspect", *([] if model is None else [str(model)])])
-        found.append(f"note: this model has no word for {', '.join(words)}; drawn without; what it knows: {inspect}")
-    if result.cut:
-        found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
-    return found
-
-
-def guidance_notes(model: ModelDescription, asked: float | None) -> list[str]:
-    """A line where the scale asked for is none that the model was made for."""
-    known = model.guidance
-    low, high = known.range or (0.0, float("inf") if known.embedded or known.default > 1 else 1.0)
-    if asked is None or low <= asked <= high or max(asked, high) <= 1:  # 0 and 1 are none, both
+def _texts(prompt: str | None, prompts: Path | None, output: Path | None, **given: Any) -> list[str]:
+    """The lines of --prompts; none where a PROMPT is drawn. Raises ImagineFlashError."""
+    if (prompt is None) == (prompts is None):
+        both = "a PROMPT and --prompts; leave out one" if prompts else "nothing to draw"
+        raise ImagineFlashError(f"got {both}: a PROMPT is drawn into a file, the lines of --prompts FILE into a folder")
+    if prompts is None:
         return []
-    made = f"{low:g} to {high:g}" if high > max(low, 1) else "1, which is none"
-    return [f"note: {model.name} was made for guidance {made}; drawn with {asked:g}"]
+    if named := [name for name, value in given.items() if value]:
+        raise ImagineFlashError(f"--prompts draws a folder from text alone; leave out --{named[0]}")
+    from ..engine.saving import IMAGE_FORMATS
+
+    if output is None or output.suffix.lower() in IMAGE_FORMATS or str(output) == "-":
+        raise ImagineFlashError(f"--prompts needs a folder for its pictures, got {output or 'none'}: -o FOLDER")
+    from ..distill.data.prompts import read_prompts
+
+    return read_prompts(prompts)
 
 
 def _soonest(model: Path | None) -> str:

@@ -1,0 +1,148 @@
+"""What `imagine-flash generate` writes and says of the pictures that it drew: one prompt's, or a folder of many prompts'."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ImagineFlashError
+from .common import progress_bar, say
+
+if TYPE_CHECKING:
+    from ..engine import Engine, GenerateRequest, GenerateResult
+    from ..folders.manifests import ModelDescription
+
+METADATA = "metadata.jsonl"  # of a folder of pictures with captions, as Hugging Face datasets reads it
+WAITING = 4  # network calls' worth of pictures that wait, so that the batches are full
+
+
+def hand_out(result: GenerateResult, output: Path, *, as_json: bool) -> None:
+    """Writes the pictures, and says where. Raises ImagineFlashError."""
+    from ..engine.saving import png_bytes
+
+    if str(output) == "-":
+        sys.stdout.buffer.write(png_bytes(result.images[0], result.caption()))
+        return
+    paths = result.save(output)
+    if as_json:
+        say(json.dumps(_facts(result, paths)))
+        return
+    for i, path in enumerate(paths):
+        say(f"{path} ({result.steps} steps, seed {result.seed + i})")
+
+
+def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "files": [str(path) for path in paths],
+        "steps": result.steps,
+        "seed": result.seed,
+        "lora": dict(result.loras),
+        "timings": result.timings.stages(),
+        "unknown_words": result.unknown_words,
+        "replaced_words": result.replaced_words,
+        "cut": result.cut,
+    }
+
+
+def draw_many(engine: Engine, prompts: Sequence[str], folder: Path, values: dict[str, Any]) -> tuple[int, list[str]]:
+    """Draws prompt i with seed + i into `folder`/0001.png and on, with a line of METADATA for each; what the folder holds of them
+    already is left. Returns how many were drawn, and the words among theirs that the model does not know. Raises
+    ImagineFlashError for a folder that holds others."""
+    from ..engine import GenerateRequest
+
+    seeds = range(values["seed"], values["seed"] + len(prompts))
+    requests = [
+        GenerateRequest(**{**values, "prompt": text, "seed": seed}) for text, seed in zip(prompts, seeds, strict=True)
+    ]
+    rows = _rows(engine, requests)
+    folder.mkdir(exist_ok=True)
+    done = _drawn_before(folder, rows)
+    asked, waiting = iter(zip(rows[done:], requests[done:], strict=True)), deque[tuple[dict[str, Any], Any]]()
+    unknown: dict[str, None] = {}
+    with progress_bar() as tell, (folder / METADATA).open("a", encoding="utf-8") as lines:
+        tell("drawing", len(rows) - done)
+        while True:
+            while len(waiting) < WAITING * engine.max_batch and (one := next(asked, None)):
+                waiting.append((one[0], engine.submit(one[1])))
+            if not waiting:
+                return len(rows) - done, [*unknown]
+            row, drawing = waiting.popleft()
+            result: GenerateResult = drawing.result()
+            result.save(folder / row["file_name"])
+            unknown |= dict.fromkeys(result.unknown_words)
+            lines.write(_line(row))
+            lines.flush()
+            tell("drawing", len(rows) - done)
+
+
+def _rows(engine: Engine, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
+    """What the metadata says of each picture. Raises PlanError, RequestError."""
+    digits, guidance = max(4, len(str(len(requests)))), engine.manifest.guidance.default
+    return [
+        {
+            "file_name": f"{i:0{digits}}.png",
+            "text": request.prompt,
+            "seed": request.seed,
+            "steps": engine.check(request)[0],
+            "guidance": guidance if request.guidance is None else request.guidance,
+            "model": engine.manifest.name,
+        }
+        for i, request in enumerate(requests, 1)
+    ]
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _drawn_before(folder: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """How many of the first rows the folder holds; its metadata then says no more. Raises ImagineFlashError where it holds anything
+    else."""
+    from ..folders.files import atomic_file
+
+    metadata = folder / METADATA
+    if not metadata.exists():
+        if any(folder.iterdir()):
+            raise ImagineFlashError(f"{folder} holds other files and no {METADATA}; name a new folder")
+        return 0
+    found = metadata.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    whole = [line for line in found if line.endswith("\n")]  # the last one may have been cut short
+    for i, line in enumerate(whole):
+        if i >= len(rows) or line != _line(rows[i]):
+            raise ImagineFlashError(
+                f"{metadata}, line {i + 1}, is of another prompt, seed, plan or model; name a new folder, or go on as it began"
+            )
+    done = next((i for i in range(len(whole)) if not (folder / rows[i]["file_name"]).is_file()), len(whole))
+    with atomic_file(metadata) as temporary:
+        temporary.write_text("".join(whole[:done]), encoding="utf-8")
+    return done
+
+
+def notes(result: GenerateResult, nearest: Callable[[str], list[str]], model: Path | None) -> list[str]:
+    """What the model made of words that it does not know, a line each. nearest: the known words that are spelled like one;
+    model: its folder, None of the embedded one."""
+    found = [f"note: read {typed!r} as {known!r}" for typed, known in result.replaced_words.items()]
+    if result.unknown_words:
+        words = [
+            f"{word} (near: {', '.join(near)})" if (near := nearest(word)) else word for word in result.unknown_words
+        ]
+        inspect = shlex.join(["imagine-flash", "inspect", *([] if model is None else [str(model)])])
+        found.append(f"note: this model has no word for {', '.join(words)}; drawn without; what it knows: {inspect}")
+    if result.cut:
+        found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
+    return found
+
+
+def guidance_notes(model: ModelDescription, asked: float | None) -> list[str]:
+    """A line where the scale asked for is none that the model was made for."""
+    known = model.guidance
+    low, high = known.range or (0.0, float("inf") if known.embedded or known.default > 1 else 1.0)
+    if asked is None or low <= asked <= high or max(asked, high) <= 1:  # 0 and 1 are none, both
+        return []
+    made = f"{low:g} to {high:g}" if high > max(low, 1) else "1, which is none"
+    return [f"note: {model.name} was made for guidance {made}; drawn with {asked:g}"]
