@@ -174,10 +174,10 @@ class Model:
 
     @torch.no_grad()
     def embed_tokens(self, tokens: dict[str, torch.Tensor]) -> Conditions:
-        """The same from token ids."""
+        """The same from token ids; float32, since autocast to bfloat16 joins no float16."""
         encoder = self.stages.text_encoder
         device = next(encoder.parameters()).device
-        return encoder(*(ids.to(device) for ids in tokens.values()))
+        return tuple(each.float() for each in encoder(*(ids.to(device) for ids in tokens.values())))
 
     @torch.no_grad()
     def sample(

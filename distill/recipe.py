@@ -158,6 +158,8 @@ class DistillRecipe(Frozen):
             raise ValueError(f"plan_weights must name the same steps as plans: {sorted(self.plans)}")
         if sum(self.plan_weights.values()) <= 0:
             raise ValueError("plan_weights must not all be 0")
+        if (self.teacher_dtype, self.fit.mixed_precision) == ("float16", "bf16"):
+            raise ValueError("teacher_dtype float16 cannot compute under mixed_precision bf16; write bfloat16")
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance must be [low, high], got {list(self.guidance)}")
         return self
@@ -196,6 +198,26 @@ def read_recipe(name_or_path: str | Path) -> tuple[dict[str, Any], Path]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold keys and values, got {type(values).__name__}")
     return values, path
+
+
+def read_with_base(name_or_path: str | Path, *above: Path) -> tuple[dict[str, Any], Path]:
+    """The same, merged into the recipe that its key `base` names, built in or a path, and that one into its own. RecipeError."""
+    values, path = read_recipe(name_or_path)
+    if path in above:
+        raise RecipeError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
+    if (base := values.pop("base", None)) is None:
+        return values, path
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base = {base!r}: must be the name or path of a recipe")
+    return merged(read_with_base(base, *above, path)[0], values), path
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`; mappings of the fit are merged key by key, everything else is replaced."""
+    result = {**base, **changes}
+    if isinstance(base.get("fit"), dict) and isinstance(changes.get("fit"), dict):
+        result["fit"] = {**base["fit"], **changes["fit"]}
+    return result
 
 
 def parse_recipe(values: dict[str, Any], kind: type[R], source: str | Path) -> R:

@@ -19,7 +19,7 @@ from rich.console import Console
 from ...core.errors import RecipeError, nearest
 from ...distill.methods import distill_recipe
 from ...distill.models import Model, load_model
-from ...distill.recipe import DistillRecipe, Frozen, parse_recipe, read_recipe
+from ...distill.recipe import DistillRecipe, Frozen, merged, parse_recipe, read_recipe, read_with_base
 from ...distill.reproducible import fingerprint
 from ...distill.student import distill
 from ...folders.files import hash_folder, sha256_file
@@ -63,21 +63,13 @@ def load_study(path: Path) -> tuple[Study, dict[str, DistillRecipe]]:
     study = parse_recipe(values, Study, source)
     recipes = {}
     for name, fields in study.variants.items():
-        base, _ = read_recipe(fields.get("base", study.base))
+        base, _ = read_with_base(fields.get("base", study.base))
         own = {key: value for key, value in fields.items() if key != "base"}
         recipes[name] = distill_recipe(merged(merged(base, study.common), own), f"{path}, variant {name!r}")
     slugs = {slug(name) for name in recipes}
     if len(slugs) < len(recipes):
         raise RecipeError(f"{path}: names of variants must differ in letters and digits, got {', '.join(recipes)}")
     return study, recipes
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`; mappings of the fit are merged key by key, everything else is replaced."""
-    result = {**base, **changes}
-    if isinstance(base.get("fit"), dict) and isinstance(changes.get("fit"), dict):
-        result["fit"] = {**base["fit"], **changes["fit"]}
-    return result
 
 
 def slug(name: str) -> str:

@@ -37,7 +37,7 @@ class Embeddings:
     def __getitem__(self, rows: torch.Tensor) -> Conditions:
         """(len(rows), ...) each."""
         if self.kept is not None:
-            return tuple(each[rows] for each in self.kept)
+            return tuple(each[rows].float() for each in self.kept)
         return self.model.embed_tokens({name: ids[rows] for name, ids in self.tokens.items()})
 
     def _keep(self, path: Path, identity: str) -> Conditions:

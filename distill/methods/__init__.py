@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import RecipeError, nearest
-from ..recipe import DistillRecipe, parse_recipe, read_recipe
+from ..recipe import DistillRecipe, parse_recipe, read_with_base
 from . import add, dmd2, flash, imagine_flash, lcm, step_distillation
 from .contract import Method
 
@@ -35,6 +35,6 @@ def distill_recipe(values: dict[str, Any], source: str | Path = "the recipe") ->
 
 
 def load_distill_recipe(name_or_path: str | Path) -> Any:
-    """A built-in recipe by name or any YAML file by path. Raises RecipeError."""
-    values, path = read_recipe(name_or_path)
+    """A built-in recipe by name or any YAML file by path; what names a `base` need only hold what differs. Raises RecipeError."""
+    values, path = read_with_base(name_or_path)
     return distill_recipe(values, path)
