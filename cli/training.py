@@ -261,46 +261,6 @@ def evaluate_command(
     say(f"{output}.json\n{output}.png")
 
 
-def compare_command(
-    teacher: Annotated[
-        Path, typer.Argument(metavar="TEACHER", help="A folder of pictures, captions in metadata.jsonl.")
-    ],
-    student: Annotated[
-        Path, typer.Argument(metavar="STUDENT", help="Pictures of the same prompts, by the same names.")
-    ],
-    features: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL", help="A vision model of transformers: a folder or hub id of CLIP, SigLIP, DINOv2."
-        ),
-    ] = "openai/clip-vit-large-patch14",
-    real: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Real pictures, to which both are compared.")
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="NAME", help="Write NAME.json (the record).")
-    ] = Path("comparison"),
-    device: Device = None,
-    quiet: Quiet = False,
-) -> None:
-    """Measure a student's pictures against its teacher's: FD, KD, precision, recall, CLIP score; for any model."""
-    training()
-    writable(output)
-    from ..benchmarks.picture_folders import picture_files
-
-    for folder in filter(None, (teacher, student, real)):  # before minutes of loading
-        if not picture_files(folder):
-            raise ImagineFlashError(f"{folder} is no folder of pictures (.png, .jpg, .webp)")
-    from ..benchmarks.quality.features import Features
-    from ..benchmarks.quality.folders import as_lines, compare_folders
-    from ..distill.devices import use_device
-
-    record = compare_folders(teacher, student, Features(features, use_device(device)), real=real, out=output)
-    for line in as_lines(record):
-        say(line)
-    note(f"{output}.json")
-
-
 def study_command(
     study: Annotated[
         Path,

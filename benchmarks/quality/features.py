@@ -33,7 +33,7 @@ class Features:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder)) if self.reads else None
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{name} gives no features: {str(error).strip().splitlines()[0]}") from None
-        self.device = device
+        self.name, self.device = name, device
 
     @property
     def reads(self) -> bool:

@@ -10,37 +10,62 @@ import numpy as np
 
 from ...core.errors import ImagineFlashError
 from ..environment import write_record
-from ..picture_folders import Shown, pictures_in
+from ..picture_folders import METADATA, Shown, pictures_in
 from .features import Features
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, unbiased_frechet_distance
+from .scorers import load_scorer, score, scores_by_category
 
-_RESAMPLES = 1000
 _NEIGHBOURS = 3
 
 
+def pairs_of(teacher: Path, student: Path) -> dict[str, tuple[Shown, Shown]]:
+    """The two pictures of each name that both folders have. Raises ImagineFlashError where they are too few."""
+    theirs, ours = _named(teacher), _named(student)
+    pairs = {name: (theirs[name], ours[name]) for name in theirs if name in ours}
+    if len(pairs) <= _NEIGHBOURS:
+        raise ImagineFlashError(
+            f"{teacher} and {student} have {len(pairs)} pictures of one name; {_NEIGHBOURS + 1} are the least"
+        )
+    return pairs
+
+
 def compare_folders(
-    teacher: Path, student: Path, features: Features, *, real: Path | None = None, out: Path | None = None
+    teacher: Path,
+    student: Path,
+    features: Features,
+    *,
+    real: Path | None = None,
+    scorer: str | None = None,
+    categories: Mapping[str, set[str]] | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """The student's pictures against the teacher's of the same names; with `real`, both against real pictures.
 
     fd: Frechet distance of the features, fd_unbiased: extrapolated to infinitely many, where there are enough; kd: squared
-    MMD; similarity: cosine of the two pictures of a prompt, on average; clip_score: 100 x cosine of picture and caption, where
-    the model reads and all have captions, and its difference with a paired 95 % interval. Written to `out`.json.
+    MMD; similarity: cosine of the two pictures of a prompt, on average; scores: of all pictures and of each category's, with
+    paired 95 % intervals of the differences: by `scorer`, see scorers.py, else CLIP's, 100 x cosine of picture and caption,
+    where the model reads and all have captions. Written to `out`.json.
     """
-    ours, theirs = _named(student), _named(teacher)
-    names = [name for name in theirs if name in ours]
-    if len(names) <= _NEIGHBOURS:
-        raise ImagineFlashError(
-            f"{teacher} and {student} have {len(names)} pictures of one name; {_NEIGHBOURS + 1} are the least"
-        )
-    files = {"teacher": [theirs[name].data for name in names], "student": [ours[name].data for name in names]}
+    pairs = pairs_of(teacher, student)
+    score_by = None if scorer is None else load_scorer(scorer)
+    files = {who: [pair[i].data for pair in pairs.values()] for i, who in enumerate(("teacher", "student"))}
+    captions = [theirs.caption or ours.caption for theirs, ours in pairs.values()]
+    if (scorer or categories) and not all(captions):
+        raise ImagineFlashError(f"a scorer and categories need captions; {teacher / METADATA} does not have all")
     found = {who: features.of_pictures(each) for who, each in files.items()}
-    record: dict[str, Any] = {"pictures": len(names), "dimensions": found["teacher"].shape[1]}
+    record: dict[str, Any] = {"pictures": len(pairs), "dimensions": found["teacher"].shape[1]}
     record["student"] = distances(found["student"], found["teacher"])
     record["student"]["similarity"] = round(float(_cosines(found["student"], found["teacher"]).mean()), 4)
-    captions = [theirs[name].caption or ours[name].caption for name in names]
-    if features.reads and all(captions):
-        record |= _clip_scores(found, features.of_captions(captions))
+    scores: dict[str, np.ndarray] = {}
+    if score_by is not None:
+        scores = {who: score(score_by, each, captions) for who, each in files.items()}
+    elif features.reads and all(captions):  # Hessel et al. 2021, as percent of the cosine
+        text = features.of_captions(captions)
+        scores = {who: 100 * _cosines(pictures, text) for who, pictures in found.items()}
+    elif categories:
+        raise ImagineFlashError(f"{features.name} does not read captions; categories need a CLIP model or --scorer")
+    if scores:
+        record["scores"] = {"of": scorer or "CLIP score", **scores_by_category(scores, captions, categories or {})}
     if real is not None:
         reference = features.of_pictures([each.data for each in _named(real).values()])
         record["to_real"] = {who: distances(each, reference) for who, each in found.items()}
@@ -71,10 +96,13 @@ def as_lines(record: Mapping[str, Any]) -> list[str]:
     lines += [
         f"{name}: " + ", ".join(f"{k} {v}" for k, v in block.items() if v is not None) for name, block in blocks.items()
     ]
-    if "clip_score" in record:
-        scores, (low, high) = record["clip_score"], record["clip_score_interval"]
-        lines.append(f"CLIP score: teacher {scores['teacher']}, student {scores['student']}")
-        lines.append(f"difference {record['clip_score_difference']} (95 % interval {low} to {high})")
+    scores = dict(record.get("scores", {}))
+    of = scores.pop("of", "")
+    for name, each in scores.items():
+        low, high = each["interval"]
+        what = of if name == "all" else f"{of}, {name} ({each['pictures']} pictures)"
+        said = f"teacher {each['teacher']}, student {each['student']}"
+        lines.append(f"{what}: {said}, difference {each['difference']} (95 % interval {low} to {high})")
     return lines
 
 
@@ -86,16 +114,3 @@ def _named(folder: Path) -> dict[str, Shown]:
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-
-
-def _clip_scores(found: Mapping[str, np.ndarray], text: np.ndarray) -> dict[str, Any]:
-    """Hessel et al. 2021, as percent of the cosine."""
-    each = {who: 100 * _cosines(pictures, text) for who, pictures in found.items()}
-    gain = each["student"] - each["teacher"]
-    rows = np.random.default_rng(0).integers(len(gain), size=(_RESAMPLES, len(gain)))
-    low, high = np.percentile(gain[rows].mean(1), (2.5, 97.5))
-    return {
-        "clip_score": {who: round(float(scores.mean()), 3) for who, scores in each.items()},
-        "clip_score_difference": round(float(gain.mean()), 3),
-        "clip_score_interval": [round(float(low), 3), round(float(high), 3)],
-    }

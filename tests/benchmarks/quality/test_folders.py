@@ -64,7 +64,7 @@ def test_the_same_pictures_are_no_distance_apart(clip: Path, folders: tuple[Path
     record = compare_folders(folders[0], folders[0], Features(clip))
     same = record["student"]
     assert abs(same["fd"]) < 1e-6 and same["precision"] == same["recall"] == same["similarity"] == 1.0
-    assert record["clip_score_difference"] == 0.0 and record["clip_score_interval"] == [0.0, 0.0]
+    assert record["scores"]["all"]["difference"] == 0.0 and record["scores"]["all"]["interval"] == [0.0, 0.0]
 
 
 def test_scores_are_transformers_own(clip: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -78,11 +78,71 @@ def test_scores_are_transformers_own(clip: Path, folders: tuple[Path, Path], tmp
     with torch.no_grad():
         out = model(**tokens, pixel_values=processor(images=pictures, return_tensors="pt")["pixel_values"])
     expected = 100 * (out.image_embeds * out.text_embeds).sum(1).mean().item()
-    assert record["clip_score"]["student"] == pytest.approx(expected, abs=2e-3)
+    assert record["scores"]["of"] == "CLIP score" and record["scores"]["all"]["pictures"] == COUNT
+    assert record["scores"]["all"]["student"] == pytest.approx(expected, abs=2e-3)
     assert record["student"]["fd"] > 0 and record["to_real"]["student"] == {
         key: value for key, value in record["student"].items() if key != "similarity"
     }
     assert json.loads((tmp_path / "c.json").read_text()) == record
+
+
+def test_a_scorer_of_ones_own_by_category(
+    clip: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists as T2I-CompBench has them; the oracle is the mean of the pixels themselves."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_scorer.py").write_text(
+        "import numpy\ndef light(pictures, captions):\n    return [numpy.mean(p) for p in pictures]\n"
+    )
+    Path("lists").mkdir()
+    Path("lists/color_val.txt").write_text(f"{CAPTIONS[0]}\n\n{CAPTIONS[3]}\n")
+    Path("lists/spatial.txt").write_text(f"{CAPTIONS[1]}\nnobody drew this\n")
+    Path("lists/numeracy_val.txt").write_text("nobody drew this\n")
+    how = ("--features", clip, "--scorer", "own_scorer:light", "--categories", "lists", "-o", "c")
+    done = run("compare", *folders, *how)
+    assert done.returncode == 0 and "own_scorer:light, color (16 pictures): teacher" in done.stdout, done.stderr
+    scores = json.loads(Path("c.json").read_text())["scores"]
+    assert list(scores) == ["of", "all", "color", "spatial"]
+    light = {
+        path: np.array([np.asarray(Image.open(path / f"{i}.png")).mean() for i in range(COUNT)]) for path in folders
+    }
+    rows = np.arange(COUNT) % len(CAPTIONS)
+    for name, chosen in (("all", rows >= 0), ("color", (rows == 0) | (rows == 3)), ("spatial", rows == 1)):
+        teacher, student = (light[path][chosen] for path in folders)
+        assert scores[name]["pictures"] == chosen.sum()
+        assert scores[name]["teacher"] == pytest.approx(teacher.mean(), abs=1e-3)
+        assert scores[name]["difference"] == pytest.approx((student - teacher).mean(), abs=1e-3)
+        low, high = scores[name]["interval"]
+        assert low < scores[name]["difference"] < high
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--scorer", "light"], "a scorer is MODULE:FUNCTION, such as my_scorer:score, got 'light'"),
+        (["--scorer", "nowhere_at_all:light"], "cannot import the scorer 'nowhere_at_all:light': ModuleNotFoundError"),
+        (["--scorer", "bad_scorer:dark"], "cannot import the scorer 'bad_scorer:dark': AttributeError"),
+        (["--scorer", "bad_scorer:one"], "the scorer 'bad_scorer:one' is no function but int"),
+        (["--scorer", "bad_scorer:few"], "must give a finite number for each of 32 pictures, got [1.0]"),
+        (["--scorer", "bad_scorer:breaks"], "the scorer failed: ZeroDivisionError: division by zero"),
+        (["--categories", "nowhere"], "nowhere holds no lists of prompts; write CATEGORY.txt"),
+        (["--categories", "lists"], "no caption, such as 'a fox on a pink background', stands in the lists of color"),
+    ],
+)
+def test_bad_scorers_and_lists_are_one_line(
+    options: list[str],
+    says: str,
+    clip: Path,
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad_scorer.py").write_text("def few(p, c): return [1]\ndef breaks(p, c): return 1 / 0\none = 1\n")
+    Path("lists").mkdir()
+    Path("lists/color.txt").write_text("nobody drew this\n")
+    assert says in fails("compare", *folders, "--features", clip, "-o", "c", *options)
+    assert not Path("c.json").exists()
 
 
 def test_the_command_and_what_it_refuses(clip: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
