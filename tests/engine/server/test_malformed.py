@@ -14,7 +14,7 @@ from imagine_flash.benchmarks.serving.refusals import outcome
 from imagine_flash.engine.server.schemas import ImageRequest
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.weekly])])
 def test_each_is_refused_and_good_requests_are_answered_between(server, count: int) -> None:
     outcomes: Counter[str] = Counter()
     with httpx.Client(base_url=server.url, timeout=30) as http:

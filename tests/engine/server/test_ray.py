@@ -106,7 +106,7 @@ def test_a_replica_that_dies_takes_no_request_with_it(cluster) -> None:
         left = [socket for socket in sockets if draws(socket, 2)]
         assert 0 < len(left) < len(sockets)  # those of the other replica never noticed
         found = sum((client.result() for client in clients), Counter())
-    assert set(found) <= {200, 503} and found[200] > 20, found
+    assert set(found) <= {200, 503} and found[200] >= CLIENTS, found  # how many is the machine's speed
     wait_for(lambda: len(processes(cluster, "ray::ServeReplica")) == 2 and before[0] not in processes(cluster, "ray::"))
     with stream(cluster) as again:
         assert draws(again, 1)
