@@ -28,7 +28,7 @@ def load_scorer(name: str) -> Scorer:
         raise ImagineFlashError(f"a scorer is MODULE:FUNCTION, such as my_scorer:score, got {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
-        found = pkgutil.resolve_name(name)
+        found: Any = pkgutil.resolve_name(name)
     except Exception as error:  # of code that is not ours
         raise ImagineFlashError(f"cannot import the scorer {name!r}: {type(error).__name__}: {error}") from error
     finally:
