@@ -9,7 +9,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -28,14 +28,14 @@ def load_scorer(name: str) -> Scorer:
         raise ImagineFlashError(f"a scorer is MODULE:FUNCTION, such as my_scorer:score, got {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
-        found: Any = pkgutil.resolve_name(name)
+        found = pkgutil.resolve_name(name)
     except Exception as error:  # of code that is not ours
         raise ImagineFlashError(f"cannot import the scorer {name!r}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(found):
         raise ImagineFlashError(f"the scorer {name!r} is no function but {type(found).__name__}")
-    return found
+    return cast(Scorer, found)
 
 
 def score(scorer: Scorer, files: Sequence[bytes], captions: Sequence[str]) -> np.ndarray:
