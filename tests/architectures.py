@@ -44,6 +44,33 @@ def build_clip(seed: int, *, projection: bool) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
+def save_clip(folder: Path, size: int) -> Path:
+    """A whole CLIP, of pictures of size x size and captions, with what prepares both."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    tokenizer = build_tokenizer()
+    common: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    words: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    torch.manual_seed(0)
+    text, vision = CLIPTextConfig(**common, **words), CLIPVisionConfig(**common, image_size=size, patch_size=4)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sides = {"height": size, "width": size}
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=sides).save_pretrained(folder)
+    return folder
+
+
 def build_t5(width: int) -> Any:
     """A T5 encoder of two layers."""
     import torch

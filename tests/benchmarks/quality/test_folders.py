@@ -12,6 +12,7 @@ from PIL import Image
 from imagine_flash.benchmarks.quality.features import Features
 from imagine_flash.benchmarks.quality.folders import compare_folders
 from imagine_flash.core.errors import ArtifactError
+from imagine_flash.tests.architectures import save_clip
 from imagine_flash.tests.commands import fails, run
 from imagine_flash.tests.pipelines import CAPTIONS, build_tokenizer
 
@@ -20,30 +21,7 @@ SIZE, COUNT = 8, 40
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-
-    folder, tokenizer = tmp_path_factory.mktemp("clip") / "clip", build_tokenizer()
-    common: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    words: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    torch.manual_seed(0)
-    text, vision = CLIPTextConfig(**common, **words), CLIPVisionConfig(**common, image_size=SIZE, patch_size=4)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6)).save_pretrained(
-        folder
-    )
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(
-        folder
-    )
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip") / "clip", SIZE)
 
 
 @pytest.fixture(scope="module")
