@@ -35,7 +35,7 @@ def written(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_that_the_project_ships_are_valid(path: Path) -> None:
     study, recipes = load_study(path)
-    assert len(recipes) == len(study.variants) >= 2
+    assert len(recipes) == len(study.variants) >= 3
     assert study.budget or len({recipe.fit.steps for recipe in recipes.values()}) == 1  # equal cost, or equal updates
     assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(recipes)
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -95,18 +96,24 @@ def draws(socket: ClientConnection, seq: int) -> bool:
 def test_a_replica_that_dies_takes_no_request_with_it(cluster) -> None:
     before = processes(cluster, "ray::ServeReplica")
     assert len(before) == 2
-    stop = time.monotonic() + 12
+    stop, asked = time.monotonic() + 12, Counter[int]()
+
+    def over(client: int) -> bool:
+        """After 12 seconds, or on a slow machine once each client has asked often enough."""
+        asked[client] += 1
+        return time.monotonic() > stop and asked[client] > 5
+
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool, ExitStack() as opened:
         sockets = [opened.enter_context(stream(cluster)) for _ in range(6)]  # spread over both, and bound to one each
         assert all(draws(socket, 1) for socket in sockets)
-        clients = [pool.submit(draw_until, cluster, lambda: time.monotonic() > stop, n) for n in range(CLIENTS)]
+        clients = [pool.submit(draw_until, cluster, partial(over, n), n) for n in range(CLIENTS)]
         time.sleep(3)
         before[0].kill()
         time.sleep(1)
         left = [socket for socket in sockets if draws(socket, 2)]
         assert 0 < len(left) < len(sockets)  # those of the other replica never noticed
         found = sum((client.result() for client in clients), Counter())
-    assert set(found) <= {200, 503} and found[200] >= CLIENTS, found  # how many is the machine's speed
+    assert set(found) <= {200, 503} and found[200] > 20, found
     wait_for(lambda: len(processes(cluster, "ray::ServeReplica")) == 2 and before[0] not in processes(cluster, "ray::"))
     with stream(cluster) as again:
         assert draws(again, 1)

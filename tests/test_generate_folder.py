@@ -1,0 +1,67 @@
+"""`imagine-flash generate --prompts`: every line of a file, drawn into a folder that goes on where it was stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagine_flash.benchmarks.picture_folders import pictures_in
+from imagine_flash.tests.commands import fails, run
+
+
+def test_every_line_of_a_file_is_drawn_into_a_folder(tiny_artifact: Path, tmp_path: Path) -> None:
+    """With what drew them beside them; a second run draws what is missing, a folder of others is refused."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
+    prompts.write_text("a cat\n\na dog below a zebra\na fox\n", encoding="utf-8")
+    asked = ["generate", "--prompts", prompts, "-o", out, "--model", tiny_artifact, "--steps", "2"]
+    done = run(*asked)
+    assert done.returncode == 0 and done.stdout == f"{out} (3 pictures, 3 of them new)\n"
+    assert "no word for zebra; drawn without" in done.stderr
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["text"], row["seed"], row["steps"]) for row in rows] == [
+        ("0001.png", "a cat", 0, 2),
+        ("0002.png", "a dog below a zebra", 1, 2),
+        ("0003.png", "a fox", 2, 2),
+    ]
+    assert sorted(shown.caption for shown in pictures_in(out).values()) == sorted(row["text"] for row in rows)
+    run("generate", "a fox", "--seed", "2", "--steps", "2", "--model", tiny_artifact, "-o", tmp_path / "fox.png")
+    alone, among = (np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "fox.png", out / "0003.png"))
+    assert np.abs(alone - among).max() <= 1
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "0002.png").unlink()
+    with (out / "metadata.jsonl").open("a") as lines:
+        lines.write('{"file_name": "00')  # as a killed run leaves it
+    assert run(*asked).stdout == f"{out} (3 pictures, 2 of them new)\n"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert "line 1, is of another prompt, seed, plan or model" in fails(*asked, "--seed", "5")
+    prompts.write_text("a cat\n")
+    assert "line 2, is of another" in fails(*asked)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "got nothing to draw: a PROMPT is drawn into a file"),
+        (["a cat", "--prompts", "FILE"], "got a PROMPT and --prompts; leave out one"),
+        (["--prompts", "FILE"], "needs a folder for its pictures, got none: -o FOLDER"),
+        (["--prompts", "FILE", "-o", "cat.png"], "needs a folder for its pictures, got cat.png"),
+        (["--prompts", "FILE", "-o", "out", "--image", "cat.png"], "from text alone; leave out --image"),
+        (["--prompts", "FILE", "-o", "out", "--count", "2"], "from text alone; leave out --count"),
+        (["--prompts", "nowhere.txt", "-o", "out"], "cannot read prompts from nowhere.txt"),
+        (["--prompts", "FILE", "-o", "nowhere/out"], "nowhere is not a folder; make it first"),
+        (["--prompts", "FILE", "-o", "taken"], "taken holds other files and no metadata.jsonl; name a new folder"),
+    ],
+)
+def test_what_cannot_be_drawn_into_a_folder(
+    arguments: list[str], says: str, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/mine.txt").write_text("mine")
+    typed = ["prompts.txt" if argument == "FILE" else argument for argument in arguments]
+    assert says in fails("generate", "--model", tiny_artifact, *typed)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "prompts.txt", "taken"]
