@@ -9,7 +9,7 @@ between steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from .torch_modes import (
     as_run,
     check_mode,
     cuda_graphs,
+    current,
     device_of,
     device_stopwatch,
     keep_channels_last,
@@ -327,6 +328,5 @@ class TorchBackend(GraphBackend[ModelDescription]):
         if self._on_gpu:
             torch.cuda.empty_cache()
 
-    def _current(self) -> AbstractContextManager[Any]:
-        """Makes the device the current one: Triton and captures start there."""
-        return torch.cuda.device(self.device) if self._on_gpu else nullcontext()
+    def _current(self) -> AbstractContextManager[None]:
+        return current(self.device, self._dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -74,7 +75,11 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]  # a cal
 
 def cuda_graphs(device: torch.device) -> Capture:
     """Captures calls as CUDA graphs of one memory pool, on a stream of this device: torch's own default stream belongs to the
-    device that captured first, where another one's graph stays empty."""
+    device that captured first, where another one's graph stays empty.
+
+    cuBLAS gets its workspace anew from the pool, where it lives as long as the graphs: the one of the warm-up is freed by whoever
+    clears all of them, as torch.compile's own graphs do, and a graph that was captured with it would write into freed memory.
+    """
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -84,15 +89,23 @@ def cuda_graphs(device: torch.device) -> Capture:
                 call()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        clear_workspaces()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = call()
+        clear_workspaces()
         return graph.replay, outputs
 
     return capture
 
 
+def clear_workspaces() -> None:
+    """Frees what cuBLAS computes in; it takes new ones when it is called next. torch has no public name for it."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 class Captured:
-    """A network for one batch size, captured over static arrays; its outputs are valid until the next call.
+    """A network for one batch size, captured over static arrays; its outputs are valid until any graph of the pool runs, whose
+    temporaries may lie in the same memory.
 
     inputs: the static arrays, in the dtype and layout that the network computes in. `ready` is the state whose values already
     lie in the first of them, since the update wrote them there: it is not copied again.
@@ -100,6 +113,7 @@ class Captured:
 
     def __init__(self, network: Network, inputs: Sequence[torch.Tensor], capture: Capture) -> None:
         self.inputs = inputs
+        self.network = network  # the graph reads its tensors at their addresses, and keeps none of them alive
         self.ready: torch.Tensor | None = None
         self._replay, self._outputs = capture(lambda: network(*inputs))
 
@@ -159,6 +173,19 @@ def check_mode(backend: str, device: torch.device) -> None:
     """Raises ArtifactError where a backend's name and its device do not go together."""
     if backend == "torch-graph" and device.type != "cuda":
         raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")
+
+
+@contextmanager
+def current(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Makes a GPU the current one, since Triton and captures start there. In float32 convolutions are not rounded to TF32,
+    which torch does unless it is told not to, for the whole process."""
+    with ExitStack() as entered:
+        if device.type == "cuda":
+            entered.enter_context(torch.cuda.device(device))
+            if dtype is torch.float32:
+                entered.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+                torch.backends.cudnn.allow_tf32 = False
+        yield
 
 
 def device_stopwatch(device: torch.device) -> Callable[[], Stopped]:

@@ -1,12 +1,14 @@
 """What a CUDA graph does, emulated without a GPU: the recorded operations run again on the very same arrays.
 
-An input that is not written before a replay is poisoned, so a stale one shows in the picture.
+An input that is not written before a replay is poisoned, and so are the outputs of all other graphs after one, so a stale one
+shows in the picture. What a graph reads from outside it does not keep alive, as a CUDA graph does not.
 """
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from imagine_flash.core.sampler import Sampler
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.backends.base import BackendOptions
 from imagine_flash.engine.backends.torch import TorchBackend, load_student
-from imagine_flash.engine.backends.torch_modes import Captured
+from imagine_flash.engine.backends.torch_modes import Captured, current
 from imagine_flash.engine.reference import reference_generate
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests.pipelines import describe
@@ -28,6 +30,18 @@ from imagine_flash.tests.pipelines import describe
 
 def tensors(values: Any) -> list[torch.Tensor]:
     return [one for one in tree_leaves(values) if isinstance(one, torch.Tensor)]
+
+
+class Outside:
+    """A tensor that a graph reads and did not make, by a weak reference."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.reference, self.shape = weakref.ref(tensor), tuple(tensor.shape)
+
+    def tensor(self) -> torch.Tensor:
+        found = self.reference()
+        assert found is not None, f"the graph reads a tensor {self.shape} that was freed"
+        return found
 
 
 class Recorder(TorchDispatchMode):
@@ -42,8 +56,18 @@ class Recorder(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
+    def let_go(self) -> None:
+        """Of what was not made here."""
+        made = {id(one) for *_, out in self.calls for one in tensors(out)}
+
+        def weak(value: Any) -> Any:
+            return Outside(value) if isinstance(value, torch.Tensor) and id(value) not in made else value
+
+        self.calls = [(func, *tree_map(weak, (args, kwargs)), out) for func, args, kwargs, out in self.calls]
+
     def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
+        for func, *given, out in self.calls:
+            args, kwargs = tree_map(lambda value: value.tensor() if isinstance(value, Outside) else value, given)
             again = func(*args, **kwargs)
             read = {one.untyped_storage().data_ptr() for one in tensors((args, kwargs))}
             for static, new in zip(tensors(out), tensors(again), strict=True):
@@ -61,16 +85,17 @@ def emulate(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     recorder = Recorder()
     with recorder:
         outputs = call()
+    recorder.let_go()
     return recorder.replay, outputs
 
 
-def poison_after(run: Captured) -> Callable[[], None]:
-    """The run's replay; whatever its inputs held is gone afterwards."""
+def poison_after(run: Captured, others: Sequence[Captured]) -> Callable[[], None]:
+    """The run's replay; whatever its inputs held is gone afterwards, and what the others had answered."""
     replay = run._replay
 
     def replay_and_poison() -> None:
         replay()
-        for values in run.inputs:
+        for values in [*run.inputs, *(one for other in others for one in tensors(other._outputs))]:
             values.fill_(torch.nan if values.is_floating_point() else 1)
 
     return replay_and_poison
@@ -93,9 +118,10 @@ def captured_engine(folder: Path) -> Iterator[Any]:
         folder, model, stages, torch.device("cpu"), name="torch-graph", batches=(1, 2, 4), capture=emulate
     )
     backend.prepare(("text_encoder", "denoiser", "decoder"), (1, 2, 4))
-    for run in backend._graphs.values():
+    runs: list[Any] = list(backend._graphs.values())
+    for run in runs:
         assert isinstance(run, Captured), "every stage is captured"
-        run._replay = poison_after(run)
+        run._replay = poison_after(run, [other for other in runs if other is not run])
     with Engine(backend, tokenizer, model, max_batch=4) as made:
         yield made
     patched.undo()
@@ -254,3 +280,16 @@ def test_a_cached_prompt_at_one_step_takes_few_operations(engine, monkeypatch: p
         )
         backend.decode(x)
     assert len(launches(counted)) + 3 + 2 <= 12, launches(counted)  # two copies to the host
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_float32_is_not_rounded_to_tf32_on_a_gpu(
+    dtype: torch.dtype, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is a setting of the whole process, and as before afterwards."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pytest.raises(ValueError), current(torch.device("cuda", 0), dtype):
+        assert torch.backends.cudnn.allow_tf32 is rounded
+        raise ValueError
+    assert torch.backends.cudnn.allow_tf32

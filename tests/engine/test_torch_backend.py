@@ -364,6 +364,22 @@ def test_requests_on_a_gpu_are_replayed(oracle: Engine, tiny_student: Path) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch-graph", "torch-compile"])
+def test_lone_pictures_on_a_gpu_are_right_whatever_came_between(name: str, oracle: Engine, tiny_student: Path) -> None:
+    """Memory that a graph reads may be given to nobody else: small and large arrays, other graphs, and cleared workspaces."""
+    with Engine.load(tiny_student, backend=name, device="cuda", precision="fp32") as engine:
+        engine.warm_up()
+        for steps in (1, 2, 3, 1, 3, 2):
+            assert levels(images(engine, steps=steps), images(oracle, steps=steps)) <= 2
+            images(engine, steps=2, count=3, prompt=f"a fox and {steps} cats")
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+            filled = [torch.full((size,), torch.nan, device="cuda") for size in (1, 7, 64, 4096, 2**23) for _ in "abcd"]
+            torch.cuda.synchronize()
+            del filled
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["torch", "torch-graph"])
 def test_a_step_does_not_wait_for_the_gpu(name: str, tiny_student: Path) -> None:
     backend = toy_backend(tiny_student, name, "cuda")
