@@ -18,8 +18,8 @@ _ENTRY = "A folder of pictures, an artifact or student folder, a hub id, or a na
 
 
 def arena_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help=_ENTRY)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="What it is compared with, by the same names or prompts.")],
+    a: Annotated[str, typer.Argument(metavar="A", help=_ENTRY)],
+    b: Annotated[str, typer.Argument(metavar="B", help="What it is compared with, by the same names or prompts.")],
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -56,7 +56,7 @@ def arena_command(
         _say_results(votes)
 
 
-def _pictures(entry: Path, prompts: Sequence[str], steps: int | None) -> dict[str, Shown]:
+def _pictures(entry: str, prompts: Sequence[str], steps: int | None) -> dict[str, Shown]:
     """Those of a folder; otherwise the model draws the prompts."""
     from rich.progress import track
 
@@ -66,14 +66,15 @@ def _pictures(entry: Path, prompts: Sequence[str], steps: int | None) -> dict[st
     from ..models.describe import ModelOptions
     from .first_run import ready
 
-    if entry.is_dir() and (found := pictures_in(entry)):
+    folder = Path(entry)
+    if folder.is_dir() and (found := pictures_in(folder)):
         return found
     if not prompts:
-        here = "holds no pictures" if entry.exists() else "does not exist here"
+        here = "holds no pictures" if folder.exists() else "does not exist here"
         raise ImagineFlashError(f"{entry} {here}; a model needs --prompts FILE to draw, one prompt a line")
     with Engine.load(ready(entry, ModelOptions(), "auto", steps=steps)) as engine:
         drawn = pictures_drawn(engine, prompts, steps)
-        return dict(track(drawn, str(entry), total=len(prompts), console=progress()))
+        return dict(track(drawn, entry, total=len(prompts), console=progress()))
 
 
 def _serve(app: object, host: str, port: int) -> None:

@@ -76,7 +76,7 @@ def generate_command(
         ),
     ] = None,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="MODEL",
             help="An artifact or student folder, any diffusers folder, a hub id or a name of `imagine-flash models`; by default "
@@ -187,13 +187,13 @@ def generate_command(
     }
     request = GenerateRequest(**values)
     described = model_options(entry, timesteps, sampler, prediction, any_steps, tiny_decoder, controlnet=controlnet)
-    model = ready(
+    folder = ready(
         model, described, backend, device=device, steps=request.steps, quality=quality, base=base, swaps=bool(loras)
     )
     if (backend, device, precision) == ("auto", "auto", "auto") and max(request.count, len(texts)) <= FEW:
-        backend = _soonest(model)
+        backend = _soonest(folder)
     names = {name: one.name for name, one in loras.items()}
-    with Engine.load(model, backend=backend, device=device, precision=precision, loras=names) as engine:
+    with Engine.load(folder, backend=backend, device=device, precision=precision, loras=names) as engine:
         if texts:
             drawn, unknown = draw_many(engine, texts, output, values)
             if unknown:
@@ -208,7 +208,7 @@ def generate_command(
             request = GenerateRequest(**values, **pictures, **scales)
         result, what = engine.generate(request), engine.describe()
     for line in [
-        *notes(result, engine.tokenizer.nearest, model),
+        *notes(result, engine.tokenizer.nearest, folder),
         *guidance_notes(engine.manifest, request.guidance),
         what,
     ]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def serve_command(
     context: typer.Context,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="MODEL",
             help="An artifact or student folder, a hub id or a name of `imagine-flash models`; by default the embedded model.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.errors import ArtifactError, missing_extra
 from .files import ARTIFACT_FILE, CACHE_VARIABLE, atomic_folder, cache_folder
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # what begins with . / or ~ is a path
 PICKLED = ("*pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # never read here, so never fetched
 
 
@@ -35,6 +35,8 @@ def local_folder(
     try:
         wanted = {"ignore_patterns": [*PICKLED, *ignore], "allow_patterns": only, "revision": revision}
         return _with_files_of_its_own(Path(hub.snapshot_download(str(name), **wanted)), str(name))
+    except errors.HFValidationError:
+        raise ArtifactError(f"there is no folder {name}, and no hub id is written so; check the path") from None
     except errors.GatedRepoError:
         raise ArtifactError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and log in with: hf auth login"

@@ -51,3 +51,37 @@ def test_the_commands_take_it_too(hub: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "decodes with" not in done.stderr, done.stderr
     said = fails("generate", "a cat", "--model", "somebody/scenes", "--tiny-decoder", "madebyollin/taesd")
     assert "was exported with its decoder" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["./none", "../none", "~/none", ".none/none", "./none/none", "none/..", "-a--b/c", "a--b/c"]
+)
+def test_a_mistyped_path_is_one_line_and_never_asked_of_the_hub(hub: Path, name: str) -> None:
+    """It happened that . and .. counted as owners of the hub, whose library raised an error of its own."""
+    with pytest.raises(ArtifactError, match=r"(does not exist|there is no folder .*); check the path"):
+        Engine.load(name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "a cat", "--model", "./none/none"),
+        ("generate", "a cat", "--lora", "./none"),
+        ("export", "./none", "out"),
+        ("serve", "--model", "./none/none"),
+        ("serve", "--lora", "./none"),
+        ("arena", "./none/none", "pictures", "--prompts", "prompts.txt"),
+    ],
+    ids=" ".join,
+)
+def test_nor_is_one_of_a_command(
+    hub: Path, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happened that ./owner/name lost its ./ on the way, and that `serve` said its address before."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n")
+    done = run(*arguments)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and not done.stdout, done
+    assert line.startswith("error: ") and ("none does not exist; check the path" in line or "there is no" in line)
+    assert "hub (" not in line
