@@ -1,7 +1,8 @@
 """`bench kernels`: each kernel against what users run instead, on this machine's device.
 
 On a GPU the kernels run; on a CPU their references do, and the record says which. Times come from the harness, interleaved; on a
-GPU `triton.testing.do_bench`, which empties the L2 cache before each run, adds the device's own time.
+GPU `triton.testing.do_bench`, which empties the L2 cache before each run, adds the device's own time of what can be captured as a
+CUDA graph: launched one by one, short kernels are timed by their launches.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ from .records import save
 from .schema import Case, Check, Record, compare, new_record
 
 SD_CONFIG = {**BETAS, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
-FUSED, COMPILED, CAPTURED, COPY = "ours", "torch.compile", "ours, CUDA graph", "copy"
+FUSED, COMPILED, COPY = "ours", "torch.compile", "copy"
+CAPTURED, COPY_CAPTURED = "ours, CUDA graph", "copy, CUDA graph"
 DDIM, EAGER = "diffusers DDIM step", "torch eager"
 Runs = dict[str, Callable[[], Any]]
 
@@ -54,19 +58,20 @@ class Workload:
 def bench_kernels(
     out: Path, *, device: str | None = None, rounds: int = 50, quick: bool = False, until: float = float("inf")
 ) -> Record:
-    """Check and time every kernel, write `out`.json and `out`.png, return the record. until: no further row begins at this
-    time of the monotonic clock, but one is measured. ImagineFlashError for a wrong result."""
+    """Check and time every kernel, write `out`.json and `out`.png after each row, return the record. until: no further row begins
+    at this time of the monotonic clock, but one is measured. ImagineFlashError for a wrong result."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = clock_for(device)
     refuse_interpreter()
     workloads = track(list(_workloads(device, quick)), description=f"kernels on {device}")
-    rows = list[Case]()
-    for build in workloads:
-        if not rows or time.monotonic() < until:
-            rows.append(_measure(build(), device, rounds, clock))
     where = "as kernels on a GPU" if device != "cpu" else "by their references, which are what a CPU runs"
-    record = new_record(f"How fast are the fused update, to_image and GroupNorm + SiLU, {where}?", rows, device=device)
-    save(record, out)
+    rows, record = list[Case](), None
+    for build in workloads:
+        if record is None or time.monotonic() < until:
+            rows.append(_measure(build(), device, rounds, clock))
+            question = f"How fast are the fused update, to_image and GroupNorm + SiLU, {where}?"
+            save(record := new_record(question, rows, device=device), out)
+    assert record is not None
     return record
 
 
@@ -80,38 +85,54 @@ def _measure(work: Workload, device: str, rounds: int, clock: Any) -> Case:
     source = torch.arange(max(1, work.bytes_moved // 2), device=device).to(torch.uint8)
     target = torch.zeros_like(source)
     work.runs[COPY] = lambda: target.copy_(source)
+    if device != "cpu":
+        work.runs[COPY_CAPTURED] = captured(work.runs[COPY])
 
     def check(candidate: Candidate) -> Check:
         for output in (target, *work.outputs):
             output.zero_()
         candidate.run()
-        pair = (target, source) if candidate.name == COPY else (work.written(candidate.name), work.expected)
-        found, wanted = (t.double().cpu().numpy() for t in pair)
-        return compare("largest difference from float64", found, wanted, work.tolerance)
+        copies = candidate.name in (COPY, COPY_CAPTURED)
+        found, wanted = (target, source) if copies else (work.written(candidate.name), work.expected)
+        return compare("largest difference from float64", _largest_difference(found, wanted), 0.0, work.tolerance)
 
     candidates = [Candidate(name=name, run=run) for name, run in work.runs.items()]
     case = measure(candidates, baseline=work.baseline, check=check, case=work.case, warm_up=5, n=rounds, clock=clock)
     return case.with_extra(_bandwidth(case, work, device))
 
 
+def _largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """In float64, on their device; infinite where the shapes differ, NaN where a value is."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    return float((found.double() - wanted).abs().max())
+
+
 def _bandwidth(case: Case, work: Workload, device: str) -> dict[str, dict[str, float]]:
-    """Bytes moved, share of the bandwidth of a copy of as many bytes in the same rounds, and the device's own time."""
+    """Bytes moved, the device's own time, and the share of the bandwidth of a copy of as many bytes: on a GPU by the device's
+    times, where a candidate has one, else in the same rounds."""
+    alone = (
+        {name: time for name, run in work.runs.items() if (time := _device_time(name, run))} if device != "cpu" else {}
+    )
+    times = {t.name: (t.p50_us,) for t in case.timings} if device == "cpu" else alone
     extra: dict[str, dict[str, float]] = {}
-    alone = {name: _device_time(run) for name, run in work.runs.items()} if device != "cpu" else {}
-    for timing in case.timings:
-        times = alone or {t.name: (t.p50_us,) for t in case.timings}
-        share = 100 * times[COPY][0] / times[timing.name][0]
-        extra[timing.name] = {"MB moved": work.bytes_moved / 1e6, "% of copy bandwidth": round(share, 1)}
-        for label, value in zip(("device p50 µs", "device p20 µs", "device p80 µs"), alone.get(timing.name, ())):  # noqa: B905
-            extra[timing.name][label] = round(value, 3)
+    for name in work.runs:
+        extra[name] = {"MB moved": work.bytes_moved / 1e6}
+        if name in times:
+            extra[name]["% of copy bandwidth"] = round(100 * times[COPY][0] / times[name][0], 1)
+        for label, value in zip(("device p50 µs", "device p20 µs", "device p80 µs"), alone.get(name, ())):  # noqa: B905
+            extra[name][label] = round(value, 3)
     return extra
 
 
-def _device_time(run: Callable[[], Any]) -> tuple[float, float, float]:
-    """Microseconds p50, p20, p80 with a cold L2 cache."""
+def _device_time(name: str, run: Callable[[], Any]) -> tuple[float, float, float] | None:
+    """Microseconds p50, p20, p80 of a CUDA graph of it with a cold L2 cache; None of diffusers' step, which asks the host."""
     from triton.testing import do_bench
 
-    times: Any = do_bench(run, quantiles=[0.5, 0.2, 0.8])
+    if name == DDIM:
+        return None
+    replay = run if name in (CAPTURED, COPY_CAPTURED) else captured(run)
+    times: Any = do_bench(replay, quantiles=[0.5, 0.2, 0.8])
     p50, p20, p80 = times
     return 1e3 * p50, 1e3 * p20, 1e3 * p80
 
@@ -125,22 +146,22 @@ NORMS = (
 
 
 def _workloads(device: str, quick: bool) -> Iterator[Callable[[], Workload]]:
+    """The kernels in turn, so that each has rows when the time is over."""
     network = torch.float32 if device == "cpu" else torch.bfloat16  # a CPU's networks run in float32 here
     latents = [(1, 64), (8, 64), (64, 64), (1, 128), (8, 128), (64, 128), (256 if device == "cpu" else 1024, 128)]
-    pictures = [(1, 512), (1, 1024), (8, 1024)]
+    pictures, norms = [(1, 512), (1, 1024), (8, 1024)], NORMS[-1:] if device == "cpu" else NORMS
     if quick:
-        latents, pictures = latents[:1], [(1, 64)]
-    for batch, side in latents:
-        yield lambda batch=batch, side=side: _update(batch, side, device, network)
-    for batch, side in pictures:
-        yield lambda batch=batch, side=side: _to_image(batch, side, device, network)
-    norms = NORMS[-1:] if quick or device == "cpu" else NORMS
-    for channels, side in norms:
-        side = 32 if quick else side
-        yield lambda channels=channels, side=side: _group_norm(channels, side, device, network)
+        latents, pictures, norms = latents[:1], [(1, 64)], [(NORMS[-1][0], 32)]
+    shapes = {_update: latents, _to_image: pictures, _group_norm: norms}
+    for turn in zip_longest(
+        *([partial(make, *shape, device, network) for shape in own] for make, own in shapes.items())
+    ):
+        yield from (build for build in turn if build is not None)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for the shapes of its first call, each workload's anew: beyond eight torch would run it eagerly."""
+    torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -46,7 +46,7 @@ def bench_gpu_command(
     minutes: Annotated[
         float,
         typer.Option(
-            metavar="NUMBER", help="No further picture's row begins after so many; kernels get a quarter more."
+            metavar="NUMBER", help="No further row begins after so many; kernels get at most a quarter of them."
         ),
     ] = 20.0,
     rounds: Rounds = 50,
@@ -57,6 +57,10 @@ def bench_gpu_command(
             help="Also what torch.compile makes, with kernels tried out and in fp8 too, which takes minutes for each.",
         ),
     ] = True,
+    mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        typer.Option(help="torch.compile's mode, for diffusers."),
+    ] = "max-autotune",
     tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
 ) -> None:
     """Time a Stable-Diffusion-Turbo-shaped student with random weights on a GPU, beside diffusers, and the kernels."""
@@ -64,7 +68,8 @@ def bench_gpu_command(
     from ..benchmarks.gpu import bench_gpu
 
     writable(output)
-    _show(bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny, compile=compile), output)
+    measured = bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny, compile=compile, mode=mode)
+    _show(measured, output)
     say(f"{output}-kernels.json\n{output}-kernels.png")
 
 
