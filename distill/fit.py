@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, send_to_device
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -27,7 +26,7 @@ from ..core.errors import ImagineFlashError, Interrupted
 from .best import Best
 from .captured import CapturedLoss, CudaGraphs
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from .optimizers import build_optimizers, clipped_together, rate_factor, special_parts
+from .optimizers import build_average, build_optimizers, clipped_together, rate_factor, special_parts
 from .processes import asked_to_stop, begin_training, on_cpu
 from .recipe import Fit
 from .report import Report, check_trackers, start_trackers
@@ -99,8 +98,9 @@ class _Run:
     def __init__(self, task: Task, fit: Fit, track: Sequence[str], folder: Path, shared: bool) -> None:
         self.task, self.fit, self.shared = task, fit, shared
         unused = bool(special_parts(task.module))  # not all learn at once
-        # of gathered weights autocast would keep the copies that a rollout made without a graph, and they would get no gradient
-        kinds = [DistributedDataParallelKwargs(find_unused_parameters=unused), AutocastKwargs(cache_enabled=not shared)]
+        buckets = DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
+        # autocast would keep the copies of weights that a rollout made without a graph, and they would get no gradient
+        kinds = [buckets, AutocastKwargs(cache_enabled=False)]
         logs: dict[str, Any] = {"log_with": list(track), "project_dir": str(folder / "trackers")} if track else {}
         begin_training(fit.mixed_precision)
         how: Any = {"mixed_precision": fit.mixed_precision, "kwargs_handlers": kinds}
@@ -117,7 +117,7 @@ class _Run:
         self.averaged = [p for p in task.averaged.parameters() if p.requires_grad]
         optimizers = build_optimizers(task.module, fit)
         on_gpu = self.accelerator.device.type == "cuda"
-        self.ema = EMAModel(self.averaged, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=on_gpu)
+        self.ema = build_average(self.averaged, fit, on_gpu=on_gpu, shared=shared)
         self.ema.to(self.accelerator.device)
         self.wrapped = self.accelerator.prepare_model(task.module, evaluation_mode=shared)  # true: not wrapped in DDP
         self.optimizers = [self.accelerator.prepare_optimizer(each) for each in optimizers]
@@ -210,12 +210,12 @@ class _Run:
         """What the recipe asks for after `step` updates: a picture, figures."""
         previews, validations = self.fit.preview_every, self.fit.validate_every
         if (report.main or self.shared) and previews and step % previews == 0:
-            with self.average():
+            with self.average(), self.accelerator.autocast():
                 picture = self.task.preview()
             if picture is not None and report.main:
                 report.picture(picture, step)
         if validations and step % validations == 0:
-            with self.average(), torch.no_grad():
+            with self.average(), self.accelerator.autocast(), torch.no_grad():
                 figures = {name: self.agreed(value) for name, value in self.task.validate().items()}
                 if figures and (self.fit.keep_best or self.fit.patience):
                     best.offer(figures, step, self.averaged, write=report.main)

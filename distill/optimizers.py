@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..core.errors import missing_extra
@@ -67,6 +69,12 @@ def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
         return 2 * sum(p.numel() * p.element_size() for p in weights)
     small, large = ([p.numel() for p in weights if (p.numel() >= _LEAST_8BIT) == coded] for coded in (False, True))
     return 2 * sum(4 * n for n in small) + 2 * sum(n + 4 * -(-n // _BLOCK_8BIT) for n in large)
+
+
+def build_average(weights: Sequence[nn.Parameter], fit: Fit, *, on_gpu: bool, shared: bool) -> EMAModel:
+    """The weights' average over the updates. On a GPU it moves by few launches for all of them, which of weights that are
+    shared out torch does not do."""
+    return EMAModel(weights, decay=fit.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=on_gpu and not shared)
 
 
 def build_optimizers(module: nn.Module, fit: Fit) -> list[torch.optim.Optimizer]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core.plan import StepPlan
 from ..core.update import UpdateTable
+from ..pipelines.networks import Conditions
 from .backward import table_of
 from .data.embeddings import Embeddings
 from .fit import Task
@@ -22,9 +23,9 @@ from .lora import WithoutAdapters, add_adapters
 from .methods import method_named
 from .methods.contract import DistillationLoss, Draws
 from .models import Denoiser, Model, noise_of, noises_of, plain_attention
+from .processes import processes
 from .recipe import DistillRecipe
 from .reproducible import Part, fingerprint, part_of, rows_of, seeded
-from .teacher import draw
 
 _VALIDATED = 32  # prompts
 _VALIDATION_SEED = 1 << 30  # far from what a training or a preview draws
@@ -132,42 +133,50 @@ class DistillTask(Task):
         """Mean squared distance of the student's latents to those of the guided teacher in 25 steps, from noises of its own:
         over all plans ("distance"), and for each ("distance_3" for 3 steps)."""
         rows = torch.arange(min(_VALIDATED, len(self.text)))
-        noise = noise_of([_VALIDATION_SEED + int(row) for row in rows], self.student.latent_shape)
-        device = next(self.student.network.parameters()).device
-        noise, text = noise.to(device), self.text[rows]
+        seeds, text = [_VALIDATION_SEED + int(row) for row in rows], self.text[rows]
         if self._teacher_latents is None:
-            table = table_of(
-                self.teacher.denoiser, StepPlan.trailing(25, self.teacher.denoiser.last_time + 1).timesteps
-            )
-            guidance = sum(self.recipe.guidance) / 2
-            self._teacher_latents = self.reference.sample(noise, text, table, uncond=self.uncond, guidance=guidance)
+            self._teacher_latents = self._guided(seeds, text)
         distances = {}
         for steps, table in inference_tables(self.teacher.denoiser, self.recipe).items():
-            fresh = [each.to(device) for each in noises_of(list(range(len(rows))), self.student.latent_shape, table)]
-            drawn = self.student.sample(noise, text, table, noises=fresh)
+            drawn = self._sampled(self.student, seeds, text, table)
             distances[f"distance_{steps}"] = float((drawn - self._teacher_latents).square().mean())
         return {"distance": sum(distances.values()) / len(distances)} | distances
 
     def preview(self) -> Image.Image:
         """A row of the guided teacher in 25 steps, then one for each plan of the student, all from the same noises."""
-        seeds, shape = list(range(len(self.shown))), self.student.latent_shape
-        device = next(self.student.network.parameters()).device
+        seeds, text = list(range(len(self.shown))), self.shown_text
         if self._teacher_row is None:
-            guidance = sum(self.recipe.guidance) / 2
-            self._teacher_row = draw(
-                self.reference,
-                self.shown,
-                seeds,
-                steps=25,
-                guidance=guidance,
-                negative=self.uncond,
-                text=self.shown_text,
-            )
-        rows, noise, text = [self._teacher_row], noise_of(seeds, shape).to(device), self.shown_text
-        for table in inference_tables(self.teacher.denoiser, self.recipe).values():
-            fresh = [each.to(device) for each in noises_of(seeds, shape, table)]
-            rows.append(self.student.decode(self.student.sample(noise, text, table, noises=fresh)))
-        return grid(np.concatenate(rows), columns=len(self.shown))
+            self._teacher_row = self._decoded(self._guided(seeds, text))
+        tables = inference_tables(self.teacher.denoiser, self.recipe).values()
+        rows = [self._decoded(self._sampled(self.student, seeds, text, table)) for table in tables]
+        return grid(np.concatenate([self._teacher_row, *rows]), columns=len(self.shown))
+
+    @property
+    def _at_once(self) -> int:
+        """Rows of one pass through the networks: as many as an update has, whose memory there is."""
+        return max(1, self.recipe.fit.batch // (self.recipe.fit.accumulate * processes().num_processes))
+
+    def _guided(self, seeds: Sequence[int], text: Conditions) -> torch.Tensor:
+        """Latents of the guided teacher in 25 steps."""
+        table = table_of(self.teacher.denoiser, StepPlan.trailing(25, self.teacher.denoiser.last_time + 1).timesteps)
+        guidance = sum(self.recipe.guidance) / 2
+        return self._sampled(self.reference, seeds, text, table, uncond=self.uncond, guidance=guidance)
+
+    def _sampled(
+        self, model: Model, seeds: Sequence[int], text: Conditions, table: UpdateTable, **how: Any
+    ) -> torch.Tensor:
+        """Latents (B, C, h, w) from the noises of the seeds, on the networks' device, wherever the text is."""
+        device, parts = model.device, []
+        for first in range(0, len(seeds), self._at_once):
+            rows = slice(first, first + self._at_once)
+            fresh = [each.to(device) for each in noises_of(seeds[rows], model.latent_shape, table)]
+            noise, told = noise_of(seeds[rows], model.latent_shape), tuple(each[rows].to(device) for each in text)
+            parts.append(model.sample(noise.to(device), told, table, noises=fresh, **how))
+        return torch.cat(parts)
+
+    def _decoded(self, latents: torch.Tensor) -> np.ndarray:
+        """Pictures (B, H, W, 3) uint8."""
+        return np.concatenate([self.student.decode(part) for part in latents.split(self._at_once)])
 
 
 def inference_tables(denoiser: Denoiser, recipe: DistillRecipe) -> dict[int, UpdateTable]:

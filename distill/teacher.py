@@ -16,7 +16,6 @@ from ..core.errors import RecipeError
 from ..core.plan import StepPlan
 from ..core.update import update_table
 from ..folders.files import hash_folder, refuse_foreign
-from ..pipelines.networks import Conditions
 from .autoencoder import AutoencoderTask
 from .data.captions import Scene, describe, describe_with_patterns
 from .data.emoji import EmojiScenes, scene_at
@@ -119,24 +118,14 @@ class TeacherTask(Task):
         return grid(draw(self.model, prompts * 2, list(range(16)), steps=25, guidance=2.0), columns=8)
 
 
-def draw(
-    model: Model,
-    prompts: Sequence[str],
-    seeds: list[int],
-    *,
-    steps: int,
-    guidance: float,
-    negative: Conditions | None = None,
-    text: Conditions | None = None,
-) -> np.ndarray:
-    """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8. text, negative: of the prompts, where they are
-    embedded already."""
+def draw(model: Model, prompts: Sequence[str], seeds: list[int], *, steps: int, guidance: float) -> np.ndarray:
+    """Guided deterministic sampling, as a teacher is used: (B, H, W, 3) uint8."""
     denoiser = model.denoiser
     plan = StepPlan.trailing(steps, denoiser.schedule.num_train_timesteps)
     table = update_table(denoiser.schedule, plan, denoiser.prediction_type, noise_correction=False)
     noise = noise_of(seeds, model.latent_shape).to(next(model.network.parameters()).device)
-    uncond = (negative or model.embed_negative()) if guidance != 1 else None
-    return model.decode(model.sample(noise, text or model.embed(prompts), table, uncond=uncond, guidance=guidance))
+    uncond = model.embed_negative() if guidance != 1 else None
+    return model.decode(model.sample(noise, model.embed(prompts), table, uncond=uncond, guidance=guidance))
 
 
 def train_teacher(

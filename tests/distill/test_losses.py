@@ -1,5 +1,6 @@
 """Backward distillation by its oracles: a perfect student has no loss, the teacher no gradient, the rollout no graph."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,16 @@ from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import sample, update_table
 from imagine_flash.distill.backward import Solver, choose_noise, rollout, shifted_time, teacher_plan, teacher_target
+from imagine_flash.distill.fit import _Run
+from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.methods.contract import Draws
 from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, draw, loss, steps_from
-from imagine_flash.distill.models import Denoiser
+from imagine_flash.distill.models import Denoiser, model_of
+from imagine_flash.distill.reproducible import Part
+from imagine_flash.distill.task import DistillTask
 from imagine_flash.distill.weighting import loss_weight
 from imagine_flash.tests.distill.toy import SD_CONFIG, gaussian_denoiser, point_denoiser
+from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
 
 FIT = {"steps": 1}
 
@@ -268,3 +274,14 @@ def test_a_plain_target_among_shifted_ones() -> None:
     batch = {"x_T": x_T, "text": text, "uncond": text, "guidance": torch.ones(5), "fresh": x_T}
     loss(student, teacher, batch | {"plan": 3, "index": 1, "shifted": False}, recipe, {})
     assert teacher.network.calls[0] == 666
+
+
+def test_a_step_behind_a_rollout_teaches_every_weight_in_bf16(tmp_path: Path) -> None:
+    """The rollout runs without a graph, and what it left of cast weights was taken for the step that has one."""
+    fit = {"steps": 1, "batch": 2, "mixed_precision": "bf16"}
+    recipe = distill_recipe({"plans": {2: [999, 499]}, "teacher_steps": 1, "fit": fit})
+    task = DistillTask(recipe, model_of(build_pipeline()), list(CAPTIONS), "")
+    run = _Run(task, recipe.fit, [], tmp_path, shared=False)
+    batch = next(b for step in range(20) if (b := task.batch(step, Part()))["index"] == 1)
+    run.wrapped(**batch).backward()
+    assert all(weight.grad is not None for weight in run.averaged) and task.student.network.conv_in.weight.grad.any()

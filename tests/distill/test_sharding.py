@@ -17,6 +17,7 @@ from imagine_flash.core.errors import RecipeError
 from imagine_flash.distill.data.captioned import PictureSource
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model, model_of
+from imagine_flash.distill.optimizers import build_average
 from imagine_flash.distill.recipe import Fit
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.sharding import agreed, check_sharding, gather, let_go, part_like, shard, whole
@@ -125,6 +126,23 @@ def test_what_is_shared_out_is_whole_again(one_process: None) -> None:
     assert not any(isinstance(value, DTensor) for value in weights.values())
     assert all(torch.equal(value, before[name]) for name, value in weights.items()) and len(weights) == len(before)
     assert agreed(0.5, torch.device("cpu")) == 0.5
+
+
+def test_what_is_shared_out_has_an_average_on_gpus_too(one_process: None) -> None:
+    """There the average was copied by one launch for all weights, which torch does not know for parts: no student was written."""
+    unet = build_pipeline().unet
+    shard([unet], torch.device("cpu"))
+    weights = list(unet.parameters())
+    average = build_average(weights, Fit.model_validate({**FIT, "steps": 1}), on_gpu=True, shared=True)
+    before = whole(weights[0].detach()).clone()
+    average.step(weights)
+    with torch.no_grad():
+        weights[0].zero_()
+    average.store(weights)
+    average.copy_to(weights)
+    assert torch.equal(whole(weights[0].detach()), before)
+    average.restore(weights)
+    assert not whole(weights[0].detach()).any()
 
 
 @pytest.mark.parametrize("values", [{"method": "dmd2", "ratio": 1}, {**PLAIN, "adversarial": {"ramp": 0}}])

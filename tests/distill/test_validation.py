@@ -110,6 +110,33 @@ def test_a_tracker_is_told_losses_and_figures(tmp_path: Path, monkeypatch: pytes
     assert [step for step, values in told if "away" in values] == list(range(2, 21, 2))
 
 
+def test_looks_and_losses_are_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    """Validations and previews ran in float32, which at full size the card had no memory for. And torch 2.9 kept the copy of a
+    weight that a rollout made without a graph, so most weights of a network had no gradient in bf16."""
+    seen: dict[str, tuple[bool, bool]] = {}
+
+    def look(name: str) -> None:
+        seen[name] = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+
+    class Line(_Line):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            look("loss")
+            return super().forward(x)
+
+    class Looks(_Slope):
+        def validate(self) -> dict[str, float]:
+            look("validate")
+            return {"away": 1.0}
+
+        def preview(self) -> None:
+            look("preview")
+
+    task = Looks()
+    task.module = Line()
+    fit(task, settings(steps=2, preview_every=2, mixed_precision="bf16"), tmp_path)
+    assert seen == dict.fromkeys(("loss", "validate", "preview"), (True, False))
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="need validate_every"):
         parse_recipe({"steps": 1, "keep_best": True}, Fit, "x.yaml")
