@@ -109,7 +109,8 @@ class Pictures:
     """The students that are drawn, one for each decoder, made when they are first needed."""
 
     def __init__(self, shape: Shape, device: str, mode: str) -> None:
-        self.shape, self.device, self.mode = shape, device, mode
+        self.shape: Shape = shape
+        self.device, self.mode = device, mode
         self.left_out, self.wrong = dict[str, str](), list[str]()
         self._models, self._opened = dict[str, Models](), ExitStack()
 
