@@ -151,6 +151,15 @@ class GenerateRequest(Checked):
             raise ValueError("condition_scale needs a condition, the picture that it is the scale of")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_drawn_again(self) -> Self:
+        if self.seed + self.count - 1 > MAX_SEED:
+            most, count = MAX_SEED - self.count + 1, self.count
+            raise ValueError(
+                f"seed must be at most {most} for {count} pictures, whose seeds follow it, got {self.seed}"
+            )
+        return self
+
     @field_validator("prompt")
     @classmethod
     def _says_something(cls, prompt: str) -> str:

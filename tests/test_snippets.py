@@ -193,6 +193,33 @@ def port(desk: Path) -> Iterator[int]:
     process.wait(30)
 
 
+def test_trying_again_waits_for_a_server_and_no_longer_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gave up where nobody listened yet, and slept for five minutes where a quota said so."""
+    import httpx
+
+    def answer(status: int, after: str = "") -> httpx.Response:
+        body, request = {"data": [{"b64_json": "a picture"}]}, httpx.Request("POST", "http://127.0.0.1")
+        return httpx.Response(status, json=body, headers={"retry-after": after} if after else {}, request=request)
+
+    def post(*_: Any, **__: Any) -> httpx.Response:
+        if (found := next(answers)) is None:
+            raise httpx.ConnectError("nobody listens")
+        return found
+
+    naps: list[float] = []
+    answers = iter([None, answer(503), answer(429, "3"), answer(200), answer(429, "316"), None])
+    monkeypatch.setattr(httpx, "post", post)
+    monkeypatch.setattr(time, "sleep", naps.append)
+    scope: dict[str, Any] = {}
+    execute("docs/serving.md", scope, "while a server loads")
+    assert scope["picture"] == "a picture" and naps == [1, 1, 3]
+    with pytest.raises(httpx.HTTPStatusError):
+        scope["draw"]("a fox")
+    with pytest.raises(httpx.ConnectError):
+        scope["draw"]("a fox", seconds=0.5)
+    assert len(naps) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SERVED)
 def test_python_with_a_server(page: str, port: int) -> None:

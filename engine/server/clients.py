@@ -6,20 +6,23 @@ import base64
 import hmac
 import ipaddress
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import Self
 
 from limits import RateLimitItem, parse_many
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import Scope
 
-from ...core.errors import BusyError
+from ...core.errors import BusyError, RequestError
 from ..work import Client
 from .settings import ServerSettings
 
+SOONEST = 1.0  # seconds after which a client may try again: what is being drawn may be given back
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
 
 
@@ -46,6 +49,7 @@ class Clients:
         self._keys = settings.api_keys
         self._quota = settings.quota
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._reserved: Counter[str] = Counter()  # pictures that are being drawn, by the client's name
 
     def identify(self, scope: Scope, headers: Mapping[str, str]) -> KnownClient | None:
         """None where a key is wanted and none is given; the names of the headers in lower case."""
@@ -62,18 +66,55 @@ class Clients:
         name = key.name or f"key {number + 1}"
         return KnownClient(name, key.weight, name, _parsed(key.quota or self._quota))
 
-    def check(self, client: KnownClient, pictures: int) -> None:
-        """Raises QuotaError where a client may not have so many now."""
+    def reserve(self, client: KnownClient, pictures: int) -> Reservation:
+        """Before they are drawn. Raises QuotaError where a client may not have so many now, RequestError where never."""
+        reserved = self._reserved[client.name]
         for quota in client.quotas:
-            if not self._limiter.test(quota, client.name, cost=pictures):
+            if pictures > quota.amount:
+                message = (
+                    f"{pictures} pictures are more than the whole quota of {quota}; ask for at most {quota.amount}"
+                )
+                raise RequestError(message, param="n")
+            if not self._limiter.test(quota, client.name, cost=reserved + pictures):
                 reset, left = self._limiter.get_window_stats(quota, client.name)
+                left = max(0, left - reserved)
                 message = f"the quota of {quota} pictures has {left} left, {pictures} were asked for; try again later"
-                raise QuotaError(message, reset - time.time())
+                raise QuotaError(message, max(SOONEST, reset - time.time()))
+        self._reserved[client.name] += pictures
+        return Reservation(self, client, pictures)
 
-    def count(self, client: KnownClient, pictures: int) -> None:
-        """Pictures that a client was given."""
-        for quota in client.quotas:
-            self._limiter.hit(quota, client.name, cost=pictures)
+    def settle(self, client: KnownClient, reserved: int, drawn: int) -> None:
+        """Ends a reservation, of which so many were drawn."""
+        self._reserved[client.name] -= reserved
+        if not self._reserved[client.name]:
+            del self._reserved[client.name]
+        for quota in client.quotas if drawn else ():
+            self._limiter.hit(quota, client.name, cost=drawn)
+
+
+class Reservation:
+    """Pictures that a client's quota holds while they are drawn; those that were not are given back at the end of the context."""
+
+    def __init__(self, clients: Clients, client: KnownClient, pictures: int) -> None:
+        self._clients, self._client, self.pictures = clients, client, pictures
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def count(self) -> None:
+        """They were drawn."""
+        self._settle(self.pictures)
+
+    def give_back(self) -> None:
+        """They will not be drawn; nothing, once they were counted."""
+        self._settle(0)
+
+    def _settle(self, drawn: int) -> None:
+        self._clients.settle(self._client, self.pictures, drawn)
+        self.pictures = 0
 
 
 def _given_key(headers: Mapping[str, str]) -> str:

@@ -21,12 +21,16 @@ from ..pictures.files import Turns, beside, encode, resize
 from ..pictures.uploads import UploadReader
 from ..request import GenerateRequest
 from ..work import Drawing, GenerateResult, Prepared
-from .clients import Clients, KnownClient
+from .clients import Clients, KnownClient, Reservation
 from .metrics import Metrics
 from .model import ServedModel
 from .schemas import OPENAI_MODELS
 from .settings import ServerSettings
 
+GUIDED = {
+    "guidance_scale": "guidance",
+    "negative_prompt": "negative_prompt",
+}  # fields of clients, and of a GenerateRequest
 MOST_SCALED = 2**25  # pixels of one answer that are not the model's own
 
 
@@ -115,6 +119,14 @@ class Studio:
         weighs = not known.embedded and (known.default if scale is None else scale) > 1
         return taken | ({"negative_prompt": negative} if negative and weighs else {})
 
+    def ignored(self, scale: float | None, negative: str | None) -> list[str]:
+        """The fields of these that say something and that this model does not take."""
+        given, taken = (
+            {"guidance_scale": scale is not None, "negative_prompt": bool(negative)},
+            self.guidance(scale, negative),
+        )
+        return [name for name, field in GUIDED.items() if given[name] and field not in taken]
+
     async def pixels(self, files: Mapping[str, bytes | None], size: Size, client: KnownClient) -> dict[str, Any]:
         """The image, mask and condition of a GenerateRequest, of what was uploaded. Raises RequestError, BusyError."""
         read = {"image": self.uploads.image, "mask": self.uploads.mask, "condition": self.uploads.condition}
@@ -122,10 +134,13 @@ class Studio:
         return {name: await read[name](file, size, client.name) for name, file in given.items()}
 
     async def prepare(self, wish: Wish) -> Prepared:
-        """A request made ready. Raises RequestError, PlanError, QuotaError."""
-        self.clients.check(wish.client, wish.request.count)
+        """A request made ready. Raises RequestError, PlanError."""
         _, size = self.engine.check(wish.request)
         return await beside(lambda: self.engine.prepare(wish.request), 3 * size[0] * size[1] * wish.request.count)
+
+    def reserve(self, wish: Wish) -> Reservation:
+        """What its client's quota holds of it. Raises QuotaError, RequestError."""
+        return self.clients.reserve(wish.client, wish.request.count)
 
     def start(self, prepared: Prepared, client: KnownClient) -> Drawing:
         """Raises BusyError."""
@@ -133,21 +148,23 @@ class Studio:
 
     async def draw(self, wish: Wish, request: Request) -> GenerateResult:
         """Its pictures; a client that hangs up cancels the work."""
-        drawing = asyncio.wrap_future(self.start(await self.prepare(wish), wish.client))
-        gone = asyncio.ensure_future(_disconnected(request))
-        gone.add_done_callback(lambda _: drawing.cancel())
-        try:
-            return self.drawn(await drawing, wish.client)
-        except asyncio.CancelledError:
-            if not drawing.cancelled() or not gone.done():
-                raise  # the server's own end
-            raise HTTPException(499, "the client hung up") from None
-        finally:
-            gone.cancel()
+        with self.reserve(wish) as reserved:
+            drawing = asyncio.wrap_future(self.start(await self.prepare(wish), wish.client))
+            gone = asyncio.ensure_future(_disconnected(request))
+            gone.add_done_callback(lambda _: drawing.cancel())
+            try:
+                result = await drawing
+                reserved.count()
+                return self.drawn(result, wish.client)
+            except asyncio.CancelledError:
+                if not drawing.cancelled() or not gone.done():
+                    raise  # the server's own end
+                raise HTTPException(499, "the client hung up") from None
+            finally:
+                gone.cancel()
 
     def drawn(self, result: GenerateResult, client: KnownClient) -> GenerateResult:
-        """Counts it."""
-        self.clients.count(client, len(result.images))
+        """Notes it in the metrics, and for those who wait."""
         self.metrics.observe(result, client.label)
         self.model.line.drawn(result)
         return result

@@ -9,11 +9,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
 from ...core.errors import BusyError, EngineError, ExpiredError, ImagineFlashError, LoadingError
 from .clients import QuotaError
 from .model import ServedModel, retry_headers
+
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 class Error(BaseModel):
@@ -80,11 +83,14 @@ def handle_errors(app: FastAPI, model: ServedModel) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         message, param = one_line(error.errors()[0])
+        kind = request.headers.get("content-type", "")
+        if isinstance(error.body, FormData) and not kind.startswith(FORMS):
+            message, param = f"send a form, with the content-type multipart/form-data, got {kind[:100] or 'none'}", None
         return JSONResponse(error_body(message, code=error.errors()[0]["type"], status=400, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 503: "busy"}
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 426: "upgrade_required", 503: "busy"}
         message = str(error.detail)
         if error.status_code in (404, 405) and message in ("Not Found", "Method Not Allowed"):
             message = f"there is no {request.method} {request.url.path[:100]}; /docs lists what there is"

@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Form, Request, Response
@@ -14,6 +15,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ...core.errors import ImagineFlashError, RequestError
 from ...folders.manifests import size_name
@@ -21,7 +23,7 @@ from ..pictures.files import beside
 from ..pictures.stored import StoredPictures
 from ..request import GenerateRequest
 from ..work import GenerateResult
-from .drawing import Studio, Wish, client_of, decoded, warnings_of
+from .drawing import GUIDED, Studio, Wish, client_of, decoded, warnings_of
 from .errors import ErrorBody, error_body, status_of
 from .schemas import EditRequest, GenerationRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
 
@@ -103,8 +105,7 @@ def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> W
     kind, quality = asked.output_format or "png", asked.output_compression
     scale = asked.guidance_scale if isinstance(asked.guidance_scale, (int, float)) else None
     guided = studio.guidance(scale, asked.negative_prompt)
-    taken = {"guidance": "guidance_scale", "negative_prompt": "negative_prompt"}
-    ignored = tuple(name for name in asked.ignored if name not in (taken[one] for one in guided))
+    ignored = tuple(name for name in asked.ignored if GUIDED.get(name) not in guided)
     request = GenerateRequest(**values, **guided)
     return Wish(request=request, client=client, size=scaled, kind=kind, quality=quality, ignored=ignored)
 
@@ -166,9 +167,13 @@ def _response(result: GenerateResult, wish: Wish, data: list[ImageData]) -> Imag
 
 async def _streamed(studio: Studio, asked: ImageRequest, wish: Wish, headers: dict[str, str]) -> Response:
     """Server-sent events as OpenAI's API has them: the picture in one step, if partial_images is more than 0, then the whole."""
-    prepared = await studio.prepare(wish)
-    preview = studio.engine.preview(prepared) if asked.partial_images else None
-    first = studio.start(preview or prepared, wish.client)  # refused with a status, as without a stream
+    with ExitStack() as held:
+        reserved = held.enter_context(studio.reserve(wish))
+        prepared = await studio.prepare(wish)
+        preview = studio.engine.preview(prepared) if asked.partial_images else None
+        first = studio.start(preview or prepared, wish.client)  # refused with a status, as without a stream
+        held.callback(first.cancel)
+        held = held.pop_all()
     name = "image_edit" if isinstance(asked, EditRequest) else "image_generation"
 
     async def events() -> AsyncIterator[str]:
@@ -178,15 +183,28 @@ async def _streamed(studio: Studio, asked: ImageRequest, wish: Wish, headers: di
                     yield event
             last = first if preview is None else studio.start(prepared, wish.client)
             result = studio.drawn(await asyncio.wrap_future(last), wish.client)
+            reserved.count()
             async for event in _pictures(studio, result, wish, f"{name}.completed"):
                 yield event
         except ImagineFlashError as error:
             status, code = status_of(error)
             yield _event("error", error_body(str(error), code=code, status=status, param=error.param))
-        finally:
-            first.cancel()
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={**headers, "x-accel-buffering": "no"})
+    return _Events(held, events(), headers={**headers, "x-accel-buffering": "no"})
+
+
+class _Events(StreamingResponse):
+    """What is held for them is let go at their end, also where nobody came to read the first."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, held: ExitStack, events: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
 
 
 async def _pictures(studio: Studio, result: GenerateResult, wish: Wish, kind: str) -> AsyncIterator[str]:

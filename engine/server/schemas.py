@@ -79,9 +79,16 @@ class ImageRequest(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """The fields that were given and have no meaning here."""
+        """The fields that were given and have no meaning here, or none beside the others."""
         fields = type(self).model_fields.items()
-        return [name for name, field in fields if field.description == IGNORED and getattr(self, name) is not None]
+        found = [name for name, field in fields if field.description == IGNORED and getattr(self, name) is not None]
+        beside = {
+            "num_inference_steps": self.steps is not None and self.num_inference_steps is not None,
+            "output_compression": self.output_format in (None, "png") and self.output_compression is not None,
+            "partial_images": not self.stream and bool(self.partial_images),
+            "response_format": self.stream is True and self.response_format == "url",
+        }
+        return found + [name for name, has_none in beside.items() if has_none]
 
     @property
     def drawing(self) -> dict[str, Any]:

@@ -43,9 +43,10 @@ def _origin(given: str) -> str:
 def _quota(given: str | None) -> str | None:
     if given is not None:
         try:
-            limits.parse_many(given)
+            if not all(quota.amount for quota in limits.parse_many(given)):
+                raise ValueError
         except ValueError:
-            raise ValueError("must be NUMBER/minute, /hour or /day, several with ; between them") from None
+            raise ValueError("must be NUMBER/minute, /hour or /day, 1 or more, several with ; between them") from None
     return given
 
 

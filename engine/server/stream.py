@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
 
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import Size, size_name
@@ -19,7 +20,7 @@ from ..pictures.files import FORMATS, Format, beside, encode
 from ..request import MAX_SCALE, MAX_SEED, GenerateRequest
 from ..session import Mailbox, Session, SessionResult
 from ..work import GenerateResult
-from .clients import KEY_PROTOCOL
+from .clients import KEY_PROTOCOL, QuotaError, Reservation
 from .drawing import Studio, client_of
 from .errors import error_body, status_of
 from .logs import SERVER
@@ -31,7 +32,8 @@ MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
 MAX_PICTURE = 2**18  # bytes of a file
 TRY_AGAIN_LATER, TOO_BIG, INTERNAL = 1013, 1009, 1011
 COMES_A_CONDITION = {"type": "condition"}  # said before the file of a conditioning picture
-PING, PONG = '{"type":"ping"}', '{"type":"pong"}'  # of pages, which cannot send a WebSocket's own
+PING, PONG = {"type": "ping"}, '{"type":"pong"}'  # of pages, which cannot send a WebSocket's own
+UPGRADE = {"upgrade": "websocket", "connection": "Upgrade"}
 LOG = logging.getLogger(SERVER)
 
 
@@ -59,6 +61,11 @@ def stream_router(studio: Studio) -> APIRouter:
     router = APIRouter()
     streams: set[WebSocket] = set()  # that are open
     studio.metrics.sessions.set_function(lambda: len(streams))
+
+    @router.get("/v1/stream", include_in_schema=False)
+    async def no_stream() -> None:
+        """To a client that does not ask for a WebSocket, or whose proxy does not pass it on."""
+        raise HTTPException(426, "this is a WebSocket; a proxy on the way must pass the header Upgrade on", UPGRADE)
 
     @router.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:
@@ -95,6 +102,8 @@ class _Connection:
         self._next = "image"  # what a file that comes is
         self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
+        self._reserved = Reservation(studio.clients, self.client, 0)  # the newest request's one, until it is counted
+        self._paid = 0  # the number of the last request that was counted
 
     async def run(self) -> None:
         writer = asyncio.create_task(self._write())
@@ -108,6 +117,7 @@ class _Connection:
             self.mailbox.close()
             self._count()
             writer.cancel()
+            self._reserved.give_back()
 
     async def _read(self) -> None:
         while (message := await self.socket.receive())["type"] != "websocket.disconnect":
@@ -117,8 +127,6 @@ class _Connection:
                 return await self.socket.close(TOO_BIG, f"such messages have at most {most} bytes")
             if text is None:
                 self._keep(file)
-            elif text == PING:
-                await self._send(PONG)
             else:
                 await self._take(text)
             self._count()
@@ -146,14 +154,14 @@ class _Connection:
         seq: object = None
         try:
             raw = json.loads(text)
+            if raw == PING:
+                return await self._send(PONG)
             if raw == COMES_A_CONDITION:
                 self._next = "condition"
                 return
             seq = raw.get("seq") if isinstance(raw, dict) else None
             asked = StreamRequest.model_validate(raw)
-            self.studio.clients.check(self.client, 1)
-            wanted = await self._wanted(asked)
-            self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked.format)
+            self._submit(asked, await self._wanted(asked))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -163,6 +171,32 @@ class _Connection:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
             await self._tell(_failure(seq, ours))
 
+    def _submit(self, asked: StreamRequest, wanted: GenerateRequest) -> None:
+        """Its picture is reserved, or takes the place of the one before, which is not drawn. Raises RequestError, QuotaError."""
+        reserved = self._reserved if self._reserved.pictures else self.studio.clients.reserve(self.client, 1)
+        try:
+            self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked)
+            self._reserved = reserved
+        finally:
+            if reserved is not self._reserved:
+                reserved.give_back()
+
+    def _settle(self, found: SessionResult) -> ImagineFlashError | None:
+        """Counts a request with its first picture, be it a preview; or says why there is none to be had."""
+        if found.result is None:
+            if found.seq == self.session.newest:
+                self._reserved.give_back()
+            return found.error or EngineError("no result")
+        if found.seq != self._paid:
+            try:
+                if not self._reserved.pictures:  # an older one came after all, and was counted
+                    self._reserved = self.studio.clients.reserve(self.client, 1)
+            except QuotaError as error:
+                return error
+            self._reserved.count()
+            self._paid = found.seq
+        return None
+
     async def _wanted(self, asked: StreamRequest) -> GenerateRequest:
         """With the pictures that were sent before. Raises RequestError, BusyError."""
         height, width = size = size_of(asked.size) or self.studio.engine.sizes[0]
@@ -171,9 +205,8 @@ class _Connection:
             "seed": asked.seed or 0,
             "steps": asked.steps,
             "lora": asked.lora,
-            "guidance": asked.guidance_scale,
-            "negative_prompt": asked.negative_prompt or None,
             "timeout": self.studio.settings.timeout,
+            **self.studio.guidance(asked.guidance_scale, asked.negative_prompt),
         }
         if asked.strength is not None:
             drawing |= {"strength": asked.strength, "image": await self._sent("image", "strength", size)}
@@ -203,13 +236,16 @@ class _Connection:
     async def _write(self) -> None:
         try:
             async for found in self.mailbox:
-                if found.result is None:
-                    await self._tell(_failure(found.seq, found.error or EngineError("no result")))
+                if (error := self._settle(found)) is not None:
+                    await self._tell(_failure(found.seq, error))
                     continue
-                pixels, kind = found.result.images[0], str(found.label)
-                data = await beside(lambda pixels=pixels, kind=kind: encode(pixels, kind), pixels.nbytes)
-                self.studio.drawn(found.result, self.client)
-                await self._send(_frame(found, found.result, data))
+                asked, result = found.label, found.result
+                assert isinstance(asked, StreamRequest) and result is not None
+                pixels = result.images[0]
+                data = await beside(lambda pixels=pixels, kind=asked.format: encode(pixels, kind), pixels.nbytes)
+                self.studio.drawn(result, self.client)
+                ignored = self.studio.ignored(asked.guidance_scale, asked.negative_prompt)
+                await self._send(_frame(found, result, data, {"format": asked.format, "ignored": ignored}))
         except _Gone:
             pass
         except Exception:
@@ -236,8 +272,8 @@ class _Gone(Exception):
     """The client has closed the socket."""
 
 
-def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
-    """4 bytes, big-endian: the length of a JSON header; the header; the picture's file."""
+def _frame(found: SessionResult, result: GenerateResult, data: bytes, more: dict[str, Any]) -> bytes:
+    """4 bytes, big-endian: the length of a JSON header; the header, with what `more` says; the picture's file."""
     height, width = result.images.shape[1:3]
     header = {
         "type": "image",
@@ -246,13 +282,13 @@ def _frame(found: SessionResult, result: GenerateResult, data: bytes) -> bytes:
         "seed": result.seed,
         "steps": result.steps,
         "size": size_name((height, width)),
-        "format": found.label,
         "bytes": len(data),
         "cached": result.cached,
         "unknown_words": result.unknown_words,
         "replaced_words": result.replaced_words,
         "cut": result.cut,
         "timings": result.timings.stages(),
+        **more,
     }
     encoded = json.dumps(header).encode()
     return struct.pack(">I", len(encoded)) + encoded + data

@@ -97,6 +97,7 @@ def test_noise_is_a_function_of_the_seed() -> None:
         ({"steps": 2.5}, "2.5"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": 2**63}, "seed must be"),
+        ({"seed": 2**63 - 2, "count": 3}, f"seed must be at most {2**63 - 3} for 3 pictures, whose seeds follow it"),
         ({"count": 0}, "count must be a whole number from 1 to 64, got 0"),
         ({"count": 10_000}, "got 10000"),
         ({"height": 0}, "height must be a whole number of pixels, got 0"),

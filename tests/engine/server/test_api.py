@@ -121,6 +121,17 @@ def test_uploads_that_are_refused(http: httpx.Client, case) -> None:
     assert answer.status_code == status and says in answer.json()["error"]["message"], answer.text
 
 
+def test_an_edit_in_json_is_told_to_be_a_form(http: httpx.Client) -> None:
+    """It was told that the prompt, which it had, is required."""
+    for sent in ({"json": {"prompt": "a cat"}}, {"content": b"a cat"}):
+        answer = http.post("/v1/images/edits", **sent)  # type: ignore[arg-type]
+        said = answer.json()["error"]["message"]
+        assert answer.status_code == 400 and said.startswith(
+            "send a form, with the content-type multipart/form-data"
+        ), said
+    assert http.post("/v1/images/edits", data={"n": "1"}).json()["error"]["param"] == "prompt"
+
+
 BODIES = {
     "no JSON": (b"{", "the body is no JSON"),
     "a list": (b"[]", "send a JSON object, with the content-type application/json"),
@@ -136,6 +147,7 @@ BODIES = {
     "far too long a prompt": (json.dumps({"prompt": "a" * 33_000}).encode(), "prompt"),
     "half a character": (b'{"prompt": "a \\ud800 cat"}', "prompt"),
     "NaN": (b'{"prompt": "a", "seed": NaN}', ""),
+    "a seed beyond the last": (b'{"prompt": "a", "n": 2, "seed": 9223372036854775807}', "seed must be at most"),
 }
 
 

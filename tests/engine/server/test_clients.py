@@ -92,6 +92,23 @@ def test_what_is_ignored_is_named(client: openai.OpenAI) -> None:
     assert raw.parse().steps == 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"steps": 1, "num_inference_steps": 2}, "num_inference_steps"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"output_compression": 50, "output_format": "webp"}, ""),
+        ({"partial_images": 2}, "partial_images"),
+        ({"partial_images": 2, "stream": True, "response_format": "url"}, "response_format"),
+    ],
+)
+def test_so_is_what_has_no_effect_beside_the_other_fields(
+    http: httpx.Client, fields: dict[str, Any], ignored: str
+) -> None:
+    answer = http.post("/v1/images/generations", json={"prompt": "a cat", **fields})
+    assert answer.status_code == 200 and answer.headers.get("x-ignored", "") == ignored
+
+
 def test_nulls_are_absent(http: httpx.Client) -> None:
     names = ("model", "n", "size", "response_format", "output_format", "user", "seed", "steps", "stream", "quality")
     answer = http.post("/v1/images/generations", json={"prompt": "a cat", **dict.fromkeys(names)})
@@ -328,6 +345,13 @@ def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact:
         def edit(**fields: str) -> Any:
             start = {"image": png(np.full((64, 64, 3), 90, np.uint8))}
             return http.post("/v1/images/edits", data={"prompt": "a cat", "seed": "7", **fields}, files=start)
+
+        with http.websocket_connect("/v1/stream") as stream:
+            assert stream.receive_json()["guidance"]
+            stream.send_json({"seq": 1, "prompt": "a cat", "seed": 7, "format": "png", "guidance_scale": 4})
+            assert b'"ignored": []' in stream.receive_bytes()
+            stream.send_json({"seq": 2, "prompt": "a cat", "guidance_scale": 1, "negative_prompt": "a dog"})
+            assert b'"ignored": ["negative_prompt"]' in stream.receive_bytes()
 
         form = edit(guidance_scale="4", negative_prompt="a dog")  # a form's fields are texts
         assert "x-ignored" not in form.headers and form.json()["data"] != edit().json()["data"]

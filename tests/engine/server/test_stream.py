@@ -127,6 +127,25 @@ def test_it_draws_from_the_picture_that_was_sent_last(stream: ClientConnection, 
     assert header["seq"] == 4 and pixels is not None and np.abs(pixels.astype(int) - expected).max() > 1
 
 
+def test_guidance_of_a_model_made_without_is_ignored_and_named(stream: ClientConnection) -> None:
+    """It was drawn with, though HTTP ignored it."""
+    ask(stream, 1, seed=7)
+    plain, pixels = read(stream)
+    ask(stream, 2, seed=7, guidance_scale=5, negative_prompt="a dog")
+    header, same = read(stream)
+    assert plain["ignored"] == [] and header["ignored"] == ["guidance_scale", "negative_prompt"]
+    assert np.array_equal(pixels, same)
+
+
+def test_a_ping_is_json_like_any_other(server, stream: ClientConnection) -> None:
+    """One with spaces was told that it has no seq."""
+    stream.send('{ "type": "ping" }')
+    assert read(stream) == ({"type": "pong"}, None)
+    answer = httpx.get(f"{server.url}/v1/stream")
+    assert answer.status_code == 426 and answer.headers["upgrade"] == "websocket"
+    assert "this is a WebSocket" in answer.json()["error"]["message"]
+
+
 def test_messages_that_are_too_long_close_it(server) -> None:
     for message, code in ((bytes(300_000), 1009), ("x" * 70_000, 1009)):
         with open_stream(server) as socket:

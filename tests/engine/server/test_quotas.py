@@ -1,0 +1,76 @@
+"""Quotas of pictures, of many requests at once."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from imagine_flash.engine import Engine
+from imagine_flash.engine.server import ServerSettings, create_app
+
+DRAW = "/v1/images/generations"
+
+
+def test_requests_at_once_share_it_and_what_was_not_drawn_is_given_back(tiny_artifact: Path) -> None:
+    """It was looked at when a request came and counted once that was drawn, so forty at once were all answered."""
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        app = create_app(engine, ServerSettings(quota="5/hour"))
+
+        async def at_once() -> tuple[list[httpx.Response], list[httpx.Response]]:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+
+                def draw(**fields: object) -> Awaitable[httpx.Response]:
+                    return http.post(DRAW, json={"prompt": "a cat", "steps": 1, **fields})
+
+                refused = [await draw(steps=9), await draw(steps=9, stream=True), await draw(n=6)]
+                return refused, await asyncio.gather(*(draw(stream=i % 2 == 0) for i in range(40)))
+
+        refused, answers = asyncio.run(at_once())
+    assert [answer.status_code for answer in refused] == [400] * 3
+    assert "6 pictures are more than the whole quota of 5 per 1 hour; ask for at most 5" in refused[2].text
+    assert refused[2].json()["error"]["param"] == "n" and "retry-after" not in refused[2].headers
+    assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 35
+    assert all(int(one.headers["retry-after"]) >= 1 for one in answers if one.status_code == 429)
+
+
+def test_sockets_that_are_open_at_once_share_it(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer text takes the place of the one before, and who leaves gives it back. A preview counts as its picture."""
+    entered, go = threading.Event(), threading.Event()
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine, ExitStack() as opened:
+        inner = engine.backend.denoise
+
+        def held(*given: object) -> object:
+            entered.set()
+            assert go.wait(20)
+            return inner(*given)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine.backend, "denoise", held)
+        http = opened.enter_context(TestClient(create_app(engine, ServerSettings(quota="1/hour"))))
+
+        def ask(socket, seq: int) -> None:
+            socket.send_json({"seq": seq, "prompt": "a cat", "preview": True})
+
+        def refused(socket) -> bool:
+            return "quota" in socket.receive_json()["error"]["message"]
+
+        first, second = (opened.enter_context(http.websocket_connect("/v1/stream")) for _ in range(2))
+        assert first.receive_json()["type"] == second.receive_json()["type"] == "ready"
+        with http.websocket_connect("/v1/stream") as gone:
+            assert gone.receive_json()["type"] == "ready"
+            ask(gone, 1)
+            assert entered.wait(20)
+            ask(first, 1)
+            assert refused(first)
+        for seq in (2, 3):
+            ask(first, seq)
+        ask(second, 1)
+        assert refused(second) and http.post(DRAW, json={"prompt": "a cat"}).status_code == 429
+        go.set()
+        assert first.receive_bytes()
+        ask(second, 2)
+        assert refused(second)
