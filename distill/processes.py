@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from accelerate.utils import parse_flag_from_env
 
 from ..core.errors import ImagineFlashError
 
+_PATIENCE = timedelta(hours=24)
+
 
 def on_cpu() -> bool:
     """Whether it computes on the CPU: where there is nothing else, or ACCELERATE_USE_CPU says so."""
@@ -22,7 +25,8 @@ def on_cpu() -> bool:
 
 
 def processes() -> Any:
-    """accelerate's PartialState: this process among the others. It joins processes of a CPU only if told so at first.
+    """accelerate's PartialState: this process among the others. It joins processes of a CPU only if told so at first. They
+    wait for one another as long as one may encode pictures and texts for all; torch's own 10 minutes are too short for that.
 
     Raises ImagineFlashError where they were launched by a configuration of what would share weights out in another way."""
     for name in ("DeepSpeed", "FSDP", "Megatron-LM"):
@@ -31,12 +35,13 @@ def processes() -> Any:
                 f"accelerate's configuration asks for {name}, which this training does not follow; launch without it, and "
                 "share out by --shard: accelerate launch --num_processes N -m imagine_flash distill ... --shard"
             )
-    return PartialState(cpu=on_cpu())
+    return PartialState(cpu=on_cpu(), timeout=_PATIENCE)
 
 
 def begin_training(mixed_precision: str) -> None:
     """accelerate holds a process to the precision of its first training, and has no public way to begin another; what it knows
-    of the other processes stays."""
+    of the other processes stays, and who joins them first says how long they wait."""
+    processes()
     if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()
 

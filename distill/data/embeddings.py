@@ -41,13 +41,16 @@ class Embeddings:
         return self.model.embed_tokens({name: ids[rows] for name, ids in self.tokens.items()})
 
     def _keep(self, path: Path, identity: str) -> Conditions:
-        names = self.model.stages.conditions
+        names, how = self.model.stages.conditions, {"dtype": torch.float16, "device": "cpu"}
 
         def encoded() -> dict[str, torch.Tensor]:
-            batches = [
-                tuple(each.half().cpu() for each in self[part]) for part in torch.arange(self.count).split(_BATCH)
-            ]
-            return {name: torch.cat(column) for name, column in zip(names, zip(*batches, strict=True), strict=True)}
+            columns: Conditions = ()
+            for rows in torch.arange(self.count).split(_BATCH):
+                found = self[rows]
+                columns = columns or tuple(each.new_empty((self.count, *each.shape[1:]), **how) for each in found)
+                for column, part in zip(columns, found, strict=True):
+                    column[rows] = part.to(column)
+            return dict(zip(names, columns, strict=True))
 
         found = kept(path, identity, encoded)
         return tuple(found[name] for name in names)

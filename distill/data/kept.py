@@ -19,6 +19,7 @@ def kept(path: Path, identity: str, compute: Callable[[], dict[str, torch.Tensor
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             save_file(tensors, str(temporary), metadata={"identity": identity})
+        del tensors  # of large sets there is no room for two
     return load_file(str(path))
 
 

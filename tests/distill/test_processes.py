@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from imagine_flash.core.errors import RecipeError
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
+from imagine_flash.distill.processes import processes
 from imagine_flash.distill.reproducible import Part, part_of, rows_of
 from imagine_flash.distill.student import distill
 from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
@@ -78,3 +80,11 @@ def test_parts_of_a_batch() -> None:
     assert parts[1]["text"][0].tolist() == [[4, 5], [6, 7]] and parts[1]["plan"] == 3
     with pytest.raises(RecipeError, match=r"cannot be split into 4 equal parts .* take 8"):
         rows_of(6, Part(0, 4))
+
+
+def test_processes_wait_for_the_one_that_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ten minutes NCCL ended the others, while one still encoded pictures and prompts for all."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("imagine_flash.distill.processes.PartialState", lambda **how: told.update(how))
+    processes()
+    assert told["timeout"] >= timedelta(hours=12)
