@@ -46,6 +46,11 @@ def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: flo
     tensors = {name: _plain(value, write) for name, value in tensors.items()}
     if not write:
         return
+    known: set[int] = set()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if place in known else value  # safetensors writes nothing twice
+        known.add(place)
     numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
     metadata = {"version": _VERSION, "task": state.task, "fingerprint": state.fingerprint}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +87,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:
 
 
 def _plain(value: torch.Tensor, write: bool) -> torch.Tensor:
-    """A copy of all of it in memory, where it is to be written."""
+    """All of it in the host's memory, where it is to be written."""
     value = whole(value.detach())
-    return value.contiguous().cpu().clone() if write else value[:0] if value.ndim else value
+    return value.contiguous().cpu() if write else value[:0] if value.ndim else value
 
 
 def _flat(moments: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -34,6 +34,7 @@ from .reproducible import Part
 from .sharding import agreed, average_rest, gather, let_go, shard, whole
 
 _MOST_SKIPPED = 50
+_LEAST_PAUSE = 20  # between two checkpoints, in the time that the first one took
 _PLAIN = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
 
 
@@ -280,6 +281,7 @@ class _Sitting(NamedTuple):
     def train(self, done: int, stop: threading.Event, ahead: ThreadPoolExecutor) -> int:
         """Every update from `done` on, with its checkpoints; returns how many there are now. Raises Interrupted after Ctrl-C."""
         last, saved, waiting = self.run.fit.steps, time.monotonic(), ahead.submit(self.run.batches, done)
+        pause = 60 * self.run.fit.checkpoint_minutes
         for step in range(done, last):
             if self.best.exhausted(step):
                 return step
@@ -287,18 +289,18 @@ class _Sitting(NamedTuple):
             self.report.update(step, self.run.update(batches, step), time.monotonic() + self.since)
             self.run.look(step + 1, self.report, self.best)
             ends = step + 1 == last or stop.is_set() or self.best.exhausted(step + 1)
-            due = self.run.agreed(ends or time.monotonic() - saved > self.run.fit.checkpoint_minutes * 60)
+            due = self.run.agreed(ends or time.monotonic() - saved > pause)
             if due and (self.report.main or self.run.shared):
-                self.save(step + 1)
-                saved = time.monotonic()
+                pause, saved = self.save(step + 1), time.monotonic()
             if self.report.main and stop.is_set():
                 raise Interrupted(
                     f"interrupted after {step + 1} of {last} updates; the same command goes on from there"
                 )
         return max(done, last)
 
-    def save(self, step: int) -> None:
-        """A checkpoint after `step` updates."""
+    def save(self, step: int) -> float:
+        """A checkpoint after `step` updates; returns the seconds until the next: large ones are rarer than the recipe asks."""
         self.report.flush()
-        seconds = time.monotonic() + self.since
-        save_checkpoint(self.checkpoint, self.run.state, step=step, seconds=seconds, write=self.report.main)
+        began = time.monotonic()
+        save_checkpoint(self.checkpoint, self.run.state, step=step, seconds=began + self.since, write=self.report.main)
+        return max(60 * self.run.fit.checkpoint_minutes, _LEAST_PAUSE * (time.monotonic() - began))

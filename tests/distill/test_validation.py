@@ -2,15 +2,19 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from torch import nn
 
 from imagine_flash.core.errors import ImagineFlashError, RecipeError
+from imagine_flash.distill.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from imagine_flash.distill.fit import Task, fit
+from imagine_flash.distill.memory import LiveBytes
 from imagine_flash.distill.recipe import Fit, parse_recipe
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.tests.commands import fails
@@ -135,6 +139,40 @@ def test_looks_and_losses_are_in_the_precision_of_the_run(tmp_path: Path) -> Non
     task.module = Line()
     fit(task, settings(steps=2, preview_every=2, mixed_precision="bf16"), tmp_path)
     assert seen == dict.fromkeys(("loss", "validate", "preview"), (True, False))
+
+
+def test_checkpoints_take_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a full-size run, tens of gigabytes, was written every two minutes."""
+    clock, saved = [0.0], []
+
+    class Line(_Line):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            clock[0] += 1
+            return super().forward(x)
+
+    def save(path: Path, state: Any, *, step: int, **_: Any) -> None:
+        saved.append(step)
+        clock[0] += 0.5
+
+    monkeypatch.setattr("imagine_flash.distill.fit.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("imagine_flash.distill.fit.save_checkpoint", save)
+    task = _Slope()
+    task.module = Line()
+    fit(task, settings(steps=30, validate_every=0, keep_best=False, checkpoint_minutes=0.05), tmp_path)
+    assert saved == [4, 15, 26, 30]  # more than 3 seconds after the start, then more than 10 after one of half a second
+
+
+def test_a_checkpoint_keeps_each_weight_once_in_memory(tmp_path: Path) -> None:
+    """It was copied twice on its way from a GPU, and once for nothing on a CPU; what shares memory is still copied apart."""
+    module = nn.Linear(256, 256)
+    module.register_parameter("tied", module.weight)
+    state = TrainingState(module=module, ema=EMAModel([module.bias]), optimizers=[], task="line", fingerprint="line")
+    with LiveBytes() as live:
+        save_checkpoint(tmp_path / "state.safetensors", state, step=3, seconds=4.0)
+    assert live.peak <= 2 * 4 * 256 * 256 + 4 * 1024  # the weight itself, and a copy for its second name
+    found = load_file(tmp_path / "state.safetensors")
+    assert torch.equal(found["weight.tied"], module.weight) and torch.equal(found["weight.weight"], module.weight)
+    assert load_checkpoint(tmp_path / "state.safetensors", state) == (3, 4.0)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
