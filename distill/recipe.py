@@ -129,6 +129,7 @@ class DistillRecipe(Frozen):
     draws_by_length: ClassVar[bool] = (
         False  # whether what an update draws depends on `fit.steps`: it has phases or rounds
     )
+    draws_plans: ClassVar[bool] = True  # whether an update is of one plan, drawn by `plan_weights`
     method: str
     seed: Annotated[int, Field(ge=0)] = 0
     plans: Annotated[dict[int, tuple[int, ...]], Field(min_length=1)] = {1: (999,), 2: (999, 499), 3: (999, 666, 333)}
@@ -152,6 +153,8 @@ class DistillRecipe(Frozen):
             if steps != len(timesteps):
                 raise ValueError(f"plans: {steps} steps must have {steps} timesteps, got {list(timesteps)}")
             StepPlan(timesteps)
+        if not self.draws_plans and len(set(self.plan_weights.values())) > 1:
+            raise ValueError(f"plan_weights: {self.method} draws times of its own and no plans; leave it out")
         if not self.plan_weights:
             object.__setattr__(self, "plan_weights", dict.fromkeys(self.plans, 1.0))
         if set(self.plan_weights) != set(self.plans):

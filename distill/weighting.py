@@ -6,19 +6,23 @@ from typing import Any
 
 import torch
 
-KINDS = ("x0", "v", "eps", "truncated_snr")
+KINDS = ("x0", "v", "eps", "sqrt_snr", "truncated_snr")
 
 
 def loss_weight(kind: str, alpha_t: Any, sigma_t: Any) -> Any:
-    """What a squared error of x0 counts: as it is, or as the error of v, or of eps, that it stands for, or at least 1.
+    """What a squared error of x0 counts: as it is, or as the error of v, or of eps, that it stands for, or between.
 
-    From x_t = alpha x0 + sigma eps: an error d of x0 is one of d / sigma in v and of alpha d / sigma in eps, whose square is
-    the signal-to-noise ratio. truncated_snr: max(snr, 1) (Salimans & Ho 2022, section 4). Numbers or tensors.
+    From x_t = alpha x0 + sigma eps: an error d of x0 is one of d / sigma in v and of alpha d / sigma in eps, so the weight of
+    eps is the signal-to-noise ratio snr = (alpha / sigma)^2. sqrt_snr: alpha / sigma, with which the loss's gradient by a
+    predicted eps is -2 d at every time; x0 and eps give it sigma / alpha and alpha / sigma times that. truncated_snr:
+    max(snr, 1) (Salimans & Ho 2022, section 4), that is x0's where there is more noise than signal. Numbers or tensors.
     """
     if kind == "x0":
         return 1.0
     if kind == "v":
         return 1.0 / sigma_t**2
+    if kind == "sqrt_snr":
+        return alpha_t / sigma_t
     snr = (alpha_t / sigma_t) ** 2
     if kind == "eps":
         return snr

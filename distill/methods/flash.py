@@ -31,6 +31,7 @@ JUDGED_AT = (10, 250, 500, 750)  # of 1000 times
 
 
 class FlashRecipe(DistillRecipe):
+    draws_plans: ClassVar[bool] = False
     draws_by_length: ClassVar[bool] = True
     method: Literal["flash"] = "flash"
     plans: dict[int, tuple[int, ...]] = Field(default={1: (999,), 2: (999, 499), 4: (999, 749, 499, 249)}, min_length=1)

@@ -51,7 +51,9 @@ class ImagineFlashRecipe(DistillRecipe):
     plain_share: Share = (
         0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
     )
-    loss_weight: Literal["x0", "v", "eps", "truncated_snr"] = "x0"  # an epsilon teacher needs another than x0
+    loss_weight: Literal["x0", "v", "eps", "sqrt_snr", "truncated_snr"] = (
+        "x0"  # an epsilon teacher needs eps or sqrt_snr
+    )
     guidance_at_0: float | None = None  # what the guidance falls to, linearly in t; None: it stays
     adversarial: Adversarial | None = None
     noise_correction: bool = True

@@ -10,7 +10,7 @@ The student is drawn with by re-noising: z_s = alpha_s f + sigma_s z, z fresh no
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ SAMPLER = Sampler(kind="renoise", boundary=10.0)  # of diffusers' LCMScheduler
 
 
 class LcmRecipe(DistillRecipe):
+    draws_plans: ClassVar[bool] = False
     method: Literal["lcm"] = "lcm"
     solver_steps: Annotated[int, Field(ge=2)] = 50  # N
     target_decay: Share = 0.95  # of the target's weights per update; 0: the student itself is the target

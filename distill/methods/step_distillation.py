@@ -23,6 +23,7 @@ from .contract import Batch, Companion, Companions, Draws, Method, frozen_copy
 
 
 class StepDistillationRecipe(DistillRecipe):
+    draws_plans: ClassVar[bool] = False
     draws_by_length: ClassVar[bool] = True
     method: Literal["step_distillation"] = "step_distillation"
     plans: dict[int, tuple[int, ...]] = Field(default={4: (999, 749, 499, 249)}, min_length=1)

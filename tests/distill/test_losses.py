@@ -18,7 +18,7 @@ from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, draw
 from imagine_flash.distill.models import Denoiser, model_of
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.task import DistillTask
-from imagine_flash.distill.weighting import loss_weight
+from imagine_flash.distill.weighting import KINDS, loss_weight
 from imagine_flash.tests.distill.toy import SD_CONFIG, gaussian_denoiser, point_denoiser
 from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
 
@@ -253,7 +253,23 @@ def test_the_weight_makes_an_error_of_x0_one_of_the_prediction(t: int) -> None:
     error = (x0 - wrong).square().mean().item()
     assert loss_weight("eps", alpha, sigma) * error == pytest.approx((eps - eps_wrong).square().mean().item())
     assert loss_weight("v", alpha, sigma) * error == pytest.approx((v - v_wrong).square().mean().item())
+    own = eps_wrong.clone().requires_grad_(True)
+    loss = loss_weight("sqrt_snr", alpha, sigma) * ((x_t - sigma * own) / alpha - x0).square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, own)[0], -2 * (wrong - x0))
     assert loss_weight("x0", alpha, sigma) == 1 and loss_weight("truncated_snr", alpha, sigma) >= 1
+
+
+def test_the_docs_say_what_an_error_of_epsilon_counts() -> None:
+    """They said that truncated_snr evens it out, which is x0's weight wherever there is more noise than signal."""
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    schedule = point_denoiser().schedule
+    for kind in KINDS:
+        counts = []
+        for t in (999, 666, 499, 333):
+            alpha, sigma = (float(f) for f in schedule.at(t))
+            counts.append(loss_weight(kind, alpha, sigma) * (sigma / alpha) ** 2)
+        row = " | ".join(f"{count:.0f}" if count > 100 else f"{count:.1f}" for count in counts)
+        assert f"| `{kind}` | {row} |" in page, kind
 
 
 def test_guidance_falls_with_t() -> None:

@@ -44,6 +44,11 @@ def test_what_is_built_in_is_valid() -> None:
             "teacher_dtype: float16\nfit: {steps: 1, mixed_precision: bf16}",
             "float16 cannot compute under mixed_precision",
         ),
+        (
+            "method: lcm\nplan_weights: {1: 1, 2: 1, 3: 2}\nfit: {steps: 1}",
+            "plan_weights: lcm draws times of its own and no plans; leave it out",
+        ),
+        ("method: flash\nplan_weights: {1: 1, 2: 1, 4: 2}\nfit: {steps: 1}", "plan_weights: flash draws"),
         ("- 1", "must hold keys and values"),
         ("a: [", "is not YAML"),
         ("fit: 3", "fit = 3"),
