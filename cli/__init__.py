@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -22,6 +25,7 @@ from .pushing import push_command
 from .serve import serve_command
 from .training import distill_command, evaluate_command, study_command, train_judge_command, train_teacher_command
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     help="Distil a diffusion model into a 1-3 step student, export it, and draw with it.\n\n"
@@ -91,28 +95,53 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _value_of(error: Exception) -> str:
+def _value_of(error: BaseException) -> str:
     """The value that a usage error does not name: of one that was read by pydantic."""
     problems = getattr(error.__cause__, "errors", list)()
     return f", got {problems[0]['input']!r}" if problems else ""
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: libraries that are being imported make an error of their own of it."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, typer.Abort)):  # what typer makes of it
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _drop_results() -> None:
+    """What could not be written is not tried again as Python ends, which would say so at length."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _code_of(error: BaseException) -> int | None:
+    """The exit code, once one line has said what a user got wrong; None of what is our fault."""
+    if isinstance(error, Interrupted):
+        return _fail(str(error), 130)
+    if _was_interrupted(error):
+        return _fail("interrupted", 130)
+    if isinstance(error, ImagineFlashError):
+        return _fail(str(error), 3 if isinstance(error, ParityError) else 2)
+    if isinstance(error, OSError) and error.filename is not None:  # of the user's, which no command looked at before
+        return _fail(f"cannot use {error.filename}: {(error.strerror or str(error)).lower()}")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:  # of what is open, such as standard output
+        _drop_results()
+        return _fail(f"cannot write a result: {(error.strerror or str(error)).lower()}; send it elsewhere")
+    if hasattr(error, "format_message"):  # a usage error of the command line
+        return _fail(f"{error.format_message().rstrip('.')}{_value_of(error)}. Try --help.")  # type: ignore[attr-defined]
+    return None
 
 
 def main() -> None:
     """Run the command line: what a user got wrong is one line on standard error and exit code 2, never a traceback."""
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if code == 130:  # what typer makes of Ctrl-C, without a word
             _fail("interrupted")
-    except ImagineFlashError as error:
-        code = _fail(str(error), 3 if isinstance(error, ParityError) else 130 if isinstance(error, Interrupted) else 2)
-    except (KeyboardInterrupt, typer.Abort):  # what typer makes of it
-        code = _fail("interrupted", 130)
-    except OSError as error:  # a file or folder of the user's, which no command looked at before
-        if error.filename is None:
+    except (Exception, KeyboardInterrupt) as error:
+        code = _code_of(error)
+        if code is None:
             raise
-        code = _fail(f"cannot use {error.filename}: {(error.strerror or str(error)).lower()}")
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error of the command line
-            raise
-        code = _fail(f"{error.format_message().rstrip('.')}{_value_of(error)}. Try --help.")  # type: ignore[attr-defined]
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from ..core.errors import ImagineFlashError
 from .common import Quiet, flag, needs, note, progress, say, writable
+from .serve import is_loopback, listen, options_as_typed, url_of
 
 if TYPE_CHECKING:
     from ..benchmarks.picture_folders import Shown
@@ -49,9 +51,11 @@ def arena_command(
     from ..distill.data.prompts import read_prompts
 
     texts = read_prompts(prompts) if prompts else []
-    pairs = pairs_of(_pictures(a, texts, steps_a), _pictures(b, texts, steps_b))
-    note(f"{len(pairs)} pairs; votes go to {votes}; Ctrl-C ends it and says the results")
-    _serve(create_app(pairs, votes), host, port)
+    with _listening(host, port) as listening:  # before minutes of drawing
+        pairs = pairs_of(_pictures(a, texts, steps_a), _pictures(b, texts, steps_b))
+        note(f"{len(pairs)} pairs; votes go to {votes}; Ctrl-C ends it and says the results")
+        say(url_of(host, listening))
+        _serve(create_app(pairs, votes), listening)
     if votes.exists():
         _say_results(votes)
 
@@ -77,23 +81,21 @@ def _pictures(entry: str, prompts: Sequence[str], steps: int | None) -> dict[str
         return dict(track(drawn, entry, total=len(prompts), console=progress()))
 
 
-def _serve(app: object, host: str, port: int) -> None:
-    import socket
+def _listening(host: str, port: int) -> socket.socket:
+    """Raises RequestError."""
+    with options_as_typed({"host", "port"}):
+        is_loopback(host)
+        return listen(host, port)
 
+
+def _serve(app: object, listening: socket.socket) -> None:
+    """Until a signal ends it."""
     import uvicorn
 
-    with socket.socket() as listening:
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise ImagineFlashError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; take another --port"
-            ) from None
-        say(f"http://{host}:{listening.getsockname()[1]}")
-        try:
-            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])  # type: ignore[arg-type]
-        except KeyboardInterrupt:
-            note("")
+    try:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        note("")
 
 
 def _say_results(votes: Path) -> None:

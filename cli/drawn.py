@@ -6,7 +6,8 @@ import json
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..folders.manifests import ModelDescription
 
 METADATA = "metadata.jsonl"  # of a folder of pictures with captions, as Hugging Face datasets reads it
+WORDS = 10  # that are named
 WAITING = 4  # network calls' worth of pictures that wait, so that the batches are full
 
 
@@ -27,6 +29,7 @@ def hand_out(result: GenerateResult, output: Path, *, as_json: bool) -> None:
 
     if str(output) == "-":
         sys.stdout.buffer.write(png_bytes(result.images[0], result.caption()))
+        sys.stdout.buffer.flush()
         return
     paths = result.save(output)
     if as_json:
@@ -49,10 +52,43 @@ def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def draw_many(engine: Engine, prompts: Sequence[str], folder: Path, values: dict[str, Any]) -> tuple[int, list[str]]:
+@dataclass
+class Drawn:
+    """How many prompts of a folder were drawn, and what the model made of them: words that it does not know, typos and what was
+    read instead, and how many prompts were longer than it reads."""
+
+    new: int = 0
+    unknown: dict[str, None] = field(default_factory=dict)  # in their order
+    replaced: dict[str, str] = field(default_factory=dict)
+    cut: int = 0
+
+    def add(self, result: GenerateResult) -> None:
+        self.new += 1
+        self.unknown |= dict.fromkeys(result.unknown_words)
+        self.replaced |= result.replaced_words
+        self.cut += bool(result.cut)
+
+    def notes(self) -> list[str]:
+        """A line each."""
+        found, kept = [], f"{METADATA} has the text as given"
+        if self.replaced:
+            found.append(f"note: read {_some(f'{a!r} as {b!r}' for a, b in self.replaced.items())}; {kept}")
+        if self.unknown:
+            found.append(f"note: this model has no word for {_some(self.unknown)}; drawn without")
+        if self.cut:
+            found.append(f"note: {self.cut} of the prompts are longer than this model reads, and were cut; {kept}")
+        return found
+
+
+def _some(words: Iterable[str]) -> str:
+    named = [*words]
+    more = f" and {len(named) - WORDS} others" if len(named) > WORDS else ""
+    return ", ".join(named[:WORDS]) + more
+
+
+def draw_many(engine: Engine, prompts: Sequence[str], folder: Path, values: dict[str, Any]) -> Drawn:
     """Draws prompt i with seed + i into `folder`/0001.png and on, with a line of METADATA for each; what the folder holds of them
-    already is left. Returns how many were drawn, and the words among theirs that the model does not know. Raises
-    ImagineFlashError for a folder that holds others."""
+    already is left. Returns what became of the others. Raises ImagineFlashError for a folder that holds others."""
     from ..engine import GenerateRequest
 
     seeds = range(values["seed"], values["seed"] + len(prompts))
@@ -63,18 +99,18 @@ def draw_many(engine: Engine, prompts: Sequence[str], folder: Path, values: dict
     folder.mkdir(exist_ok=True)
     done = _drawn_before(folder, rows)
     asked, waiting = iter(zip(rows[done:], requests[done:], strict=True)), deque[tuple[dict[str, Any], Any]]()
-    unknown: dict[str, None] = {}
+    drawn = Drawn()
     with progress_bar() as tell, (folder / METADATA).open("a", encoding="utf-8") as lines:
         tell("drawing", len(rows) - done)
         while True:
             while len(waiting) < WAITING * engine.max_batch and (one := next(asked, None)):
                 waiting.append((one[0], engine.submit(one[1])))
             if not waiting:
-                return len(rows) - done, [*unknown]
+                return drawn
             row, drawing = waiting.popleft()
             result: GenerateResult = drawing.result()
             result.save(folder / row["file_name"])
-            unknown |= dict.fromkeys(result.unknown_words)
+            drawn.add(result)
             lines.write(_line(row))
             lines.flush()
             tell("drawing", len(rows) - done)

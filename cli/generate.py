@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,6 @@ from .common import (
 )
 from .drawn import draw_many, guidance_notes, hand_out, notes
 
-WORDS = 10  # that are named
 FEW = 8  # pictures that are drawn before another backend would have been loaded
 
 
@@ -169,6 +169,8 @@ def generate_command(
     piped = str(output) == "-"
     if piped and (json_ or count != "1"):
         raise ImagineFlashError("-o - is one picture and nothing else on standard output; leave out --json and --count")
+    if piped and sys.stdout is None:
+        raise ImagineFlashError("-o - writes to standard output, which is closed; name a file")
     if not piped:
         writable(output)
     if not piped and not texts:
@@ -195,12 +197,10 @@ def generate_command(
     names = {name: one.name for name, one in loras.items()}
     with Engine.load(folder, backend=backend, device=device, precision=precision, loras=names) as engine:
         if texts:
-            drawn, unknown = draw_many(engine, texts, output, values)
-            if unknown:
-                more = f" and {len(unknown) - WORDS} others" if len(unknown) > WORDS else ""
-                note(f"note: this model has no word for {', '.join(unknown[:WORDS])}{more}; drawn without")
-            note(engine.describe())
-            return say(f"{output} ({len(texts)} pictures, {drawn} of them new)")
+            drawn = draw_many(engine, texts, output, values)
+            for line in [*drawn.notes(), engine.describe()]:
+                note(line)
+            return say(f"{output} ({len(texts)} pictures, {drawn.new} of them new)")
         scales = {"strength": _number(strength, float), "condition_scale": _number(condition_scale, float)}
         if any(given is not None for given in (*scales.values(), *files.values())):
             _, size = engine.check(request)

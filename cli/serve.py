@@ -145,9 +145,11 @@ def serve_command(
     from ..engine.server.settings import read_settings
 
     given = {name: value for name, value in context.params.items() if _is_given(context, name)}
-    with _options_as_typed(set(given)):
+    with options_as_typed(set(given)):
         settings = read_settings(config, given)
-        if not _is_loopback(settings.host) and not settings.api_keys:
+        if quiet and "log_level" not in given and settings.log_level in ("debug", "info"):
+            settings = settings.model_copy(update={"log_level": "warning"})
+        if not is_loopback(settings.host) and not settings.api_keys:
             note(f"note: everybody who reaches {settings.host} may draw; --api-key-file limits that")
         if settings.ray:
             needs("ray", "ray")
@@ -190,8 +192,8 @@ def _serve_here(settings: ServerSettings) -> None:
             raise
 
     server = uvicorn.Server(_configuration(create_app(load, settings), settings))
-    listening = _listen(settings.host, settings.port)
-    say(_url(settings.host, listening))
+    listening = listen(settings.host, settings.port)
+    say(url_of(settings.host, listening))
     logs.configure(settings.log_level, settings.log_format)
     logging.getLogger(logs.SERVER).addFilter(lambda record: not failed)  # the command says it itself
     server.run(sockets=[listening])
@@ -228,13 +230,13 @@ def _serve_on_ray(settings: ServerSettings) -> None:
     """Until a signal ends it; the URL is said once it draws. Raises ImagineFlashError."""
     from ..engine.replicas.run import run
 
-    with _listen(settings.host, settings.port) as free:  # what listens in the end is a process of Ray's
-        url, port = _url(settings.host, free), free.getsockname()[1]
+    with listen(settings.host, settings.port) as free:  # what listens in the end is a process of Ray's
+        url, port = url_of(settings.host, free), free.getsockname()[1]
     run(settings.model_copy(update={"port": port}), ready=lambda: say(url))
 
 
 @contextmanager
-def _options_as_typed(given: set[str]) -> Iterator[None]:
+def options_as_typed(given: set[str]) -> Iterator[None]:
     """A setting that cannot be is called by its option: --max-queue, not max_queue."""
     try:
         yield
@@ -245,23 +247,27 @@ def _options_as_typed(given: set[str]) -> Iterator[None]:
         raise type(error)("--" + name.replace("_", "-") + str(error).removeprefix(name)) from None
 
 
-def _url(host: str, listening: socket.socket) -> str:
+def url_of(host: str, listening: socket.socket) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{listening.getsockname()[1]}"
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Raises RequestError."""
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
+    except OverflowError:
+        raise RequestError(f"port must be 0 to 65535, got {port}") from None
     except OSError as error:
         raise RequestError(
             f"cannot listen at {host}:{port} ({str(error.strerror).partition(' (')[0]}); choose another --port or --host"
         ) from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Raises RequestError for what is no address."""
     if host == "localhost":
         return True
     try:

@@ -102,6 +102,7 @@ def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_pat
         (["a cat", "--steps", "two"], "'two'"),
         (["a cat", "--seed", "-1"], "got -1"),
         (["a cat", "--seed", "99999999999999999999999"], "seed must be a whole number from 0 to"),
+        (["a cat", "--seed", str(2**63 - 1), "--count", "2"], f"seed must be at most {2**63 - 2} for 2 pictures"),
         (["a cat", "--count", "0"], "got 0"),
         (["a cat", "--count", "10000"], "from 1 to 64, got 10000"),
         (["a cat", "-o", "{tmp}/missing/x.png"], "is not a folder; make it first"),

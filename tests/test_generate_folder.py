@@ -41,6 +41,20 @@ def test_every_line_of_a_file_is_drawn_into_a_folder(tiny_artifact: Path, tmp_pa
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_typos_and_prompts_that_were_cut_are_said_once_for_all(tiny_artifact: Path, tmp_path: Path) -> None:
+    """A single PROMPT said so, a file of them nothing."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
+    prompts.write_text("a rockett\na rockett on the moon\na cat\n" + 2 * ("a cat " * 200 + "\n"), encoding="utf-8")
+    done = run("generate", "--prompts", prompts, "-o", out, "--model", tiny_artifact, "--steps", "1")
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert "note: read 'rockett' as 'rocket'; metadata.jsonl has the text as given" in notes
+    assert (
+        "note: 2 of the prompts are longer than this model reads, and were cut; metadata.jsonl has the text as given"
+        in notes
+    )
+    assert "a rockett" in (out / "metadata.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

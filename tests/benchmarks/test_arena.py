@@ -111,11 +111,39 @@ def test_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
     done = run("arena", a, b, "--votes", votes, "--results")
     assert done.returncode == 0 and "A better 3, neither 0, B better 0: 3 votes of 1 people" in done.stdout
     (tmp_path / "empty").mkdir()
-    assert "nope does not exist here; a model needs --prompts" in fails("arena", tmp_path / "nope", b, "--votes", votes)
+    assert "nope does not exist here; a model needs --prompts" in fails(
+        "arena", tmp_path / "nope", b, "--votes", votes, "--port", "0"
+    )
     assert "none.jsonl does not exist" in fails("arena", a, b, "--votes", tmp_path / "none.jsonl", "--results")
-    assert "holds no pictures; a model needs --prompts" in fails("arena", a, tmp_path / "empty", "--votes", votes)
+    assert "holds no pictures; a model needs --prompts" in fails(
+        "arena", a, tmp_path / "empty", "--votes", votes, "--port", "0"
+    )
+    for option, value, says in (  # these were tracebacks, and the last one blamed --port
+        ("--port", "99999", "--port must be 0 to 65535, got 99999"),
+        ("--port", "-1", "--port must be 0 to 65535, got -1"),
+        ("--host", "foo", "--host must be an address such as 127.0.0.1"),
+    ):
+        assert says in fails("arena", a, b, "--votes", tmp_path / "new.jsonl", option, value)
     votes.write_text('{"key": 1}\n', encoding="utf-8")
     assert "line 1 is no vote" in fails("arena", a, b, "--votes", votes)
     (b / "0.png").rename(b / "x.png")
     with pytest.raises(ImagineFlashError, match="no picture of the same name"):
         pairs_of({}, pictures_in(b))
+
+
+def test_it_listens_again_at_the_port_where_it_just_ended(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    """It said that the address is in use, for the minute that the system remembers a connection."""
+    import socket
+
+    import uvicorn
+
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            before.accept()[0].close()  # who ends a connection remembers it
+            assert client.recv(1) == b""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    done = run("arena", *folders, "--votes", tmp_path / "votes.jsonl", "--port", str(port))
+    assert done.returncode == 0 and done.stdout == f"http://127.0.0.1:{port}\n", done.stderr

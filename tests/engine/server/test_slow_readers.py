@@ -17,7 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.sync import client
 
 from imagine_flash.benchmarks.serving.malformed import frame, handshake
-from imagine_flash.cli.serve import _configuration, _listen
+from imagine_flash.cli.serve import _configuration, listen
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import ServerSettings, connections, create_app
 
@@ -34,7 +34,7 @@ def serve(tiny_artifact: Path) -> Iterator[Callable[..., tuple[uvicorn.Server, i
             settings = ServerSettings(**values)
             server, listening = (
                 uvicorn.Server(_configuration(create_app(engine, settings), settings)),
-                _listen("::1", 0),
+                listen("::1", 0),
             )
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
             started.append((server, thread))

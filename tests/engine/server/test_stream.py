@@ -134,7 +134,7 @@ def test_guidance_of_a_model_made_without_is_ignored_and_named(stream: ClientCon
     ask(stream, 2, seed=7, guidance_scale=5, negative_prompt="a dog")
     header, same = read(stream)
     assert plain["ignored"] == [] and header["ignored"] == ["guidance_scale", "negative_prompt"]
-    assert np.array_equal(pixels, same)
+    assert pixels is not None and same is not None and np.array_equal(pixels, same)
 
 
 def test_a_ping_is_json_like_any_other(server, stream: ClientConnection) -> None:
