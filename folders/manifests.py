@@ -27,6 +27,7 @@ PIPELINE_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STUDENT_BATCHES = (1, 63)  # the smallest and the largest of a student that runs in torch
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+PEFT_CONFIG = "adapter_config.json"  # peft's name, beside the weights
 
 Plans = dict[int, list[int | float]]  # the timesteps of each number of steps, the noisiest first
 

@@ -171,13 +171,18 @@ def _of_pipeline(folder: Path) -> Described:
 
 
 def _of_entry(local: Path | None, entry: Entry, fetch: Fetch) -> Described:
-    """local: the folder, or the file of single weights, that is read as the entry says."""
-    whole = local is not None and (local / PIPELINE_FILE).is_file()
+    """local: the folder, or the file of single weights, that is read as the entry says. A LoRA goes into a whole folder; a network
+    is taken to be there already."""
+    whole = local is not None and (entry.weights == "pipeline" or (local / PIPELINE_FILE).is_file())
     without = NETWORKS if entry.weights == "network" and not whole else ()
     folder = local if local is not None and whole else fetch(entry.pipeline_id, without=without)
-    weights = None
-    if entry.weights != "pipeline" and not whole:
-        weights = local or fetch(entry.hub, entry.file, network=entry.weights == "network")
+    weights, said = None if whole else local, {}
+    if entry.weights == "lora" and whole:
+        said["lora"] = f"{entry.where}, which is fused into the network"
+    elif entry.weights == "network" and whole:
+        said["network"] = "the weights' own folder, in place of the catalogue's"
+    if weights is None and (entry.weights == "lora" or without):
+        weights = fetch(entry.hub, entry.file, network=entry.weights == "network")
     pipeline, config = read_pipeline(folder, without)
     source = f"the catalogue's {entry.name} ({entry.sources[0]})"
     scheduler = entry.scheduler_of(config)
@@ -193,7 +198,8 @@ def _of_entry(local: Path | None, entry: Entry, fetch: Fetch) -> Described:
         sampler=entry.sampler_of(config),
         guidance=entry.guidance,
         tiny_decoder=entry.tiny_decoder,
-        sources=dict.fromkeys(("plans", "sampler", "guidance"), source)
+        sources=said
+        | dict.fromkeys(("plans", "sampler", "guidance"), source)
         | {"prediction_type": source if "prediction_type" in entry.scheduler else SCHEDULER},
     )
 

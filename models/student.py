@@ -18,7 +18,7 @@ from typing import Any
 from ..core.errors import ArtifactError
 from ..folders.files import ARTIFACT_FILE, STUDENT_FILE, atomic_folder, cache_folder
 from ..folders.hub import PICKLED, local_folder
-from ..folders.manifests import LORA_FILE, PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
+from ..folders.manifests import LORA_FILE, PEFT_CONFIG, PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
 from ..folders.reading import read_config, write_manifest
 from .catalogue import catalogue, find
 from .control import PARTS, control_class
@@ -29,6 +29,7 @@ UNUSED = ("*.onnx*", "*.bin", "*openvino_*", "*.jpg", "*.png", *(f"{part}/*" for
 PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not whole checkpoints at the top
 HALF_VARIANT = ".fp16"
 FULL = tuple(f"*/{stem}{rest}.safetensors" for stem in WEIGHTS.values() for rest in ("", "-*-of-*"))
+LAYOUT = 2  # of the links: students that were made in another one are made anew
 NON_EMA = "*.non_ema.safetensors"
 FOREIGN = {  # fields of ModelOptions that say what a model of ours says itself, and their options
     "entry": "--as",
@@ -91,10 +92,14 @@ def write_student(described: Described) -> Path:
         vocabulary=described.vocabulary,
     )
     files = sorted(
-        path for place in places if place is not None for path in (place, *place.rglob("*")) if path.is_file()
+        path
+        for place in places
+        if place is not None
+        for path in (place, place.with_name(PEFT_CONFIG), *place.rglob("*"))
+        if path.is_file()
     )
     signature = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = json.dumps([named, signature, described.scheduler, manifest.model_dump(mode="json")], sort_keys=True)
+    key = json.dumps([LAYOUT, named, signature, described.scheduler, manifest.model_dump(mode="json")], sort_keys=True)
     parent = cache_folder("students") or Path(tempfile.gettempdir()) / "imagine-flash-students"
     parent.mkdir(parents=True, exist_ok=True)
     target = parent / hashlib.sha256(key.encode()).hexdigest()[:16] / described.name
@@ -105,12 +110,19 @@ def write_student(described: Described) -> Path:
         pipeline = temporary if described.lora is None else temporary / PIPELINE_FOLDER
         _link_pipeline(described, pipeline)
         if described.lora is not None:
-            _link(_safetensors(described.lora), temporary / LORA_FILE)
+            _link_lora(_safetensors(described.lora), temporary)
         write_manifest(temporary, manifest)
     return target
 
 
 PIPELINE_FOLDER = "pipeline"  # of a LoRA's base, beside the LoRA
+
+
+def _link_lora(file: Path, target: Path) -> None:
+    """The weights, and of peft's the config beside them, which says how strong they are."""
+    _link(file, target / LORA_FILE)
+    if (config := file.parent / PEFT_CONFIG).is_file():
+        _link(config, target / PEFT_CONFIG)
 
 
 def _link_pipeline(described: Described, target: Path) -> None:

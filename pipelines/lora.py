@@ -15,10 +15,10 @@ from ..core.errors import ArtifactError, missing_extra
 from ..folders.files import known_sha256
 from ..folders.hub import local_folder
 from ..folders.loras import Lora, parse_lora
-from ..folders.manifests import LORA_FILE, FusedLora
+from ..folders.manifests import LORA_FILE, PEFT_CONFIG, FusedLora
 from .stages import quiet
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of what peft's own save_pretrained writes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = "imagine_flash"
@@ -155,23 +155,21 @@ def _reader(pipeline: Any) -> Any:
 
 
 def _inject_peft(module: torch.nn.Module, tensors: Tensors, file: Path) -> None:
-    """As peft loads what its save_pretrained wrote. Without its config, alpha is the rank, as diffusers takes it."""
+    """As peft loads what its save_pretrained wrote: alpha is in its config alone."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    if not (file.parent / PEFT_CONFIG).is_file():
+        raise ArtifactError(
+            f"{file} does not say how strong it is: peft keeps that in {PEFT_CONFIG}; put it beside the file, or give the folder "
+            "or hub id that holds both"
+        )
+    kind = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    if kind != "LORA":
+        raise ArtifactError(f"{file.parent} is a {kind} of peft; only LORA is read")
 
     if not hasattr(module, "text_model"):  # transformers 5 took this level out of CLIP's text models
         tensors = {name.removeprefix("text_model."): values for name, values in tensors.items()}
-    ranks = {
-        name.removesuffix(".lora_B.weight"): values.shape[1]
-        for name, values in tensors.items()
-        if name.endswith(".lora_B.weight")
-    }
-    if (file.parent / PEFT_CONFIG).is_file():
-        kind = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-        if kind != "LORA":
-            raise ArtifactError(f"{file.parent} is a {kind} of peft; only LORA is read")
-        config = LoraConfig.from_pretrained(str(file.parent))
-    else:
-        config = LoraConfig(rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks))
+    config = LoraConfig.from_pretrained(str(file.parent))
     inject_adapter_in_model(config, module, adapter_name=ADAPTER, state_dict=tensors)
     set_peft_model_state_dict(module, tensors, adapter_name=ADAPTER)
 

@@ -91,9 +91,10 @@ def peft_rslora(folder: Path, factors) -> tuple[Path, float]:
 
 
 def peft_file(folder: Path, factors) -> tuple[Path, float]:
-    """The file of the denoiser alone, without its config."""
-    save_file(named(factors, "base_model.model.{name}.lora_{kind}.weight"), folder / "adapter_model.safetensors")
-    return folder / "adapter_model.safetensors", 1.0
+    """The file of the denoiser alone, its config beside it."""
+    without_config(folder, factors)
+    LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_v"]).save_pretrained(str(folder))
+    return folder / "adapter_model.safetensors", ALPHA / RANK
 
 
 def bare_names(folder: Path, factors) -> tuple[Path, float]:
@@ -170,6 +171,10 @@ def another_kind(folder, factors):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
 
 
+def without_config(folder, factors):
+    save_file(named(factors, "base_model.model.{name}.lora_{kind}.weight"), folder / "adapter_model.safetensors")
+
+
 def not_a_lora(folder, factors):
     save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
 
@@ -183,6 +188,7 @@ def not_a_lora(folder, factors):
         (all_zero, r"changes no weight: its own, or the weight 1, are zero"),
         (a_pickle, r"pytorch_lora_weights\.bin is a pickle.*save it again as \.safetensors"),
         (two_files, r"holds kohya\.safetensors, style\.safetensors; give the path of one of them"),
+        (without_config, r"does not say how strong it is: peft keeps that in adapter_config\.json; put it beside"),
         (another_kind, r"is a LOHA of peft; only LORA is read"),
         (not_a_lora, r"does not fit this StableDiffusionPipeline: Invalid LoRA checkpoint"),
         (lambda folder, factors: None, r"holds no \.safetensors file, so it is no LoRA"),
