@@ -12,7 +12,7 @@ from ...core.errors import ImagineFlashError
 from ..environment import write_record
 from ..picture_folders import METADATA, Shown, pictures_in
 from .features import Features
-from .metrics import frechet_distance, kernel_distance, precision_and_recall, unbiased_frechet_distance
+from .metrics import frechet_distance, kernel_distance, precision_and_recall, unbiased_sample_distance
 from .scorers import load_scorer, score, scores_by_category
 
 _NEIGHBOURS = 3
@@ -41,10 +41,11 @@ def compare_folders(
 ) -> dict[str, Any]:
     """The student's pictures against the teacher's of the same names; with `real`, both against real pictures.
 
-    fd: Frechet distance of the features, fd_unbiased: extrapolated to infinitely many, where there are enough; kd: squared
-    MMD; similarity: cosine of the two pictures of a prompt, on average; scores: of all pictures and of each category's, with
-    paired 95 % intervals of the differences: by `scorer`, see scorers.py, else CLIP's, 100 x cosine of picture and caption,
-    where the model reads and all have captions. Written to `out`.json.
+    fd: Frechet distance of the features, fd_unbiased: extrapolated to infinitely many, where there are enough; kd: squared MMD;
+    of the student against the teacher kd, precision and recall leave out the pairs of one prompt, which are no independent draws;
+    similarity: cosine of the two pictures of a prompt, on average; scores: of all pictures and of each category's, with paired
+    95 % intervals of the differences: by `scorer`, see scorers.py, else CLIP's, 100 x cosine of picture and caption, where the
+    model reads and all have captions. Written to `out`.json.
     """
     pairs = pairs_of(teacher, student)
     score_by = None if scorer is None else load_scorer(scorer)
@@ -54,7 +55,7 @@ def compare_folders(
         raise ImagineFlashError(f"a scorer and categories need captions; {teacher / METADATA} does not have all")
     found = {who: features.of_pictures(each) for who, each in files.items()}
     record: dict[str, Any] = {"pictures": len(pairs), "dimensions": found["teacher"].shape[1]}
-    record["student"] = distances(found["student"], found["teacher"])
+    record["student"] = distances(found["student"], found["teacher"], paired=True)
     record["student"]["similarity"] = round(float(_cosines(found["student"], found["teacher"]).mean()), 4)
     scores: dict[str, np.ndarray] = {}
     if score_by is not None:
@@ -74,15 +75,17 @@ def compare_folders(
     return record
 
 
-def distances(ours: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
-    """Of features (N, D) to those of a reference (M, D)."""
+def distances(ours: np.ndarray, reference: np.ndarray, *, paired: bool = False) -> dict[str, float | None]:
+    """Of features (N, D) to those of a reference (M, D). paired: row i of both is of one prompt, which is left out where only
+    independent draws tell of two distributions."""
     gaussian = reference.mean(0), np.cov(reference, rowvar=False)
-    precision, recall = precision_and_recall(ours, reference, min(_NEIGHBOURS, len(ours) - 1, len(reference) - 1))
-    enough = len(ours) >= 2 * (ours.shape[1] + 1)
+    fewest = min(len(ours), len(reference))
+    precision, recall = precision_and_recall(ours, reference, min(_NEIGHBOURS, fewest - 1), paired=paired)
+    enough = fewest >= 4 * (ours.shape[1] + 1)
     return {
         "fd": round(frechet_distance(ours, *gaussian), 4),
-        "fd_unbiased": round(unbiased_frechet_distance(ours, *gaussian), 4) if enough else None,
-        "kd": round(kernel_distance(ours, reference), 6),
+        "fd_unbiased": round(unbiased_sample_distance(ours, reference), 4) if enough else None,
+        "kd": round(kernel_distance(ours, reference, paired=paired), 6),
         "precision": round(precision, 4),
         "recall": round(recall, 4),
     }

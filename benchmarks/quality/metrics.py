@@ -30,6 +30,24 @@ def unbiased_frechet_distance(features: np.ndarray, mean: np.ndarray, covariance
     return float(np.polyfit(1.0 / sizes, distances, 1)[1])
 
 
+def unbiased_sample_distance(features: np.ndarray, reference: np.ndarray) -> float:
+    """The same of two sets of samples (N, D) and (M, D), of both of which there are finitely many: subsets of several sizes of
+    each, extrapolated. Row i of sets of one length may be of one prompt, so a measured pair of subsets has no row in common.
+    The smaller set has at least 4 (D + 1)."""
+    draw, dimensions = np.random.default_rng(0), features.shape[1]
+    most = min(len(features), len(reference)) // 2
+    sizes = np.linspace(max(most // 4, dimensions + 1), most, SUBSET_SIZES).astype(int)
+
+    def measured(size: int) -> float:
+        own = draw.permutation(len(features))
+        theirs = own if len(features) == len(reference) else draw.permutation(len(reference))
+        other = reference[theirs[-size:]]
+        return frechet_distance(features[own[:size]], other.mean(0), np.cov(other, rowvar=False))
+
+    distances = [np.mean([measured(size) for _ in range(SUBSETS)]) for size in sizes]
+    return float(np.polyfit(1.0 / sizes, distances, 1)[1])
+
+
 def kernel_distance(features: np.ndarray, reference: np.ndarray, *, paired: bool = False) -> float:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; "KID" where the features are Inception's).
 

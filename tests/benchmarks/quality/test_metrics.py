@@ -10,6 +10,7 @@ from imagine_flash.benchmarks.quality.metrics import (
     sharpness,
     spread,
     unbiased_frechet_distance,
+    unbiased_sample_distance,
 )
 
 
@@ -45,6 +46,19 @@ def test_frechet_distance_of_few_samples_is_biased_and_the_extrapolation_is_not(
         biased = frechet_distance(samples, np.zeros(64), np.eye(64))
         unbiased = unbiased_frechet_distance(samples, np.zeros(64), np.eye(64))
         assert biased > shift**2 + 1 and unbiased == pytest.approx(shift**2, abs=0.35)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.9])
+def test_two_sets_of_samples_at_a_known_distance(shared: float) -> None:
+    """Also where row i of both is of one prompt; without the extrapolation equal distributions are 1 apart, or less than 0."""
+    found = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        common, a, b = rng.standard_normal((3, 400, 16))
+        mixed = [shared**0.5 * common + (1 - shared) ** 0.5 * own for own in (a, b)]
+        found.append([unbiased_sample_distance(mixed[0] + shift, mixed[1]) for shift in (0.0, 0.5)])
+    equal, apart = np.mean(found, 0)
+    assert abs(equal) < 0.1 and apart == pytest.approx(0.25 * 16, rel=0.1)
 
 
 def test_kernel_distance_is_unbiased() -> None:
