@@ -13,12 +13,15 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from ..core.diffusers_samplers import plan_of_sigmas
+from ..core.diffusers_samplers import FLOW_LCM, LCM, plan_of_sigmas
 from ..core.errors import PlanError, ScheduleError
 from ..core.plan import StepPlan
 from ..core.prediction import linear_coefficients
+from ..core.sampler import Sampler
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, update_table
 from ..kernels.update import Coefficients, coefficients_on, noise_corrected_update
@@ -27,14 +30,16 @@ FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 
 class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
-    """Few deterministic steps with noise correction (Kohler et al. 2024), as a drop-in for a student's own scheduler.
+    """A student's few steps, with noise correction (Kohler et al. 2024), as a drop-in for its own scheduler.
 
         pipe.scheduler = ImagineFlashScheduler.from_config(pipe.scheduler.config)
         pipe("a cat", num_inference_steps=3, guidance_scale=1.0)
 
     Timesteps are those that the student was distilled for (`plans`, by number of steps, which its folder's config holds), for
     other numbers trailing (3 steps: 999, 666, 333), or what the pipeline is called with as `timesteps`. Noise correction applies
-    to a step from the last timestep: in image to image, where all steps are left. `shift` makes it the rectified flow of
+    to a step from the last timestep: in image to image, where all steps are left. `sampler`, the fields of core's Sampler, is in
+    a student's config too: without it steps are deterministic, or re-noised where that config is of LCMScheduler or
+    FlowMatchLCMScheduler. `shift` makes it the rectified flow of
     Stable Diffusion 3, whose networks are told T sigma_t; the betas and prediction_type are not read then. docs/diffusers.md
     has the pipelines. Raises ScheduleError and PlanError.
     """
@@ -56,7 +61,9 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         noise_correction: bool = True,
         shift: float | None = None,
         plans: dict[str, list[int]] | None = None,
+        sampler: dict[str, Any] | None = None,
     ) -> None:
+        self.sampler = _sampler(sampler)
         flow = {} if shift is None else {"_class_name": FLOW_CLASS}
         self.schedule = NoiseSchedule.from_scheduler_config({**dict(self.config), **flow})
         self.alphas_cumprod = torch.from_numpy(
@@ -123,24 +130,31 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         eta: float = 0.0,
         *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         **_: Any,
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """x_s from x_t (`sample`) and the network's output, and the x0 that it implies: as DDIMScheduler.step.
 
         Computed in float32, returned in the sample's dtype; at the last step the two are one tensor. Waits for the device
-        that `timestep` is on. eta, which diffusers' pipelines pass on, must be 0: nothing is drawn anew.
+        that `timestep` is on. generator: of the noise that a re-noising student's steps add, one or one an image; other steps
+        draw none. eta, which diffusers' pipelines pass on, must be 0: the sampler alone says how much is drawn anew.
         """
         if eta != 0.0:
             raise ScheduleError(
-                f"eta must be 0, got {eta:g}: these steps are deterministic; take DDIMScheduler for others"
+                f"eta must be 0, got {eta:g}: the student's sampler says what is drawn anew; take DDIMScheduler for others"
             )
         t = float(timestep)
         if t not in self._positions:
             plan = self.timesteps.tolist()
             raise ScheduleError(f"timestep {t:g} is not in the plan {plan}; call set_timesteps first")
         row, coefficients = self._positions[t], self._on(sample.device)
-        out = noise_corrected_update(sample, model_output, coefficients, row, out=_like(sample))
+        noise = None
+        if coefficients.renoises[row]:
+            noise = randn_tensor(
+                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+            )
+        out = noise_corrected_update(sample, model_output, coefficients, row, noise=noise, out=_like(sample))
         x0 = out
         if row < len(self._positions) - 1:
             x0_row = coefficients.starts[1] + row
@@ -172,7 +186,9 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         config: Any = self.config
         flow = self.schedule.kind == "flow"
         kind = "flow" if flow else config.prediction_type
-        table = update_table(self.schedule, plan, kind, noise_correction=config.noise_correction)
+        correction, sampler = config.noise_correction, self.sampler
+        table = update_table(self.schedule, plan, kind, noise_correction=correction, sampler=sampler)
+        self.init_noise_sigma = table.start
         (a, b), _ = linear_coefficients(kind, *self.schedule.at(table.timesteps))
         self._tables = table, UpdateTable(a, b, np.zeros(len(plan)), table.timesteps)  # to x_s, to x0
         self._coefficients: Coefficients | None = None
@@ -200,8 +216,18 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def _sampler(values: Mapping[str, Any] | None) -> Sampler:
+    try:
+        return Sampler(**(values or {}))
+    except ValidationError as error:
+        raise ScheduleError(
+            f"sampler {values}: {error.errors()[0]['msg']}; leave it out for deterministic steps"
+        ) from None
+
+
 def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Another scheduler's config with what that class takes for a key left out, and with `shift` if it is a flow.
+    """Another scheduler's config with what that class takes for a key left out, with `shift` if it is a flow, and with the sampler
+    of a class that re-noises.
 
     `.config` has the class's name only where it was read from a file: a flow's is then known by its keys. ScheduleError.
     """
@@ -219,5 +245,8 @@ def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ScheduleError(
                 f"{key}={values[key]!r} is not supported: such a network is told other times; use {usual!r}"
             )
+    if name in (LCM, FLOW_LCM):
+        boundary = {"boundary": values.get("timestep_scaling", 10.0)} if name == LCM else {}
+        values.setdefault("sampler", {"kind": "renoise", **boundary})
     NoiseSchedule.from_scheduler_config({**values, "_class_name": name})
     return values

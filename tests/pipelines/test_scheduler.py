@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
 )
 
@@ -132,6 +133,46 @@ def test_a_flow_takes_diffusers_own_times() -> None:
             ours.set_timesteps(timesteps=times)
 
 
+RENOISING = [
+    (LCMScheduler, {"clip_sample": False, "original_inference_steps": 3}, {"kind": "renoise", "boundary": 10.0}),
+    (FlowMatchLCMScheduler, {"shift": 3.0}, {"kind": "renoise"}),
+]
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["its sampler", "its class alone"])
+@pytest.mark.parametrize(("build", "settings", "sampler"), RENOISING)
+def test_a_student_that_renoises_is_renoised(
+    build: Any, settings: dict[str, Any], sampler: dict[str, Any], says: bool, tmp_path: Path
+) -> None:
+    """Its config was taken, and its steps made deterministic: now they are its stock scheduler's, from the same generator."""
+    theirs = build(**settings)
+    theirs.save_pretrained(str(tmp_path))
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | ({"sampler": sampler} if says else {})))
+    loaded = build.from_pretrained(str(tmp_path))
+    ours = scheduler_of(loaded.config)
+    assert ours.sampler.model_dump(exclude_unset=True) == sampler
+    theirs.set_timesteps(3)
+    ours.set_timesteps(timesteps=theirs.timesteps)
+    x = y = torch.from_numpy(initial_noise(1, 2, (4, 8, 8)))
+    one, other = (torch.Generator().manual_seed(5) for _ in range(2))
+    for i, (t, s) in enumerate(zip(ours.timesteps, theirs.timesteps, strict=True)):
+        m = torch.from_numpy(initial_noise(10 + i, 2, (4, 8, 8)))
+        x, y = ours.step(m, t, x, generator=one).prev_sample, theirs.step(m, s, y, generator=other).prev_sample
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pipelines_generator_draws_the_noise(pipeline: Any) -> None:
+    noise = torch.from_numpy(initial_noise(7, 2, (4, 8, 8)))
+    before, pipeline.scheduler = (
+        pipeline.scheduler,
+        scheduler_of(pipeline.scheduler.config, sampler={"kind": "renoise"}),
+    )
+    drawn = [latents_of(pipeline, 2, noise, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    pipeline.scheduler = before
+    assert np.array_equal(drawn[0], drawn[1]) and not np.allclose(drawn[0], drawn[2], atol=1e-2)
+
+
 def test_its_config_survives_a_folder(pipeline: Any, tmp_path: Path) -> None:
     scheduler = scheduler_of(pipeline.scheduler.config, noise_correction=False)
     scheduler.save_pretrained(str(tmp_path))
@@ -202,6 +243,11 @@ def test_half_precision_stays_half_precision(pipeline: Any) -> None:
             lambda s: scheduler_of(s.config, prediction_type="flow"),
             ScheduleError,
             "flow prediction needs a flow schedule",
+        ),
+        (
+            lambda s: scheduler_of(s.config, sampler={"kind": "renoised"}),
+            ScheduleError,
+            "sampler .*renoised.*: Input should be 'deterministic'",
         ),
         (lambda s: scheduler_of({}), ScheduleError, "neither '_class_name' nor 'beta_schedule'"),
         (lambda s: scheduler_of({"_class_name": "EDMEulerScheduler"}), ScheduleError, "EDMEulerScheduler has no"),
