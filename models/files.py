@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ TOKENIZERS = (
     "tokenizer.model",
 )  # one of them is a tokenizer's own file
 WEIGHTS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # how each library calls them
+PIECE = re.compile(r"-\d+-of-\d+\.")  # in the name of a file that an index lists
 HEADER = 8  # bytes of a safetensors file that say how long its header is
 
 
@@ -72,13 +74,25 @@ def _missing(part: Path, library: str, kind: str, only_config: bool) -> Iterator
 
 
 def _missing_weights(part: Path, stem: str) -> Iterator[str]:
-    """Every piece that an index lists, else one file of any name."""
-    index = next(part.glob("*.safetensors.index*.json"), None)
-    if index is not None:
-        pieces = sorted({str(piece) for piece in read_config(index).get("weight_map", {}).values()})
-        yield from (piece for piece in pieces if not (part / piece).is_file())
-    elif not any(path.is_file() for path in part.glob("*.safetensors")):
-        yield f"{stem}.safetensors"
+    """Nothing where one index has all its pieces or a single file lies there, else the pieces of the first index."""
+    indices = [missing_pieces(index) for index in sorted(part.glob("*.safetensors.index*.json"))]
+    files = [path.name for path in part.glob("*.safetensors") if path.is_file()]
+    single = any(name.startswith(stem) and not PIECE.search(name) for name in files) if indices else bool(files)
+    if not single and all(indices):
+        yield from indices[0] if indices else (f"{stem}.safetensors",)
+
+
+def pieces_of(index: Path) -> list[Path]:
+    """The files that an index of weights lists. Raises ArtifactError."""
+    return [
+        index.with_name(name)
+        for name in sorted({str(one) for one in read_config(index).get("weight_map", {}).values()})
+    ]
+
+
+def missing_pieces(index: Path) -> list[str]:
+    """Names of those that are not there."""
+    return [path.name for path in pieces_of(index) if not path.is_file()]
 
 
 def read_pipeline(folder: Path, without: Collection[str] = ()) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from ..folders.reading import read_config, write_manifest
 from .catalogue import catalogue, find
 from .control import PARTS, control_class
 from .describe import NONE, Described, ModelOptions, describe
-from .files import NETWORKS, UNDRAWN, WEIGHTS, missing_files
+from .files import NETWORKS, PIECE, UNDRAWN, WEIGHTS, missing_files, missing_pieces
 
 UNUSED = ("*.onnx*", "*.bin", "*openvino_*", "*.jpg", "*.png", *(f"{part}/*" for part in UNDRAWN))
 PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not whole checkpoints at the top
@@ -133,16 +132,13 @@ def _link_pipeline(described: Described, target: Path) -> None:
             continue
         if described.network is not None and name.parts[0] in NETWORKS and name.suffix != ".json":
             continue
-        if len(name.parts) > 1 or name.suffix == ".json":
+        if (len(name.parts) > 1 or name.suffix == ".json") and _is_whole(path):
             _link(path, target / name)
-            full = (target / name).with_name(name.name.replace(HALF_VARIANT, "", 1))
-            is_piece = re.search(r"-\d+-of-\d+\.", name.name)  # found by its index, which says its name
-            if (
-                HALF_VARIANT in name.name
-                and not is_piece
-                and not (described.folder / full.relative_to(target)).exists()
-            ):
-                _link(path, full)  # half the precision is all there is
+            if HALF_VARIANT in name.name and not PIECE.search(name.name):  # pieces are found by their index
+                full = name.name.replace(HALF_VARIANT, "", 1)
+                file = f"{full.partition('.safetensors')[0]}.safetensors"
+                if not any(_is_whole(path.with_name(other)) for other in (full, file, f"{file}.index.json")):
+                    _link(path, (target / name).with_name(full))  # half the precision is all there is
     _write_scheduler(described, target)
     if described.network is not None:
         _replace_network(described.network, target)
@@ -150,6 +146,11 @@ def _link_pipeline(described: Described, target: Path) -> None:
         _replace_decoder(described.decoder, target)
     if described.control is not None:
         _add_control(described.control, described.pipeline, target)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there and, of an index of weights, what it lists: of several precisions one is fetched."""
+    return path.is_file() and not (".safetensors.index" in path.name and missing_pieces(path))
 
 
 def _write_scheduler(described: Described, target: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..models.files import pieces_of
+
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 LARGE = 4096  # numbers; smaller weights are widened once and for all
 
@@ -20,10 +22,13 @@ LOOKED_AT = ("wo",)  # T5 casts its state to the type of this weight
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
     """What all float tensors of a component's safetensors files are stored in: float16, bfloat16, or else float32.
 
-    variant: whose files are read, such as "fp16"; those of others stand beside them.
+    variant: whose files are read, such as "fp16"; those of others stand beside them. Without, those that the index lists,
+    whatever they are called.
     """
-    files = folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors")
-    return dtype_of(path for path in files if variant is not None or not variant_of(path))
+    if variant is not None:
+        return dtype_of(folder.glob(f"*.{variant}*.safetensors"))
+    listed = [path for index in folder.glob("*.safetensors.index.json") for path in pieces_of(index)]
+    return dtype_of(listed or (path for path in folder.glob("*.safetensors") if not variant_of(path)))
 
 
 def dtype_of(files: Iterable[Path]) -> torch.dtype:
