@@ -59,7 +59,10 @@ def bench_gpu_command(
     ] = True,
     mode: Annotated[
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
-        typer.Option(help="torch.compile's mode, for diffusers."),
+        typer.Option(
+            metavar="NAME",
+            help="torch.compile's mode, for diffusers: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs.",
+        ),
     ] = "max-autotune",
     tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
 ) -> None:
