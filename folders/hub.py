@@ -11,6 +11,7 @@ from ..core.errors import ArtifactError, missing_extra
 from .files import ARTIFACT_FILE, CACHE_VARIABLE, atomic_folder, cache_folder
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # what begins with . / or ~ is a path
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.\w+)")  # a file of a repository
 PICKLED = ("*pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # never read here, so never fetched
 
 
@@ -54,6 +55,20 @@ def local_folder(
             f"{name} is no folder here and could not be fetched from the Hugging Face hub ({reason}); without network, download "
             f"it elsewhere (hf download {name}) and copy it to {place}, or give the path of its folder"
         ) from None
+
+
+def files_on_hub(name: str) -> list[str]:
+    """Names of the files of a hub id, none of which is fetched; without network of those that the cache has. Raises as
+    `local_folder`."""
+    try:
+        hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
+    except ImportError:
+        raise missing_extra("huggingface_hub", "cpu") from None
+    try:
+        return sorted(hub.list_repo_files(name))
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError):
+        folder = local_folder(name, only=())  # or it says what is wrong
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _with_files_of_its_own(snapshot: Path, name: str) -> Path:

@@ -249,7 +249,7 @@ def _fetch(name: str, file: str | None = None, *, without: Sequence[str] = (), n
             there = (f"{part.name}/*.safetensors" for part in folder.iterdir() if part.name not in missing)
             folder = local_folder(name, ignore=(*unused, f"*{HALF_VARIANT}*", NON_EMA, *there), only=only)
         return folder
-    folder = local_folder(name, only=[file])
+    folder = local_folder(name, only=[file, Path(file).with_name(PEFT_CONFIG).as_posix()])
     if not (folder / file).is_file():
         raise ArtifactError(f"{name} has no file {file}; it may have been renamed there")
     return folder / file

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import torch
 
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.files import known_sha256
-from ..folders.hub import local_folder
+from ..folders.hub import HUB_FILE, HUB_ID, files_on_hub, local_folder
 from ..folders.loras import Lora, parse_lora
 from ..folders.manifests import LORA_FILE, PEFT_CONFIG, FusedLora
 from .stages import quiet
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of what peft's own save_pretrained writes
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS, PICKLES = ".safetensors", (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = "imagine_flash"
 IDLE = "No LoRA keys associated to"  # what diffusers warns of wherever a LoRA is of the denoiser alone
 __all__ = ["Lora", "fuse", "fused_records", "lora_files", "parse_lora", "place", "take_out"]
 Tensors = dict[str, torch.Tensor]
+AnyPath = TypeVar("AnyPath", str, Path)
 
 
 def fuse(pipeline: Any, network: str, lora: Lora) -> None:
@@ -85,28 +87,49 @@ def take_out(pipeline: Any) -> None:
 def lora_files(name: str) -> dict[str, Path]:
     """The safetensors files of a LoRA, by the component that they are for ("" where the tensors' names say it).
 
-    A file; or a folder or hub id with diffusers' or peft's usual name, one file of another name, or a folder a component.
-    Raises ArtifactError.
+    A file; or a folder or hub id with diffusers' or peft's usual name, one file of another name, or a folder a component; or
+    a hub id and a file of it, owner/name/style.safetensors. Of the hub only these files are fetched. Raises ArtifactError.
     """
-    path = local_folder(name)
+    path = Path(name)
     if path.is_file():
         return {"": _not_pickled(path)}
-    if not path.is_dir():
+    if path.is_dir():
+        there = sorted(file.relative_to(path).as_posix() for file in path.glob("**/*") if file.is_file())
+        return {part: path / file for part, file in _chosen(path, there, "give the path of one of them").items()}
+    of_hub = HUB_FILE.fullmatch(name)
+    if of_hub is None and not HUB_ID.fullmatch(name):
         raise ArtifactError(f"there is no LoRA {name}; give a .safetensors file, a folder or a hub id")
+    hub_id, file = of_hub.groups() if of_hub else (name, None)
+    there = files_on_hub(hub_id)
+    chosen = _chosen(hub_id, there, f"name one: {hub_id}/FILE") if file is None else {"": _not_pickled(file)}
+    if lacking := [one for one in chosen.values() if one not in there]:
+        known = _some([one for one in there if one.endswith(WEIGHTS)])
+        raise ArtifactError(f"{hub_id} has no {lacking[0]}; its files are {known or 'no LoRAs'}")
+    configs = [(PurePosixPath(one).parent / PEFT_CONFIG).as_posix() for one in chosen.values()]
+    folder = local_folder(hub_id, only=[*chosen.values(), *configs])
+    return {part: folder / one for part, one in chosen.items()}
+
+
+def _chosen(place: str | Path, there: Sequence[str], way_out: str) -> dict[str, str]:
+    """Which of a place's files are the LoRA's, by component. Raises ArtifactError."""
+    top = [file for file in there if "/" not in file]
     for usual in (LORA_FILE, PEFT_FILE):
-        if (path / usual).is_file():
-            return {"": path / usual}
-    if parts := {file.parent.name: file for file in sorted(path.glob(f"*/{PEFT_FILE}"))}:
-        return parts
-    files = sorted(path.glob("*.safetensors"))
+        if usual in top:
+            return {"": usual}
+    if parts := [file for file in there if re.fullmatch(rf"[^/]+/{re.escape(PEFT_FILE)}", file)]:
+        return {file.partition("/")[0]: file for file in parts}
+    files = [file for file in top if file.endswith(WEIGHTS)]
     if not files:
-        pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
-        if pickled:
-            _not_pickled(pickled[0])
-        raise ArtifactError(f"{path} holds no .safetensors file, so it is no LoRA")
+        for file in top:
+            _not_pickled(f"{place}/{file}")
+        raise ArtifactError(f"{place} holds no .safetensors file, so it is no LoRA")
     if len(files) > 1:
-        raise ArtifactError(f"{path} holds {', '.join(file.name for file in files)}; give the path of one of them")
+        raise ArtifactError(f"{place} holds {_some(files)}; {way_out}")
     return {"": files[0]}
+
+
+def _some(files: Sequence[str], most: int = 8) -> str:
+    return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
 
 
 def fused_records(lora: Lora) -> list[FusedLora]:
@@ -115,8 +138,8 @@ def fused_records(lora: Lora) -> list[FusedLora]:
     return [FusedLora(name=file.name, weight=lora.weight, sha256=known_sha256(file)) for file in files]
 
 
-def _not_pickled(file: Path) -> Path:
-    if file.suffix in PICKLES:
+def _not_pickled(file: AnyPath) -> AnyPath:
+    if str(file).endswith(PICKLES):
         raise ArtifactError(
             f"{file} is a pickle, which can run any code and is not read; save it again as .safetensors "
             "(safetensors.torch.save_file)"

@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from imagine_flash.core.errors import ArtifactError
-from imagine_flash.pipelines.lora import Lora, fuse, parse_lora
+from imagine_flash.pipelines.lora import Lora, fuse, lora_files, parse_lora
 from imagine_flash.tests import pipelines
+from imagine_flash.tests.hub import publish
 
 RANK, ALPHA = 2, 6
 UNET = [f"up_blocks.0.attentions.0.transformer_blocks.0.attn1.{part}" for part in ("to_q", "to_v")]
@@ -203,6 +204,55 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, factors, write, mess
     with pytest.raises(ArtifactError, match=message) as raised:
         fuse(pipelines.build_pipeline(), "unet", Lora(str(folder)))
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[str]:
+    """The names of what was fetched of somebody/styles, a repository of many LoRAs."""
+    import huggingface_hub
+
+    names = [
+        *(f"style-{i}.safetensors" for i in range(10)),
+        "peft/adapter_config.json",
+        "peft/style.safetensors",
+        "a.bin",
+    ]
+    fetched = []
+
+    def snapshot_download(name, *, allow_patterns, **_):
+        assert allow_patterns is not None, "the whole repository was fetched, and then refused"
+        fetched.extend(file for file in names if file in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: names)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_of_the_hub_one_file_is_fetched(hub, tmp_path):
+    assert lora_files("somebody/styles/style-3.safetensors") == {"": tmp_path / "style-3.safetensors"}
+    assert lora_files("somebody/styles/peft/style.safetensors") == {"": tmp_path / "peft/style.safetensors"}
+    assert hub == ["style-3.safetensors", "peft/adapter_config.json", "peft/style.safetensors"]
+    for name, says in {
+        "somebody/styles": r"styles holds style-0\.safetensors, .* and 2 more; name one: somebody/styles/FILE",
+        "somebody/styles/b.safetensors": r"has no b\.safetensors; its files are peft/style\.safetensors, style-0",
+        "somebody/styles/a.bin": r"a\.bin is a pickle",
+    }.items():
+        with pytest.raises(ArtifactError, match=says):
+            lora_files(name)
+    assert len(hub) == 3
+
+
+def test_without_network_the_cache_is_looked_into(tmp_path, factors, monkeypatch):
+    import huggingface_hub.constants
+
+    (tmp_path / "made").mkdir()
+    diffusers_file(tmp_path / "made", factors)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    there = publish(tmp_path / "hub", "somebody/style", tmp_path / "made") / "style.safetensors"
+    assert lora_files("somebody/style") == lora_files("somebody/style/style.safetensors") == {"": there}
+    with pytest.raises(ArtifactError, match="somebody/else is no folder here and could not be fetched"):
+        lora_files("somebody/else/style.safetensors")
 
 
 def test_a_weight_follows_the_name():
