@@ -101,7 +101,11 @@ def distill_command(
         ),
     ] = None,
     plan_memory: Annotated[
-        bool, flag("--plan-memory", help="Say what the run would take of memory, and train nothing.")
+        bool,
+        flag(
+            "--plan-memory",
+            help="Say what the run would take of a GPU's memory (with --device cpu: of a CPU's), and train nothing.",
+        ),
     ] = False,
     shard: Annotated[
         bool,
@@ -131,20 +135,20 @@ def distill_command(
     how: Any = {"start": start, "start_teacher": start_teacher, "font": font, "track": track or ()}
     if plan_memory:
         check_run(settings, texts, source, **how)
-        return _say_memory(teacher, settings, shared=shard)
+        return _say_memory(teacher, settings, shared=shard, device="cpu" if device == "cpu" else "cuda")
     how |= {"console": progress(), "shared": shard}
     distill(teacher, out, settings, prompts=texts, pictures=source, **how)
     say(str(out))
     note(f"next: imagine-flash export {out} ARTIFACT")
 
 
-def _say_memory(teacher: Path, recipe: DistillRecipe, *, shared: bool) -> None:
-    """The parts of a run's memory, one a line, and their sum."""
+def _say_memory(teacher: Path, recipe: DistillRecipe, *, shared: bool, device: str) -> None:
+    """The parts of a run's memory on a device of that kind, one a line, and their sum."""
     from ..distill.devices import use_device
     from ..distill.memory import plan_memory as planned
 
     use_device("cpu")
-    plan = planned(teacher, recipe)
+    plan = planned(teacher, recipe, device=device)
     lines = {
         "weights that do not train": plan.frozen,
         "weights that train, and their average": plan.trained,

@@ -46,13 +46,18 @@ class MemoryPlan:
         return self.frozen + self.trained + self.moments + self.update
 
 
-def plan_memory(teacher_folder: str | Path, recipe: DistillRecipe, *, processes: int = 1) -> MemoryPlan:
-    """The plan of a run of `recipe` on one of `processes` devices. The teacher is read into the host's memory for it."""
+def plan_memory(
+    teacher_folder: str | Path, recipe: DistillRecipe, *, processes: int = 1, device: str = "cuda"
+) -> MemoryPlan:
+    """The plan of a run of `recipe` on one of `processes` devices. The teacher is read into the host's memory for it.
+
+    device: their kind, on which depends how attention is computed.
+    """
     rows = max(1, recipe.fit.batch // (recipe.fit.accumulate * processes))
     recipe = recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"batch": rows, "accumulate": 1})})
     teacher = load_teacher(student_folder(teacher_folder), recipe)
     pictures = [torch.zeros(rows, *teacher.latent_shape)]
-    task = DistillTask(recipe, teacher, [""] * rows, "", pictures=pictures)
+    task = DistillTask(recipe, teacher, [""] * rows, "", pictures=pictures, device=device)
     stages = teacher.stages
     always = [stages.decoder, stages.image_encoder, *([] if recipe.cache_text else [stages.text_encoder])]
     parts = [task.module, task.teacher.denoiser.network, *always]
@@ -86,7 +91,7 @@ def peak_of_update(task: DistillTask, *, fake: bool = True) -> int:
             copied.requires_grad_(real.requires_grad)
     half = task.recipe.fit.mixed_precision == "bf16"
     with context, LiveBytes() as live:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             value = loss(**batch)
         value.backward()
     return live.peak

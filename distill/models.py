@@ -24,7 +24,7 @@ from ..folders.files import STUDENT_FILE
 from ..pipelines.architectures import architecture_of, stages_of
 from ..pipelines.loading import load_pipeline, load_student_pipeline
 from ..pipelines.networks import Conditions
-from ..pipelines.stages import Stages
+from ..pipelines.stages import Stages, quiet
 from .recipe import DistillRecipe
 
 Times = float | torch.Tensor  # one timestep index for the batch, or a whole one per row (B,)
@@ -226,13 +226,23 @@ def model_of(pipeline: Any) -> Model:
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Model:
     """The model of a pipeline folder or hub id, or of a student, frozen. Raises ArtifactError for what is not one."""
+    return model_of(pipeline_in(folder, dtype))
+
+
+def pipeline_in(folder: str | Path, dtype: torch.dtype) -> Any:
+    """Its pipeline. Raises ArtifactError."""
     is_student = (Path(folder) / STUDENT_FILE).is_file()
-    return model_of((load_student_pipeline if is_student else load_pipeline)(folder, dtype=dtype))
+    return (load_student_pipeline if is_student else load_pipeline)(folder, dtype=dtype)
 
 
-def load_teacher(folder: str | Path, recipe: DistillRecipe) -> Model:
-    """The teacher in the recipe's type. RecipeError for plans that start elsewhere than at its T."""
-    teacher = load_model(folder, getattr(torch, recipe.teacher_dtype))
+def load_teacher(folder: Path, recipe: DistillRecipe) -> Model:
+    """The teacher in the recipe's type, but for the network, where a copy of it trains: that is as it is stored, until a task
+    has taken the copy. RecipeError for plans that start elsewhere than at its T."""
+    pipeline = pipeline_in(folder, getattr(torch, recipe.teacher_dtype))
+    if recipe.lora is None and recipe.teacher_dtype != "float32":
+        name = architecture_of(type(pipeline).__name__).network
+        setattr(pipeline, name, _stored_network(folder, name, type(getattr(pipeline, name))))
+    teacher = model_of(pipeline)
     last = teacher.denoiser.last_time
     for timesteps in recipe.plans.values():
         if timesteps[0] != last:
@@ -240,8 +250,19 @@ def load_teacher(folder: str | Path, recipe: DistillRecipe) -> Model:
     return teacher
 
 
+def _stored_network(folder: Path, name: str, kind: Any) -> Any:
+    """In float32, which holds all that a file may."""
+    if (folder / STUDENT_FILE).is_file():  # its network may have adapters to be fused
+        return getattr(pipeline_in(folder, torch.float32), name)
+    with quiet():
+        return kind.from_pretrained(
+            str(folder), subfolder=name, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+
+
 def plain_attention(model: Model) -> None:
-    """Attention as matrix products: the fused one's backward takes half of a training step on a CPU at bf16."""
+    """Attention as matrix products, for a CPU alone: there the fused one's backward takes half of a training step at bf16. On a
+    GPU the whole matrix of every head would be kept, of which the fused one makes none."""
     if hasattr(model.network, "down_blocks"):  # a transformer's attention has processors of its own
         model.network.set_attn_processor(AttnProcessor())
         model.pipeline.text_encoder.set_attn_implementation("eager")

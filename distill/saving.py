@@ -19,7 +19,7 @@ from ..folders.files import atomic_folder
 from ..pipelines.architectures import architecture_of
 from ..pipelines.stages import quiet
 from .lora import save_adapters
-from .models import Model
+from .models import Model, pipeline_in
 from .processes import processes
 
 
@@ -31,15 +31,18 @@ def save_pipeline(
     replaces: Sequence[str] = (),
     scheduler: Mapping[str, Any] = {},
     sampler: Sampler = DETERMINISTIC,
+    stored: Path | None = None,
 ) -> None:
     """Write the model's diffusers folder in half precision, in one atomic rename, from the first process.
 
     extra: further files by name. replaces: an old folder with one of these files gives way. scheduler: keys of its config
-    that ImagineFlashScheduler reads; stock classes pass over them. sampler: what decides the stock class.
+    that ImagineFlashScheduler reads; stock classes pass over them. sampler: what decides the stock class. stored: the folder
+    that all but the network is read from again, where memory holds it rounded.
     """
     if not processes().is_main_process:
         return
-    parts = {**model.pipeline.components, architecture_of(model.stages.pipeline).network: model.network}
+    rest_of = model.pipeline if stored is None else pipeline_in(stored, torch.float16)
+    parts = {**rest_of.components, architecture_of(model.stages.pipeline).network: model.network}
     with quiet(), atomic_folder(out, replaces=replaces) as temporary:
         rest = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and part is not model.network}
         half = {name: copy.deepcopy(part).cpu().to(torch.float16) for name, part in rest.items()}
@@ -82,9 +85,10 @@ def save_lora(model: Model, out: Path, *, extra: Mapping[str, str], replaces: Se
 
 
 def stock_scheduler(model: Model, sampler: Sampler, plans: Mapping[str, Sequence[int]]) -> Any:
-    """diffusers' own scheduler on the model's schedule whose steps are the sampler's, at trailing times.
+    """diffusers' own scheduler on the model's schedule whose steps are the sampler's; at trailing times, but of a flow.
 
-    A re-noising student's visits a longest plan's times where they are trailing, since it takes every so many of them.
+    A re-noising student's visits a longest plan's times where they are trailing, since it takes every so many of them. Those of
+    a flow know no such times: they draw a plan only where the pipeline is given it as `sigmas` (docs/diffusers.md).
     """
     config, flow = dict(model.pipeline.scheduler.config), model.denoiser.schedule.kind == "flow"
     if sampler.kind == "renoise":

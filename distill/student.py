@@ -71,7 +71,6 @@ def distill(
     if pictures is not None:
         own = _own_pictures(recipe, teacher, run, pictures, console)
         prompts, latents, digest = own.captions, own.latents, own.digest
-    begun = _begun(start, start_teacher, teacher) if start else None
     with processes().main_process_first():
         task = DistillTask(
             recipe,
@@ -80,7 +79,7 @@ def distill(
             teacher_sha256,
             pictures=latents,
             pictures_sha256=digest,
-            start=begun,
+            start=_begun(start, start_teacher, teacher.network) if start else None,
             shown=() if prompts else PREVIEW_PROMPTS,
             text_file=run / "text.safetensors" if recipe.cache_text else None,
         )
@@ -90,7 +89,7 @@ def distill(
     manifest = _described(recipe, figures, teacher_sha256, emoji=not prompts)
     if recipe.lora is not None:
         manifest = manifest.model_copy(update={"base": _base(teacher_folder, folder)})
-    _save(task, out, manifest)
+    _save(task, out, manifest, folder)
     return manifest
 
 
@@ -110,13 +109,13 @@ def _described(
     )
 
 
-def _begun(start: Path, start_teacher: Path | None, teacher: Model) -> tuple[Model, str]:
-    """The student that training begins with, and a hash of what it is made of."""
-    student = load_model(start)
+def _begun(start: Path, start_teacher: Path | None, teacher: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The network that training begins with, on the CPU, and a hash of what it is made of; nothing else of its pipeline stays."""
+    student = load_model(start).network
     if start_teacher is None:
-        return student.to(processes().device), hash_folder(start)
-    add_learned(student.network, load_model(start_teacher).network, teacher.network)
-    return student.to(processes().device), hash_folder(start) + hash_folder(start_teacher)
+        return student, hash_folder(start)
+    add_learned(student, load_model(start_teacher).network, teacher)
+    return student, hash_folder(start) + hash_folder(start_teacher)
 
 
 @torch.no_grad()
@@ -214,14 +213,13 @@ def _base(teacher: Path, folder: Path) -> str:
     return str(folder.resolve() if Path(teacher).exists() else teacher)
 
 
-def _save(task: DistillTask, out: Path, manifest: StudentManifest) -> None:
+def _save(task: DistillTask, out: Path, manifest: StudentManifest, teacher: Path) -> None:
     """Write the student's folder: its adapters, or its whole pipeline with the plans in the scheduler's config."""
     extra = {STUDENT_FILE: manifest.model_dump_json(indent=2)}
     if task.recipe.lora is not None:
         save_lora(task.student, out, extra=extra, replaces=(STUDENT_FILE,))
         return
     plans = {str(steps): times for steps, times in manifest.plans.items()}
-    scheduler = {"plans": plans, "noise_correction": manifest.noise_correction}
-    save_pipeline(
-        task.student, out, extra=extra, replaces=(STUDENT_FILE,), sampler=manifest.sampler, scheduler=scheduler
-    )
+    how: Any = {"scheduler": {"plans": plans, "noise_correction": manifest.noise_correction}}
+    how |= {"stored": teacher if task.recipe.teacher_dtype == "bfloat16" else None}
+    save_pipeline(task.student, out, extra=extra, replaces=(STUDENT_FILE,), sampler=manifest.sampler, **how)

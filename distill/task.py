@@ -45,33 +45,43 @@ class DistillTask(Task):
         *,
         pictures: Sequence[torch.Tensor] = (),
         pictures_sha256: str = "",
-        start: tuple[Model, str] | None = None,
+        start: tuple[nn.Module, str] | None = None,
         shown: Sequence[str] = (),
         text_file: Path | None = None,
+        device: str | None = None,
     ) -> None:
         """pictures: latents of the pictures that `prompts` describe, in their order, for a method that asks for them: one tensor
         (N, C, h, w) per size, and all rows of an update are of one. pictures_sha256: their hash, where the recipe does not say
-        what they are. start: a student to begin with instead of the teacher, and the hash of its folder. shown: prompts of the
-        preview, else the first ones. text_file: where the prompts' embeddings are kept, if they are."""
+        what they are. start: the network to begin with instead of the teacher's, which it becomes, and the hash of its folder.
+        shown: prompts of the preview, else the first ones. text_file: where the prompts' embeddings are kept, if they are.
+        device: the kind that trains it, where that is not the teacher's."""
         self.recipe, self.teacher, self.pictures = recipe, teacher, pictures
         self.method = method_named(recipe.method)
-        if recipe.fit.mixed_precision == "bf16":
-            plain_attention(teacher)
-        begin, begin_sha256 = start or (teacher, "")
+        begin, begin_sha256 = start or (None, "")
         known = (recipe, teacher_sha256, prompts, begin_sha256)
         self.fingerprint = fingerprint(*known, *filter(None, [pictures_sha256]))
         torch.manual_seed(recipe.seed)  # the first weights of adapters
-        if recipe.lora is None:
-            self.student, denoiser = teacher.with_network(begin.network).trainable_copy(), teacher.denoiser
+        denoiser = teacher.denoiser
+        if begin is not None:
+            self.student = teacher.with_network(begin.float().requires_grad_(True))
+        elif recipe.lora is None:
+            self.student = teacher.trainable_copy()
         else:
             self.student = add_adapters(teacher, recipe.lora)
             denoiser = teacher.denoiser.with_network(WithoutAdapters(teacher.denoiser.network, teacher.network))
-        if recipe.fit.mixed_precision == "bf16":
-            plain_attention(self.student)
-        if recipe.gradient_checkpointing:
-            self.student.network.enable_gradient_checkpointing()
+        if recipe.fit.mixed_precision == "bf16" and (device or teacher.device.type) == "cpu":
+            for each in (teacher, self.student):
+                plain_attention(each)
         torch.manual_seed(recipe.seed)  # the first weights of a discriminator
         self.module = self.loss = DistillationLoss(self.method, self.student.denoiser, denoiser, recipe)
+        if recipe.gradient_checkpointing:
+            inside: list[Any] = [part for network in self.loss.networks for part in network.children()]
+            for part in inside:
+                if any(weight.requires_grad for weight in part.parameters()):
+                    part.enable_gradient_checkpointing()
+        if recipe.lora is None:  # what trains began with the teacher as it is stored
+            for value in filter(torch.is_floating_point, teacher.network.state_dict(keep_vars=True).values()):
+                value.data = value.detach().to(getattr(torch, recipe.teacher_dtype))
         self.reference = replace(teacher, denoiser=denoiser)
         self.shown, self._teacher_row = list(shown or prompts[:8]), None
         self._teacher_latents: torch.Tensor | None = None

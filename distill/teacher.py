@@ -23,7 +23,7 @@ from .data.latents import encoded_scenes
 from .fit import Task, fit
 from .grids import grid
 from .models import Model, load_model, noise_of, plain_attention
-from .processes import processes
+from .processes import on_cpu, processes
 from .recipe import TeacherRecipe
 from .report import check_trackers
 from .reproducible import Part, fingerprint, part_of, seeded
@@ -82,7 +82,7 @@ class TeacherTask(Task):
         self.recipe, self.model, self.latents = recipe, model, latents
         self.fingerprint = fingerprint(recipe, started_from, model.pipeline.tokenizer.get_vocab())
         model.network.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
-        if recipe.fit.mixed_precision == "bf16":
+        if recipe.fit.mixed_precision == "bf16" and on_cpu():
             for each in filter(None, (model, known)):
                 plain_attention(each)
         self.module: nn.Module = DenoisingLoss(model, known).requires_grad_(True)

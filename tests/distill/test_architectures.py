@@ -116,6 +116,23 @@ def test_a_re_noising_student_says_so(teachers, tmp_path: Path) -> None:
     assert pipeline.scheduler.timesteps.tolist() == [999, 499]
 
 
+def test_a_flows_student_draws_its_plan_where_diffusers_is_given_it(teachers, tmp_path: Path) -> None:
+    """By itself its scheduler ends elsewhere than any plan; what docs/diffusers.md says instead lands on the student's steps."""
+    from diffusers import DiffusionPipeline
+
+    recipe = distill_recipe({"plans": {3: [999, 666, 333]}, "teacher_steps": 1, "fit": {**FIT, "steps": 1}})
+    distill(teachers("sd3"), tmp_path / "student", recipe, prompts=PROMPTS)
+    pipe: Any = DiffusionPipeline.from_pretrained(str(tmp_path / "student"), dtype=torch.float32)
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    pipe.scheduler.set_timesteps(3)
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx([1000, 751.1, 8.9], abs=0.05)
+    page = (Path(__file__).parents[2] / "docs/diffusers.md").read_text(encoding="utf-8")
+    pipe.vae.register_to_config(shift_factor=0.1)  # as Stable Diffusion 3's own has one
+    scope: dict[str, Any] = {"pipe": pipe}
+    exec(page.split("needs a student of Stable Diffusion 3 -->\n```python\n")[1].split("```")[0], scope)
+    assert pipe.scheduler.timesteps.tolist() == pytest.approx([1000, 857.3, 600.7], abs=0.05)
+
+
 @pytest.mark.parametrize(("kind", "says"), [("flux", "has not been tried"), ("sana", "is told a guidance scale")])
 def test_what_is_drawn_with_and_not_distilled(kind: str, says: str) -> None:
     with pytest.raises(ArtifactError, match=says):

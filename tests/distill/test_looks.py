@@ -12,7 +12,7 @@ from imagine_flash.distill.models import Model, model_of
 from imagine_flash.distill.task import DistillTask
 from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
 
-PROMPTS = list(CAPTIONS) * 2
+PROMPTS: list[str] = [*CAPTIONS, *CAPTIONS]
 
 
 def task_of(tmp_path: Path, method: str = "imagine_flash", **fit: Any) -> DistillTask:

@@ -10,13 +10,15 @@ import torch
 from imagine_flash.distill.memory import peak_of_update, plan_memory
 from imagine_flash.distill.methods import METHODS, distill_recipe
 from imagine_flash.distill.methods.lcm import _scalings
-from imagine_flash.distill.models import load_teacher
+from imagine_flash.distill.models import load_teacher, model_of
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.task import DistillTask
+from imagine_flash.tests.architectures import DRAWN
 from imagine_flash.tests.commands import run
 from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
 
 FIT = {"steps": 2, "batch": 4, "optimizer": "adamw"}
+PAIR = ["a cat", "a dog"]
 QUICK = {"plans": {1: [999]}, "teacher_steps": 1, "fit": FIT}
 
 
@@ -32,6 +34,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"method": "lcm"},
         {"lora": {"rank": 4}, "gradient_checkpointing": True},
+        pytest.param({"method": "dmd2", "gradient_checkpointing": True}, marks=pytest.mark.slow),
         *(pytest.param({"method": name}, marks=pytest.mark.slow) for name in METHODS if name != "lcm"),
     ],
     ids=lambda values: "-".join(map(str, values.values()))[:20],
@@ -61,6 +64,27 @@ def test_the_plan_counts_each_weight_once(teacher: Path) -> None:
     weights = 4 * sum(p.numel() for p in load_teacher(teacher, distill_recipe(QUICK)).network.parameters())
     assert whole.trained == 2 * weights and whole.moments == 2 * weights  # student and average; two moments
     assert lora.trained < whole.trained / 4 and lora.frozen == whole.frozen
+
+
+@pytest.mark.parametrize("kind", ["sd15", "pixart", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_every_network_that_trains_computes_its_activations_again(kind: str) -> None:
+    """The student alone did, and dmd2's fake score, as large as it, kept all of them. Their gradients stay what they are."""
+    found = []
+    for checkpointing in (False, True):
+        recipe = distill_recipe(
+            {"method": "dmd2", "ratio": 1, "gradient_checkpointing": checkpointing, "fit": {**FIT, "batch": 2}}
+        )
+        model = model_of(DRAWN[kind]())
+        pictures = [torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))]
+        task = DistillTask(recipe, model, PAIR, "", pictures=pictures)
+        networks = [part for wrapped in task.networks for part in wrapped.children()]
+        assert [network.is_gradient_checkpointing for network in networks] == [checkpointing] * 2
+        loss = task.loss.train()(**task.batch(0, Part()))
+        loss.backward()
+        gradients = {name: p.grad for name, p in task.loss.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients))
+    assert any(name.startswith("fake_score") for name in found[0][1])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_the_command_says_it_and_writes_nothing(teacher: Path, tmp_path: Path) -> None:

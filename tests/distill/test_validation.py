@@ -164,7 +164,7 @@ def test_checkpoints_take_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: p
 
 def test_a_checkpoint_keeps_each_weight_once_in_memory(tmp_path: Path) -> None:
     """It was copied twice on its way from a GPU, and once for nothing on a CPU; what shares memory is still copied apart."""
-    module = nn.Linear(256, 256)
+    module: Any = nn.Linear(256, 256)
     module.register_parameter("tied", module.weight)
     state = TrainingState(module=module, ema=EMAModel([module.bias]), optimizers=[], task="line", fingerprint="line")
     with LiveBytes() as live:
