@@ -26,7 +26,8 @@ from .files import NETWORKS, read_pipeline
 OPTION, STUDENT, SCHEDULER = "option", STUDENT_FILE, "the scheduler's config"
 NONE, FULL_DECODER = "none", "the model's own"
 MOST_GUIDANCE = 50
-LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline takes where nobody says another
+LCM = "LatentConsistencyModelPipeline"
+TOLD = {LCM: 8.5, "SanaSprintPipeline": 4.5, "FluxPipeline": 3.5}  # the scale that diffusers tells a network by default
 
 
 class Fetch(Protocol):
@@ -216,7 +217,8 @@ def _with_options(found: Described, options: ModelOptions, entry: Entry | None) 
     if options.guidance is not None:
         scale, sources["guidance"] = {"default": options.guidance}, OPTION
     elif told and "guidance" not in sources:
-        scale, sources["guidance"] = {"default": LCM_GUIDANCE}, "diffusers' pipeline of networks that are told a scale"
+        pipeline = found.pipeline if found.pipeline in TOLD else LCM
+        scale, sources["guidance"] = {"default": TOLD[pipeline]}, f"diffusers' pipeline {pipeline}, by default"
     zero = found.guidance.empty_is_zero or _zeros_for_no_prompt(found)
     changed["guidance"] = found.guidance.model_copy(update={**scale, "embedded": told, "empty_is_zero": zero})
     if options.timesteps is not None:
@@ -312,7 +314,8 @@ def _zeros_for_no_prompt(found: Described) -> bool:
 
 def _is_told_guidance(found: Described) -> bool:
     """Whether the denoiser takes a guidance scale: by its own config."""
-    return bool(_network_config(found).get("time_cond_proj_dim"))
+    config = _network_config(found)
+    return bool(config.get("time_cond_proj_dim") or config.get("guidance_embeds"))
 
 
 def _network_config(found: Described) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Plain diffusers folders, without imagine_flash.json: drawn as diffusers' own pipeline draws them with its own scheduler."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_the_scale_of_a_network_that_says_none(folders: dict[str, Path]) -> None
     assert found.sources["guidance"].startswith("diffusers' pipeline")
     found = read_student_manifest(student_of(folders["told"], ModelOptions(entry="lcm-dreamshaper-v7")))
     assert found.guidance.default == 8.0 and found.guidance.embedded and found.default_steps == 4
+
+
+@pytest.mark.parametrize(("name", "pipeline", "scale"), [("sana", "SanaSprint", 4.5), ("flux", "Flux", 3.5)])
+def test_the_scale_that_a_transformer_is_told(
+    folders: dict[str, Path], name: str, pipeline: str, scale: float, tmp_path: Path
+) -> None:
+    """By its path, or an id that the catalogue does not have: it was 1."""
+    folder = Path(shutil.copytree(folders[name], tmp_path / name))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": True}))  # as FLUX.1-dev's
+    found = read_student_manifest(student_of(folder, ModelOptions(steps=(2,))))
+    assert found.guidance.default == scale and found.guidance.embedded
+    assert found.sources["guidance"] == f"diffusers' pipeline {pipeline}Pipeline, by default"
+    assert read_student_manifest(student_of(folder, ModelOptions(steps=(2,), guidance=2.0))).guidance.default == 2.0
 
 
 def test_what_was_taken_from_where_is_kept(folders: dict[str, Path]) -> None:
