@@ -67,17 +67,16 @@ class Session:
         session's. label: comes back with the results.
 
         Raises RequestError and the like for what the engine does not draw and for a number that is not newer, EngineError
-        after `close`; the request before stays.
+        after `close`; the request before stays. Of several threads' requests without a number, the one that is ready last is
+        the newest.
         """
         with self._lock:
-            if self._closed:
-                raise EngineError("the session is closed; open another")
-            seq = self.newest + 1 if seq is None else seq
-            if seq <= self.newest:
-                raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}", param="seq")
-            prepared = self.engine.prepare(request)  # in the caller's thread, the preview's follower too
-            wants_preview = self.preview if preview is None else preview
-            first = self.engine.preview(prepared) if wants_preview else None
+            self._next(seq)
+        prepared = self.engine.prepare(request)  # in the caller's thread; the engine's may need the lock meanwhile
+        wants_preview = self.preview if preview is None else preview
+        first = self.engine.preview(prepared) if wants_preview else None
+        with self._lock:
+            seq = self._next(seq)  # something newer may have come, or the end
             future = self._start(first or prepared, since=self._unanswered)
             self._make_way()
             self.newest, self._future = seq, future
@@ -93,6 +92,15 @@ class Session:
                 if future is not None:
                     future.cancel()
             self._future = self._spared = None
+
+    def _next(self, seq: int | None) -> int:
+        """The number of a request that begins now. Raises RequestError, EngineError."""
+        if self._closed:
+            raise EngineError("the session is closed; open another")
+        seq = self.newest + 1 if seq is None else seq
+        if seq <= self.newest:
+            raise RequestError(f"seq must be above {self.newest}, the newest so far, got {seq}", param="seq")
+        return seq
 
     def _start(self, prepared: Prepared, *, since: float | None = None) -> Drawing:
         return self.engine.start(prepared, client=self.client, reserved=True, since=since)

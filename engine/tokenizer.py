@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ class PromptTokenizer:
             return self._chunks(prompt)
         tokens: Tokens = {}
         for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
-            found = tokenizer.encode(prompt)
+            found = tokenizer.encode(spec.text(prompt))
             if len(found.ids) > spec.context_length:
                 added = tokenizer.num_special_tokens_to_add(False)
                 room, needed = spec.context_length - added, len(found.ids) - added
@@ -126,13 +127,14 @@ class PromptTokenizer:
         """As many of its words as all encoders read that do not cut by themselves."""
         for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
             room = self._room(tokenizer, spec) * (MOST_CHUNKS if self.joins else 1)
-            while len(text.encode()) > room and tokenizer.truncation is None:  # a token is a byte at least
-                found = tokenizer.encode(text, add_special_tokens=False)
+            while len((read := spec.text(text)).encode()) > room and tokenizer.truncation is None:
+                # where a token is a byte at least
+                found = tokenizer.encode(read, add_special_tokens=False)
                 if sum(found.attention_mask) <= room:
                     break
-                end = min(found.offsets[room - 1][1], len(text) - 1)
-                words = text[:end] if text[end].isspace() else (text[:end].rsplit(None, 1) or [""])[0]
-                text = (words or text[:end]).rstrip()
+                end = found.offsets[room - 1][1] - len(spec.prefix) + spec.lowercase * (len(text) - len(text.lstrip()))
+                end = max(0, min(end, len(text) - 1))
+                text = text[: _end_of_word(text, end)].rstrip()
         return text
 
     def _in_known_words(self, prompt: str) -> Reading:
@@ -158,12 +160,38 @@ class PromptTokenizer:
         """The known word that is one letter away, the likeliest of several."""
         if len(word) < _SHORTEST or not word.isalpha():
             return None
-        found = [known for known in self._words if one_letter_apart(word, known)]
+        shortened = _without_a_letter(word) if len(word) <= self._longest + 1 else ()
+        near = {known for key in (word, *shortened) for known in self._by_letters.get(key, ())}
+        found = [known for known in near if one_letter_apart(word, known)]
         return min(found, key=lambda known: (known[0] != word[0], len(known) != len(word), known), default=None)
 
     @functools.cached_property
-    def _words(self) -> list[str]:
-        return [word for word in self.known_words if word.isalpha() and len(word) >= _SHORTEST - 1]
+    def _by_letters(self) -> dict[str, list[str]]:
+        """The words in which a typo is mended, each under itself and under all that is left of it without one letter: of two
+        words that are a letter apart, one of these is the same."""
+        found: dict[str, list[str]] = {}
+        for word in self.known_words:
+            if word.isalpha() and len(word) >= _SHORTEST - 1:
+                for key in (word, *_without_a_letter(word)):
+                    found.setdefault(key, []).append(word)
+        return found
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._by_letters), default=0)
+
+
+def _without_a_letter(word: str) -> set[str]:
+    return {word[:i] + word[i + 1 :] for i in range(len(word))}
+
+
+def _end_of_word(text: str, end: int) -> int:
+    """Where to cut a text of which so many letters fit: at a space if there is one in their last fifth, else at a sign there, as
+    in lists of tags; else, as in Chinese, behind all of them."""
+    for ends in (str.isspace, lambda letter: unicodedata.category(letter)[0] in "PS"):
+        if (at := next((at for at in range(end, 4 * end // 5, -1) if ends(text[at])), None)) is not None:
+            return at
+    return end
 
 
 def one_letter_apart(a: str, b: str) -> bool:

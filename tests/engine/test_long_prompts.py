@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from imagine_flash.core.errors import RequestError
 from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.tokenizer import PromptTokenizer
+from imagine_flash.folders.manifests import TokenizerSpec
 from imagine_flash.pipelines.loading import load_stages
 
 LONG = " ".join(["a fox on a pink background to the left of a cat above a dog"] * 3)
@@ -40,6 +43,26 @@ def test_chunks_are_encoded_apart_and_joined(engine: Engine, tiny_student: Path)
     with Engine.load(tiny_student, backend="torch", device="cpu") as cutting:
         other = cutting.generate(GenerateRequest(prompt=LONG, seed=7))
     assert other.cut and not np.array_equal(other.images, result.images)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "cut"),
+    [
+        ("a fox, on a pink background", "a fox, on a pink", "background"),
+        ("a fox,on_a,pink,background", "a fox,on_a,pink", ",background"),
+        ("a fox-on-a-pink_background", "a fox-on-a-pink", "_background"),
+        ("a 狐狸阳光明媚细节丰富", "a 狐狸阳光明", "媚细节丰富"),
+        ("a 狐狸阳光，明媚细节丰富", "a 狐狸阳光", "，明媚细节丰富"),
+        ("foxonapinkbackground", "foxonapinkbackgro", "und"),
+    ],
+)
+def test_where_a_long_prompt_is_cut(prompt: str, text: str, cut: str) -> None:
+    """At its last space, however far back: of Chinese text and lists of tags most of the context stayed unused."""
+    signs = {sign: i for i, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=signs, merges=[]))  # a byte is a token
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = PromptTokenizer([tokenizer], [TokenizerSpec(file="t.json", context_length=17)]).read(prompt)
+    assert (found.text, found.cut) == (text, cut)
 
 
 def test_short_and_long_ones_at_once_are_as_alone(engine: Engine) -> None:

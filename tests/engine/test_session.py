@@ -187,6 +187,41 @@ def test_a_request_that_cannot_be_drawn_leaves_the_one_before(engine: Engine) ->
     assert inbox.until(1).result is not None and session.submit(ask()) == 2
 
 
+def test_while_a_request_is_made_ready_others_come_and_are_drawn(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It held the session's lock, which the engine's thread needs to deliver: a long text stopped everybody's drawing."""
+    inbox, refused = Inbox(), []
+    session = Session(engine, inbox)
+    entered, go = hold(engine, monkeypatch, "denoise")
+    session.submit(ask("a cat"))
+    assert entered.wait(20)
+    reading, done_reading = threading.Event(), threading.Event()
+    inner = engine.prepare
+
+    def prepare(request: GenerateRequest):
+        if request.prompt == "a long text":
+            reading.set()
+            assert done_reading.wait(20)
+        return inner(request)
+
+    def submit_a_long_text() -> None:
+        with pytest.raises(RequestError, match="seq must be above 3, the newest so far, got 2") as error:
+            session.submit(ask("a long text"), seq=2)
+        refused.append(error.value)
+
+    monkeypatch.setattr(engine, "prepare", prepare)
+    typist = threading.Thread(target=submit_a_long_text)
+    typist.start()
+    assert reading.wait(20)
+    go.set()
+    assert inbox.until(1).result is not None and session.submit(ask("a dog"), seq=3) == 3
+    done_reading.set()
+    typist.join(20)
+    assert len(refused) == 1, "something newer had come"
+    assert inbox.until(3).result is not None and [found.seq for found in inbox.found] == [1, 3]
+
+
 def test_a_failing_backend_is_an_error_with_its_number(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     inbox = Inbox()
     session = Session(engine, inbox, preview=True)
