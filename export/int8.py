@@ -161,7 +161,7 @@ def _conditions(folder: Path, manifest: ArtifactManifest, prompts: Sequence[str]
     for prompt in prompts:
         tokens: Tensors = {}
         for spec, tokenizer in tokenizers:
-            encoded = tokenizer.encode(prompt)
+            encoded = tokenizer.encode(spec.text(prompt))
             tokens[spec.input] = np.array([encoded.ids], np.int64)
             if spec.mask:
                 tokens[spec.mask] = np.array([encoded.attention_mask], np.int64)

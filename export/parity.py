@@ -21,6 +21,7 @@ from .sessions import GraphSession, Run
 SEEDS = (0, 1)
 SCALES = (1.0, 0.5)  # of the conditioning pictures, by seed; the first is that of a request which says none
 SQUARES = 8  # of a conditioning picture's side
+LINES = "a\na"  # a prompt of two lines: what stands between them is a token of its own in some vocabularies
 SATURATED = 0.99  # share of pixels at 0 or 255 beyond which an image shows nothing
 
 
@@ -51,18 +52,19 @@ def check_tokenizers(folder: Path, specs: Sequence[TokenizerSpec], stages: Stage
     """Raises ParityError for a prompt that an exported tokenizer reads in another way than the student's."""
     from tokenizers import Tokenizer
 
+    read = [*prompts, *(prompt.upper() + " " for prompt in prompts), LINES]
     for spec, tokens in zip(specs, stages.tokens, strict=True):
-        exported = Tokenizer.from_file(str(folder / spec.file))
-        encoded = exported.encode_batch([*prompts, *(prompt.upper() + " " for prompt in prompts)])
-        expected = tokens.encode([*prompts, *(prompt.upper() + " " for prompt in prompts)])
-        again = {spec.input: [e.ids for e in encoded]}
+        exported = Tokenizer.from_file(str(folder / spec.file)).encode_batch([spec.text(prompt) for prompt in read])
+        again = {spec.input: [e.ids for e in exported]}
         if spec.mask:
-            again[spec.mask] = [e.attention_mask for e in encoded]
-        for name, ids in again.items():
-            if ids != expected[name].tolist():
-                raise ParityError(
-                    f"tokenizer: {prompts[0]!r} gives other token ids than in the student folder ({spec.file})"
-                )
+            again[spec.mask] = [e.attention_mask for e in exported]
+        expected = tokens.encode(read)
+        for name, rows in again.items():
+            for prompt, ids, wanted in zip(read, rows, expected[name].tolist(), strict=True):
+                if ids != wanted:
+                    raise ParityError(
+                        f"tokenizer: {prompt!r} gives other token ids than in the student folder ({spec.file})"
+                    )
 
 
 def check_parity(

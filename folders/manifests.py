@@ -81,6 +81,7 @@ class TokenizerSpec(_Frozen):
     """A tokenizer file, the length prompts are padded to, the inputs of the text encoder that it feeds, known words.
 
     input: takes the token ids. mask: takes the attention mask (1 for tokens, 0 for padding), where the model reads one.
+    lowercase: the pipeline lowers and strips the prompt first; prefix: and writes this before it.
     """
 
     file: str
@@ -88,6 +89,13 @@ class TokenizerSpec(_Frozen):
     input: str = "input_ids"
     mask: str | None = None
     known_words: list[str] = []
+    lowercase: bool = False
+    prefix: str = ""
+
+    def text(self, prompt: str) -> str:
+        """What is tokenized of a prompt. Not a normalizer in the file: it would touch each piece between added tokens, such as
+        the line breaks of Gemma's."""
+        return self.prefix + (prompt.lower().strip() if self.lowercase else prompt)
 
 
 class ReferencePicture(_Frozen):

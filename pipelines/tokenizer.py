@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
 from ..folders.manifests import TokenizerSpec
 from .stages import Stages, TokenInput
@@ -19,6 +19,8 @@ def tokenizers_of(stages: Stages, known_words: list[str]) -> list[tuple[Tokenize
             input=tokens.name,
             mask=tokens.mask,
             known_words=[] if i else known_words,
+            lowercase=tokens.lowercase,
+            prefix=tokens.prefix,
         )
         found.append((spec, _padding(tokens)))
     return found
@@ -35,9 +37,5 @@ def _padding(tokens: TokenInput) -> Tokenizer:
     tokenizer.no_truncation()
     if tokens.truncates:
         tokenizer.enable_truncation(tokens.length)
-    if tokens.lowercase:
-        first = [normalizers.Lowercase(), normalizers.Strip()]
-        first += [normalizers.Prepend(tokens.prefix)] if tokens.prefix else []
-        tokenizer.normalizer = normalizers.Sequence([*first, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
     tokenizer.enable_padding(length=tokens.length, pad_id=source.pad_token_id, pad_token=str(source.pad_token))
     return tokenizer
