@@ -107,7 +107,8 @@ class Unanswered:
             if unknown:
                 return
             if message["type"] == "http.response.start" and message["status"] == 503:
-                message["headers"] = [*message["headers"], (b"retry-after", b"1")]
+                said_when = any(name.lower() == b"retry-after" for name, _ in message["headers"])
+                message["headers"] = [*message["headers"], *([] if said_when else [(b"retry-after", b"1")])]
             said = message["type"]
             await send(message)
 

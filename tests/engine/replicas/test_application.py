@@ -53,6 +53,13 @@ def test_rays_own_503_says_when_to_come_again() -> None:
     assert start["headers"] == [(b"retry-after", b"1")]
 
 
+def test_a_503_that_says_when_to_come_again_says_it_once() -> None:
+    """Two headers are "5, 1" to httpx, which is no number."""
+    headers = [(b"Retry-After", b"5"), (b"retry-after-ms", b"4200")]
+    (start,) = ask([{"type": "http.response.start", "status": 503, "headers": headers}])
+    assert start["headers"] == headers
+
+
 def test_answers_pass_as_they_are() -> None:
     answer = [
         {"type": "http.response.start", "status": 200, "headers": []},
