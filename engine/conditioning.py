@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
+from cachetools import LRUCache
 
 from ..folders.manifests import Guidance, Size
 from .backends.base import Array, Backend, Conditions, LoraSet
-from .prompt_cache import PromptCache
+from .prompt_cache import DEFAULT_BYTES, PromptCache, bytes_of
 from .tokenizer import Tokens, rows_of_prompt
 from .work import Chunk, Job, by_job, timed
 
@@ -21,7 +23,7 @@ class Conditioning:
         self, backend: Backend, cache: PromptCache, guidance: Guidance, *, is_controlled: bool = False
     ) -> None:
         self.backend, self.cache, self.guidance, self.is_controlled = backend, cache, guidance, is_controlled
-        self._blank: dict[Size, Conditions] = {}  # of a black picture
+        self._blank: LRUCache[Size, Conditions] = LRUCache(DEFAULT_BYTES, getsizeof=bytes_of)  # of a black picture
 
     def unknown(self, new: Sequence[Chunk]) -> list[Chunk]:
         """Those whose prompts are still to be encoded; the others' jobs have their conditions now."""
@@ -46,13 +48,17 @@ class Conditioning:
     def read_picture(self, chunks: Sequence[Chunk]) -> None:
         """A job's conditioning picture, once; without one a black picture, which `give` lets count for nothing."""
         job = chunks[0].job
-        picture = job.request.condition
-        if picture is None and job.size not in self._blank:
-            black = np.zeros((1, *job.size, 3), np.uint8)
-            self._blank[job.size] = timed([job], "encode", lambda: self.backend.encode_condition(black))
-        if picture is not None and not job.control:
-            job.control = timed([job], "encode", lambda: self.backend.encode_condition(picture[None]))
-        job.control = job.control or self._blank[job.size]
+        if job.control:
+            return
+        is_blank = job.request.condition is None
+        if is_blank and job.size in self._blank:
+            job.control = self._blank[job.size]
+            return
+        picture = np.zeros((*job.size, 3), np.uint8) if is_blank else job.request.condition
+        job.control = timed([job], "encode", lambda: self.backend.encode_condition(picture[None]))
+        if is_blank:
+            with suppress(ValueError):  # larger than the whole cache
+                self._blank[job.size] = job.control
 
     def give(self, new: Sequence[Chunk]) -> None:
         """One row of its job's conditions for each picture."""

@@ -28,7 +28,7 @@ class PromptCache:
             raise RequestError(f"the prompt cache's size must be a whole number of bytes >= 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
-        self._entries: LRUCache[tuple[bytes, LoraSet], Conditions] = LRUCache(max_bytes, getsizeof=_bytes)
+        self._entries: LRUCache[tuple[bytes, LoraSet], Conditions] = LRUCache(max_bytes, getsizeof=bytes_of)
         self._lock = threading.Lock()
 
     @property
@@ -73,5 +73,6 @@ def _owned(condition: Any) -> Any:
     return copy
 
 
-def _bytes(conditions: Conditions) -> int:
+def bytes_of(conditions: Conditions) -> int:
+    """What they take."""
     return sum(condition.nbytes for condition in conditions)

@@ -1,6 +1,8 @@
 """Pictures under a conditioning picture: diffusers' own pipelines are the oracle, and each picture is the same in any company."""
 
 import re
+import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,12 @@ from imagine_flash.core.errors import RequestError
 from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import step_noise
 from imagine_flash.engine import Engine, GenerateRequest
+from imagine_flash.engine.backends.base import stopwatch
+from imagine_flash.engine.conditioning import Conditioning
+from imagine_flash.engine.prompt_cache import DEFAULT_BYTES, PromptCache
 from imagine_flash.engine.reference import reference_generate
+from imagine_flash.engine.work import Chunk
+from imagine_flash.folders.manifests import Guidance
 from imagine_flash.models.describe import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import architectures, control, pipelines
@@ -62,6 +69,36 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             return known[name]
 
         yield make
+
+
+class Networks:
+    """Of a conditioning picture it makes 8 bytes a pixel."""
+
+    read = 0
+
+    def encode_condition(self, pictures: np.ndarray) -> tuple[np.ndarray, ...]:
+        self.read += 1
+        return (np.zeros(pictures.shape[:3], np.float64),)
+
+
+def test_black_pictures_of_many_sizes_take_no_more_than_a_prompt_cache() -> None:
+    """One was kept of each size that was drawn without a condition, 3 GiB after 388 of them."""
+    networks: Any = Networks()
+    conditioning = Conditioning(networks, PromptCache(), Guidance(), is_controlled=True)
+
+    def control_of(size: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        request = types.SimpleNamespace(condition=None)
+        job: Any = types.SimpleNamespace(
+            request=request, size=size, control=(), stopwatch=stopwatch, spent=lambda *_: None
+        )
+        conditioning.read_picture([Chunk(job, 0, np.zeros((1, 1, 4, 8, 8), np.float32))])
+        return job.control
+
+    sizes = [(height, 1024) for height in range(512, 1024, 8)]  # 4 to 8 MiB each
+    kept = [weakref.ref(control_of(size)[0]) for size in sizes]
+    assert 0 < sum(one().nbytes for one in kept if one() is not None) <= DEFAULT_BYTES
+    assert networks.read == len(sizes) and control_of(sizes[-1])[0] is kept[-1]() and networks.read == len(sizes)
+    assert [control_of((4096, 4096))[0].shape for _ in range(2)] == [(1, 4096, 4096)] * 2, "too large to be kept"
 
 
 def ask(**values: Any) -> GenerateRequest:
