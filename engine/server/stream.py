@@ -27,6 +27,7 @@ from .logs import SERVER
 from .schemas import MAX_PROMPT, size_of
 
 PROTOCOL = "imagine-flash"
+LETTER = 50  # bytes of pixels that take as long as a letter of a text: one of 2,000 is read beside the event loop
 LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
 MAX_PICTURE = 2**18  # bytes of a file
@@ -161,7 +162,7 @@ class _Connection:
                 return
             seq = raw.get("seq") if isinstance(raw, dict) else None
             asked = StreamRequest.model_validate(raw)
-            self._submit(asked, await self._wanted(asked))
+            await self._submit(asked, await self._wanted(asked))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -171,15 +172,20 @@ class _Connection:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
             await self._tell(_failure(seq, ours))
 
-    def _submit(self, asked: StreamRequest, wanted: GenerateRequest) -> None:
+    async def _submit(self, asked: StreamRequest, wanted: GenerateRequest) -> None:
         """Its picture is reserved, or takes the place of the one before, which is not drawn. Raises RequestError, QuotaError."""
-        reserved = self._reserved if self._reserved.pictures else self.studio.clients.reserve(self.client, 1)
+        before = self._reserved
+        if not before.pictures:
+            self._reserved = self.studio.clients.reserve(self.client, 1)
+        letters = len(asked.prompt) + len(asked.negative_prompt or "")
         try:
-            self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked)
-            self._reserved = reserved
-        finally:
-            if reserved is not self._reserved:
-                reserved.give_back()
+            await beside(
+                lambda: self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked), LETTER * letters
+            )
+        except ImagineFlashError:
+            if self._reserved is not before:
+                self._reserved.give_back()
+            raise
 
     def _settle(self, found: SessionResult) -> ImagineFlashError | None:
         """Counts a request with its first picture, be it a preview; or says why there is none to be had."""

@@ -36,3 +36,21 @@ def test_what_takes_long_is_done_beside_the_event_loop(monkeypatch: pytest.Monke
     assert answer.status_code == 200 and len(answer.json()["data"]) == 16
     assert threads.keys() == {"start", "prepare", "model_dump_json"}
     assert threads["start"] not in (threads["prepare"], threads["model_dump_json"])
+
+
+def test_a_long_text_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stream it was read in the event loop, in which meanwhile nobody else was answered."""
+    threads: list[int] = []
+    prepare = Engine.prepare
+    monkeypatch.setattr(Engine, "prepare", lambda *given: threads.append(threading.get_ident()) or prepare(*given))
+    with (
+        Engine.load(backend="onnxruntime") as engine,
+        TestClient(create_app(engine)) as http,
+        http.websocket_connect("/v1/stream") as stream,
+    ):
+        stream.receive_json()
+        for seq, prompt in enumerate(("a cat", "a cat " * 1000), 1):
+            stream.send_json({"seq": seq, "prompt": prompt, "steps": 1})
+            assert stream.receive_bytes()
+    short, long = threads
+    assert short != long
