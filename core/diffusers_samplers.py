@@ -19,7 +19,15 @@ DDIM, LCM, TCD = "DDIMScheduler", "LCMScheduler", "TCDScheduler"
 EVEN = ("FluxPipeline",)  # pipelines that give the noise levels 1, (n - 1) / n, ... 1 / n to their scheduler
 KNOWN = (DDIM, EULER, ANCESTRAL, LCM, TCD, FLOW, FLOW_LCM, SCM_CLASS)
 _SPACING = {DDIM: "leading", EULER: "linspace", ANCESTRAL: "linspace"}  # where the config leaves it out
-_UNREAD = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "invert_sigmas")
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_OF_FLOWS = (*_SPACINGS, "use_dynamic_shifting", "invert_sigmas")
+_UNREAD = {
+    EULER: _SPACINGS,
+    FLOW: _OF_FLOWS,
+    FLOW_LCM: _OF_FLOWS,
+}  # by the classes that take them; others pass over them
+_WAY_OUT = "choose --sampler deterministic, and --steps or --timesteps"
+_CLIPPING = (DDIM, LCM, TCD)  # classes that may clip x0
 
 
 def sampler_of(config: Mapping[str, Any]) -> Sampler:
@@ -71,17 +79,19 @@ def _known_class(config: Mapping[str, Any]) -> str:
             f"the scheduler {name or 'without a class name'} has no closed form of one step{nearest(name, KNOWN)}; "
             "choose --sampler deterministic or renoise, and --steps or --timesteps"
         )
-    for key in _UNREAD:
+    for key in _UNREAD.get(name, ()):
         if config.get(key):
-            raise ScheduleError(f"the scheduler's {key} is not supported; choose --timesteps instead")
-    if config.get("thresholding") or config.get("clip_sample", name == DDIM):
+            raise ScheduleError(f"the scheduler's {key} is not supported; {_WAY_OUT}")
+    if name in _CLIPPING and (config.get("thresholding") or config.get("clip_sample", name == DDIM)):
         raise ScheduleError(
             f"this {name} clips x0 (clip_sample, thresholding), which is no linear step; set them false"
         )
-    if config.get("final_sigmas_type", "zero") != "zero":
-        raise ScheduleError(f"this {name} ends on a noise level (final_sigmas_type); choose --timesteps instead")
-    if config.get("interpolation_type", "linear") != "linear" or config.get("timestep_type", "discrete") != "discrete":
-        raise ScheduleError(f"this {name} has noise levels that are no table of timesteps; choose --timesteps instead")
+    if name == EULER and config.get("final_sigmas_type", "zero") != "zero":
+        raise ScheduleError(f"this {name} ends on a noise level (final_sigmas_type); {_WAY_OUT}")
+    if name == EULER and (
+        config.get("interpolation_type", "linear") != "linear" or config.get("timestep_type", "discrete") != "discrete"
+    ):
+        raise ScheduleError(f"this {name} has noise levels that are no table of timesteps; {_WAY_OUT}")
     return name
 
 

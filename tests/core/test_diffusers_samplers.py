@@ -1,6 +1,7 @@
 """Every sampler against diffusers' own scheduler: the same network, start and noises, float64, 1e-6."""
 
 import functools
+import inspect
 import json
 import math
 import re
@@ -136,7 +137,10 @@ def test_strategic_sampling_runs_from_deterministic_to_fresh(monkeypatch: pytest
         ({"_class_name": "PNDMScheduler"}, "PNDMScheduler has no closed form of one step"),
         ({"_class_name": "LCMSchedular"}, "did you mean 'LCMScheduler'?"),
         ({}, "the scheduler without a class name"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
+            "use_karras_sigmas is not supported; choose --sampler deterministic",
+        ),
         ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min"}, "ends on a noise level"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "no table of timesteps"),
         ({"_class_name": "DDIMScheduler"}, "clips x0"),
@@ -148,6 +152,24 @@ def test_schedulers_that_are_no_row_of_the_table(config: dict[str, Any], message
     with pytest.raises(ScheduleError, match=re.escape(message)) as caught:
         sampler_of(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("LCMScheduler", "use_karras_sigmas", True),
+        ("TCDScheduler", "final_sigmas_type", "sigma_min"),
+        ("DDIMScheduler", "use_beta_sigmas", True),
+        ("EulerAncestralDiscreteScheduler", "use_karras_sigmas", True),
+        ("EulerDiscreteScheduler", "clip_sample", True),
+    ],
+)
+def test_what_a_class_passes_over_is_passed_over(name: str, key: str, value: Any) -> None:
+    """An LCM-LoRA on a base whose scheduler was DPM's with Karras spacing was refused for it."""
+    plain = SD | {"_class_name": name} | ({"clip_sample": False} if name == "DDIMScheduler" else {})
+    assert key not in inspect.signature(getattr(diffusers, name)).parameters
+    assert sampler_of(plain | {key: value}) == sampler_of(plain)
+    assert plan_of(plain | {key: value}, 4) == plan_of(plain, 4)
 
 
 @pytest.mark.parametrize("steps", [0, 1000, True, "four"])
