@@ -88,10 +88,10 @@ def _known_class(config: Mapping[str, Any]) -> str:
         )
     if name == EULER and config.get("final_sigmas_type", "zero") != "zero":
         raise ScheduleError(f"this {name} ends on a noise level (final_sigmas_type); {_WAY_OUT}")
-    if name == EULER and (
-        config.get("interpolation_type", "linear") != "linear" or config.get("timestep_type", "discrete") != "discrete"
-    ):
+    if name == EULER and config.get("interpolation_type", "linear") != "linear":
         raise ScheduleError(f"this {name} has noise levels that are no table of timesteps; {_WAY_OUT}")
+    if name == EULER and config.get("timestep_type", "discrete") != "discrete":
+        raise ScheduleError(f"this {name} tells its network noise levels, which are no table of timesteps")
     return name
 
 

@@ -36,8 +36,8 @@ def save_pipeline(
     """Write the model's diffusers folder in half precision, in one atomic rename, from the first process.
 
     extra: further files by name. replaces: an old folder with one of these files gives way. scheduler: keys of its config
-    that ImagineFlashScheduler reads; stock classes pass over them. sampler: what decides the stock class. stored: the folder
-    that all but the network is read from again, where memory holds it rounded.
+    that ImagineFlashScheduler reads; stock classes pass over them. sampler: what decides the stock class, and is kept there
+    too. stored: the folder that all but the network is read from again, where memory holds it rounded.
     """
     if not processes().is_main_process:
         return
@@ -52,7 +52,8 @@ def save_pipeline(
         for path in temporary.rglob("config.json"):
             _without_origin(path)
         config = temporary / "scheduler" / "scheduler_config.json"
-        values = json.loads(config.read_text(encoding="utf-8")) | dict(scheduler)
+        how = {} if sampler == DETERMINISTIC else {"sampler": sampler.model_dump(exclude_defaults=True)}
+        values = json.loads(config.read_text(encoding="utf-8")) | dict(scheduler) | how
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, text in extra.items():
             (temporary / name).write_text(text, encoding="utf-8")

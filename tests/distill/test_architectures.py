@@ -103,8 +103,11 @@ def test_every_method_on_every_prediction(kind: str, method: str, teachers) -> N
 
 
 def test_a_re_noising_student_says_so(teachers, tmp_path: Path) -> None:
-    """Its manifest has the sampler, and stock diffusers draws with LCMScheduler at the plan's times."""
+    """Its manifest has the sampler, which our scheduler in diffusers takes, and stock diffusers draws with LCMScheduler at the
+    plan's times."""
     from diffusers import DiffusionPipeline
+
+    from imagine_flash.pipelines.scheduler import ImagineFlashScheduler
 
     recipe = distill_recipe({"method": "dmd2", "gan_weight": 0, "plans": {2: [999, 499]}, "fit": FIT})
     distill(teachers("sd15"), tmp_path / "student", recipe, prompts=PROMPTS)
@@ -114,6 +117,9 @@ def test_a_re_noising_student_says_so(teachers, tmp_path: Path) -> None:
     pipeline.scheduler.set_timesteps(2)
     assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert pipeline.scheduler.timesteps.tolist() == [999, 499]
+    ours: Any = ImagineFlashScheduler.from_config(pipeline.scheduler.config)
+    ours.set_timesteps(2)
+    assert ours.timesteps.tolist() == [999, 499] and ours.sampler == manifest.sampler
 
 
 def test_a_flows_student_draws_its_plan_where_diffusers_is_given_it(teachers, tmp_path: Path) -> None:
