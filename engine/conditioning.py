@@ -50,13 +50,13 @@ class Conditioning:
         job = chunks[0].job
         if job.control:
             return
-        is_blank = job.request.condition is None
-        if is_blank and job.size in self._blank:
+        picture = job.request.condition
+        if picture is None and job.size in self._blank:
             job.control = self._blank[job.size]
             return
-        picture = np.zeros((*job.size, 3), np.uint8) if is_blank else job.request.condition
-        job.control = timed([job], "encode", lambda: self.backend.encode_condition(picture[None]))
-        if is_blank:
+        pixels = np.zeros((*job.size, 3), np.uint8) if picture is None else picture
+        job.control = timed([job], "encode", lambda: self.backend.encode_condition(pixels[None]))
+        if picture is None:
             with suppress(ValueError):  # larger than the whole cache
                 self._blank[job.size] = job.control
 

@@ -96,7 +96,7 @@ def test_black_pictures_of_many_sizes_take_no_more_than_a_prompt_cache() -> None
 
     sizes = [(height, 1024) for height in range(512, 1024, 8)]  # 4 to 8 MiB each
     kept = [weakref.ref(control_of(size)[0]) for size in sizes]
-    assert 0 < sum(one().nbytes for one in kept if one() is not None) <= DEFAULT_BYTES
+    assert 0 < sum(one.nbytes for known in kept if (one := known()) is not None) <= DEFAULT_BYTES
     assert networks.read == len(sizes) and control_of(sizes[-1])[0] is kept[-1]() and networks.read == len(sizes)
     assert [control_of((4096, 4096))[0].shape for _ in range(2)] == [(1, 4096, 4096)] * 2, "too large to be kept"
 
