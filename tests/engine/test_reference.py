@@ -45,3 +45,15 @@ def test_a_precision_is_judged_once_by_the_worst_picture(tiny_artifact: Path, tm
     kept.write_text("damaged")
     assert is_remembered(tmp_path, "bf16 there", lambda: 40)
     assert not is_remembered(tmp_path / "read-only", "bf16 here", lambda: same), "nothing to keep it in"
+
+
+def test_an_error_is_no_judgement(tiny_artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Too little memory at the first start counted as 0 dB, and the slower precision was taken ever after."""
+    manifest = read_artifact_manifest(tiny_artifact)
+
+    def fails(asked: GenerateRequest) -> np.ndarray:
+        raise ImagineFlashError("cannot allocate memory")
+
+    assert not is_remembered(tmp_path, "bf16", lambda: lowest_psnr(tiny_artifact, manifest, fails))
+    assert "bf16 is not judged, and not used this time: cannot allocate memory" in caplog.text
+    assert is_remembered(tmp_path, "bf16", lambda: 40.0) and is_remembered(tmp_path, "bf16", lambda: 0.0)
