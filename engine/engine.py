@@ -194,10 +194,10 @@ class Engine:
         started = time.perf_counter()
         steps, size = self.check(request)
         guidance = self.manifest.guidance.default if request.guidance is None else request.guidance
-        reading = self.tokenizer.read(request.prompt)
+        reading = self.tokenizer.read(request.prompt, request.negative_prompt or "")
         tokens, negative = self.tokenizer.encode(reading.text), None
         if guidance > 1 and not self.manifest.guidance.embedded:
-            negative = self.tokenizer.encode(request.negative_prompt or "")
+            negative = self.tokenizer.encode(reading.negative)
             chunks = max(map(rows_of_prompt, (tokens, negative)))
             tokens, negative = self.tokenizer.padded(tokens, chunks), self.tokenizer.padded(negative, chunks)
         tokenized = time.perf_counter()

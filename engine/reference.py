@@ -31,7 +31,8 @@ def reference_generate(
     def tokens_of(prompt: str) -> dict[str, NDArray[np.int64]]:
         return {name: ids.repeat(count, 0) for name, ids in tokenizer.encode(prompt).items()}
 
-    tokens = tokens_of(tokenizer.read(request.prompt).text)
+    reading = tokenizer.read(request.prompt, request.negative_prompt or "")
+    tokens = tokens_of(reading.text)
     if "denoiser" not in manifest.graph_names:
         needed = [np.stack([fresh[i] for i in table.renoised], axis=1)] if table.renoised else []
         return backend.sample(f"sampler_{steps}", [*tokens.values(), *told], noise, *map(backend.upload, needed))[0]
@@ -46,7 +47,7 @@ def reference_generate(
     if known.empty_is_zero and not request.negative_prompt:
         against = tuple(0 * one for one in conditions)
     else:
-        against = tuple(1 * one for one in backend.encode(tokens_of(request.negative_prompt or "")))
+        against = tuple(1 * one for one in backend.encode(tokens_of(reading.negative)))
 
     def denoise(x: Array, t: float) -> Array:
         times = np.full(count, schedule.network_time(t), np.float32)

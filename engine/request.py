@@ -165,8 +165,15 @@ class GenerateRequest(Checked):
     def _says_something(cls, prompt: str) -> str:
         if not prompt.strip():
             raise ValueError("empty")
-        prompt.encode()  # half of a pair, as JSON may hold it, is no character: UnicodeEncodeError is a ValueError
         return prompt.strip()
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _is_text(cls, text: str | None) -> str | None:
+        """Half of a pair, as JSON may hold it, is no character: UnicodeEncodeError is a ValueError."""
+        if text is not None:
+            text.encode()
+        return text
 
 
 def _described(picture: Any) -> str:

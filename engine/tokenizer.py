@@ -35,10 +35,12 @@ def rows_of_prompt(tokens: Tokens) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """A prompt as the model is given it. unknown: words and signs left out. replaced: typos by the words they stand for. cut: the
-    end of a long prompt, which the model has no room for."""
+    """A prompt as the model is given it, and a negative one, whose words are not looked up. unknown: words and signs left out.
+    replaced: typos by the words they stand for. cut: the end of a long prompt, which the model has no room for; that of a negative
+    one follows its name, as in "on pink; negative_prompt: and grey"."""
 
     text: str
+    negative: str = ""
     cut: str = ""
     unknown: list[str] = field(default_factory=list)
     replaced: dict[str, str] = field(default_factory=dict)
@@ -116,24 +118,26 @@ class PromptTokenizer:
         """Tokens of a prompt in one context."""
         return spec.context_length - tokenizer.num_special_tokens_to_add(False)
 
-    def read(self, prompt: str) -> Reading:
-        """The prompt as far as the model reads it; in known words, where it lists its words: others are mended within one
-        letter, or left out."""
+    def read(self, prompt: str, negative: str = "") -> Reading:
+        """Both prompts as far as the model reads them; the first in known words, where it lists its words: others are mended
+        within one letter, or left out."""
         reading = self._in_known_words(prompt) if self.known_words else Reading(text=prompt)
-        text = self._beginning(reading.text)
-        return replace(reading, text=text, cut=reading.text[len(text) :].strip())
+        text, kept = self._beginning(reading.text), self._beginning(negative)
+        cut = [reading.text[len(text) :].strip()]
+        if less := negative[len(kept) :].strip():
+            cut.append(f"negative_prompt: {less}")
+        return replace(reading, text=text, negative=kept, cut="; ".join(filter(None, cut)))
 
     def _beginning(self, text: str) -> str:
         """As many of its words as all encoders read that do not cut by themselves."""
         for tokenizer, spec in zip(self.tokenizers, self.specs, strict=True):
             room = self._room(tokenizer, spec) * (MOST_CHUNKS if self.joins else 1)
-            while len((read := spec.text(text)).encode()) > room and tokenizer.truncation is None:
-                # where a token is a byte at least
-                found = tokenizer.encode(read, add_special_tokens=False)
+            while len(spec.text(text).encode()) > room and tokenizer.truncation is None:  # a token is a byte at least
+                found = tokenizer.encode(spec.text(text), add_special_tokens=False)
                 if sum(found.attention_mask) <= room:
                     break
-                end = found.offsets[room - 1][1] - len(spec.prefix) + spec.lowercase * (len(text) - len(text.lstrip()))
-                end = max(0, min(end, len(text) - 1))
+                ahead = len(spec.prefix) - spec.lowercase * (len(text) - len(text.lstrip()))
+                end = max(0, min(found.offsets[room - 1][1] - ahead, len(text) - 1))
                 text = text[: _end_of_word(text, end)].rstrip()
         return text
 

@@ -58,8 +58,8 @@ class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
     unknown_words: of the prompt, those that training never showed, which were left out; replaced_words: typos, and what was
-    read instead; cut: the end of a long prompt, which the model does not read. guidance: the scale that it was drawn with; loras:
-    the LoRAs and their weights.
+    read instead; cut: the ends of a long prompt and of a long negative one, which the model does not read, as `Reading` has them.
+    guidance: the scale that it was drawn with; loras: the LoRAs and their weights.
     """
 
     images: NDArray[np.uint8]

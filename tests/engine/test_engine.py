@@ -104,6 +104,7 @@ def test_noise_is_a_function_of_the_seed() -> None:
         ({"width": "64"}, "width must be a whole number of pixels, got '64'"),
         ({"cuont": 1}, "no 'cuont'"),
         ({"prompt": "a \ud800 cat"}, "prompt must be a text"),
+        ({"negative_prompt": "a \ud800 cat"}, "negative_prompt must be a text, got 'a \\ud800 cat'"),
     ],
 )
 def test_bad_requests(values: dict, says: str) -> None:
@@ -133,6 +134,17 @@ def test_a_long_prompt_is_cut_and_says_so(engine: Engine) -> None:
     assert short.cut == "" and np.array_equal(long.images, short.images)
     one_more = engine.generate(GenerateRequest(prompt=" ".join(words[: kept + 1]), seed=7))
     assert one_more.cut == words[kept], "no more is cut than has to be"
+
+
+def test_a_long_negative_prompt_is_cut_and_named(engine: Engine) -> None:
+    """It was refused as a long prompt, whichever of the two it was."""
+    long, least = "a dog on pink " * 9, {"prompt": "a cat", "seed": 7, "guidance": 3.0}
+    result = engine.generate(GenerateRequest(**least, negative_prompt=long))
+    name, _, cut = result.cut.partition(": ")
+    assert name == "negative_prompt" and cut and long.strip().endswith(cut)
+    kept = long.strip().removesuffix(cut).strip()
+    short = engine.generate(GenerateRequest(**least, negative_prompt=kept))
+    assert short.cut == "" and np.array_equal(short.images, result.images)
 
 
 def test_one_endless_word_is_cut_too(engine: Engine) -> None:

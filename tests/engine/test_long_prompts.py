@@ -61,8 +61,11 @@ def test_where_a_long_prompt_is_cut(prompt: str, text: str, cut: str) -> None:
     signs = {sign: i for i, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=signs, merges=[]))  # a byte is a token
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found = PromptTokenizer([tokenizer], [TokenizerSpec(file="t.json", context_length=17)]).read(prompt)
+    reader = PromptTokenizer([tokenizer], [TokenizerSpec(file="t.json", context_length=17)])
+    found, against = reader.read(prompt), reader.read("a fox", prompt)
     assert (found.text, found.cut) == (text, cut)
+    assert (against.text, against.negative, against.cut) == ("a fox", text, f"negative_prompt: {cut}")
+    assert reader.read(prompt, prompt).cut == f"{cut}; negative_prompt: {cut}"
 
 
 def test_short_and_long_ones_at_once_are_as_alone(engine: Engine) -> None:
