@@ -90,6 +90,7 @@ class Batcher:
             try:
                 self._turn()
             except Exception as error:  # a fault of ours must not leave anybody waiting
+                self.failed_in_a_row += 1
                 for job in by_job(self._queue.active):
                     self._end(job, EngineError(f"the engine failed: {error!r}"))
 
@@ -129,7 +130,8 @@ class Batcher:
             return
         if unknown := self._conditioning.unknown(new):
             self._guarded(self._conditioning.encode, unknown)
-        self._conditioning.give(new)
+        if left := [chunk for chunk in new if chunk in self._queue.active]:
+            self._guarded(self._conditioning.give, left)
 
     def _decode(self, group: Sequence[Chunk]) -> None:
         self._deliver(group, *self._calls.decode(group))

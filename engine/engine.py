@@ -29,6 +29,7 @@ from .loading import (
     check_max_batch,
     check_route,
     check_sizes,
+    kinds_drawn_with,
     load_model,
 )
 from .prompt_cache import PromptCache
@@ -176,9 +177,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Load every graph of every size and batch, so that no request waits for one."""
-        kinds = self.manifest.stages if self.route == "stages" else [f"sampler_{steps}" for steps in self.steps]
-        names = dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)
-        self.backend.prepare(list(names), batch_buckets(self.max_batch))
+        kinds = kinds_drawn_with(self.manifest, self.route, self.steps)
+        self.backend.prepare(self._graphs_of(*kinds), batch_buckets(self.max_batch))
+        if self.draws_from_pictures:
+            self.backend.prepare(self._graphs_of(IMAGE_ENCODER))
+
+    def _graphs_of(self, *kinds: str) -> list[str]:
+        """Of every size."""
+        return [*dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)]
 
     def submit(self, request: GenerateRequest, *, client: Client | None = None) -> Drawing:
         """Accept a request; its pictures come with the future. Cancelling the future stops the work before the next call.

@@ -32,11 +32,11 @@ class FairShare:
 
     def __init__(self) -> None:
         self._now = 0.0  # the start of the work in progress, in rows by weight
-        self._shares: dict[str, _Share] = {}
+        self._shares: dict[str, _Share] = {}  # in the order in which they asked last
 
     def arrive(self, client: str, *, is_waiting: bool) -> None:
         """A client asks. is_waiting: it has other work here, and so keeps its turn."""
-        share = self._shares.setdefault(client, _Share())
+        share = self._shares[client] = self._shares.pop(client, None) or _Share()
         if not is_waiting:
             share.used = max(share.used, self._now)
         share.asked = time.perf_counter()
@@ -48,26 +48,41 @@ class FairShare:
         takes all of it, since they would wait the longer for the next. same_steps: only chunks of one plan share a call."""
         waiting = self.ordered(active)
         clients, most = {chunk.job.client.name for chunk in waiting}, max_batch
-        if company := self.has_company(clients):
+        here = self.present(clients)
+        if company := len(here) > 1:
             most = max(1, most // max(4, len(clients)))
         else:
             waiting = [chunk for chunk in waiting if chunk.is_drawn] or waiting
         group: list[Chunk] = []
         rows, own = 0, Counter[str]()
-        for chunk in waiting:
-            client = chunk.job.client.name
-            asked = chunk.rows if chunk.is_drawn else chunk.network_rows
-            fits = rows + asked <= max_batch and (own[client] + asked <= most or not own[client])
-            if not group or (fits and _go_together(chunk, group[0], same_steps, company and max_batch)):
-                group.append(chunk)
-                rows += asked
-                own[client] += asked
+
+        def fill(chunks: Iterable[Chunk], share: int) -> None:
+            nonlocal rows
+            for chunk in chunks:
+                client = chunk.job.client.name
+                asked = chunk.rows if chunk.is_drawn else chunk.network_rows
+                fits = rows + asked <= max_batch and (own[client] + asked <= share or not own[client])
+                if not group or (fits and _go_together(chunk, group[0], same_steps, company and max_batch)):
+                    group.append(chunk)
+                    rows += asked
+                    own[client] += asked
+
+        fill(waiting, most)
+        left = [chunk for chunk in waiting if chunk not in group]
+        if (
+            company and {chunk.job.client.name for chunk in left} == here
+        ):  # all want more: nobody waits for a short call
+            fill(left, max_batch)
         return group
 
-    def has_company(self, waiting: Collection[str]) -> bool:
-        """Whether there is more than one client: of those that have work here, and those that asked lately."""
-        recent = time.perf_counter() - COMPANY_LASTS
-        return len({*waiting, *(name for name, share in self._shares.items() if share.asked > recent)}) > 1
+    def present(self, waiting: Collection[str]) -> set[str]:
+        """The clients that have work here, and those that asked lately."""
+        recent, here = time.perf_counter() - COMPANY_LASTS, set(waiting)
+        for name, share in reversed(self._shares.items()):  # the last to ask first
+            if share.asked <= recent:
+                break
+            here.add(name)
+        return here
 
     def ordered(self, chunks: Iterable[Chunk]) -> list[Chunk]:
         """Those that have begun keep their turn; what waits gets turns by its client's share, in the order of
@@ -86,7 +101,7 @@ class FairShare:
     def begin(self, group: Sequence[Chunk]) -> None:
         """These are drawn now; those that begin are charged to their clients."""
         for name, chunks in groupby(group, key=lambda chunk: chunk.job.client.name):
-            share = self._shares.setdefault(name, _Share(self._now))
+            share = self._shares.setdefault(name, _Share(self._now, time.perf_counter()))
             for chunk in chunks:
                 if chunk.turn is None:
                     self._now = max(self._now, share.used)

@@ -110,10 +110,18 @@ def load_model(path: str | Path | None, options: LoadOptions) -> LoadedModel:
     if options.loras and options.route == "sampler":
         raise RequestError("whole-sampler graphs have their weights for good; load the route 'stages' for loras")
     model = _load_student(folder, options) if is_student else _load_artifact(folder, options)
-    model.backend.prepare(
-        model.manifest.stages if model.route == "stages" else [f"sampler_{max(model.manifest.plans)}"]
-    )
+    model.backend.prepare(kinds_drawn_with(model.manifest, model.route, [max(model.manifest.step_plans)]))
     return model
+
+
+def kinds_drawn_with(manifest: ModelDescription, route: Route, steps: Sequence[int]) -> list[str]:
+    """The kinds of graphs that requests of these steps call: whole samplers from embeddings where there are some, since the
+    prompt cache knows those."""
+    if route == "stages":
+        return [*manifest.stages]
+    samplers = [f"sampler_{n}" for n in steps]
+    from_embeddings = ["text_encoder", *(f"{sampler}_from_embeddings" for sampler in samplers)]
+    return from_embeddings if set(from_embeddings) <= set(manifest.graph_names) else samplers
 
 
 def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool = True) -> None:
@@ -182,7 +190,12 @@ def _load_artifact(folder: Path, options: LoadOptions) -> LoadedModel:
     backend = load_backend(name, folder, manifest, options.for_backend(max_batch, precision=precision))
     tokenizer = PromptTokenizer.load(folder, manifest.tokenizers)
     return LoadedModel(
-        backend=backend, tokenizer=tokenizer, manifest=manifest, folder=folder, route=route, max_batch=max_batch
+        backend=backend,
+        tokenizer=tokenizer,
+        manifest=manifest,
+        folder=folder,
+        route=route,
+        max_batch=min(max_batch, backend.most_rows or max_batch),
     )
 
 

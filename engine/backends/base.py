@@ -78,6 +78,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def most_rows(self) -> int | None:
+        """Of one call, where a larger one would run in parts, one after another; None where it would not."""
+        ...
+
+    @property
     def loras(self) -> Mapping[str, frozenset[str]]:
         """Those that `adapt` knows, by name the stages that each changes: text_encoder, denoiser."""
         ...

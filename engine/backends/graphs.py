@@ -60,6 +60,10 @@ class GraphBackend(ABC, Generic[Described]):
         return self.manifest.graph_names
 
     @property
+    def most_rows(self) -> int | None:
+        return self.batches[-1] if self.splits else None
+
+    @property
     def loras(self) -> Mapping[str, frozenset[str]]:
         return {}
 

@@ -136,6 +136,36 @@ def test_a_prompt_that_crashes_the_encoder_fails_alone(engine: Engine, monkeypat
     assert first.result(20).images.any() and good.result(20).images.any()
 
 
+def test_conditions_that_cannot_be_given_fail_their_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are joined and uploaded, where memory may end; all seven failed, and the engine counted as ready."""
+    inner, gate = engine.batcher._conditioning.give, Gate(engine)
+
+    def give(new):
+        if any(chunk.job.request.seed == 666 for chunk in new):
+            raise MemoryError("no room")
+        inner(new)
+
+    monkeypatch.setattr(engine.batcher._conditioning, "give", give)
+    first = engine.submit(ask("a fox"))
+    assert gate.entered.wait(20)
+    bad, good = engine.submit(ask("a dog", seed=666)), engine.submit(ask("a cat"))
+    gate.open.set()
+    with pytest.raises(EngineError, match="give: no room"):
+        bad.result(20)
+    assert first.result(20).images.any() and good.result(20).images.any()
+
+
+def test_a_fault_of_the_engines_own_counts_against_readiness(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.batcher._conditioning, "unknown", lambda new: 1 / 0)
+        with pytest.raises(EngineError, match="the engine failed: ZeroDivisionError"):
+            engine.generate(ask())
+        assert engine.batcher.failed_in_a_row == 1
+    assert engine.generate(ask()).images.any() and engine.batcher.failed_in_a_row == 0
+
+
 @pytest.mark.parametrize("stage", ["denoise", "decode"])
 def test_a_call_that_crashes_is_tried_again_for_each_alone(
     engine: Engine, stage: str, monkeypatch: pytest.MonkeyPatch

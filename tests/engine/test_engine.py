@@ -215,6 +215,21 @@ def test_a_large_network_is_compiled_for_one_picture_and_draws_many(
         large.warm_up()
         assert np.abs(large.generate(request).images.astype(int) - expected).max() <= 1
         assert {batch for _, batch in large.backend._graphs} == {1}  # type: ignore[attr-defined]
+        assert large.max_batch == 1 and set(large.stats().batches) == {1}, "parts of a call would end together"
+
+
+@pytest.mark.parametrize("route", ["stages", "sampler"])
+def test_after_warming_up_no_request_loads_a_graph(tiny_artifact: Path, route: str) -> None:
+    """Whole samplers were loaded from tokens, which no request calls; and not the encoder of pictures to edit."""
+    with Engine.load(tiny_artifact, backend="onnxruntime", route=route) as engine:
+        engine.warm_up()
+        loaded = set(engine.backend._graphs)  # type: ignore[attr-defined]
+        for steps in engine.steps:
+            engine.generate(GenerateRequest(prompt="a fox", steps=steps, count=3))
+        if engine.draws_from_pictures:
+            engine.generate(GenerateRequest(prompt="a fox", image=np.full((64, 64, 3), 90, np.uint8)))
+        assert set(engine.backend._graphs) == loaded  # type: ignore[attr-defined]
+        assert engine.draws_from_pictures == (route == "stages")
 
 
 def test_what_is_compiled_for_one_precision_is_not_read_for_another(

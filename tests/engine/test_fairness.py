@@ -23,7 +23,7 @@ def work(client: Client, count: int, steps: int = 1, **values) -> list[Chunk]:
     prepared = Prepared(
         request=GenerateRequest(prompt="a cat", count=count, seed=7, **values),
         reading=Reading(text="a cat"),
-        tokens={},
+        tokens={"input_ids": np.zeros((1, 8), np.int64)},
         noises=noise[:, None],
         size=(64, 64),
         steps=steps,
@@ -95,6 +95,28 @@ def test_of_one_client_the_earliest_deadline_goes_first() -> None:
     share.arrive("alice", is_waiting=False)
     late, soon = work(ALICE, 2, timeout=50), work(ALICE, 1, timeout=5)
     assert share.ordered([*late, *soon]) == [*soon, *late]
+
+
+def test_calls_are_full_where_everybody_here_has_more_waiting() -> None:
+    """Two clients with a backlog each had calls of two pictures where four would have fitted."""
+    share = FairShare()
+    for client in ("alice", "bob"):
+        share.arrive(client, is_waiting=False)
+    group = share.next_group([*work(ALICE, 9), *work(BOB, 9)], 4, same_steps=False)
+    assert Counter(chunk.job.client.name for chunk in group) == {"alice": 2, "bob": 2}
+    share.arrive("carol", is_waiting=False)  # who asked for one picture a moment ago, and may ask for the next
+    group = share.next_group([*work(ALICE, 9), *work(BOB, 9)], 4, same_steps=False)
+    assert Counter(chunk.job.client.name for chunk in group) == {"alice": 1, "bob": 1}
+
+
+def test_who_is_here_is_known_from_the_last_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("imagine_flash.engine.fairness.time.perf_counter", lambda: now[0])
+    share = FairShare()
+    for name in ("alice", "bob", "carol", "alice"):
+        share.arrive(name, is_waiting=False)
+        now[0] += 0.9
+    assert share.present(["dave"]) == {"dave", "alice", "carol"}
 
 
 def test_a_greedy_client_lets_others_through(tiny_artifact: Path) -> None:
