@@ -33,7 +33,9 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def local_folder(_: str, *, ignore: Sequence[str] = (), only: Sequence[str] | None = None) -> Path:
         names = [path.relative_to(tmp_path / "repo").as_posix() for path in (tmp_path / "repo").rglob("*.*")]
-        for name in filter_repo_objects(names, allow_patterns=only and list(only), ignore_patterns=list(ignore)):
+        for name in filter_repo_objects(
+            names, allow_patterns=None if only is None else list(only), ignore_patterns=list(ignore)
+        ):
             target = tmp_path / "snapshot" / name
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
