@@ -249,6 +249,7 @@ def test_captured_graphs_read_it_as_an_input_too(made: Any, monkeypatch: pytest.
     """Emulated without a GPU: what is not written before each replay is poisoned."""
     from imagine_flash.engine.backends.base import BackendOptions
     from imagine_flash.engine.backends.torch import TorchBackend, load_student
+    from imagine_flash.engine.backends.torch_modes import Captured
     from imagine_flash.pipelines.loading import load_stages
     from imagine_flash.tests.engine.test_captured import emulate, make_recordable, poison_after
 
@@ -259,8 +260,11 @@ def test_captured_graphs_read_it_as_an_input_too(made: Any, monkeypatch: pytest.
     how: dict[str, Any] = {"name": "torch-graph", "batches": (1, 2), "capture": emulate}
     backend = TorchBackend(student, model, stages, torch.device("cpu"), **how)
     backend.prepare(model.stages, (1, 2))
-    for captured in (backend._graphs["denoiser", 2], backend._graphs["sampler_2_from_embeddings", 1]):
-        monkeypatch.setattr(captured, "_replay", poison_after(captured))  # type: ignore[arg-type]
+    runs = [run for run in backend._graphs.values() if isinstance(run, Captured)]
+    for run in (backend._graphs["denoiser", 2], backend._graphs["sampler_2_from_embeddings", 1]):
+        assert isinstance(run, Captured)
+        others = [other for other in runs if other is not run]
+        monkeypatch.setattr(run, "_replay", poison_after(run, others))
     with Engine(backend, tokenizer, model, max_batch=2) as engine, Engine.load(student, backend="torch") as plain:
         asked = [ask(steps=2, seed=1, condition=control.picture(1)), ask(steps=2, seed=2, guidance=2.0)]
         for drawing, one in zip([engine.submit(each) for each in asked], asked, strict=True):

@@ -22,6 +22,7 @@ from imagine_flash.engine.backends.torch import TorchBackend
 from imagine_flash.engine.backends.torch_modes import Captured
 from imagine_flash.engine.backends.torch_tuning import compiled
 from imagine_flash.engine.fairness import FairShare
+from imagine_flash.engine.loading import LoadOptions, check_loading
 from imagine_flash.engine.work import Client
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.folders.files import NETWORKS_FILE
@@ -461,3 +462,10 @@ def test_an_artifact_of_before_is_told_apart(tiny_artifact: Path, tmp_path: Path
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(ArtifactError, match=r"does not say what its networks are made of.*export the student again"):
         FedWeights(tmp_path, read_artifact_manifest(tiny_artifact), {"a": "x"})
+
+
+def test_a_file_of_a_repository_may_be_named(tiny_artifact: Path) -> None:
+    """Loading fetches it; until then nothing is wrong with it."""
+    check_loading(tiny_artifact, LoadOptions(loras={"ink": "owner/name/ink.safetensors"}))
+    with pytest.raises(ArtifactError, match=r"lora ink: there is no \./name/ink.safetensors"):
+        check_loading(tiny_artifact, LoadOptions(loras={"ink": "./name/ink.safetensors"}))
