@@ -53,6 +53,7 @@ class Study(Frozen):
     split: Literal["validation", "test"] = "validation"
     count: Annotated[int, Field(ge=FEWEST)] = 2048
     held_out: Annotated[int, Field(ge=1)] = 256
+    every_pair: bool = False  # each variant beside all before it, not beside the first alone
 
 
 def load_study(path: Path) -> tuple[Study, dict[str, DistillRecipe]]:
@@ -135,7 +136,7 @@ def run_study(
     }
     distances: dict[str, Distance] = {}
     record |= {"rows": compare(methods, found, judge, distances), "pairs": []}
-    first: list[Method] = []
+    before: list[Method] = []  # what further variants stand beside
     for name, recipe in recipes.items():
         if study.budget is not None:
             recipe = updates_within(study.budget, recipe, teacher)
@@ -145,18 +146,18 @@ def run_study(
         found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
         record["rows"] += compare(rows, found, judge, distances)
-        record["pairs"] += pairs(first, rows, found, distances)
-        first, shown = first or rows, shown + rows
+        record["pairs"] += pairs(before, rows, found, distances)
+        before, shown = before + rows if study.every_pair else before or rows, shown + rows
         save_quality(record, comparison_grid(shown, scale=1, label=250), out)
         console.print(as_rich(record))
     return record
 
 
 def pairs(
-    first: list[Method], rows: list[Method], found: dict[str, Kinds], distances: dict[str, Distance]
+    before: list[Method], rows: list[Method], found: dict[str, Kinds], distances: dict[str, Distance]
 ) -> list[dict[str, Any]]:
-    """The study's first variant beside another, where both draw in as many steps: from the same prompts and noises."""
-    same = ((a.name, b.name) for a in first for b in rows if a.network_calls == b.network_calls)
+    """Earlier variants beside another, where both draw in as many steps: from the same prompts and noises."""
+    same = ((a.name, b.name) for a in before for b in rows if a.network_calls == b.network_calls)
     return [
         {"method": a, "than": b} | between(found[a]["seen"], found[b]["seen"], distances[a], distances[b])
         for a, b in same

@@ -14,6 +14,7 @@ from imagine_flash.tests.commands import fails, start
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # it starts Ray too
 def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "serve"

@@ -20,7 +20,7 @@ from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.student import distill
 from imagine_flash.distill.task import DistillTask
 from imagine_flash.tests.commands import fails
-from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+from imagine_flash.tests.pipelines import CAPTIONS
 
 FIT = {"steps": 4, "batch": 2, "schedule": "constant", "warmup": 0, "learning_rate": 1e-3, "preview_every": 0}
 RECIPE = {"plans": {1: [999]}, "teacher_steps": 1, "fit": {**FIT, "optimizer": "adamw8bit"}}
@@ -28,13 +28,6 @@ NAMES = ("adamw", "adamw8bit")
 with_library = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: the extra adam8bit"
 )
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adam8bit") / "teacher"
-    build_pipeline().save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 @with_library

@@ -11,14 +11,7 @@ from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.student import distill
 from imagine_flash.tests.commands import fails
 from imagine_flash.tests.distill.picture_sets import FIT, RECIPE, image_folder, picture, saved_dataset, shard
-from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures") / "teacher"
-    build_pipeline().save_pretrained(folder, safe_serialization=True)
-    return folder
+from imagine_flash.tests.pipelines import CAPTIONS
 
 
 def make_bad(kind: str, place: Path) -> str:

@@ -14,17 +14,10 @@ from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model, load_teacher
 from imagine_flash.distill.task import DistillTask
 from imagine_flash.tests.architectures import DRAWN
-from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+from imagine_flash.tests.pipelines import CAPTIONS
 
 FIT: dict[str, Any] = {"steps": 1, "batch": 2, "preview_every": 0, "mixed_precision": "bf16"}
 STILL = {**FIT, "learning_rate": 1e-12, "weight_decay": 0}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("begin") / "teacher"
-    build_pipeline().save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 def test_a_teacher_in_bfloat16_rounds_nothing_of_its_student(teacher: Path, tmp_path: Path) -> None:

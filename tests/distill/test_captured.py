@@ -16,18 +16,10 @@ from imagine_flash.distill.methods import METHODS, distill_recipe
 from imagine_flash.distill.models import load_model
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.task import DistillTask
-from imagine_flash.tests.pipelines import build_pipeline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CAPTIONS = ["a cat", "a dog", "two owls", "a red apple"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("captured") / "teacher"
-    build_pipeline().save_pretrained(folder)
-    return folder
 
 
 def again(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:

@@ -15,18 +15,11 @@ from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.task import DistillTask
 from imagine_flash.tests.architectures import DRAWN
 from imagine_flash.tests.commands import run
-from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+from imagine_flash.tests.pipelines import CAPTIONS
 
 FIT = {"steps": 2, "batch": 4, "optimizer": "adamw"}
 PAIR = ["a cat", "a dog"]
 QUICK = {"plans": {1: [999]}, "teacher_steps": 1, "fit": FIT}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("memory") / "teacher"
-    build_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -33,14 +33,7 @@ from imagine_flash.tests.distill.picture_sets import (
     saved_dataset,
     web_dataset,
 )
-from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures") / "teacher"
-    build_pipeline().save_pretrained(folder, safe_serialization=True)
-    return folder
+from imagine_flash.tests.pipelines import CAPTIONS
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,13 @@ from imagine_flash.distill.models import load_model
 from imagine_flash.distill.processes import processes
 from imagine_flash.distill.reproducible import Part, part_of, rows_of
 from imagine_flash.distill.student import distill
-from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+from imagine_flash.tests.pipelines import CAPTIONS
 
 FIT = {"steps": 3, "batch": 4, "learning_rate": 1e-3, "warmup": 0, "preview_every": 0}
 
 
 def losses(run: Path) -> list[float]:
     return [float(line.split(",")[1]) for line in (run / "logs" / "student.csv").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "teacher"
-    build_pipeline().save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 @pytest.mark.parametrize("method", [{}, {"method": "dmd2", "gan_weight": 0, "ratio": 2}])

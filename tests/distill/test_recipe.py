@@ -88,15 +88,14 @@ def test_the_recipe_of_a_class_trains_it(name: str, tmp_path: Path) -> None:
     ("dtype", "precision", "cached"),
     [("bfloat16", "bf16", True), ("bfloat16", "bf16", False), ("float16", "no", True), ("float16", "no", False)],
 )
-def test_a_half_teacher_guides(dtype: str, precision: str, cached: bool, tmp_path: Path) -> None:
+def test_a_half_teacher_guides(dtype: str, precision: str, cached: bool, teacher: Path, tmp_path: Path) -> None:
     """Autocast to bfloat16 joins no float16: cached embeddings with a bfloat16 teacher failed."""
     from imagine_flash.distill.student import distill
-    from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
+    from imagine_flash.tests.pipelines import CAPTIONS
 
-    build_pipeline().save_pretrained(tmp_path / "teacher", safe_serialization=True)
     fit = {"steps": 1, "batch": 2, "mixed_precision": precision, "preview_every": 0}
     values = {"teacher_dtype": dtype, "cache_text": cached, "teacher_steps": 1, "guidance": [2.0, 2.0], "fit": fit}
-    distill(tmp_path / "teacher", tmp_path / "student", distill_recipe(values), prompts=list(CAPTIONS))
+    distill(teacher, tmp_path / "student", distill_recipe(values), prompts=list(CAPTIONS))
     assert (tmp_path / "student" / "imagine_flash.json").is_file()
 
 

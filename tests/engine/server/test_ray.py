@@ -25,7 +25,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 if sys.platform == "win32":
     pytest.skip("Ray's own support of Windows is experimental", allow_module_level=True)
 
