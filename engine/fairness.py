@@ -56,22 +56,24 @@ class FairShare:
         group: list[Chunk] = []
         rows, own = 0, Counter[str]()
 
+        def joins(chunk: Chunk) -> bool:
+            return _go_together(chunk, group[0], same_steps, company and max_batch)
+
         def fill(chunks: Iterable[Chunk], share: int) -> None:
             nonlocal rows
             for chunk in chunks:
                 client = chunk.job.client.name
                 asked = chunk.rows if chunk.is_drawn else chunk.network_rows
                 fits = rows + asked <= max_batch and (own[client] + asked <= share or not own[client])
-                if not group or (fits and _go_together(chunk, group[0], same_steps, company and max_batch)):
+                if not group or (fits and joins(chunk)):
                     group.append(chunk)
                     rows += asked
                     own[client] += asked
 
         fill(waiting, most)
-        left = [chunk for chunk in waiting if chunk not in group]
-        if (
-            company and {chunk.job.client.name for chunk in left} == here
-        ):  # all want more: nobody waits for a short call
+        left = [chunk for chunk in waiting if chunk not in group and joins(chunk)]
+        wanting = {chunk.job.client.name for chunk in left}
+        if company and wanting == here:  # all want more of this call: nobody waits for a short one
             fill(left, max_batch)
         return group
 

@@ -13,11 +13,12 @@ from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.fairness import FairShare
 from imagine_flash.engine.tokenizer import Reading
 from imagine_flash.engine.work import Chunk, Client, Job, Prepared
+from imagine_flash.folders.sizes import Size
 
 ALICE, BOB, CAROL = Client("alice"), Client("bob"), Client("carol", weight=2.0)
 
 
-def work(client: Client, count: int, steps: int = 1, **values) -> list[Chunk]:
+def work(client: Client, count: int, steps: int = 1, size: Size = (64, 64), **values) -> list[Chunk]:
     """A request's chunks of one picture each."""
     noise = np.zeros((count, 4, 8, 8), np.float32)
     prepared = Prepared(
@@ -25,7 +26,7 @@ def work(client: Client, count: int, steps: int = 1, **values) -> list[Chunk]:
         reading=Reading(text="a cat"),
         tokens={"input_ids": np.zeros((1, 8), np.int64)},
         noises=noise[:, None],
-        size=(64, 64),
+        size=size,
         steps=steps,
         tokenize=0.0,
         noise_seconds=0.0,
@@ -97,7 +98,15 @@ def test_of_one_client_the_earliest_deadline_goes_first() -> None:
     assert share.ordered([*late, *soon]) == [*soon, *late]
 
 
-def test_calls_are_full_where_everybody_here_has_more_waiting() -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of shares, which stands still."""
+    found = [100.0]
+    monkeypatch.setattr("imagine_flash.engine.fairness.time.perf_counter", lambda: found[0])
+    return found
+
+
+def test_calls_are_full_where_everybody_here_has_more_waiting(now: list[float]) -> None:
     """Two clients with a backlog each had calls of two pictures where four would have fitted."""
     share = FairShare()
     for client in ("alice", "bob"):
@@ -109,9 +118,27 @@ def test_calls_are_full_where_everybody_here_has_more_waiting() -> None:
     assert Counter(chunk.job.client.name for chunk in group) == {"alice": 1, "bob": 1}
 
 
-def test_who_is_here_is_known_from_the_last_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("imagine_flash.engine.fairness.time.perf_counter", lambda: now[0])
+@pytest.mark.parametrize(("large", "size"), [(64, (64, 64)), (8, (32, 32))])
+def test_who_draws_one_at_a_time_waits_for_short_calls(now: list[float], large: int, size: Size) -> None:
+    """A picture that no call of the large request could take in passed for a backlog, and waited for full calls."""
+    share, waits = FairShare(), []
+    share.arrive("alice", is_waiting=False)
+    many = work(ALICE, large, steps=4)
+    for _ in range(4):
+        share.arrive("bob", is_waiting=False)
+        (one,) = work(BOB, 1, steps=4, size=size)
+        rows = 0
+        while one in (waiting := [chunk for chunk in (*many, one) if not chunk.is_drawn]):
+            group = share.next_group(waiting, 8, same_steps=False)
+            share.begin([chunk for chunk in group if chunk.turn is None])
+            rows += len(group)
+            for chunk in group:
+                chunk.step += 1
+        waits.append(rows)
+    assert max(waits) <= 15, waits
+
+
+def test_who_is_here_is_known_from_the_last_to_ask(now: list[float]) -> None:
     share = FairShare()
     for name in ("alice", "bob", "carol", "alice"):
         share.arrive(name, is_waiting=False)
