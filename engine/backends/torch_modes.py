@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from types import MethodType
 from typing import Any
 
@@ -175,16 +176,37 @@ def check_mode(backend: str, device: torch.device) -> None:
         raise ArtifactError("torch-graph captures CUDA graphs, and the device is cpu; take torch or torch-compile")
 
 
+class _Float32:
+    """While anybody computes in it, convolutions are not rounded to TF32, which torch does unless it is told not to, for the whole
+    process: of several engines that compute at once, the first tells it and the last takes it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.allow_tf32 = self._before
+
+
+_FLOAT32 = _Float32()  # one, as the setting is
+
+
 @contextmanager
 def current(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Makes a GPU the current one, since Triton and captures start there. In float32 convolutions are not rounded to TF32,
-    which torch does unless it is told not to, for the whole process."""
+    """Makes a GPU the current one, since Triton and captures start there; float32 is computed in float32."""
     with ExitStack() as entered:
         if device.type == "cuda":
             entered.enter_context(torch.cuda.device(device))
             if dtype is torch.float32:
-                entered.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
-                torch.backends.cudnn.allow_tf32 = False
+                entered.enter_context(_FLOAT32)
         yield
 
 

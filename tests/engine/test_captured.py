@@ -8,7 +8,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -292,4 +292,11 @@ def test_float32_is_not_rounded_to_tf32_on_a_gpu(
     with pytest.raises(ValueError), current(torch.device("cuda", 0), dtype):
         assert torch.backends.cudnn.allow_tf32 is rounded
         raise ValueError
+    assert torch.backends.cudnn.allow_tf32
+    first, second = ExitStack(), ExitStack()  # of two engines, which compute at once
+    for each in (first, second):
+        each.enter_context(current(torch.device("cuda", 0), dtype))
+    first.close()
+    assert torch.backends.cudnn.allow_tf32 is rounded
+    second.close()
     assert torch.backends.cudnn.allow_tf32
