@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ..core.errors import ImagineFlashError
 
-_PATIENCE = timedelta(hours=24)
+_TIMEOUT = timedelta(hours=24)
 
 
 def on_cpu() -> bool:
@@ -35,7 +35,7 @@ def processes() -> Any:
                 f"accelerate's configuration asks for {name}, which this training does not follow; launch without it, and "
                 "share out by --shard: accelerate launch --num_processes N -m imagine_flash distill ... --shard"
             )
-    return PartialState(cpu=on_cpu(), timeout=_PATIENCE)
+    return PartialState(cpu=on_cpu(), timeout=_TIMEOUT)
 
 
 def begin_training(mixed_precision: str) -> None:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..core.checked import Checked
 from ..core.errors import ArtifactError, RequestError, nearest
-from ..folders.hub import HUB_FILE, HUB_ID, local_folder
+from ..folders.hub import HUB_ID, hub_file, local_folder
 from ..folders.loras import check_name
 from ..folders.manifests import STUDENT_BATCHES, ModelDescription
 from ..folders.reading import read_artifact_manifest
@@ -131,7 +131,7 @@ def check_loading(path: str | Path | None, options: LoadOptions, *, here: bool =
     Raises ImagineFlashError."""
     backend_options = options.for_backend(1)
     for name, file in options.loras.items() if here else ():
-        if not (Path(file).exists() or HUB_ID.fullmatch(str(file)) or HUB_FILE.fullmatch(str(file))):
+        if not (Path(file).exists() or HUB_ID.fullmatch(str(file)) or hub_file(str(file))):
             raise ArtifactError(f"lora {name}: there is no {file}; give a .safetensors file, a folder or a hub id")
     folder = EMBEDDED if path is None else Path(path)
     if not folder.exists() and (path is None or HUB_ID.fullmatch(str(path))):

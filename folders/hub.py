@@ -11,7 +11,6 @@ from ..core.errors import ArtifactError, missing_extra
 from .files import ARTIFACT_FILE, CACHE_VARIABLE, atomic_folder, cache_folder
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # what begins with . / or ~ is a path
-HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.\w+)")  # a file of a repository
 PICKLED = ("*pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # never read here, so never fetched
 
 
@@ -57,16 +56,24 @@ def local_folder(
         ) from None
 
 
+def hub_file(name: str) -> tuple[str, str] | None:
+    """The hub id and the file that owner/name/FILE means; None for a path, as where there is a folder `owner` here."""
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    hub_id = f"{owner}/{repository}"
+    return (hub_id, file) if Path(file).suffix and HUB_ID.fullmatch(hub_id) and not Path(owner).exists() else None
+
+
 def files_on_hub(name: str) -> list[str]:
     """Names of the files of a hub id, none of which is fetched; without network of those that the cache has. Raises as
     `local_folder`."""
     try:
-        hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
+        hub = import_module("huggingface_hub")
     except ImportError:
         raise missing_extra("huggingface_hub", "cpu") from None
     try:
         return sorted(hub.list_repo_files(name))
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError):
+    except Exception:  # of whichever HTTP library it uses
         folder = local_folder(name, only=())  # or it says what is wrong
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 

@@ -43,7 +43,7 @@ def push_to_hub(folder: Path, name: str, *, private: bool = False, revision: str
                 f"the hub lets nobody unknown write {name}: log in with: hf auth login, as somebody who may write there"
             ) from None
         raise ArtifactError(f"the hub refused {name}: {_first_line(error)}") from None
-    except (errors.HFValidationError, errors.OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # errors of the network are those of the HTTP library that the hub's uses
         raise ArtifactError(f"cannot upload to {name}: {_first_line(error)}; nothing was changed there") from None
     return address
 

@@ -85,8 +85,7 @@ def _missing_weights(part: Path, stem: str) -> Iterator[str]:
 def pieces_of(index: Path) -> list[Path]:
     """The files that an index of weights lists. Raises ArtifactError."""
     return [
-        index.with_name(name)
-        for name in sorted({str(one) for one in read_config(index).get("weight_map", {}).values()})
+        index.parent / name for name in sorted({str(one) for one in read_config(index).get("weight_map", {}).values()})
     ]
 
 

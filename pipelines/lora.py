@@ -14,7 +14,7 @@ import torch
 
 from ..core.errors import ArtifactError, missing_extra
 from ..folders.files import known_sha256
-from ..folders.hub import HUB_FILE, HUB_ID, files_on_hub, local_folder
+from ..folders.hub import HUB_ID, files_on_hub, hub_file, local_folder
 from ..folders.loras import Lora, parse_lora
 from ..folders.manifests import LORA_FILE, PEFT_CONFIG, FusedLora
 from .stages import quiet
@@ -94,12 +94,13 @@ def lora_files(name: str) -> dict[str, Path]:
     if path.is_file():
         return {"": _not_pickled(path)}
     if path.is_dir():
-        there = sorted(file.relative_to(path).as_posix() for file in path.glob("**/*") if file.is_file())
+        near = [*path.glob("*"), *path.glob("*/*")]  # as deep as a LoRA's files lie
+        there = sorted(file.relative_to(path).as_posix() for file in near if file.is_file())
         return {part: path / file for part, file in _chosen(path, there, "give the path of one of them").items()}
-    of_hub = HUB_FILE.fullmatch(name)
+    of_hub = hub_file(name)
     if of_hub is None and not HUB_ID.fullmatch(name):
         raise ArtifactError(f"there is no LoRA {name}; give a .safetensors file, a folder or a hub id")
-    hub_id, file = of_hub.groups() if of_hub else (name, None)
+    hub_id, file = of_hub or (name, None)
     there = files_on_hub(hub_id)
     chosen = _chosen(hub_id, there, f"name one: {hub_id}/FILE") if file is None else {"": _not_pickled(file)}
     if lacking := [one for one in chosen.values() if one not in there]:

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ..core.diffusers_samplers import FLOW_LCM, LCM, plan_of_sigmas
+from ..core.diffusers_samplers import FLOW, FLOW_LCM, LCM, plan_of_sigmas, sampler_of
 from ..core.errors import PlanError, ScheduleError
 from ..core.plan import StepPlan
 from ..core.prediction import linear_coefficients
@@ -25,8 +25,6 @@ from ..core.sampler import Sampler
 from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable, update_table
 from ..kernels.update import Coefficients, coefficients_on, noise_corrected_update
-
-FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 
 class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
@@ -64,7 +62,7 @@ class ImagineFlashScheduler(SchedulerMixin, ConfigMixin):
         sampler: dict[str, Any] | None = None,
     ) -> None:
         self.sampler = _sampler(sampler)
-        flow = {} if shift is None else {"_class_name": FLOW_CLASS}
+        flow = {} if shift is None else {"_class_name": FLOW}
         self.schedule = NoiseSchedule.from_scheduler_config({**dict(self.config), **flow})
         self.alphas_cumprod = torch.from_numpy(
             self.schedule.alpha**2
@@ -233,7 +231,7 @@ def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {key: value for key, value in config.items() if key != "_use_default_values"}
     betas = "beta_schedule" in values or values.get("trained_betas") is not None
-    name = str(values.get("_class_name") or ("DDIMScheduler" if betas else FLOW_CLASS if "shift" in values else ""))
+    name = str(values.get("_class_name") or ("DDIMScheduler" if betas else FLOW if "shift" in values else ""))
     owner = getattr(diffusers, name, None)
     if isinstance(owner, type) and issubclass(owner, SchedulerMixin):
         ours = inspect.signature(ImagineFlashScheduler).parameters
@@ -245,8 +243,7 @@ def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ScheduleError(
                 f"{key}={values[key]!r} is not supported: such a network is told other times; use {usual!r}"
             )
-    if name in (LCM, FLOW_LCM):
-        boundary = {"boundary": values.get("timestep_scaling", 10.0)} if name == LCM else {}
-        values.setdefault("sampler", {"kind": "renoise", **boundary})
+    if name in (LCM, FLOW_LCM) or (name == FLOW and values.get("stochastic_sampling")):
+        values.setdefault("sampler", sampler_of({**values, "_class_name": name}).model_dump(exclude_defaults=True))
     NoiseSchedule.from_scheduler_config({**values, "_class_name": name})
     return values

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from imagine_flash.core.errors import RecipeError
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
-from imagine_flash.distill.processes import processes
 from imagine_flash.distill.reproducible import Part, part_of, rows_of
 from imagine_flash.distill.student import distill
 from imagine_flash.tests.pipelines import CAPTIONS
@@ -75,9 +73,18 @@ def test_parts_of_a_batch() -> None:
         rows_of(6, Part(0, 4))
 
 
-def test_processes_wait_for_the_one_that_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow  # a process of its own, since it joins others once
+def test_processes_wait_for_the_one_that_encodes() -> None:
     """After ten minutes NCCL ended the others, while one still encoded pictures and prompts for all."""
-    told: dict[str, Any] = {}
-    monkeypatch.setattr("imagine_flash.distill.processes.PartialState", lambda **how: told.update(how))
-    processes()
-    assert told["timeout"] >= timedelta(hours=12)
+    code = """
+import torch
+from imagine_flash.distill.processes import begin_training, processes
+begin_training("no")
+print(processes().num_processes, torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, **launched, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    joined, seconds = done.stdout.split()
+    assert joined == "1" and float(seconds) >= 12 * 3600

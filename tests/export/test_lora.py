@@ -254,6 +254,15 @@ def test_without_network_the_cache_is_looked_into(tmp_path, factors, monkeypatch
     with pytest.raises(ArtifactError, match="somebody/else is no folder here and could not be fetched"):
         lora_files("somebody/else/style.safetensors")
 
+    class ConnectError(Exception):
+        """Of the hub's HTTP library, no OSError."""
+
+    def unreachable(name: str) -> None:
+        raise ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    assert lora_files("somebody/style") == {"": there}
+
 
 def test_a_weight_follows_the_name():
     assert parse_lora("a/b.safetensors:0.8") == Lora("a/b.safetensors", 0.8)

@@ -70,6 +70,7 @@ def test_a_mistyped_path_is_one_line_and_never_asked_of_the_hub(hub: Path, name:
         ("export", "./none", "out"),
         ("serve", "--model", "./none/none"),
         ("serve", "--lora", "./none"),
+        ("serve", "--lora", "ink=loras/none/ink.safetensors"),
         ("arena", "./none/none", "pictures", "--prompts", "prompts.txt"),
     ],
     ids=" ".join,
@@ -80,6 +81,7 @@ def test_nor_is_one_of_a_command(
     """It happened that ./owner/name lost its ./ on the way, and that `serve` said its address before."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a cat\n")
+    Path("loras").mkdir()
     done = run(*arguments)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and not done.stdout, done

@@ -144,6 +144,16 @@ def test_what_the_hub_does_not_take_is_one_line(hub, command, tiny_artifact, sta
     assert not hub.files and not done.stdout
 
 
+def test_a_hub_that_is_not_there_is_one_line(hub, command, tiny_artifact):
+    """Errors of the hub's HTTP library are no OSErrors."""
+    hub.server_close()
+    hub.shutdown()
+    done = command("push", tiny_artifact, "owner/fox")
+    assert done.returncode == 2 and not done.stdout, done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot upload to owner/fox: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_card_says_what_the_manifest_says(tiny_artifact):
     manifest = read_artifact_manifest(tiny_artifact)
     told = {"sources": {"weights": "owner/base"}, "vocabulary": {"objects": ["fox", "cat"]}}

@@ -1,5 +1,6 @@
 """Repositories that hold their weights in several precisions: one of them is fetched, found whole and drawn with."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from imagine_flash.models import student as students
 from imagine_flash.models.describe import ModelOptions
-from imagine_flash.models.files import missing_files
+from imagine_flash.models.files import missing_files, missing_pieces
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.half import stored_dtype
 from imagine_flash.pipelines.loading import load_pipeline
@@ -64,6 +65,13 @@ def test_one_precision_is_fetched_and_loads(kind: str, tmp_path: Path, fetched: 
     assert stored_dtype(student / "text_encoder") == torch.float16
     loaded, expected = (one.text_encoder.state_dict() for one in (load_pipeline(student), pipeline))
     assert all(torch.equal(values, expected[name].float()) for name, values in loaded.items())
+
+
+@pytest.mark.parametrize("piece", ["parts/0.safetensors", ""])
+def test_an_index_may_name_anything(piece: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight": piece}}))
+    assert missing_pieces(index) == [Path(piece).name or tmp_path.name]
 
 
 def test_pieces_that_no_index_has_all_of_are_missing(tmp_path: Path) -> None:

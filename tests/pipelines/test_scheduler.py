@@ -136,6 +136,7 @@ def test_a_flow_takes_diffusers_own_times() -> None:
 RENOISING = [
     (LCMScheduler, {"clip_sample": False, "original_inference_steps": 3}, {"kind": "renoise", "boundary": 10.0}),
     (FlowMatchLCMScheduler, {"shift": 3.0}, {"kind": "renoise"}),
+    (FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "stochastic_sampling": True}, {"kind": "renoise"}),
 ]
 
 
