@@ -161,8 +161,7 @@ class _Connection:
                 self._next = "condition"
                 return
             seq = raw.get("seq") if isinstance(raw, dict) else None
-            asked = StreamRequest.model_validate(raw)
-            await self._submit(asked, await self._wanted(asked))
+            await self._submit(StreamRequest.model_validate(raw))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -172,13 +171,15 @@ class _Connection:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
             await self._tell(_failure(seq, ours))
 
-    async def _submit(self, asked: StreamRequest, wanted: GenerateRequest) -> None:
-        """Its picture is reserved, or takes the place of the one before, which is not drawn. Raises RequestError, QuotaError."""
+    async def _submit(self, asked: StreamRequest) -> None:
+        """Its picture is reserved, or takes the place of the one before, which is not drawn; only then are those that it needs
+        unpacked. Raises RequestError, QuotaError, BusyError."""
         before = self._reserved
         if not before.pictures:
             self._reserved = self.studio.clients.reserve(self.client, 1)
         letters = len(asked.prompt) + len(asked.negative_prompt or "")
         try:
+            wanted = await self._wanted(asked)
             await beside(
                 lambda: self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked), LETTER * letters
             )

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Awaitable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from imagine_flash.engine import Engine
+from imagine_flash.engine.pictures.uploads import UploadReader
 from imagine_flash.engine.server import ServerSettings, create_app
 
 DRAW = "/v1/images/generations"
@@ -74,3 +76,26 @@ def test_sockets_that_are_open_at_once_share_it(tiny_artifact: Path, monkeypatch
         assert first.receive_bytes()
         ask(second, 2)
         assert refused(second)
+
+
+def test_whoever_has_none_left_has_no_picture_unpacked(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was unpacked and scaled before the quota was asked. One that cannot be read takes nothing of it."""
+    unpacked, inner = [], UploadReader.image
+
+    async def image(self: UploadReader, *given: Any) -> Any:
+        unpacked.append(given)
+        return await inner(self, *given)
+
+    monkeypatch.setattr(UploadReader, "image", image)
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        app = create_app(engine, ServerSettings(quota="1/hour"))
+        with TestClient(app) as http, http.websocket_connect("/v1/stream") as socket:
+            assert socket.receive_json()["type"] == "ready"
+            socket.send_bytes(b"none")
+            said = []
+            for seq in (1, 2):
+                socket.send_json({"seq": seq, "prompt": "a cat", "strength": 0.5})
+                said.append(socket.receive_json()["error"]["message"])
+                answer = http.post(DRAW, json={"prompt": "a cat", "steps": 1})
+                assert answer.status_code == (200 if seq == 1 else 429)
+    assert "image is no PNG" in said[0] and "quota" in said[1] and len(unpacked) == 1
