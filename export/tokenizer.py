@@ -31,7 +31,7 @@ def parity_prompts(stages: Stages, known_words: Sequence[str] = ()) -> list[str]
     prompts = [" ".join(draw.choice(words, size)) for size in (1, 4, 8)]
     if first.mask is not None:
         longest = draw.choice(words, first.length).tolist()
-        while len(first.tokenizer(first.prefix + " ".join(longest).lower()).input_ids) > first.length:
+        while len(first.tokenizer(first.text(" ".join(longest))).input_ids) > first.length:
             longest.pop()
         prompts[1] = " ".join(longest)
     return prompts

@@ -118,10 +118,15 @@ class TokenInput:
     lowercase: bool = False
     prefix: str = ""
 
+    def text(self, prompt: str) -> str:
+        """What is tokenized of a prompt."""
+        return self.prefix + (prompt.lower().strip() if self.lowercase else prompt)
+
     def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """int64 (B, L) by input name, as the diffusers pipeline computes them."""
-        texts = [self.prefix + (prompt.lower().strip() if self.lowercase else prompt) for prompt in prompts]
-        encoded = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True)
+        encoded = self.tokenizer(
+            [self.text(prompt) for prompt in prompts], padding="max_length", max_length=self.length, truncation=True
+        )
         found = {self.name: torch.tensor(encoded.input_ids)}
         return found | ({self.mask: torch.tensor(encoded.attention_mask)} if self.mask else {})
 

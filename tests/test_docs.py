@@ -91,11 +91,21 @@ def record_rows(name: str, **case: object) -> dict:
     return {str(row.case["what"]): row for row in rows if case.items() <= row.case.items()}
 
 
+def latency_row(name: str, baseline: str, **case: object) -> Any:
+    """The row of a record where this one is compared."""
+    from imagine_flash.benchmarks.schema import read_record
+
+    rows = read_record(ROOT / f"docs/results/{name}.json").rows
+    (found,) = (row for row in rows if row.baseline == baseline and case.items() <= row.case.items())
+    return found
+
+
 def test_the_readmes_times_are_those_of_the_records() -> None:
     runtime = record_rows("runtime")
+    one_picture = latency_row("latency_embedded", "diffusers fp32", steps=1)
     typing = record_rows("serve", sessions=16)["typing"]
     pairs = [
-        (runtime["one picture"], "Engine.load(): openvino bf16", "diffusers, torch eager"),
+        (one_picture, "imagine-flash openvino bf16", "diffusers fp32"),
         (runtime["cold start"], "onnxruntime", "diffusers, torch eager"),
         (typing, "latest wins", "every key in turn"),
         (record_rows("serve_many")["load"], "HTTP", "engine.submit"),
