@@ -61,6 +61,7 @@ def commands(page: str) -> list[tuple[Block, list[str]]]:
 PYTHON = [page for page in PAGES if any(b.runs and not b.note for b in blocks(page, "python"))]
 SERVED = [page for page in PAGES if any(b.note == "with a server" for b in blocks(page, "python"))]
 TYPED = [page for page in PAGES if any(b.runs and words[0] == "imagine-flash" for b, words in commands(page))]
+SLOWEST = "docs/tutorials/small-model.md"  # from a teacher to pictures, as test_distil_your_own does
 
 
 @pytest.fixture
@@ -148,13 +149,13 @@ def test_recipes_and_settings_are_read(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", TYPED)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.weekly] * (p == SLOWEST)) for p in TYPED])
 def test_commands_run(page: str, desk: Path) -> None:
     """All of a page in turn, with the files that it tells to save; servers and installations excepted."""
     for block in blocks(page):
         if block.title:
             (desk / block.title).write_text(block.body, encoding="utf-8")
-    if page == "docs/tutorials/small-model.md":  # it makes its own
+    if page == SLOWEST:  # it makes its own
         shutil.rmtree(desk / "runs")
     for block, words in commands(page):
         if block.runs and words[:2] != ["imagine-flash", "serve"] and words[0] == "imagine-flash":

@@ -182,6 +182,7 @@ def test_int8_limit():
 
 
 @pytest.mark.slow
+@pytest.mark.weekly  # test_int8.py has weights and activations
 def test_int8_weights(written, tmp_path, core):
     pytest.importorskip("nncf", reason="nncf compresses weights to int8")
     full = (written[0] / "openvino" / "denoiser.bin").stat().st_size

@@ -197,7 +197,8 @@ def test_two_exports_to_one_folder(student, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forms", ["stages", pytest.param("whole-sampler", marks=pytest.mark.weekly)])
+@pytest.mark.weekly
+@pytest.mark.parametrize("forms", ["stages", "whole-sampler"])
 def test_graphs_of_one_form_alone(student, artifact, tmp_path, forms):
     manifest = export_student(student, tmp_path / "out", options=ExportOptions(forms=forms, batch=(1, 1), steps=(2,)))
     whole = {"sampler_2", "sampler_2_from_embeddings"}

@@ -98,6 +98,7 @@ def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, untrained_ju
 
 
 @pytest.mark.slow
+@pytest.mark.weekly  # a study's pictures are kept by the same store
 def test_a_killed_evaluation_goes_on_and_another_is_refused(
     tiny_student: Path, untrained_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
