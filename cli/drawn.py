@@ -49,24 +49,27 @@ def _facts(result: GenerateResult, paths: list[Path]) -> dict[str, Any]:
         "unknown_words": result.unknown_words,
         "replaced_words": result.replaced_words,
         "cut": result.cut,
+        "cut_negative": result.cut_negative,
     }
 
 
 @dataclass
 class Drawn:
     """How many prompts of a folder were drawn, and what the model made of them: words that it does not know, typos and what was
-    read instead, and how many prompts were longer than it reads."""
+    read instead, how many prompts were longer than it reads, and the end of a negative one that was, which all of them share."""
 
     new: int = 0
     unknown: dict[str, None] = field(default_factory=dict)  # in their order
     replaced: dict[str, str] = field(default_factory=dict)
     cut: int = 0
+    cut_negative: str = ""
 
     def add(self, result: GenerateResult) -> None:
         self.new += 1
         self.unknown |= dict.fromkeys(result.unknown_words)
         self.replaced |= result.replaced_words
         self.cut += bool(result.cut)
+        self.cut_negative = result.cut_negative
 
     def notes(self) -> list[str]:
         """A line each."""
@@ -77,7 +80,7 @@ class Drawn:
             found.append(f"note: this model has no word for {_some(self.unknown)}; drawn without")
         if self.cut:
             found.append(f"note: {self.cut} of the prompts are longer than this model reads, and were cut; {kept}")
-        return found
+        return found + _cut_notes("negative prompt", self.cut_negative)
 
 
 def _some(words: Iterable[str]) -> str:
@@ -169,9 +172,11 @@ def notes(result: GenerateResult, nearest: Callable[[str], list[str]], model: Pa
         ]
         inspect = shlex.join(["imagine-flash", "inspect", *([] if model is None else [str(model)])])
         found.append(f"note: this model has no word for {', '.join(words)}; drawn without; what it knows: {inspect}")
-    if result.cut:
-        found.append(f"note: the prompt is longer than this model reads; left out: {result.cut[:200]!r}")
-    return found
+    return found + _cut_notes("prompt", result.cut) + _cut_notes("negative prompt", result.cut_negative)
+
+
+def _cut_notes(name: str, cut: str) -> list[str]:
+    return [f"note: the {name} is longer than this model reads; left out: {cut[:200]!r}"] if cut else []
 
 
 def guidance_notes(model: ModelDescription, asked: float | None) -> list[str]:

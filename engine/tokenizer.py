@@ -36,12 +36,13 @@ def rows_of_prompt(tokens: Tokens) -> int:
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """A prompt as the model is given it, and a negative one, whose words are not looked up. unknown: words and signs left out.
-    replaced: typos by the words they stand for. cut: the end of a long prompt, which the model has no room for; that of a negative
-    one follows its name, as in "on pink; negative_prompt: and grey"."""
+    replaced: typos by the words they stand for. cut: the end of a long prompt, which the model has no room for; cut_negative: that
+    of a long negative one."""
 
     text: str
     negative: str = ""
     cut: str = ""
+    cut_negative: str = ""
     unknown: list[str] = field(default_factory=list)
     replaced: dict[str, str] = field(default_factory=dict)
 
@@ -123,10 +124,8 @@ class PromptTokenizer:
         within one letter, or left out."""
         reading = self._in_known_words(prompt) if self.known_words else Reading(text=prompt)
         text, kept = self._beginning(reading.text), self._beginning(negative)
-        cut = [reading.text[len(text) :].strip()]
-        if less := negative[len(kept) :].strip():
-            cut.append(f"negative_prompt: {less}")
-        return replace(reading, text=text, negative=kept, cut="; ".join(filter(None, cut)))
+        cut, cut_negative = reading.text[len(text) :].strip(), negative[len(kept) :].strip()
+        return replace(reading, text=text, negative=kept, cut=cut, cut_negative=cut_negative)
 
     def _beginning(self, text: str) -> str:
         """As many of its words as all encoders read that do not cut by themselves."""

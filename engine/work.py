@@ -58,7 +58,7 @@ class GenerateResult:
     """images: uint8 (N, H, W, 3). seed: of the first picture, the others follow it. cached: the prompt's embeddings were known.
 
     unknown_words: of the prompt, those that training never showed, which were left out; replaced_words: typos, and what was
-    read instead; cut: the ends of a long prompt and of a long negative one, which the model does not read, as `Reading` has them.
+    read instead; cut, cut_negative: the end of a long prompt, and of a long negative one, which the model does not read.
     guidance: the scale that it was drawn with; loras: the LoRAs and their weights.
     """
 
@@ -69,6 +69,7 @@ class GenerateResult:
     unknown_words: list[str]
     replaced_words: dict[str, str] = field(default_factory=dict)
     cut: str = ""
+    cut_negative: str = ""
     cached: bool = False
     prompt: str = ""
     guidance: float = 1.0
@@ -198,6 +199,7 @@ class Job:
             replaced_words=self.prepared.reading.replaced,
             prompt=self.request.prompt,
             cut=self.prepared.reading.cut,
+            cut_negative=self.prepared.reading.cut_negative,
             cached=self.cached,
             guidance=self.guidance,
             loras=self.loras,

@@ -55,6 +55,19 @@ def test_typos_and_prompts_that_were_cut_are_said_once_for_all(tiny_artifact: Pa
     assert "a rockett" in (out / "metadata.jsonl").read_text()
 
 
+def test_of_two_prompts_the_one_that_was_cut_is_named(tiny_artifact: Path, tmp_path: Path) -> None:
+    """A long negative prompt was said to be the prompt, and to be one of those of a file."""
+    (tmp_path / "prompts.txt").write_text("a cat\na fox\n", encoding="utf-8")
+    asked = ["--model", tiny_artifact, "--steps", "1", "--guidance", "3", "--negative-prompt", "a dog " * 200]
+    one = run("generate", "a cat", "-o", tmp_path / "cat.png", "--json", *asked)
+    many = run("generate", "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "pictures", *asked)
+    for done in (one, many):
+        assert done.stderr.count("longer than this model reads") == 1
+        assert "note: the negative prompt is longer than this model reads; left out: '" in done.stderr
+    facts = json.loads(one.stdout)
+    assert facts["cut"] == "" and facts["cut_negative"].endswith("a dog")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -189,8 +189,9 @@ def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:
         found.append(
             f"drawn at {size_name((result.images.shape[1], result.images.shape[2]))} and scaled to {size_name(wish.size)}"
         )
-    if result.cut:
-        found.append(f"the prompt is longer than this model reads; left out: {result.cut[:200]}")
+    for name, cut in (("prompt", result.cut), ("negative prompt", result.cut_negative)):
+        if cut:
+            found.append(f"the {name} is longer than this model reads; left out: {cut[:200]}")
     return found
 
 

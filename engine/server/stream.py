@@ -294,6 +294,7 @@ def _frame(found: SessionResult, result: GenerateResult, data: bytes, more: dict
         "unknown_words": result.unknown_words,
         "replaced_words": result.replaced_words,
         "cut": result.cut,
+        "cut_negative": result.cut_negative,
         "timings": result.timings.stages(),
         **more,
     }

@@ -64,8 +64,9 @@ def test_where_a_long_prompt_is_cut(prompt: str, text: str, cut: str) -> None:
     reader = PromptTokenizer([tokenizer], [TokenizerSpec(file="t.json", context_length=17)])
     found, against = reader.read(prompt), reader.read("a fox", prompt)
     assert (found.text, found.cut) == (text, cut)
-    assert (against.text, against.negative, against.cut) == ("a fox", text, f"negative_prompt: {cut}")
-    assert reader.read(prompt, prompt).cut == f"{cut}; negative_prompt: {cut}"
+    assert (against.text, against.cut, against.negative, against.cut_negative) == ("a fox", "", text, cut)
+    both = reader.read(prompt, prompt)
+    assert both.cut == both.cut_negative == cut
 
 
 def test_short_and_long_ones_at_once_are_as_alone(engine: Engine) -> None:

@@ -156,6 +156,8 @@ function unknown(words, cut = "") {
   const seen = words.filter((word) => word !== typing.toLowerCase());
   let text = seen.length ? `The model never saw: ${seen.join(", ")}` : "";
   if (!text && cut) text = `Too long for the model, left out: ${cut}`;
+  const negative = picture.shown?.header.seq === asked.seq && picture.shown.header.cut_negative;
+  if (!text && negative) text = `The negative prompt is too long for the model, left out: ${negative}`;
   if (seed.ariaInvalid === "true") text = `A seed is a whole number, 0 to ${seed.max}`;
   if (note.textContent !== text) note.textContent = note.title = text; // the line may be too short for it
 }

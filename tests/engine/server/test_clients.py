@@ -353,5 +353,12 @@ def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact:
             stream.send_json({"seq": 2, "prompt": "a cat", "guidance_scale": 1, "negative_prompt": "a dog"})
             assert b'"ignored": ["negative_prompt"]' in stream.receive_bytes()
 
+            long = "a dog " * 300  # the prompt was said to be too long
+            stream.send_json({"seq": 3, "prompt": "a cat", "guidance_scale": 4, "negative_prompt": long})
+            header = stream.receive_bytes()
+            assert b'"cut": ""' in header and b'"cut_negative": "a dog' in header
+        (warning,) = draw(guidance_scale=4, negative_prompt=long).json()["warnings"]
+        assert warning.startswith("the negative prompt is longer than this model reads; left out: a dog")
+
         form = edit(guidance_scale="4", negative_prompt="a dog")  # a form's fields are texts
         assert "x-ignored" not in form.headers and form.json()["data"] != edit().json()["data"]
