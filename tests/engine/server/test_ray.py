@@ -56,9 +56,11 @@ def wait_for(what: Callable[[], object], seconds: float = 60, say: Callable[[], 
         time.sleep(0.2)
 
 
-def draw_until(server, over: Callable[[], bool], number: int, closing: Event | None = None) -> Counter[object]:
+def draw_until(
+    server, over: Callable[[], bool], number: int, answered: Counter[int], closing: Event | None = None
+) -> Counter[object]:
     """What a client is answered that asks for one picture after the other; every picture is of the seed it asked for. A
-    connection may break only for a request that was sent after `closing` was set."""
+    connection may break only for a request that was sent after `closing` was set. answered: counts the answers by client."""
     got: Counter[object] = Counter()
     with httpx.Client(base_url=server.url, timeout=60) as http:
         while not over():
@@ -69,6 +71,7 @@ def draw_until(server, over: Callable[[], bool], number: int, closing: Event | N
                 assert late
                 return got
             got[answer.status_code] += 1
+            answered[number] += 1
             if answer.status_code == 200:
                 assert answer.json()["data"][0]["seed"] == seed
             else:
@@ -96,20 +99,19 @@ def draws(socket: ClientConnection, seq: int) -> bool:
 def test_a_replica_that_dies_takes_no_request_with_it(cluster) -> None:
     before = processes(cluster, "ray::ServeReplica")
     assert len(before) == 2
-    stop, asked = time.monotonic() + 12, Counter[int]()
+    stop, answered = time.monotonic() + 12, Counter[int]()
 
     def over(client: int) -> bool:
-        """After 12 seconds, or on a slow machine once each client has asked often enough."""
-        asked[client] += 1
-        return time.monotonic() > stop and asked[client] > 5
+        """After 12 seconds, or on a slow machine once each client has been answered often enough."""
+        return time.monotonic() > stop and answered[client] >= 5
 
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool, ExitStack() as opened:
         sockets = [opened.enter_context(stream(cluster)) for _ in range(6)]  # spread over both, and bound to one each
         assert all(draws(socket, 1) for socket in sockets)
-        clients = [pool.submit(draw_until, cluster, partial(over, n), n) for n in range(CLIENTS)]
-        time.sleep(3)
+        clients = [pool.submit(draw_until, cluster, partial(over, n), n, answered) for n in range(CLIENTS)]
+        wait_for(lambda: len(answered) == CLIENTS)
         before[0].kill()
-        time.sleep(1)
+        wait_for(lambda: any(socket.close_code for socket in sockets))
         left = [socket for socket in sockets if draws(socket, 2)]
         assert 0 < len(left) < len(sockets)  # those of the other replica never noticed
         found = sum((client.result() for client in clients), Counter())
@@ -192,11 +194,12 @@ def test_metrics_of_all_replicas_reach_prometheus_through_ray(cluster) -> None:
 
 
 def test_sigterm_under_load_draws_what_was_accepted(cluster) -> None:
-    closing = Event()
+    closing, answered = Event(), Counter[int]()
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
         over = cluster.process.poll
-        clients = [pool.submit(draw_until, cluster, lambda: over() is not None, n, closing) for n in range(CLIENTS)]
-        time.sleep(2)
+        draw = partial(draw_until, cluster, lambda: over() is not None)
+        clients = [pool.submit(draw, n, answered, closing) for n in range(CLIENTS)]
+        wait_for(lambda: len(answered) == CLIENTS)
         closing.set()
         cluster.process.send_signal(signal.SIGTERM)
         assert cluster.process.wait(60) == 0
