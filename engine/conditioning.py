@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 from cachetools import LRUCache
+from numpy.typing import NDArray
 
 from ..folders.manifests import Guidance, Size
 from .backends.base import Array, Backend, Conditions, LoraSet
@@ -48,17 +49,9 @@ class Conditioning:
     def read_picture(self, chunks: Sequence[Chunk]) -> None:
         """A job's conditioning picture, once; without one a black picture, which `give` lets count for nothing."""
         job = chunks[0].job
-        if job.control:
-            return
-        picture = job.request.condition
-        if picture is None and job.size in self._blank:
-            job.control = self._blank[job.size]
-            return
-        pixels = np.zeros((*job.size, 3), np.uint8) if picture is None else picture
-        job.control = timed([job], "encode", lambda: self.backend.encode_condition(pixels[None]))
-        if picture is None:
-            with suppress(ValueError):  # larger than the whole cache
-                self._blank[job.size] = job.control
+        if not job.control:
+            picture = job.request.condition
+            job.control = self._black(job) if picture is None else self._read(job, picture)
 
     def give(self, new: Sequence[Chunk]) -> None:
         """One row of its job's conditions for each picture."""
@@ -74,6 +67,18 @@ class Conditioning:
                 (*(self.backend.join([one] * chunk.rows) for one in conditions), *told) if conditions else ()
                 for conditions in (job.conditions, job.against)
             )
+
+    def _black(self, job: Job) -> Conditions:
+        """What is read of a black picture of its size, once."""
+        if (found := self._blank.get(job.size)) is None:
+            found = self._read(job, np.zeros((*job.size, 3), np.uint8))
+            with suppress(ValueError):  # larger than the whole cache
+                self._blank[job.size] = found
+        return found
+
+    def _read(self, job: Job, picture: NDArray[np.uint8]) -> Conditions:
+        """What the denoiser reads of a conditioning picture (H, W, 3)."""
+        return timed([job], "encode", lambda: self.backend.encode_condition(picture[None]))
 
     def _column(self, chunk: Chunk, value: float) -> Array:
         """One value for each picture."""
