@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from .data.emoji import EmojiScenes
 from .data.rendering import to_signed
-from .fit import Task
 from .grids import grid, to_pixels
 from .recipe import TeacherRecipe
 from .reproducible import Part, fingerprint, part_of, rows_of, seeded
+from .run import Task
 
 _SCALING_FACTOR = 2.0  # the decoder's soft clamp at 3 then touches few latents
 _EDGE_WEIGHT = 1.0

@@ -17,7 +17,6 @@ from ..core.update import UpdateTable
 from ..pipelines.networks import Conditions
 from .backward import table_of
 from .data.embeddings import Embeddings
-from .fit import Task
 from .grids import grid
 from .lora import WithoutAdapters, add_adapters
 from .methods import method_named
@@ -26,6 +25,7 @@ from .models import Denoiser, Model, noise_of, noises_of, plain_attention
 from .processes import processes
 from .recipe import DistillRecipe
 from .reproducible import Part, fingerprint, part_of, rows_of, seeded
+from .run import Task
 
 _VALIDATED = 32  # prompts
 _VALIDATION_SEED = 1 << 30  # far from what a training or a preview draws

@@ -20,13 +20,14 @@ from .autoencoder import AutoencoderTask
 from .data.captions import Scene, describe, describe_with_patterns
 from .data.emoji import EmojiScenes, scene_at
 from .data.latents import encoded_scenes
-from .fit import Task, fit
+from .fit import fit
 from .grids import grid
 from .models import Model, load_model, noise_of, plain_attention
 from .processes import on_cpu, processes
 from .recipe import TeacherRecipe
 from .report import check_trackers
 from .reproducible import Part, fingerprint, part_of, seeded
+from .run import Task
 from .saving import save_pipeline
 from .untrained import build_model
 

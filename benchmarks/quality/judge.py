@@ -26,9 +26,10 @@ from ...distill.data.captions import Scene
 from ...distill.data.emoji import EmojiScenes
 from ...distill.data.rendering import rendered, to_signed
 from ...distill.data.vocabulary import AXES, BACKGROUND_NAMES, OBJECT_NAMES, PATTERN_NAMES
-from ...distill.fit import Task, fit
+from ...distill.fit import fit
 from ...distill.recipe import Fit, Frozen
 from ...distill.reproducible import Part, fingerprint, part_of, rows_of, seeded
+from ...distill.run import Task
 from ...folders.files import atomic_file
 
 FEATURES = 128

@@ -11,10 +11,10 @@ from torch import nn
 
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.distill.captured import CapturedLoss, CudaGraphs
-from imagine_flash.distill.fit import _Run
 from imagine_flash.distill.methods import METHODS, distill_recipe
 from imagine_flash.distill.models import load_model
 from imagine_flash.distill.reproducible import Part
+from imagine_flash.distill.run import Run
 from imagine_flash.distill.task import DistillTask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +103,7 @@ def test_every_method_trains_to_the_same_student(method: str, teacher: Path, tmp
         recipe = distill_recipe({"method": method, "fit": fit, **extra})
         pictures = [torch.randn(len(CAPTIONS), *model.latent_shape, generator=torch.Generator().manual_seed(1))]
         task = DistillTask(recipe, model, list(CAPTIONS), "", pictures=pictures)
-        run = _Run(task, recipe.fit, [], tmp_path, shared=False)
+        run = Run(task, recipe.fit, [], tmp_path, shared=False)
         if replays and DEVICE == "cpu":
             learners = [p for p in task.module.parameters() if p.requires_grad]
             run.captured = CapturedLoss(run.wrapped, learners, again)

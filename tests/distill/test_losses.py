@@ -11,12 +11,12 @@ from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import sample, update_table
 from imagine_flash.distill.backward import Solver, choose_noise, rollout, shifted_time, teacher_plan, teacher_target
-from imagine_flash.distill.fit import _Run
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.methods.contract import Draws
 from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, draw, loss, steps_from
 from imagine_flash.distill.models import Denoiser, model_of
 from imagine_flash.distill.reproducible import Part
+from imagine_flash.distill.run import Run
 from imagine_flash.distill.task import DistillTask
 from imagine_flash.distill.weighting import KINDS, loss_weight
 from imagine_flash.tests.distill.toy import SD_CONFIG, gaussian_denoiser, point_denoiser
@@ -297,7 +297,7 @@ def test_a_step_behind_a_rollout_teaches_every_weight_in_bf16(tmp_path: Path) ->
     fit = {"steps": 1, "batch": 2, "mixed_precision": "bf16"}
     recipe = distill_recipe({"plans": {2: [999, 499]}, "teacher_steps": 1, "fit": fit})
     task = DistillTask(recipe, model_of(build_pipeline()), list(CAPTIONS), "")
-    run = _Run(task, recipe.fit, [], tmp_path, shared=False)
+    run = Run(task, recipe.fit, [], tmp_path, shared=False)
     batch = next(b for step in range(20) if (b := task.batch(step, Part()))["index"] == 1)
     run.wrapped(**batch).backward()
     assert all(weight.grad is not None for weight in run.averaged) and task.student.network.conv_in.weight.grad.any()

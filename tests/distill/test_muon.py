@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from imagine_flash.distill.fit import build_optimizers, rate_factor
 from imagine_flash.distill.muon import Muon, orthogonalised
+from imagine_flash.distill.optimizers import build_optimizers, rate_factor
 from imagine_flash.distill.recipe import Fit
 
 

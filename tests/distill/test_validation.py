@@ -13,10 +13,11 @@ from torch import nn
 
 from imagine_flash.core.errors import ImagineFlashError, RecipeError
 from imagine_flash.distill.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from imagine_flash.distill.fit import Task, fit
+from imagine_flash.distill.fit import fit
 from imagine_flash.distill.memory import LiveBytes
 from imagine_flash.distill.recipe import Fit, parse_recipe
 from imagine_flash.distill.reproducible import Part
+from imagine_flash.distill.run import Task
 from imagine_flash.tests.commands import fails
 
 
