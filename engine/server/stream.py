@@ -5,56 +5,41 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import struct
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import Size, size_name
-from ..pictures.files import FORMATS, Format, beside, encode
-from ..request import MAX_SCALE, MAX_SEED, GenerateRequest
+from ..pictures.files import FORMATS, beside, encode
+from ..request import GenerateRequest
 from ..session import Mailbox, Session, SessionResult
-from ..work import GenerateResult
 from .clients import KEY_PROTOCOL, QuotaError, Reservation
 from .drawing import Studio, client_of
-from .errors import error_body, status_of
 from .logs import SERVER
-from .schemas import MAX_PROMPT, size_of
+from .messages import (
+    COMES_A_CONDITION,
+    INTERNAL,
+    MAX_PICTURE,
+    PING,
+    PONG,
+    PROTOCOL,
+    TOO_BIG,
+    TRY_AGAIN_LATER,
+    StreamRequest,
+    failure,
+    frame,
+)
+from .schemas import size_of
 
-PROTOCOL = "imagine-flash"
 LETTER = 50  # bytes of pixels that take as long as a letter of a text: one of 2,000 is read beside the event loop
 LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
-MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
-MAX_PICTURE = 2**18  # bytes of a file
-TRY_AGAIN_LATER, TOO_BIG, INTERNAL = 1013, 1009, 1011
-COMES_A_CONDITION = {"type": "condition"}  # said before the file of a conditioning picture
-PING, PONG = {"type": "ping"}, '{"type":"pong"}'  # of pages, which cannot send a WebSocket's own
 UPGRADE = {"upgrade": "websocket", "connection": "Upgrade"}
 LOG = logging.getLogger(SERVER)
-
-
-class StreamRequest(BaseModel):
-    """One message of the client: its newest text, and how to draw it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    seq: int = Field(ge=1, le=MAX_SEQ)
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    steps: int | None = Field(default=None, ge=1, le=1000)
-    size: str | None = Field(default=None, max_length=20)
-    format: Format = "jpeg"  # WebP takes several times as long to write: decision 025
-    preview: bool = False
-    lora: dict[str, float] | None = Field(default=None, max_length=16)
-    guidance_scale: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
-    negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT)
-    strength: float | None = Field(default=None, gt=0, le=1)  # drawn from the picture that was sent last
-    condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE)  # under the condition that was sent last
 
 
 def stream_router(studio: Studio) -> APIRouter:
@@ -166,10 +151,10 @@ class _Connection:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
             message = f"{name}: {first['msg']}" if name else str(first["msg"])
-            await self._tell(_failure(seq, RequestError(message, param=name or None)))
+            await self._tell(failure(seq, RequestError(message, param=name or None)))
         except (ValueError, RecursionError) as error:
             ours = error if isinstance(error, ImagineFlashError) else RequestError("the message is no JSON")
-            await self._tell(_failure(seq, ours))
+            await self._tell(failure(seq, ours))
 
     async def _submit(self, asked: StreamRequest) -> None:
         """Its picture is reserved, or takes the place of the one before, which is not drawn; only then are those that it needs
@@ -244,7 +229,7 @@ class _Connection:
         try:
             async for found in self.mailbox:
                 if (error := self._settle(found)) is not None:
-                    await self._tell(_failure(found.seq, error))
+                    await self._tell(failure(found.seq, error))
                     continue
                 asked, result = found.label, found.result
                 assert isinstance(asked, StreamRequest) and result is not None
@@ -252,7 +237,7 @@ class _Connection:
                 data = await beside(lambda pixels=pixels, kind=asked.format: encode(pixels, kind), pixels.nbytes)
                 self.studio.drawn(result, self.client)
                 ignored = self.studio.ignored(asked.guidance_scale, asked.negative_prompt)
-                await self._send(_frame(found, result, data, {"format": asked.format, "ignored": ignored}))
+                await self._send(frame(found, result, data, {"format": asked.format, "ignored": ignored}))
         except _Gone:
             pass
         except Exception:
@@ -277,32 +262,3 @@ class _Connection:
 
 class _Gone(Exception):
     """The client has closed the socket."""
-
-
-def _frame(found: SessionResult, result: GenerateResult, data: bytes, more: dict[str, Any]) -> bytes:
-    """4 bytes, big-endian: the length of a JSON header; the header, with what `more` says; the picture's file."""
-    height, width = result.images.shape[1:3]
-    header = {
-        "type": "image",
-        "seq": found.seq,
-        "preview": found.preview,
-        "seed": result.seed,
-        "steps": result.steps,
-        "size": size_name((height, width)),
-        "bytes": len(data),
-        "cached": result.cached,
-        "unknown_words": result.unknown_words,
-        "replaced_words": result.replaced_words,
-        "cut": result.cut,
-        "cut_negative": result.cut_negative,
-        "timings": result.timings.stages(),
-        **more,
-    }
-    encoded = json.dumps(header).encode()
-    return struct.pack(">I", len(encoded)) + encoded + data
-
-
-def _failure(seq: object, error: ImagineFlashError) -> dict[str, Any]:
-    status, code = status_of(error)
-    known = seq if isinstance(seq, int) and not isinstance(seq, bool) else None
-    return {"type": "error", "seq": known, **error_body(str(error), code=code, status=status, param=error.param)}
