@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..core.errors import ArtifactError, RequestError, nearest
+from ..core.errors import ArtifactError
 from ..core.noise import step_noise
 from ..core.plan import select
 from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, ModelDescription
@@ -20,6 +20,7 @@ from ..folders.publish import push_to_hub
 from ..folders.sizes import AnySize, Size, size_name, sizes_text
 from .backends.base import Backend
 from .batching import Batcher
+from .checks import check_condition, check_guidance, check_image, check_loras, check_size, is_drawn
 from .editing import check_picture, check_size_of
 from .loading import (
     MAX_WAITING,
@@ -40,7 +41,6 @@ from .verify import Verified, verify
 from .work import Chunk, Client, Drawing, GenerateResult, Job, Prepared
 
 DEFAULT_DEADLINE = 60.0  # seconds: how a request without a timeout ranks among those that have one
-RESULT_BYTES = 2**30  # of one request's pictures
 
 
 class Engine:
@@ -153,7 +153,7 @@ class Engine:
 
     def draws(self, size: Size) -> bool:
         """Whether a request may have this size, (height, width)."""
-        return size in self.sizes or (self.any_size is not None and self.any_size.holds(size))
+        return is_drawn(size, self.sizes, self.any_size)
 
     @property
     def drawn_sizes(self) -> str:
@@ -238,48 +238,16 @@ class Engine:
         """The steps and the size that a request means. Raises PlanError, RequestError."""
         steps = self.manifest.default_plan if request.steps is None else request.steps
         select(self._plans, steps)
-        self._check_guidance(request)
-        self._check_loras(request)
-        size = self._size(request)
+        check_guidance(request, self.manifest, self.route)
+        check_loras(request, self.loras)
+        size = check_size(request, self.sizes, self.any_size)
         if request.image is not None:
             check_picture(request.image, request.mask, size, size_name(size))
-            if not self.draws_from_pictures:
-                raise RequestError(
-                    f"{self.manifest.name} cannot start from a picture: that needs the route 'stages' and an artifact with "
-                    "an image encoder; run 'imagine-flash export STUDENT OUT --image-encoder'"
-                )
+            check_image(self.manifest, is_read=self.draws_from_pictures)
         if request.condition is not None:
-            self.check_condition()
+            check_condition(self.manifest)
             check_size_of("condition", request.condition.shape, size, size_name(size))
         return steps, size
-
-    def check_condition(self) -> None:
-        """Raises RequestError for a model that reads no conditioning picture."""
-        if self.manifest.control is None:
-            raise RequestError(
-                f"{self.manifest.name} reads no conditioning picture: it has no ControlNet or T2I-adapter; name one with "
-                "--controlnet where it is loaded or exported",
-                param="condition",
-            )
-
-    def _check_guidance(self, request: GenerateRequest) -> None:
-        """Raises RequestError for guidance or a negative prompt that nothing would be done with."""
-        known = self.manifest.guidance
-        scale = known.default if request.guidance is None else request.guidance
-        if request.negative_prompt and (known.embedded or scale <= 1):
-            why = (
-                "it is told its guidance" if known.embedded else f"guidance is {scale:g}; above 1 it draws away from it"
-            )
-            raise RequestError(f"{self.manifest.name} reads no negative prompt here: {why}", param="negative_prompt")
-        if self.route == "sampler" and scale > 1 and not known.embedded:
-            raise RequestError("whole-sampler graphs draw without guidance; load the route 'stages'", param="guidance")
-
-    def _check_loras(self, request: GenerateRequest) -> None:
-        """Raises RequestError for a LoRA that the engine was not loaded with."""
-        for name in request.lora or ():
-            if name not in self.backend.loras:
-                known = f"it has {', '.join(self.loras)}" if self.loras else "none was loaded"
-                raise RequestError(f"no LoRA {name[:100]!r}{nearest(name, self.loras)}; {known}", param="lora")
 
     def preview(self, prepared: Prepared) -> Prepared | None:
         """The same in one step, from the same noise; None if that is what it asks for, or there is no such plan."""
@@ -311,18 +279,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _size(self, request: GenerateRequest) -> Size:
-        """The request's size, by default the first."""
-        height, width = self.sizes[0]
-        size = (request.height or height, request.width or width)
-        if not self.draws(size):
-            near = f"; try {size_name(self.any_size.nearest(size))}" if self.any_size else ""
-            raise RequestError(f"this engine draws {self.drawn_sizes}, got {size_name(size)}{near}", param="size")
-        if (needed := 3 * size[0] * size[1] * request.count) > RESULT_BYTES:
-            most = RESULT_BYTES // (3 * size[0] * size[1])
-            raise RequestError(
-                f"{request.count} pictures of {size_name(size)} take {needed:,} bytes; at most {most} at once",
-                param="n",
-            )
-        return size

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...core.errors import ImagineFlashError, RequestError
 from ...folders.manifests import size_name
+from ..checks import check_condition
 from ..pictures.files import beside
 from ..pictures.stored import StoredPictures
 from ..request import GenerateRequest
@@ -116,7 +117,7 @@ async def _with_pictures(
     """The same with uploaded pictures, by the name of the field, each unpacked once all else is known to be drawable."""
     _, size = studio.engine.check(wish.request)
     if files.get("condition") is not None:
-        studio.engine.check_condition()
+        check_condition(studio.engine.manifest)
     pixels = await studio.pixels(files, size, wish.client)
     further |= {"seed": wish.request.seed, "condition_scale": asked.condition_scale}
     return _wish(studio, asked, wish.client, **further, **pixels)

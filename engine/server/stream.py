@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import Size, size_name
+from ..checks import check_condition
 from ..pictures.files import FORMATS, beside, encode
 from ..request import GenerateRequest
 from ..session import Mailbox, Session, SessionResult
@@ -203,7 +204,7 @@ class _Connection:
         if asked.strength is not None:
             drawing |= {"strength": asked.strength, "image": await self._sent("image", "strength", size)}
         if asked.condition_scale is not None:
-            self.studio.engine.check_condition()
+            check_condition(self.studio.engine.manifest)
             condition = await self._sent("condition", "condition_scale", size)
             drawing |= {"condition_scale": asked.condition_scale, "condition": condition}
         return GenerateRequest(**drawing, height=height, width=width)

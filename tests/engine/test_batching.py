@@ -328,7 +328,7 @@ def test_what_cannot_be_loaded(tiny_artifact: Path, values: dict, error: type, m
 
 
 def test_a_request_beyond_memory_is_refused_before_it_is_made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagine_flash.engine.engine.RESULT_BYTES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr("imagine_flash.engine.checks.RESULT_BYTES", 5 * 64 * 64 * 3)
     with pytest.raises(RequestError, match=r"6 pictures of 64x64 take 73,728 bytes; at most 5 at once"):
         engine.generate(ask(count=6))
 
