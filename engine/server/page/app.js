@@ -1,16 +1,18 @@
 // The page: each change of the text, seed, steps or size is a request, and the newest one's picture is shown.
 
-import { flash, isSmooth, save, smooth, toClipboard } from "./browser.js";
+import { flash, isSmooth, onClick, save, smooth, toClipboard, write } from "./browser.js";
+import { Choices } from "./choices.js";
 import { Figures } from "./figures.js";
+import { takeFiles } from "./files.js";
 import { Film } from "./film.js";
 import { Grid } from "./grid.js";
-import { PictureInput, takeFiles } from "./input.js";
+import { PictureInput } from "./input.js";
 import { Options } from "./options.js";
 import { Picture, Strip } from "./picture.js";
 import { say, sayDrawing } from "./say.js";
 import { Stream } from "./stream.js";
 import { takeAway } from "./takeaway.js";
-import { drawsSize, fromHash, offeredSizes, sentence, toHash, whole } from "./text.js";
+import { fromHash, sentence, toHash, whole } from "./text.js";
 import { fillExamples, fillVocabulary, FIRST } from "./words.js";
 
 const SETTLED = 800; // ms without a change: the picture is meant
@@ -19,11 +21,12 @@ const SEEN = 250; // ms of drawing before it is said
 const BUSY = [400, 800, 1600, 3000]; // ms to wait before asking a busy server again
 
 const find = (id) => document.getElementById(id);
-const [prompt, seed, size, note] = ["prompt", "seed", "size", "note"].map(find);
+const [prompt, seed, note] = ["prompt", "seed", "note"].map(find);
 const stream = new Stream();
 const picture = new Picture(find("picture"));
-const strip = new Strip(find("strip"), (drawn, event) => bringBack(drawn, event));
-const grid = new Grid(find("grid"), (wish, event) => bringBack(wish, event));
+const strip = new Strip(find("strip"), (drawn, pictures, event) => bringBack(drawn, event, pictures));
+const grid = new Grid(find("grid"), find("four"), (wish, event) => bringBack(wish, event));
+const choices = new Choices();
 const options = new Options();
 const source = new PictureInput(find("source"), { amount: "Drawn anew", value: 0.6 });
 const condition = new PictureInput(find("condition"), { amount: "How strongly", most: 2, value: 1, camera: false, paper: "black", pen: "white", exact: true });
@@ -33,7 +36,6 @@ const figures = new Figures(
 );
 
 let hello = { sizes: [], steps: [], formats: ["jpeg"], model: "" }; // what the model draws
-let steps; // undefined: the model's most
 let good = whole(seed.defaultValue); // the last seed that was one
 let asked = { seq: 0 }; // the newest request: what was sent, and when
 const waiting = new Map(); // by number, the requests whose pictures may still come
@@ -60,7 +62,8 @@ function draw(at = null, typed = false) {
     unknown([]);
   }
   const said = { ...options.said, strength: source.amount, condition_scale: condition.amount };
-  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps, size: size.value || undefined, said, at, typed };
+  asked = { seq: asked.seq + 1, prompt: text, seed: good, steps: choices.steps, size: choices.size, said, at, typed };
+  asked.pictures = { image: source.current, condition: condition.current };
   settling = setTimeout(() => {
     settling = 0;
     settle();
@@ -74,13 +77,12 @@ function draw(at = null, typed = false) {
     say(stream.state, stream.why); // what was wrong was wrong with another text
     return;
   }
-  const { seq } = asked;
+  const { seq, steps, size } = asked;
   const preview = seconds > SLOW && steps !== 1;
-  const format = small(asked.size) && hello.formats.includes("png") ? "png" : "jpeg"; // 64 x 64: 6 kB without a loss
+  const format = small(size) && hello.formats.includes("png") ? "png" : "jpeg"; // 64 x 64: 6 kB without a loss
   asked.sent = performance.now();
   waiting.set(seq, asked);
-  const pictures = { image: source.current, condition: condition.current };
-  stream.send({ seq, prompt: text, seed: good, steps, size: asked.size, format, preview, ...said }, pictures);
+  stream.send({ seq, prompt: text, seed: good, steps, size, format, preview, ...said }, asked.pictures);
 }
 
 function small(name) {
@@ -88,13 +90,17 @@ function small(name) {
   return width * height <= 128 * 128;
 }
 
-/** The text, seed, steps, size and options of the strip or of the address; of an example the text alone. */
-function bringBack(wanted, event = null) {
+/** The text, seed, steps, size and options of the strip or of the address, of the strip the pictures too; of an example the text alone. */
+function bringBack(wanted, event = null, pictures = null) {
   keep();
-  if (wanted.prompt !== undefined) prompt.value = wanted.prompt;
+  if (wanted.prompt !== undefined) write(prompt, wanted.prompt);
   if (wanted.seed !== undefined) seed.value = wanted.seed;
-  if (!hello.steps.length || hello.steps.includes(wanted.steps)) choose(wanted.steps ?? steps);
-  chooseSize(wanted.size);
+  choices.bring(wanted);
+  offerPictures();
+  if (pictures) {
+    source.bring(pictures.image, wanted.strength);
+    condition.bring(pictures.condition, wanted.condition_scale);
+  }
   if (Object.keys(wanted).length > 1) options.bring(wanted);
   fit();
   draw(event?.timeStamp ?? null);
@@ -105,9 +111,9 @@ function bringBack(wanted, event = null) {
 stream.addEventListener("picture", async ({ detail: { header, blob, at } }) => {
   const mine = waiting.get(header.seq);
   const spent = figures.arrived(header);
-  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt, said: mine.said }))) return;
+  if (!mine || !(await picture.show({ header, blob, prompt: mine.prompt, said: mine.said, pictures: mine.pictures }))) return;
   for (const seq of waiting.keys()) if (seq < header.seq + !header.preview) waiting.delete(seq); // others may be under way
-  if (mine.typed) figures.typed(performance.now());
+  if (mine.typed) figures.typed(header.seq, performance.now());
   takeAway(picture.shown, hello);
   if (header.preview) return;
   film.add(picture.shown);
@@ -134,8 +140,9 @@ stream.addEventListener("failure", ({ detail: { seq, error } }) => {
 
 stream.addEventListener("ready", ({ detail }) => {
   hello = detail;
-  fillSteps();
-  fillSizes();
+  choices.offer(hello, fromHash(location.hash).size);
+  find("smooth").hidden = !hello.sizes.some(small);
+  if (!picture.shown) picture.shape(choices.size);
   fillExamples(find("examples"), hello.vocabulary ?? {}, (text, event) => bringBack({ prompt: text }, event));
   fillVocabulary(find("vocabulary"), hello.vocabulary ?? {}, add);
   options.offer(hello);
@@ -147,6 +154,8 @@ stream.addEventListener("ready", ({ detail }) => {
 });
 
 stream.addEventListener("state", () => say(stream.state, stream.why));
+
+stream.addEventListener("refused", ({ detail: name }) => ({ image: source, condition })[name].refuse("The picture is too large for this server."));
 
 // Saying
 
@@ -185,56 +194,20 @@ function keep() {
 
 // Controls
 
-function choose(number) {
-  steps = number;
-  const box = document.querySelector(`#steps input[value="${number}"]`);
-  if (box) box.checked = true;
-}
-
-function fillSteps() {
-  const most = Math.max(...hello.steps);
-  if (!hello.steps.includes(steps)) steps = most;
-  const labels = hello.steps.map((number) => {
-    const box = Object.assign(document.createElement("input"), { type: "radio", name: "steps", value: number });
-    box.checked = number === steps;
-    const label = document.createElement("label");
-    label.append(box, Object.assign(document.createElement("span"), { textContent: number }));
-    return label;
-  });
-  find("steps").replaceChildren(find("steps").firstElementChild, ...labels);
-  find("steps").hidden = hello.steps.length < 2;
-}
-
-function fillSizes() {
-  const before = size.value || fromHash(location.hash).size;
-  find("smooth").hidden = !hello.sizes.some(small);
-  size.replaceChildren(...offeredSizes(hello).map(sizeOption));
-  chooseSize(before);
-  find("size-field").hidden = size.options.length < 2;
-  if (!picture.shown) picture.shape(size.value);
-}
-
-const sizeOption = (name) => new Option(name.replace("x", " × "), name);
-
-/** A size of the strip or of the address, if the model draws it: one of any size need not be among those that are offered. */
-function chooseSize(name) {
-  if (!name || !drawsSize(hello, name)) return;
-  if (![...size.options].some(({ value }) => value === name)) size.append(sizeOption(name));
-  size.value = name;
-}
-
 function offerPictures() {
-  const drawn = size.value || hello.sizes[0];
-  source.offer(hello.from_pictures, drawn);
-  condition.offer(hello.condition, drawn);
+  if (!choices.size) return; // nothing is known yet
+  source.offer(hello.from_pictures, choices.size);
+  condition.offer(hello.condition, choices.size);
 }
 
 /** A word of the vocabulary, after the text. */
 function add(word, { timeStamp }) {
-  prompt.value = `${prompt.value.trimEnd()} ${word}`.trimStart();
+  write(prompt, `${prompt.value.trimEnd()} ${word}`.trimStart());
   fit();
   draw(timeStamp);
 }
+
+const oneLine = (text) => text.replace(/\s*[\r\n]+\s*/g, " ");
 
 /** As high as its text. */
 function fit() {
@@ -242,8 +215,13 @@ function fit() {
   prompt.style.height = `${prompt.scrollHeight + 2}px`; // 2: the line below it
 }
 
+prompt.addEventListener("beforeinput", (event) => {
+  if (!/[\r\n]/.test(event.data ?? "")) return;
+  event.preventDefault(); // what is pasted is one line already before it is in, so that the caret stays and undo takes it back
+  document.execCommand("insertText", false, oneLine(event.data));
+});
 prompt.addEventListener("input", ({ timeStamp }) => {
-  if (/[\r\n]/.test(prompt.value)) prompt.value = prompt.value.replace(/\s*[\r\n]+\s*/g, " ");
+  if (/[\r\n]/.test(prompt.value)) prompt.value = oneLine(prompt.value);
   fit();
   draw(timeStamp, true);
 });
@@ -255,15 +233,10 @@ find("dice").addEventListener("click", ({ timeStamp }) => {
   seed.value = crypto.getRandomValues(new Uint32Array(1))[0] % 100000;
   draw(timeStamp);
 });
-find("steps").addEventListener("change", (event) => {
-  keep();
-  steps = Number(event.target.value);
-  draw(event.timeStamp);
-});
-size.addEventListener("change", ({ timeStamp }) => {
+choices.addEventListener("change", ({ detail }) => {
   keep();
   offerPictures();
-  draw(timeStamp);
+  draw(detail);
 });
 for (const input of [source, condition]) {
   input.isBusy = () => waiting.size > 0 || grid.isOpen; // who chooses is not hurried
@@ -279,25 +252,27 @@ find("link").addEventListener("click", async () => {
   flash(find("link"), (await toClipboard(location.href)) ? "Copied" : "Not copied");
 });
 find("smooth").addEventListener("click", () => smooth(!isSmooth()));
-find("four").addEventListener("click", async () => {
-  const wish = { prompt: prompt.value.trim(), seed: good, steps, size: size.value || undefined, ...options.said };
+onClick(find("four"), async () => {
+  const wish = { prompt: prompt.value.trim(), seed: good, steps: choices.steps, size: choices.size, ...options.said };
   if (!wish.prompt) return prompt.focus();
   keep();
-  find("four").disabled = true;
   try {
     await grid.open(wish, stream.headers, { image: source, condition });
   } catch (error) {
     grid.close();
-    if (error.name !== "AbortError") say("failed", sentence(error.message));
+    if (error.name === "AbortError") return;
+    if (stream.ready) say("failed", sentence(error.message));
+    else say(stream.state, stream.why); // which asks for a key where one is needed
   }
-  find("four").disabled = false;
 });
 find("play").addEventListener("click", () => (film.isPlaying ? film.stop() : film.play()));
-find("gif").addEventListener("click", async () => {
-  find("gif").disabled = true;
-  const { blob, name } = await film.gif(isSmooth());
-  find("gif").disabled = false;
-  save(blob, name);
+onClick(find("gif"), async () => {
+  try {
+    const { blob, name } = await film.gif(isSmooth());
+    save(blob, name);
+  } catch {
+    flash(find("gif"), "Not saved");
+  }
 });
 addEventListener("keydown", ({ key }) => key === "Escape" && (film.stop(), grid.close()));
 setInterval(() => {
@@ -317,7 +292,9 @@ addEventListener("resize", fit);
 
 smooth(isSmooth());
 find("vocabulary").open = matchMedia("(min-width: 640px)").matches;
-bringBack({ prompt: FIRST, ...fromHash(location.hash) });
+const first = { prompt: FIRST, ...fromHash(location.hash) };
+prompt.value = first.prompt; // there is nothing before it to bring back
+bringBack(first);
 takeAway(picture.shown, hello);
 if (matchMedia("(pointer: fine)").matches) {
   prompt.focus();

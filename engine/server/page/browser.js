@@ -22,6 +22,38 @@ export function isSmooth() {
   }
 }
 
+/** A field's text, set so that undo brings the one before back: assigned, it would take with it all that was typed. */
+export function write(field, text) {
+  if (field.value === text) return;
+  const before = document.activeElement;
+  const seen = before.matches(":focus-visible");
+  const hush = (event) => event.stopImmediatePropagation(); // nobody typed
+  addEventListener("input", hush, true);
+  if (matchMedia("(pointer: fine)").matches) { // the focus would bring a phone's keyboard up
+    field.focus({ preventScroll: true });
+    field.select();
+    document.execCommand(text ? "insertText" : "delete", false, text);
+  }
+  if (field.value !== text) field.value = text;
+  removeEventListener("input", hush, true);
+  if (before === field) return;
+  field.blur();
+  before.focus({ preventScroll: true, focusVisible: seen });
+}
+
+/** A click does the work, unless it is being done; meanwhile the button keeps the focus, which a disabled one loses. */
+export function onClick(button, work) {
+  button.addEventListener("click", async () => {
+    if (button.ariaDisabled === "true") return;
+    button.ariaDisabled = "true";
+    try {
+      await work();
+    } finally {
+      button.ariaDisabled = null;
+    }
+  });
+}
+
 /** A button says for a moment what came of it. */
 export function flash(button, text) {
   const before = (button.dataset.text ??= button.textContent);

@@ -7,6 +7,7 @@ export class Figures {
   #fields;
   #spent = { seq: 0 }; // of the engine for the newest request that came: seconds
   #shown = []; // when the pictures of this burst of typing were shown
+  #typed = 0; // the newest request of which one was
 
   constructor(fields) {
     this.#fields = fields; // {all, model, queue, rest, page, rate}
@@ -27,8 +28,10 @@ export class Figures {
     for (const name of ["all", "model", "queue", "rest", "page"]) this.#write(name, values[name], "ms");
   }
 
-  /** A picture was shown of a text that somebody types. */
-  typed(at) {
+  /** A picture was shown of a text that somebody types: the full one after its preview is no other. */
+  typed(seq, at) {
+    if (seq === this.#typed) return;
+    this.#typed = seq;
     if (at - (this.#shown.at(-1) ?? at) > PAUSE) this.#shown = [];
     this.#shown = [...this.#shown, at].filter((time) => at - time <= WINDOW);
     if (this.#shown.length < 4) return;

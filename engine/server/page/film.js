@@ -8,7 +8,7 @@ const TIME = { each: 110, last: 1600 }; // ms
 const SIDE = 256; // pixels of a small picture in the GIF, at most 512 of a large one
 
 export class Film {
-  #frames = []; // {blob, prompt, small, seed}
+  #frames = []; // {blob, prompt, size, small, seed}
   #playing = 0;
   #stage;
 
@@ -18,13 +18,13 @@ export class Film {
     this.changed = changed;
   }
 
-  /** A text that begins otherwise begins another film. */
+  /** A text that begins otherwise begins another film, and so does another size. */
   add({ blob, prompt, header }) {
     const last = this.#frames.at(-1);
-    if (last && first(last.prompt) !== first(prompt)) this.#frames = [];
+    if (last && (first(last.prompt) !== first(prompt) || last.size !== header.size)) this.#frames = [];
     if (last?.blob === blob) return;
-    const [width] = header.size.split("x").map(Number);
-    this.#frames = [...this.#frames, { blob, prompt, small: width < 256, seed: header.seed }].slice(-KEPT);
+    const { size, seed } = header;
+    this.#frames = [...this.#frames, { blob, prompt, size, small: size.split("x")[0] < 256, seed }].slice(-KEPT);
     this.changed(this.#frames.length);
   }
 

@@ -5,10 +5,12 @@ const COUNT = 4;
 /** Asks the image API for four pictures and shows them as buttons in `place`; a click calls pick({prompt, seed, steps}, event). */
 export class Grid {
   #place;
+  #back; // what is focused once it closes
   #asking = null;
 
-  constructor(place, pick) {
+  constructor(place, back, pick) {
     this.#place = place;
+    this.#back = back;
     this.pick = pick;
     place.addEventListener("keydown", ({ key }) => key === "Escape" && this.close());
   }
@@ -25,14 +27,12 @@ export class Grid {
     const body = { ...wish, n: COUNT, strength: image.amount, condition_scale: condition.amount, output_format: "webp", output_compression: 95 };
     const files = { image: image.blob, condition: condition.blob };
     const uploads = Object.values(files).some(Boolean);
-    const answer = await fetch(`v1/images/${uploads ? "edits" : "generations"}`, {
+    const found = await answered(`v1/images/${uploads ? "edits" : "generations"}`, {
       method: "POST",
       headers: uploads ? headers : { ...headers, "content-type": "application/json" },
       body: uploads ? form(body, files) : JSON.stringify(body),
       signal: this.#asking.signal,
     });
-    const found = await answer.json();
-    if (!answer.ok) throw new Error(found.error.message);
     const buttons = found.data.map(({ b64_json, seed }) => this.#button(b64_json, { ...wish, seed }, found));
     const away = Object.assign(document.createElement("button"), { type: "button", textContent: "Back", className: "away" });
     away.addEventListener("click", () => this.close());
@@ -45,8 +45,10 @@ export class Grid {
     this.#asking?.abort();
     this.#asking = null;
     if (this.#place.hidden) return;
+    const held = this.#place.contains(document.activeElement);
     this.#place.hidden = true;
     this.#place.replaceChildren();
+    if (held) this.#back.focus({ preventScroll: true });
   }
 
   #button(data, wish, { output_format, size }) {
@@ -64,6 +66,25 @@ export class Grid {
     });
     return button;
   }
+}
+
+/** What the API answers. Raises Error with what it says; of something that is not the API, and of no answer, what we say. */
+async function answered(address, request) {
+  let answer, text;
+  try {
+    answer = await fetch(address, request);
+    text = await answer.text();
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error("the server does not answer");
+  }
+  try {
+    const found = JSON.parse(text);
+    if (answer.ok) return found;
+    text = found.error.message;
+  } catch {
+    text = `something between here and the server answered with ${answer.status}`;
+  }
+  throw new Error(text);
 }
 
 function form(values, files) {

@@ -1,6 +1,7 @@
 // A picture that is drawn from, or under: a file, what is drawn here, or a camera. All end on one canvas, whose file goes to the server.
 
-const MOST = 250_000; // bytes that the server takes of a picture
+import { fileOf } from "./files.js";
+
 const SIDE = 256; // pixels of the canvas that is drawn on, at least
 const PAUSE = 80; // ms between two pictures of a camera or a stroke, at least
 const SWATCHES = {
@@ -21,6 +22,8 @@ export class PictureInput extends EventTarget {
   #kind = null; // file, sketch, camera
   #video = null;
   #size = [64, 64];
+  #source = null; // what the canvas shows a cut of; null once it was drawn on
+  #turn = 0; // counts what the canvas was made for: of another one, nothing that comes late is taken
   #last = 0;
   #timer = 0;
   #pen = null; // where the stroke is
@@ -79,22 +82,37 @@ export class PictureInput extends EventTarget {
   /** Whether the model takes one, and the size of what it draws, such as 64x64. */
   offer(possible, size) {
     this.#root.hidden = !possible;
+    const before = this.#size.join("x");
     this.#size = size.split("x").map(Number);
     if (!this.#kind) return;
-    if (possible) this.#changed();
-    else this.clear();
+    if (!possible) this.clear();
+    else if (size !== before) this.#reshape();
   }
 
   /** A file, or what was pasted or dropped. */
   async take(file) {
     try {
       const bitmap = await createImageBitmap(file);
-      this.#become("file");
+      this.#become("file", file);
       this.#cover(bitmap, bitmap.width, bitmap.height);
       this.#changed();
     } catch {
       this.#say("That is no picture that this browser can read.");
     }
+  }
+
+  /** What `current` and `amount` were at another time; without an amount there was none. Nothing is told: who brings it, draws. */
+  async bring(picture, amount) {
+    if (amount !== undefined) this.#find("amount").value = amount;
+    this.#showAmount();
+    if (picture && picture === this.current) return;
+    this.current = this.isOffered && picture ? picture : null;
+    this.#become(this.current && "file", this.current?.blob);
+    if (amount !== undefined && !this.current) this.#say("The picture that was here is gone: choose it again.");
+    if (!this.current) return;
+    const turn = this.#turn;
+    const bitmap = await createImageBitmap(picture.blob);
+    if (turn === this.#turn) this.#cover(bitmap, bitmap.width, bitmap.height);
   }
 
   clear() {
@@ -103,9 +121,15 @@ export class PictureInput extends EventTarget {
     this.#tell();
   }
 
+  /** Clears it and says why. */
+  refuse(why) {
+    this.clear();
+    this.#say(why);
+  }
+
   #sketch() {
     const had = this.#kind !== null; // one draws on what is there
-    this.#become("sketch");
+    this.#become("sketch", this.#source);
     if (!had) this.#blank();
     this.#changed();
   }
@@ -126,6 +150,7 @@ export class PictureInput extends EventTarget {
   #look() {
     if (!this.#video) return;
     if (!this.isBusy() && !document.hidden && this.#video.videoWidth) {
+      this.#source = null;
       this.#paper.save();
       this.#paper.setTransform(-1, 0, 0, 1, this.#canvas.width, 0); // as in a mirror
       this.#cover(this.#video, this.#video.videoWidth, this.#video.videoHeight);
@@ -135,21 +160,40 @@ export class PictureInput extends EventTarget {
     this.#timer = setTimeout(() => this.#look(), PAUSE);
   }
 
-  #become(kind) {
+  /** source: what the canvas is about to show a cut of, a file or a picture. */
+  #become(kind, source = null) {
+    this.#turn++;
+    this.#source = source;
     clearTimeout(this.#timer);
     for (const track of this.#video?.srcObject.getTracks() ?? []) track.stop();
     this.#video = null;
     this.#kind = kind;
-    const [width, height] = this.#size;
-    const scale = Math.max(1, SIDE / Math.max(width, height));
-    const sides = [width, height].map((side) => Math.round(side * scale));
-    if (this.#canvas.width !== sides[0] || this.#canvas.height !== sides[1]) [this.#canvas.width, this.#canvas.height] = sides;
+    this.#shape();
     this.#find("panel").hidden = kind === null;
     this.#find("off").hidden = kind === null;
     this.#find("brushes").hidden = kind !== "sketch";
     this.#canvas.classList.toggle("drawing", kind === "sketch");
     for (const name of ["sketch", "camera"]) this.#find(`${name}-on`).setAttribute("aria-pressed", String(kind === name));
     this.#say("");
+  }
+
+  /** The canvas has the shape of what is drawn; setting its sides empties it. */
+  #shape() {
+    const scale = Math.max(1, SIDE / Math.max(...this.#size));
+    const [width, height] = this.#size.map((side) => Math.round(side * scale));
+    if (this.#canvas.width !== width || this.#canvas.height !== height) Object.assign(this.#canvas, { width, height });
+  }
+
+  /** The same picture for another size: cut anew out of all that there was of it. */
+  async #reshape() {
+    const turn = ++this.#turn;
+    const source = this.#source ?? (await createImageBitmap(this.#canvas));
+    const bitmap = await createImageBitmap(source);
+    if (turn !== this.#turn) return;
+    this.#shape();
+    this.#source = source;
+    this.#cover(bitmap, bitmap.width, bitmap.height);
+    this.#changed();
   }
 
   #cover(image, width, height) {
@@ -162,26 +206,17 @@ export class PictureInput extends EventTarget {
   }
 
   #blank() {
+    this.#source = null;
     this.#paper.fillStyle = this.#drawn.paper;
     this.#paper.fillRect(0, 0, this.#canvas.width, this.#canvas.height);
   }
 
   /** The canvas as a file of the model's size. */
   async #changed() {
-    const kind = this.#kind;
-    const [width, height] = this.#size;
-    const small = new OffscreenCanvas(width, height);
-    const paper = small.getContext("2d");
-    paper.imageSmoothingQuality = "high";
-    paper.drawImage(this.#canvas, 0, 0, width, height);
-    const exactly = this.#drawn.exact || width * height <= 128 * 128 ? [{ type: "image/png" }] : [];
-    let blob = null;
-    for (const kind of [...exactly, { type: "image/webp", quality: 0.9 }, { type: "image/jpeg", quality: 0.7 }]) {
-      if (!blob || blob.size > MOST) blob = await small.convertToBlob(kind);
-    }
-    const bytes = await blob.arrayBuffer();
-    if (this.#kind !== kind || kind === null) return;
-    this.current = { blob, bytes };
+    const turn = this.#turn;
+    const file = await fileOf(this.#canvas, this.#size, this.#drawn.exact);
+    if (turn !== this.#turn || !this.#kind) return;
+    this.current = file;
     this.#tell();
   }
 
@@ -228,6 +263,7 @@ export class PictureInput extends EventTarget {
 
   #stroke(to) {
     const paper = this.#paper;
+    this.#source = null;
     Object.assign(paper, { strokeStyle: this.#colour, lineWidth: (Number(this.#find("brush").value) * this.#canvas.width) / SIDE, lineCap: "round" });
     paper.beginPath();
     paper.moveTo(...this.#pen);
@@ -252,26 +288,4 @@ export class PictureInput extends EventTarget {
     });
     this.#find("colours").replaceChildren(...made);
   }
-}
-
-/** What is dropped or pasted goes where it is dropped or where the focus is, else to the first input that the model has. */
-export function takeFiles(inputs) {
-  const give = (file, target) => {
-    const offered = inputs.filter((one) => one.isOffered);
-    return (offered.find((one) => one.holds(target)) ?? offered[0])?.take(file);
-  };
-  for (const name of ["dragover", "drop"]) {
-    addEventListener(name, (event) => {
-      if (!event.dataTransfer.types.includes("Files")) return; // text goes where it is dropped
-      event.preventDefault();
-      const [file] = event.dataTransfer.files; // none before it is dropped
-      if (file) give(file, event.target);
-    });
-  }
-  addEventListener("paste", (event) => {
-    const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
-    if (!file) return;
-    event.preventDefault();
-    give(file, event.target);
-  });
 }

@@ -15,16 +15,16 @@ export class Picture {
   constructor(figure) {
     this.#figure = figure;
     this.#empty = figure.firstElementChild;
-    this.shown = null; // {header, blob, prompt, said, url}
+    this.shown = null; // {header, blob, prompt, said, pictures, url}
   }
 
   /** True once it is in the page; false where something newer is shown by then. */
-  async show({ header, blob, prompt, said }) {
+  async show({ header, blob, ...asked }) {
     if (!this.#wants(header)) return false;
     const url = URL.createObjectURL(blob);
     const image = new Image();
     image.src = url;
-    image.alt = prompt;
+    image.alt = asked.prompt;
     try {
       await image.decode(); // so that it replaces the other without a flash
     } catch {
@@ -38,8 +38,8 @@ export class Picture {
     image.classList.toggle("small", image.naturalWidth < SMALL);
     this.#replace(image, url);
     this.shape(header.size);
-    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, prompt, said, url }];
-    this.#mark(header, prompt);
+    [this.#newest, this.#full, this.shown] = [header.seq, !header.preview, { header, blob, ...asked, url }];
+    this.#mark(header, asked.prompt);
     return true;
   }
 
@@ -85,26 +85,29 @@ function described({ lora = {}, guidance_scale, negative_prompt, condition_scale
   ];
 }
 
-/** The pictures somebody stayed at, newest first; a click brings one back. They live as long as the tab. */
+/** The pictures somebody stayed at, newest first; a click brings one back by pick(drawn, pictures, event). They live as long as the
+ * tab; the pictures that they were drawn from or under, which are too large for the browser's storage, as long as the page. */
 export class Strip {
   #list;
   #items = new Map(); // what was drawn -> its element
+  #pictures = new WeakMap(); // its element -> the pictures that it was drawn from and under
 
   constructor(list, pick) {
     this.#list = list;
     list.addEventListener("click", (event) => {
-      const button = event.target.closest("button");
-      if (button) pick(JSON.parse(button.dataset.drawn), event);
+      const item = event.target.closest("li");
+      if (item) pick(JSON.parse(item.dataset.drawn), this.#pictures.get(item) ?? {}, event);
     });
     this.#restore();
   }
 
-  add({ header, blob, prompt, said }) {
+  add({ header, blob, prompt, said, pictures }) {
     const { seed, steps, size } = header;
     const drawn = JSON.stringify({ prompt, seed, steps, size, ...said });
     const item = this.#items.get(drawn) ?? this.#made(drawn);
     this.#items.delete(drawn);
     this.#items.set(drawn, item); // the newest is the map's last
+    this.#pictures.set(item, pictures);
     if (this.#list.firstElementChild !== item && !item.contains(document.activeElement)) this.#list.prepend(item);
     for (const old of [...this.#items.keys()].slice(0, -KEPT)) {
       this.#items.get(old).remove();
@@ -147,9 +150,9 @@ export class Strip {
     button.type = "button";
     button.title = [prompt, `seed ${seed}`, `${steps} steps`, ...described(said)].join(", ");
     button.setAttribute("aria-label", button.title);
-    button.dataset.drawn = drawn;
     button.append(image);
     const item = document.createElement("li");
+    item.dataset.drawn = drawn;
     item.append(button);
     this.#list.prepend(item);
     this.#list.parentElement.hidden = false;

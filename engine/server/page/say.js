@@ -8,6 +8,7 @@ const STATES = {
   busy: ["busy", "Too many pictures are waiting. This one is asked for again in a moment."],
   failed: ["not drawn"],
   loading: ["loading the model", "The model is being loaded. It draws in a moment."],
+  full: ["full", "Too many pages are open at this server. This one tries again by itself."],
   restarting: ["restarting", "The server is restarting. The page comes back by itself."],
   lost: ["no connection", "The server does not answer. The page keeps trying."],
   hanging: ["no answer", "The server has said nothing for two seconds. What you see may be old."],

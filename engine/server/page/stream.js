@@ -3,8 +3,10 @@
 import { sentence } from "./text.js";
 
 const KEY = "imagine-flash.key";
-const LOADING = 1013;
+const TOO_LARGE = 1009;
 const RESTARTING = 1012;
+const LATER = 1013;
+const FULL = /at most \d+ may be/; // in the reason of 1013: as many streams are open; else the model is being loaded
 const BEAT = 400; // ms from one look whether the server is there to the next
 const SILENCE = 1500; // ms without a word of it, though it was asked: it hangs
 const TOKEN = /^[\w!#$%&'*+.^`|~-]+$/; // what a browser may offer as a subprotocol
@@ -38,18 +40,20 @@ async function said(answer) {
   }
 }
 
-/** Events: "state", "ready" {hello}, "picture" {header, blob, at}, "failure" {seq, error}.
+/** Events: "state", "ready" {hello}, "picture" {header, blob, at}, "failure" {seq, error}, "refused" (by its name, a picture that
+ * is too large for the server).
  *
- * States: connecting, ready, hanging (it says nothing), loading, restarting, lost, blocked (the server answers, the socket does not), forbidden (to pages
+ * States: connecting, ready, hanging (it says nothing), loading, full (of others), restarting, lost, blocked (the server answers, the socket does not), forbidden (to pages
  * of this address), key (one is needed), wrong-key. `why`: what the server said of the state, where it said something.
  */
 export class Stream extends EventTarget {
   #socket = null;
   #pictures = {}; // by name, those that the server has
+  #last = ""; // the name of the one that was sent last
   #heard = 0; // when it last said something
   #looked = 0;
   #timer = 0;
-  #failures = 0;
+  #failures = 0; // since a picture came: a server that ends whatever it reads says "ready" each time
 
   constructor() {
     super();
@@ -68,7 +72,7 @@ export class Stream extends EventTarget {
   connect() {
     clearTimeout(this.#timer);
     this.#drop();
-    if (!["lost", "loading", "restarting", "blocked", "forbidden"].includes(this.state)) this.#become("connecting");
+    if (!["lost", "loading", "full", "restarting", "blocked", "forbidden"].includes(this.state)) this.#become("connecting");
     const { key } = remembered;
     const url = new URL("v1/stream", document.baseURI.replace(/^http/, "ws"));
     url.hash = url.search = "";
@@ -78,7 +82,7 @@ export class Stream extends EventTarget {
     socket.onmessage = ({ data }) => this.#take(data);
     let opened = false;
     socket.onopen = () => (opened = true);
-    socket.onclose = ({ code }) => this.#closed(code, opened);
+    socket.onclose = ({ code, reason }) => this.#closed(code, reason, opened);
   }
 
   /** What an ordinary request needs to be let in. */
@@ -95,6 +99,7 @@ export class Stream extends EventTarget {
       if (name === "condition") this.#socket.send('{"type":"condition"}');
       this.#socket.send(picture.bytes);
       this.#pictures[name] = picture;
+      this.#last = name;
     }
     this.#socket.send(JSON.stringify(request));
     return true;
@@ -117,13 +122,14 @@ export class Stream extends EventTarget {
       const length = new DataView(data).getUint32(0);
       const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
       const blob = new Blob([new Uint8Array(data, 4 + length)], { type: `image/${header.format}` });
+      this.#failures = 0;
       this.#tell("picture", { header, blob, at });
       return;
     }
     const message = JSON.parse(data);
     if (message.type === "ready") {
-      this.#failures = 0;
       this.#pictures = {};
+      this.#last = "";
       this.#become("ready");
       this.#tell("ready", message);
     } else if (message.type === "error") {
@@ -131,12 +137,14 @@ export class Stream extends EventTarget {
     }
   }
 
-  async #closed(code, opened) {
+  async #closed(code, reason, opened) {
     this.#socket = null;
-    const known = { [LOADING]: "loading", [RESTARTING]: "restarting" }[code] ?? (opened ? "lost" : undefined);
+    const later = FULL.test(reason) ? "full" : "loading";
+    const known = { [TOO_LARGE]: "connecting", [RESTARTING]: "restarting", [LATER]: later }[code] ?? (opened ? "lost" : undefined);
     const [found, why] = known ? [known] : await this.#reason();
     if (this.#socket) return; // connected again meanwhile
     this.#become(found, why);
+    if (code === TOO_LARGE && this.#last) this.#tell("refused", this.#last);
     if (found === "key" || found === "wrong-key") return; // until somebody gives one
     const longest = found === "loading" ? 2000 : 4000;
     const delay = Math.min(longest, 300 * 2 ** this.#failures++) * (0.8 + 0.4 * Math.random());

@@ -8,8 +8,7 @@ const find = (id) => document.getElementById(id);
 export function takeAway(shown, hello) {
   const link = find("download");
   find("copy").disabled = !shown;
-  const parts = shown ? commandOf(shown, hello).split(/ (?=-)/) : []; // lines break between options, not within
-  const spans = parts.map((text) => Object.assign(document.createElement("span"), { textContent: text }));
+  const spans = (shown ? commandOf(shown, hello) : []).map((text) => Object.assign(document.createElement("span"), { textContent: text }));
   find("command").replaceChildren(...spans.flatMap((span, i) => (i ? [" ", span] : [span])));
   if (!shown) {
     link.removeAttribute("href");

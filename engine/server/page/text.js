@@ -7,26 +7,30 @@ export function quoted(text) {
   return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", String.raw`'\''`)}'`;
 }
 
-/** The command that draws the same picture, but for the rounding of another backend or precision. `model` and `size` are
- * said only where they are not the defaults; where a model, a LoRA or a picture lies only its owner knows. */
+/** The command that draws the same picture, but for the rounding of another backend or precision, in parts: an option and its
+ * value each. `model` and `size` are said only where they are not the defaults; where a model, a LoRA or a picture lies only its
+ * owner knows. */
 export function command({ prompt, seed, steps, size, model, strength, condition_scale, lora = {}, guidance_scale, negative_prompt }) {
-  const words = ["imagine-flash", "generate"];
-  if (!prompt.startsWith("-")) words.push(quoted(prompt));
-  if (model && model !== EMBEDDED) words.push("--model", quoted(`PATH/OF/${model}`));
-  words.push("--seed", String(seed));
-  if (steps) words.push("--steps", String(steps));
-  if (size) {
-    const [width, height] = size.split("x");
-    words.push("--width", width, "--height", height);
-  }
-  for (const [name, weight] of Object.entries(lora)) words.push("--lora", quoted(`${name}=PATH/OF/${name}:${weight}`));
-  if (guidance_scale !== undefined) words.push("--guidance", String(guidance_scale));
-  if (negative_prompt) words.push("--negative-prompt", quoted(negative_prompt));
-  if (strength) words.push("--image", "START.png", "--strength", String(strength));
-  if (condition_scale) words.push("--condition", "CONDITION.png", "--condition-scale", String(condition_scale));
-  words.push("-o", "picture.png");
-  if (prompt.startsWith("-")) words.push("--", quoted(prompt));
-  return words.join(" ");
+  const [width, height] = size?.split("x") ?? [];
+  const dashed = prompt.startsWith("-");
+  const parts = [
+    ["imagine-flash", "generate", ...(dashed ? [] : [prompt])],
+    model && model !== EMBEDDED && ["--model", `PATH/OF/${model}`],
+    ["--seed", seed],
+    steps && ["--steps", steps],
+    size && ["--width", width],
+    size && ["--height", height],
+    ...Object.entries(lora).map(([name, weight]) => ["--lora", `${name}=PATH/OF/${name}:${weight}`]),
+    guidance_scale !== undefined && ["--guidance", guidance_scale],
+    negative_prompt && ["--negative-prompt", negative_prompt],
+    strength && ["--image", "START.png"],
+    strength && ["--strength", strength],
+    condition_scale && ["--condition", "CONDITION.png"],
+    condition_scale && ["--condition-scale", condition_scale],
+    ["-o", "picture.png"],
+    dashed && ["--", prompt],
+  ];
+  return parts.filter(Boolean).map((words) => words.map((word) => quoted(String(word))).join(" "));
 }
 
 /** A server's message, with a capital letter and a full stop. */

@@ -34,18 +34,25 @@ def test_a_server_that_dies_is_missed_and_found_again(embedded, open_page) -> No
     assert not [line for line in opened.console if "uncaught" in line]
 
 
-def test_while_the_model_is_loaded_the_page_says_so(embedded, open_page) -> None:
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("the model is still being loaded", "The model is being loaded"),
+        ("8 streams are open, at most 8 may be", "Too many pages are open at this server"),
+    ],
+)
+def test_of_a_server_that_draws_later_the_page_says_why(embedded, open_page, reason: str, said: str) -> None:
     opened, closed = open_page(embedded.url), []
 
     def between(socket: Any) -> None:
         if len(closed) < 2:
             closed.append(time.monotonic())
-            socket.close(code=1013, reason="the model is still being loaded")
+            socket.close(code=1013, reason=reason)
         else:
             socket.connect_to_server()
 
     opened.page.route_web_socket(re.compile("/v1/stream"), between)
-    opened.go().says("#trouble", "The model is being loaded")
+    opened.go().says("#trouble", said)
     opened.shows("a fox on a pink background")
     opened.says("#state", "ready")
     assert closed[1] - closed[0] > 0.2, "it waits before it tries again"
@@ -126,6 +133,10 @@ def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
     page = opened.page
     opened.says("#trouble", "those who have a key")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.click("#four")  # it said what was wrong in the place of the field
+    playwright.expect(page.locator("#four")).to_be_enabled()
+    assert page.locator("#key").is_visible()
+    page.focus("#key")
     playwright.expect(page.locator("#key")).to_be_focused()
     page.keyboard.type("no/slash=")
     page.keyboard.press("Enter")
@@ -142,3 +153,16 @@ def test_the_key_field(tmp_path: Path, start_server, open_page) -> None:
     opened.shows("a fox on a pink background")
     assert KEY not in page.url and KEY not in page.content()
     assert opened.others == [] and not [line for line in opened.console if "uncaught" in line]
+
+
+def test_four_seeds_that_nothing_of_the_api_answers(embedded, open_page) -> None:
+    """It said `Unexpected token '<'` of a proxy's page, and `Failed to fetch` of a network that is gone."""
+    opened = open_page(embedded.url).go()
+    opened.shows("a fox on a pink background")
+    api = re.compile("/v1/images/generations")
+    opened.page.route(api, lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
+    opened.page.click("#four")
+    opened.says("#trouble", "Something between here and the server answered with 502.")
+    opened.page.route(api, lambda route: route.abort())
+    opened.page.click("#four")
+    opened.says("#trouble", "The server does not answer.")

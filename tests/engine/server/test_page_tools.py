@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shlex
 import signal
 import sys
 import time
@@ -65,6 +66,25 @@ def test_a_sentence_is_played_back_and_saved_as_a_gif(tools) -> None:
     assert np.abs(last - np.asarray(Image.open(download.value.path()).convert("RGB"))).mean() < 8
 
 
+def test_a_film_has_one_size_and_one_that_is_not_saved_is_said(tools) -> None:
+    """Frames of another size were written over the first one's width: stripes. After an error the button stayed grey."""
+    frames = tools.page.evaluate("""async () => {
+      const { Film } = await import("./page/film.js"), counts = [];
+      const film = new Film(document.createElement("div"), (frames) => counts.push(frames));
+      for (const size of ["512x512", "512x512", "640x384"]) film.add({ blob: new Blob(), prompt: "a", header: { size, seed: 1 } });
+      return counts;
+    }""")
+    assert frames == [1, 2, 1]
+    tools.page.evaluate(
+        "() => { [window.kept, window.createImageBitmap] = [createImageBitmap, () => Promise.reject(new Error())]; }"
+    )
+    tools.page.click("#gif")
+    tools.says("#gif", "Not saved")
+    tools.page.evaluate("() => { window.createImageBitmap = kept; }")
+    playwright.expect(tools.page.locator("#gif")).to_be_enabled()
+    playwright.expect(tools.page.locator("#gif")).to_have_text("GIF")
+
+
 def test_one_of_four_seeds_is_taken_and_its_link_brings_it_back(tools) -> None:
     page = tools.page
     page.fill("#prompt", "a dog")
@@ -74,8 +94,10 @@ def test_one_of_four_seeds_is_taken_and_its_link_brings_it_back(tools) -> None:
     assert names == [f"Take seed {seed}" for seed in (5, 6, 7, 8)]
     page.keyboard.press("Escape")
     playwright.expect(page.locator("#grid")).to_be_hidden()
+    playwright.expect(page.locator("#four")).to_be_focused()  # it was nowhere: Tab began at the top
     page.click("#four")
     page.click("#grid button:nth-child(3)")
+    playwright.expect(page.locator("#four")).to_be_focused()
     tools.shows("a dog", 7)
     page.click("#link")
     link = page.evaluate("navigator.clipboard.readText()")
@@ -96,6 +118,52 @@ def test_words_are_added_by_click_and_reached_by_arrows(tools) -> None:
     page.keyboard.press("Enter")
     assert page.input_value("#prompt") == f"a {first} {second}"
     assert page.locator("#vocabulary [tabindex='0']").count() == page.locator("#vocabulary [role=toolbar]").count()
+
+
+def test_undo_brings_back_what_was_typed(tools) -> None:
+    """Examples, words and pasted lines took with them all that could be undone."""
+    page, prompt = tools.page, tools.page.locator("#prompt")
+    page.fill("#prompt", "")
+    prompt.press_sequentially("my own text")
+    tools.shows("my own text")
+    before = int(page.locator("#picture").get_attribute("data-seq"))
+    draws_anew(page, lambda: page.click("#examples button"))
+    assert int(page.locator("#picture").get_attribute("data-seq")) == before + 1, "it is asked for once"
+    prompt.press("Control+Z")
+    playwright.expect(prompt).to_have_value("my own text")
+    page.click("#vocabulary .group button")
+    playwright.expect(prompt).to_have_value(re.compile("my own text .+"))
+    prompt.press("Control+Z")
+    playwright.expect(prompt).to_have_value("my own text")
+    page.evaluate(r"navigator.clipboard.writeText(' big\n  red')")
+    prompt.press("Home")
+    prompt.press("Control+ArrowRight")
+    prompt.press("Control+V")
+    playwright.expect(prompt).to_have_value(re.compile("^my +big red ?own text$"))
+    assert prompt.evaluate("(field) => field.selectionEnd") < 14, "the caret went to the end"
+    prompt.press("Control+Z")
+    playwright.expect(prompt).to_have_value("my own text")
+
+
+def test_the_command_fits_whatever_the_text_holds(tools) -> None:
+    """Lines broke at dashes, of the text too, and nowhere else: the page became as wide as what came after one."""
+    page = tools.page
+    text = "a cat - " + "seen from far away to the left of a dog above a house " * 3 + "--" + "x" * 80
+    page.fill("#prompt", text)
+    tools.says("#command", "x" * 80)
+    assert shlex.split(page.locator("#command").inner_text())[2] == text.strip()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_rate_counts_a_preview_and_its_picture_once(tools) -> None:
+    rate = tools.page.evaluate("""async () => {
+      const { Figures } = await import("./page/figures.js"), rate = document.createElement("dd");
+      document.createElement("div").append(rate);
+      const figures = new Figures({ rate });
+      for (let seq = 1; seq < 9; seq++) for (const late of [0, 50]) figures.typed(seq, 100 * seq + late);
+      return rate.textContent;
+    }""")
+    assert rate == "10 per s"
 
 
 def green() -> bytes:
