@@ -206,7 +206,7 @@ def _configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     import uvicorn
 
     from ..engine.server import connections
-    from ..engine.server.stream import MAX_PICTURE
+    from ..engine.server.messages import MAX_PICTURE
 
     http, stream = connections.at_most(settings.max_connections, settings.max_memory)
     return uvicorn.Config(

@@ -118,7 +118,8 @@ async def _with_pictures(
     _, size = studio.engine.check(wish.request)
     if files.get("condition") is not None:
         check_condition(studio.engine.manifest)
-    pixels = await studio.pixels(files, size, wish.client)
+    with studio.reserve(wish):  # nothing is unpacked for whoever has no quota left
+        pixels = await studio.pixels(files, size, wish.client)
     further |= {"seed": wish.request.seed, "condition_scale": asked.condition_scale}
     return _wish(studio, asked, wish.client, **further, **pixels)
 

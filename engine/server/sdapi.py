@@ -81,7 +81,8 @@ def sdapi_router(studio: Studio) -> APIRouter:
         size, _ = studio.size((asked.height, asked.width), asked.count)
         mask = None if asked.mask is None else decoded(asked.mask, "mask")
         files = {"image": decoded(asked.init_images[0], "init_images"), "mask": mask}
-        start = await studio.pixels(files, size, client_of(request))
+        with studio.clients.reserve(client_of(request), asked.count):
+            start = await studio.pixels(files, size, client_of(request))
         if mask is not None and asked.inpainting_mask_invert:
             start["mask"] = 1 - start["mask"]
         return await _answer(

@@ -98,4 +98,10 @@ def test_whoever_has_none_left_has_no_picture_unpacked(tiny_artifact: Path, monk
                 said.append(socket.receive_json()["error"]["message"])
                 answer = http.post(DRAW, json={"prompt": "a cat", "steps": 1})
                 assert answer.status_code == (200 if seq == 1 else 429)
+        files = {"image": b"none"}
+        for answer in (
+            http.post("/v1/images/edits", data={"prompt": "a cat"}, files=files),
+            http.post("/sdapi/v1/img2img", json={"prompt": "a cat", "init_images": ["bm9uZQ=="]}),
+        ):
+            assert answer.status_code == 429, answer.text
     assert "image is no PNG" in said[0] and "quota" in said[1] and len(unpacked) == 1
