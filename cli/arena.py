@@ -67,7 +67,7 @@ def _pictures(entry: str, prompts: Sequence[str], steps: int | None) -> dict[str
     from ..benchmarks.arena.pairs import pictures_drawn
     from ..benchmarks.picture_folders import pictures_in
     from ..engine import Engine
-    from ..models.describe import ModelOptions
+    from ..models.options import ModelOptions
     from .first_run import ready
 
     folder = Path(entry)

@@ -14,7 +14,7 @@ import typer
 from ..core.errors import ImagineFlashError, missing_extra
 
 if TYPE_CHECKING:
-    from ..models.describe import ModelOptions
+    from ..models.options import ModelOptions
 
 _quiet = False
 
@@ -107,7 +107,7 @@ def model_options(
     **more: Any,
 ) -> ModelOptions:
     """What was typed of a model. Raises ArtifactError."""
-    from ..models.describe import ModelOptions, parse_timesteps
+    from ..models.options import ModelOptions, parse_timesteps
 
     how: Any = sampler  # the name is checked there
     return ModelOptions(

@@ -12,7 +12,7 @@ from ..core.errors import ImagineFlashError, PlanError, missing_extra
 from .common import note, progress_bar, say_sources
 
 if TYPE_CHECKING:
-    from ..models.describe import ModelOptions
+    from ..models.options import ModelOptions
 
 STUDENT_BACKENDS = ("torch", "torch-compile", "torch-graph")
 GPU = "/dev/nvidiactl"

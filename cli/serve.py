@@ -169,7 +169,7 @@ def _serve_here(settings: ServerSettings) -> None:
     import uvicorn
 
     from ..engine.server import create_app, logs
-    from ..models.describe import ModelOptions
+    from ..models.options import ModelOptions
     from .first_run import ready
 
     options = ModelOptions(tiny_decoder=settings.tiny_decoder, controlnet=settings.controlnet)

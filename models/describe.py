@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-from pydantic import model_validator
-
-from ..core.checked import Checked
 from ..core.diffusers_samplers import plan_of, sampler_of
 from ..core.errors import ArtifactError, PlanError
 from ..core.plan import StepPlan, plans_by_steps
-from ..core.prediction import check_prediction_type
-from ..core.sampler import DETERMINISTIC, Kind, Sampler
+from ..core.sampler import DETERMINISTIC, Sampler
 from ..core.schedule import NoiseSchedule, is_flow, prediction_type_of
 from ..folders.files import STUDENT_FILE
 from ..folders.manifests import PIPELINE_FILE, Guidance, Plans, StudentManifest
@@ -22,10 +18,10 @@ from ..folders.reading import read_config, read_student_manifest
 from .catalogue import Entry, entry_called, find
 from .control import KINDS, check_control, check_takes_control, control_class, controlled_pipeline
 from .files import NETWORKS, read_pipeline
+from .options import ModelOptions
 
 OPTION, STUDENT, SCHEDULER = "option", STUDENT_FILE, "the scheduler's config"
 NONE, FULL_DECODER = "none", "the model's own"
-MOST_GUIDANCE = 50
 LCM = "LatentConsistencyModelPipeline"
 TOLD = {LCM: 8.5, "SanaSprintPipeline": 4.5, "FluxPipeline": 3.5}  # the scale that diffusers tells a network by default
 
@@ -37,40 +33,6 @@ class Fetch(Protocol):
     def __call__(
         self, name: str, file: str | None = None, *, without: Sequence[str] = (), network: bool = False
     ) -> Path: ...
-
-
-class ModelOptions(Checked):
-    """What a user says of a model that says too little, or something else, of itself. ArtifactError in one line.
-
-    entry: a name of the catalogue that the folder is read as. steps: the numbers of steps that there shall be plans for; any_steps:
-    also those that it was not trained for. timesteps: of one plan, the noisiest first. sampler: instead of the scheduler's.
-    tiny_decoder: a folder or hub id of an AutoencoderTiny that takes the decoder's place, or "none"; prefer_tiny: without one,
-    that of the catalogue where it can be had. controlnet: a folder or hub id of a ControlNet or T2I-adapter, which reads a
-    conditioning picture.
-    """
-
-    refusal = ArtifactError
-
-    entry: str | None = None
-    steps: tuple[int, ...] | None = None
-    any_steps: bool = False
-    timesteps: tuple[int | float, ...] | None = None
-    sampler: Kind | None = None
-    prediction: str | None = None
-    guidance: float | None = None
-    tiny_decoder: str | None = None
-    prefer_tiny: bool = False
-    controlnet: str | None = None
-
-    @model_validator(mode="after")
-    def _can_be(self) -> Self:
-        if self.entry is not None:
-            entry_called(self.entry)
-        if self.prediction is not None:
-            check_prediction_type(self.prediction)
-        if self.guidance is not None and not 0 <= self.guidance <= MOST_GUIDANCE:
-            raise ValueError(f"guidance must be a number from 0 to {MOST_GUIDANCE}, got {self.guidance:g}")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,16 +228,6 @@ def _spaced(found: Described, steps: int, options: ModelOptions, entry: Entry | 
     if options.sampler is not None and entry is None and not is_flow(found.scheduler):
         return list(StepPlan.trailing(steps, int(found.scheduler.get("num_train_timesteps", 1000))))
     return list(plan_of(found.scheduler, steps, found.pipeline))
-
-
-def parse_timesteps(text: str | None) -> tuple[int | float, ...] | None:
-    """ "999,749.5" -> (999, 749.5). Raises ArtifactError."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) if "." in part else int(part) for part in text.split(","))
-    except ValueError:
-        raise ArtifactError(f"timesteps are numbers such as 999,749,499,249, got {text!r}") from None
 
 
 def _with_decoder(found: Described, options: ModelOptions, fetch: Fetch) -> Described:

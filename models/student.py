@@ -21,8 +21,9 @@ from ..folders.manifests import LORA_FILE, PEFT_CONFIG, PIPELINE_FILE, SCHEDULER
 from ..folders.reading import read_config, write_manifest
 from .catalogue import catalogue, find
 from .control import PARTS, control_class
-from .describe import NONE, Described, ModelOptions, describe
+from .describe import NONE, Described, describe
 from .files import NETWORKS, PIECE, UNDRAWN, WEIGHTS, missing_files, missing_pieces
+from .options import ModelOptions
 
 UNUSED = ("*.onnx*", "*.bin", "*openvino_*", "*.jpg", "*.png", *(f"{part}/*" for part in UNDRAWN))
 PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not whole checkpoints at the top

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import control, pipelines
 from imagine_flash.tests.commands import fails, run

@@ -41,7 +41,7 @@ class Model:
 def lora_model_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Model]]:
     import diffusers
 
-    from imagine_flash.models.describe import ModelOptions
+    from imagine_flash.models.options import ModelOptions
     from imagine_flash.models.student import student_of
 
     root, made = tmp_path_factory.mktemp("loras"), dict[str, Model]()

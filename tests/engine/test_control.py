@@ -23,7 +23,7 @@ from imagine_flash.engine.prompt_cache import DEFAULT_BYTES, PromptCache
 from imagine_flash.engine.reference import reference_generate
 from imagine_flash.engine.work import Chunk
 from imagine_flash.folders.manifests import Guidance
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import architectures, control, pipelines
 

@@ -22,7 +22,7 @@ from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.options import parse_any_size
 from imagine_flash.folders.manifests import ArtifactManifest, TensorSpec
 from imagine_flash.folders.sizes import AnySize
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.tests import architectures, control

@@ -14,7 +14,7 @@ from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import step_noise
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.export import ExportOptions, export_student
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import architectures, control
 from imagine_flash.tests.onnxruntime_device import load

@@ -11,7 +11,7 @@ import pytest
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.folders.reading import read_student_manifest
 from imagine_flash.models.control import ADAPTER, CONTROLNET, check_control, feature_maps
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, control, pipelines

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.folders.reading import read_student_manifest
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.loading import load_student_pipeline
 from imagine_flash.tests import architectures, pipelines

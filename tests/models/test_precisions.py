@@ -10,8 +10,8 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from imagine_flash.models import student as students
-from imagine_flash.models.describe import ModelOptions
 from imagine_flash.models.files import missing_files, missing_pieces
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.half import stored_dtype
 from imagine_flash.pipelines.loading import load_pipeline

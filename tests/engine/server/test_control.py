@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from imagine_flash.core.errors import RequestError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.engine.server import ServerSettings, create_app
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import control, pipelines
 from imagine_flash.tests.engine.server.conftest import picture, png

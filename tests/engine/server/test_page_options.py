@@ -11,7 +11,7 @@ import pytest
 
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.folders.manifests import Guidance
-from imagine_flash.models.describe import ModelOptions
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import control, pipelines
 from imagine_flash.tests.engine.server.conftest import Opened, png
