@@ -136,7 +136,7 @@ def run_study(
     }
     distances: dict[str, Distance] = {}
     record |= {"rows": compare(methods, found, judge, distances), "pairs": []}
-    before: list[Method] = []  # what further variants stand beside
+    drawn: list[list[Method]] = []  # the rows of each variant
     for name, recipe in recipes.items():
         if study.budget is not None:
             recipe = updates_within(study.budget, recipe, teacher)
@@ -146,18 +146,20 @@ def run_study(
         found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
         record["rows"] += compare(rows, found, judge, distances)
-        record["pairs"] += pairs(before, rows, found, distances)
-        before, shown = before + rows if study.every_pair else before or rows, shown + rows
+        drawn, shown = [*drawn, rows], shown + rows
+        record["pairs"] += pairs(drawn, found, distances, every=study.every_pair)
         save_quality(record, comparison_grid(shown, scale=1, label=250), out)
         console.print(as_rich(record))
     return record
 
 
 def pairs(
-    before: list[Method], rows: list[Method], found: dict[str, Kinds], distances: dict[str, Distance]
+    variants: list[list[Method]], found: dict[str, Kinds], distances: dict[str, Distance], *, every: bool = False
 ) -> list[dict[str, Any]]:
-    """Earlier variants beside another, where both draw in as many steps: from the same prompts and noises."""
-    same = ((a.name, b.name) for a in before for b in rows if a.network_calls == b.network_calls)
+    """The first variant, or every one, beside the last, where both draw in as many steps: from the same prompts and noises."""
+    *before, rows = variants
+    earlier = [row for variant in (before if every else before[:1]) for row in variant]
+    same = ((a.name, b.name) for a in earlier for b in rows if a.network_calls == b.network_calls)
     return [
         {"method": a, "than": b} | between(found[a]["seen"], found[b]["seen"], distances[a], distances[b])
         for a, b in same

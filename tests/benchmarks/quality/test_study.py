@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from imagine_flash.benchmarks.quality import cost, evaluate, paired
 from imagine_flash.benchmarks.quality import study as studies
 from imagine_flash.benchmarks.quality.cost import evaluations_per_row, updates_within
+from imagine_flash.benchmarks.quality.method import Method
 from imagine_flash.benchmarks.quality.study import load_study, merged, run_study, slug, train_variant
 from imagine_flash.benchmarks.quality.tables import quality_as_markdown, read_quality
 from imagine_flash.cli import app
@@ -108,6 +110,22 @@ def test_the_table_of_an_evaluation_goes_into_a_page(tmp_path: Path) -> None:
     record = read_quality(file)
     assert record is not None and quality_as_markdown(record) in page.read_text(encoding="utf-8")
     assert "| student, 3 steps | 3 | 96.0 |" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_variant_stands_beside_the_first_or_all(every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "between", lambda a, b, *_: {"features": [a, b]})
+
+    def rows(variant: str) -> list[Method]:
+        return [Method(name=f"{variant}{n}", network_calls=n, draw=lambda _: pytest.fail("drawn")) for n in (2, 1)]
+
+    drawn = [rows("a"), rows("b"), rows("c")]
+    found: Any = {row.name: {"seen": row.name} for variant in drawn for row in variant}
+    pairs = studies.pairs(drawn, found, dict.fromkeys(found), every=every)
+    expected = [("a2", "c2"), ("a1", "c1"), *[("b2", "c2"), ("b1", "c1")] * every]
+    assert [(pair["method"], pair["than"]) for pair in pairs] == expected
+    assert all(pair["features"] == [pair["method"], pair["than"]] for pair in pairs)
+    assert studies.pairs(drawn[:1], found, {}, every=every) == []
 
 
 @pytest.mark.slow
