@@ -172,7 +172,7 @@ def test_the_whole_study_and_how_it_goes_on(
     assert run_study(path, tiny_student, untrained_judge, out) == record
     older = tmp_path / "out.v1.run/fresh/imagine_flash.json"
     manifest = json.loads(older.read_text())
-    del manifest["recipe"]["teacher_steps_fall"]  # as before there was that key
+    del manifest["recipe"]["first_gamma"]  # as before there was that key
     older.write_text(json.dumps(manifest), encoding="utf-8")
     train_variant(path, "fresh", tiny_student, out)
     other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
