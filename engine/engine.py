@@ -186,14 +186,15 @@ class Engine:
         """Of every size."""
         return [*dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)]
 
-    def submit(self, request: GenerateRequest, *, client: Client | None = None) -> Drawing:
-        """Accept a request; its pictures come with the future. Cancelling the future stops the work before the next call.
-        client: who asks; clients share the network by their weights, not by how much they ask for.
+    def submit(self, request: GenerateRequest | str, *, client: Client | None = None, **fields: Any) -> Drawing:
+        """Accept a request, or a prompt and the request's other fields by name; its pictures come with the future. Cancelling
+        the future stops the work before the next call. client: who asks; clients share the network by their weights, not by
+        how much they ask for.
 
         Raises PlanError for steps the model has no plan for, RequestError for what it cannot draw, BusyError where too
         much waits already, EngineError after `close`.
         """
-        return self.start(self.prepare(request), client=client)
+        return self.start(self.prepare(GenerateRequest.of(request, fields)), client=client)
 
     def prepare(self, request: GenerateRequest) -> Prepared:
         """A request made ready in the caller's thread: checked, tokenised, its noise drawn. Raises PlanError, RequestError."""
@@ -255,17 +256,20 @@ class Engine:
             return None
         return replace(prepared, request=prepared.request.model_copy(update={"steps": 1}), steps=1)
 
-    def generate(self, request: GenerateRequest) -> GenerateResult:
-        """Draw a request and wait for it. Raises what `submit` raises, and EngineError for a failing backend."""
-        return self.submit(request).result()
+    def generate(self, request: GenerateRequest | str, **fields: Any) -> GenerateResult:
+        """Draw a request and wait for it: generate("a fox", steps=2, seed=7), or a GenerateRequest with the same fields.
 
-    async def agenerate(self, request: GenerateRequest) -> GenerateResult:
+        Raises what `submit` raises, and EngineError for a failing backend.
+        """
+        return self.submit(request, **fields).result()
+
+    async def agenerate(self, request: GenerateRequest | str, **fields: Any) -> GenerateResult:
         """Draw a request without blocking the event loop; cancelling the task stops the work before the next call."""
-        return await asyncio.wrap_future(self.submit(request))
+        return await asyncio.wrap_future(self.submit(request, **fields))
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
+    async def stream(self, request: GenerateRequest | str, **fields: Any) -> AsyncIterator[GenerateResult]:
         """The request in one step as a preview, then in all its steps, from the same noise."""
-        prepared = self.prepare(request)
+        prepared = self.prepare(GenerateRequest.of(request, fields))
         if (preview := self.preview(prepared)) is not None:
             yield await asyncio.wrap_future(self.start(preview))
         yield await asyncio.wrap_future(self.start(prepared))

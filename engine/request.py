@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..core.checked import Checked
+from ..core.errors import RequestError
 from .backends.base import LoraSet
 
 MAX_COUNT = 64
@@ -80,6 +82,17 @@ class GenerateRequest(Checked):
         if values.get("seed", 0) is None:
             del values["seed"]
         super().__init__(**values)
+
+    @classmethod
+    def of(cls, request: GenerateRequest | str, fields: Mapping[str, Any]) -> GenerateRequest:
+        """A request as it is, or of a prompt and the other fields by name. Raises RequestError for both at once."""
+        if isinstance(request, str):
+            return cls(prompt=request, **fields)
+        if not isinstance(request, GenerateRequest):
+            raise RequestError(f"a request is a prompt or a GenerateRequest, got {request!r}")
+        if fields:
+            raise RequestError(f"a GenerateRequest has its own {', '.join(fields)}: give them to it, or a prompt here")
+        return request
 
     @classmethod
     def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.errors import EngineError, ImagineFlashError, RequestError
 from .engine import Engine
@@ -61,10 +62,16 @@ class Session:
         self._closed = False
 
     def submit(
-        self, request: GenerateRequest, seq: int | None = None, *, preview: bool | None = None, label: object = None
+        self,
+        request: GenerateRequest | str,
+        seq: int | None = None,
+        *,
+        preview: bool | None = None,
+        label: object = None,
+        **fields: Any,
     ) -> int:
-        """The newest request; returns its number, which is one more than the last unless given. preview: by default the
-        session's. label: comes back with the results.
+        """The newest request, or its prompt and other fields by name; returns its number, which is one more than the last
+        unless given. preview: by default the session's. label: comes back with the results.
 
         Raises RequestError and the like for what the engine does not draw and for a number that is not newer, EngineError
         after `close`; the request before stays. Of several threads' requests without a number, the one that is ready last is
@@ -72,7 +79,9 @@ class Session:
         """
         with self._lock:
             self._next(seq)
-        prepared = self.engine.prepare(request)  # in the caller's thread; the engine's may need the lock meanwhile
+        prepared = self.engine.prepare(
+            GenerateRequest.of(request, fields)
+        )  # in the caller's thread; the engine's may need the lock meanwhile
         wants_preview = self.preview if preview is None else preview
         first = self.engine.preview(prepared) if wants_preview else None
         with self._lock:

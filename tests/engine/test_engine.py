@@ -1,10 +1,13 @@
 """The equivalences of the engine: routes, batches, repetitions and threads all draw the same picture."""
 
+import asyncio
 import os
+import re
 import select
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,6 +152,38 @@ def test_a_long_negative_prompt_is_cut_and_named(engine: Engine) -> None:
 
 def test_one_endless_word_is_cut_too(engine: Engine) -> None:
     assert engine.generate(GenerateRequest(prompt="\U0001f98a" * 500, seed=7)).images.shape[0] == 1
+
+
+def test_a_prompt_with_fields_is_a_request(engine: Engine, tiny_artifact: Path) -> None:
+    """As pipelines of diffusers are called."""
+    expected = images(engine, prompt="a cat", steps=2, seed=9)
+    assert np.array_equal(engine.generate("a cat", steps=2, seed=9).images, expected)
+    assert np.array_equal(engine.submit("a cat", steps=2, seed=9).result().images, expected)
+    assert np.array_equal(asyncio.run(engine.agenerate("a cat", steps=2, seed=9)).images, expected)
+
+    async def streamed() -> list[np.ndarray]:
+        return [result.images async for result in engine.stream("a cat", steps=2, seed=9)]
+
+    assert np.array_equal(asyncio.run(streamed())[-1], expected)
+
+
+@pytest.mark.parametrize(
+    "request_, fields, says",
+    [
+        ("a cat", {"step": 2}, "a request has no 'step'; it has prompt, steps, seed,"),
+        ("a cat", {"steps": "two"}, "steps must be a whole number"),
+        (
+            GenerateRequest(prompt="a cat"),
+            {"steps": 2, "seed": 1},
+            "a GenerateRequest has its own steps, seed: give them",
+        ),
+        ({"prompt": "a cat"}, {}, "a request is a prompt or a GenerateRequest, got {'prompt': 'a cat'}"),
+        (None, {}, "got None"),
+    ],
+)
+def test_what_is_no_prompt_with_fields(engine: Engine, request_: Any, fields: dict, says: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(says)):
+        engine.generate(request_, **fields)
 
 
 def test_numpys_numbers_are_numbers() -> None:

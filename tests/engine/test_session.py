@@ -176,6 +176,16 @@ def test_numbers_may_be_given_but_never_go_back(engine: Engine) -> None:
     inbox.until(11)
 
 
+def test_a_session_takes_a_prompt_with_fields(engine: Engine) -> None:
+    inbox = Inbox()
+    session = Session(engine, inbox)
+    arrived = inbox.until(session.submit("a cat", steps=2, seed=5))
+    assert arrived.result
+    assert np.array_equal(arrived.result.images, engine.generate(ask("a cat", steps=2, seed=5)).images)
+    with pytest.raises(RequestError, match="a request has no 'step'"):
+        session.submit("a cat", step=2)
+
+
 def test_a_request_that_cannot_be_drawn_leaves_the_one_before(engine: Engine) -> None:
     inbox = Inbox()
     session = Session(engine, inbox)
