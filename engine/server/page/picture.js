@@ -89,8 +89,10 @@ function described({ lora = {}, guidance_scale, negative_prompt, condition_scale
  * tab; the pictures that they were drawn from or under, which are too large for the browser's storage, as long as the page. */
 export class Strip {
   #list;
-  #items = new Map(); // what was drawn -> its element
+  #items = new Map(); // what was drawn, from which pictures -> its element
   #pictures = new WeakMap(); // its element -> the pictures that it was drawn from and under
+  #numbers = new WeakMap(); // of these pictures
+  #next = 1;
 
   constructor(list, pick) {
     this.#list = list;
@@ -104,9 +106,10 @@ export class Strip {
   add({ header, blob, prompt, said, pictures }) {
     const { seed, steps, size } = header;
     const drawn = JSON.stringify({ prompt, seed, steps, size, ...said });
-    const item = this.#items.get(drawn) ?? this.#made(drawn);
-    this.#items.delete(drawn);
-    this.#items.set(drawn, item); // the newest is the map's last
+    const key = [drawn, this.#number(pictures.image), this.#number(pictures.condition)].join();
+    const item = this.#items.get(key) ?? this.#made(drawn);
+    this.#items.delete(key);
+    this.#items.set(key, item); // the newest is the map's last
     this.#pictures.set(item, pictures);
     if (this.#list.firstElementChild !== item && !item.contains(document.activeElement)) this.#list.prepend(item);
     for (const old of [...this.#items.keys()].slice(0, -KEPT)) {
@@ -121,8 +124,15 @@ export class Strip {
     reader.readAsDataURL(blob);
   }
 
+  /** Of a picture that was drawn from, the same as long as it is the same one; 0 of none. */
+  #number(picture) {
+    if (!picture) return 0;
+    if (!this.#numbers.has(picture)) this.#numbers.set(picture, this.#next++);
+    return this.#numbers.get(picture);
+  }
+
   #save() {
-    const all = [...this.#items].map(([drawn, item]) => [drawn, item.querySelector("img").src]);
+    const all = [...this.#items.values()].map((item) => [item.dataset.drawn, item.querySelector("img").src]);
     try {
       sessionStorage.setItem(STORED, JSON.stringify(all.filter(([, src]) => src)));
     } catch {
@@ -133,7 +143,9 @@ export class Strip {
   #restore() {
     try {
       for (const [drawn, src] of JSON.parse(sessionStorage.getItem(STORED) ?? "[]")) {
-        this.#items.set(drawn, this.#made(drawn, src));
+        const { strength, condition_scale } = JSON.parse(drawn);
+        const gone = (of) => (of === undefined ? 0 : this.#next++); // a picture of an earlier page: which, nobody knows
+        this.#items.set([drawn, gone(strength), gone(condition_scale)].join(), this.#made(drawn, src));
       }
     } catch {
       // as above

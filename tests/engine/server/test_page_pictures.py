@@ -1,10 +1,12 @@
 """The picture that is drawn from: of any size and shape, kept with what was drawn of it, refused, pasted beside text."""
 
 import base64
+import io
 import re
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from imagine_flash.tests.engine.server.test_page_tools import draws_anew, green
 
@@ -39,8 +41,8 @@ def drawn(embedded, open_page) -> Any:
     return opened
 
 
-def start_from_green(page: Any) -> None:
-    upload = {"name": "green.png", "mimeType": "image/png", "buffer": green()}
+def start_from_green(page: Any, file: bytes = b"") -> None:
+    upload = {"name": "green.png", "mimeType": "image/png", "buffer": file or green()}
     page.evaluate("document.querySelector('#source .amount').value = 0.05")
     draws_anew(page, lambda: page.set_input_files("#source .file", upload))
 
@@ -135,6 +137,23 @@ def test_the_strip_brings_back_what_a_picture_was_drawn_from(drawn) -> None:
     drawn.says("#source .said", "The picture that was here is gone")
     assert pixels(page) == text_only
     assert drawn.console == []
+
+
+def test_the_strip_keeps_what_was_drawn_from_two_pictures(drawn) -> None:
+    """With one text and one amount they had one place in it: the newer one's picture, whatever was clicked."""
+    page, file = drawn.page, io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 0, 160)).save(file, "PNG")
+    settled(page, "a cat, seed 5, 3 steps$")
+    start_from_green(page)
+    settled(page, "from a picture")
+    from_green = pixels(page)
+    start_from_green(page, file.getvalue())
+    playwright.expect(page.locator("#strip button[title*='from a picture']")).to_have_count(2)
+    draws_anew(page, lambda: page.locator("#strip button[title*='from a picture']").nth(1).click())
+    assert pixels(page) == from_green
+    playwright.expect(page.locator("#strip button[title*='from a picture']")).to_have_count(2)
+    page.reload()
+    playwright.expect(page.locator("#strip button[title*='from a picture']")).to_have_count(2)
 
 
 def test_pasted_text_is_text_though_its_picture_comes_along(drawn) -> None:
