@@ -1,4 +1,4 @@
-"""What an error counts at a noise level."""
+"""What an error counts: by its size, and at a noise level."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def loss_weight(kind: str, alpha_t: Any, sigma_t: Any) -> Any:
     if kind == "eps":
         return snr
     return snr.clamp_min(1.0) if isinstance(snr, torch.Tensor) else max(1.0, snr)
+
+
+def distance(prediction: torch.Tensor, target: torch.Tensor, d: float | None) -> torch.Tensor:
+    """The mean over all values of the error squared, or of the pseudo-Huber sqrt(error^2 + d^2) - d: the error's length far from
+    0, which large errors do not rule, and its square over 2 d near 0 (Charbonnier et al. 1997). d: in units of the values."""
+    squares = (prediction - target).square()
+    return squares.mean() if d is None else ((squares + d**2).sqrt() - d).mean()

@@ -21,7 +21,7 @@ from ..backward import Solver, choose_noise, rollout, shifted_time, table_of, te
 from ..discriminator import NetworkFeatures, adversarial_gradient, hinge_loss, r1_penalty
 from ..models import Denoiser
 from ..recipe import DistillRecipe, Frozen, Positive, Share
-from ..weighting import loss_weight
+from ..weighting import distance, loss_weight
 from .contract import Batch, Companion, Companions, Draws, Method
 
 
@@ -54,6 +54,7 @@ class ImagineFlashRecipe(DistillRecipe):
     loss_weight: Literal["x0", "v", "eps", "sqrt_snr", "truncated_snr"] = (
         "x0"  # an epsilon teacher needs eps or sqrt_snr
     )
+    huber: Annotated[float, Field(gt=0)] | None = None  # d of the pseudo-Huber loss; None: the squared error
     guidance_at_0: float | None = None  # what the guidance falls to, linearly in t; None: it stays
     adversarial: Adversarial | None = None
     noise_correction: bool = True
@@ -116,7 +117,7 @@ def loss(
         guidance = least + (guidance - least) * (start_t / teacher.last_time)
     k, solver = steps_from(start_t, teacher.last_time, recipe), recipe.teacher_solver
     target = teacher_target(teacher, start, start_t, k, text, batch["uncond"], guidance, solver=solver)
-    value = loss_weight(recipe.loss_weight, *teacher.scales(t, x0)) * (x0 - target).square().mean()
+    value = loss_weight(recipe.loss_weight, *teacher.scales(t, x0)) * distance(x0, target, recipe.huber)
     if recipe.adversarial is not None:
         (regression,) = torch.autograd.grad(value, x0, retain_graph=True)
         value = value + adversarial_loss(x0, regression, text, batch, teacher, companions, recipe.adversarial)

@@ -21,6 +21,7 @@ from ...core.sampler import Sampler
 from ...pipelines.networks import Conditions
 from ..models import Denoiser, Times, kept_tables
 from ..recipe import DistillRecipe, Share
+from ..weighting import distance
 from .contract import Batch, Companion, Companions, Draws, Method, frozen_copy
 
 SAMPLER = Sampler(kind="renoise", boundary=10.0)  # of diffusers' LCMScheduler
@@ -84,7 +85,7 @@ def loss(student: Denoiser, teacher: Denoiser, batch: Batch, recipe: LcmRecipe, 
         z_s = teacher.noised(*teacher.estimates(z_t, m, t), s)
         follower = student.with_network(companions["target"]) if "target" in companions else student
         target = consistency(follower, z_s, s, text)
-    return ((prediction - target).square() + recipe.huber**2).sqrt().sub(recipe.huber).mean()
+    return distance(prediction, target, recipe.huber)
 
 
 METHOD = Method(

@@ -18,7 +18,7 @@ from imagine_flash.distill.models import Denoiser, model_of
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.run import Run
 from imagine_flash.distill.task import DistillTask
-from imagine_flash.distill.weighting import KINDS, loss_weight
+from imagine_flash.distill.weighting import KINDS, distance, loss_weight
 from imagine_flash.tests.distill.toy import SD_CONFIG, gaussian_denoiser, point_denoiser
 from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
 
@@ -38,8 +38,9 @@ def loss_of(recipe: ImagineFlashRecipe, shift: float, plan: int, index: int) -> 
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("renoise", ["own", "fresh", "initial"])
 @pytest.mark.parametrize(("plan", "index"), [(1, 0), (2, 1), (3, 0), (3, 2)])
-def test_a_perfect_student_has_no_loss(shifted: bool, renoise: str, plan: int, index: int) -> None:
-    recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "renoise": renoise, "fit": FIT})
+@pytest.mark.parametrize("huber", [None, 0.01])
+def test_a_perfect_student_has_no_loss(shifted: bool, renoise: str, plan: int, index: int, huber: float | None) -> None:
+    recipe = ImagineFlashRecipe.model_validate({"shifted": shifted, "renoise": renoise, "huber": huber, "fit": FIT})
     value, _, _ = loss_of(recipe, 0.0, plan, index)
     assert value.item() < 1e-6
 
@@ -74,6 +75,21 @@ def test_guidance_is_in_the_target_only(shifted: bool, w: float) -> None:
     batch = {"x_T": x_T, "text": text, "uncond": uncond, "guidance": torch.full((5,), w), "fresh": fresh}
     value = loss(student, teacher, batch | {"plan": 3, "index": 1, "shifted": shifted}, recipe, {})
     assert value.item() == pytest.approx(((w - 1) * 0.4) ** 2, abs=1e-5)
+
+
+def test_a_robust_loss_is_the_length_of_large_errors_and_the_square_of_small_ones() -> None:
+    """Of the same error sigma shift everywhere: sqrt(e^2 + d^2) - d, whose gradient by the shift is sigma e / sqrt(e^2 + d^2)."""
+    for d in (1e-3, 0.05, 10.0):
+        recipe = ImagineFlashRecipe.model_validate({"shifted": False, "huber": d, "fit": FIT})
+        value, teacher, student = loss_of(recipe, 0.3, 2, 1)
+        value.backward()
+        sigma = teacher.schedule.sigma[499]
+        error = sigma * 0.3
+        assert value.item() == pytest.approx(np.hypot(error, d) - d, rel=2e-3)
+        assert student.shift.grad.item() == pytest.approx(sigma * error / np.hypot(error, d), rel=1e-3)
+    assert distance(torch.zeros(3), torch.tensor([100.0, 0.001, 0.0]), 0.1).item() == pytest.approx(
+        (99.9 + 5e-6) / 3, rel=1e-4
+    )
 
 
 def test_who_is_asked_when() -> None:
