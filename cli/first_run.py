@@ -58,7 +58,10 @@ def ready(
     if ((given / ARTIFACT_FILE).is_file() or (given / STUDENT_FILE).is_file()) and not is_changed:
         check_left_out(options, str(model))
         return given  # a student of ours runs in torch, unless it is exported by name
-    unknown = options.entry is None and (given.exists() or find(str(model)) is None)
+    entry = None if given.exists() else find(str(model), steps)
+    if entry is not find(str(model)) and entry is not None:
+        model = entry.name  # a repository has an entry for each number of steps
+    unknown = options.entry is None and entry is None
     if steps is not None and options.timesteps is None and (unknown or options.any_steps):
         options = options.model_copy(update={"steps": (steps,)})
     if not quality and options.tiny_decoder is None and on_cpu(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -27,18 +28,28 @@ def models_command(json_: Annotated[bool, typer.Option("--json", help="As JSON, 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    table.add_column("name", no_wrap=True)
-    for heading in ("steps", "size", "parameters", "memory", "here", "licence"):
-        table.add_column(heading)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("name", "steps", "size", "memory", "here"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("licence", ratio=1)
     for one in found:
         said = {True: "yes", False: "no", None: "?"}[one["fits"]]
         amount = f"{one['memory'] / 2**30:.0f} GiB" if one["memory"] else "?"
         size = f"{one['size'][1]}x{one['size'][0]}"
-        millions = f"{one['parameters']:g} G" if one["parameters"] else "?"
-        steps = ", ".join(map(str, sorted(one["steps"])))
-        table.add_row(one["name"], steps, size, millions, amount, said, one["licence"])
+        licence, _, _ = one["licence"].partition(" (")
+        table.add_row(one["name"], spans(one["steps"]), size, amount, said, licence)
     Console().print(table)
     say(
         "nobody has drawn with these weights through this catalogue yet; use one with: imagine-flash generate PROMPT --model NAME"
     )
+
+
+def spans(steps: Iterable[int]) -> str:
+    """1-4,8: what follows one another as a span."""
+    found: list[list[int]] = []
+    for step in sorted(steps):
+        if found and step == found[-1][-1] + 1:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 2 else ",".join(map(str, span)) for span in found)

@@ -169,13 +169,8 @@ def _serve_here(settings: ServerSettings) -> None:
     import uvicorn
 
     from ..engine.server import create_app, logs
-    from ..models.options import ModelOptions
-    from .first_run import ready
 
-    options = ModelOptions(tiny_decoder=settings.tiny_decoder, controlnet=settings.controlnet)
-    swaps = bool(settings.lora)
-    model = ready(settings.model, options, settings.backend, device=settings.device, swaps=swaps)
-    settings = settings.model_copy(update={"model": model, "controlnet": None, "tiny_decoder": None})  # parts of it now
+    settings = _with_a_folder(settings)
     settings.check_model()
     failed: list[ImagineFlashError] = []
 
@@ -199,6 +194,17 @@ def _serve_here(settings: ServerSettings) -> None:
     server.run(sockets=[listening])
     if failed:
         raise failed[0]
+
+
+def _with_a_folder(settings: ServerSettings) -> ServerSettings:
+    """Of a model that was described and, where no torch draws it, exported on this machine. Raises ImagineFlashError."""
+    from ..models.options import ModelOptions
+    from .first_run import ready
+
+    options = ModelOptions(tiny_decoder=settings.tiny_decoder, controlnet=settings.controlnet)
+    swaps = bool(settings.lora)
+    model = ready(settings.model, options, settings.backend, device=settings.device, swaps=swaps)
+    return settings.model_copy(update={"model": model, "controlnet": None, "tiny_decoder": None})  # parts of it now
 
 
 def _configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
@@ -228,8 +234,17 @@ def _configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
 
 def _serve_on_ray(settings: ServerSettings) -> None:
     """Until a signal ends it; the URL is said once it draws. Raises ImagineFlashError."""
-    from ..engine.replicas.run import run
+    from ..engine.replicas.run import cluster, run
+    from ..models.catalogue import find
 
+    name = str(settings.model)
+    if cluster() is None:
+        settings = _with_a_folder(settings)
+    elif find(name) is not None and not Path(name).exists():
+        raise RequestError(
+            f"model: the machines of RAY_ADDRESS load a folder, got {name!r}; run imagine-flash export {name} OUT, and give OUT, "
+            "which must be on every one of them"
+        )
     with listen(settings.host, settings.port) as free:  # what listens in the end is a process of Ray's
         url, port = url_of(settings.host, free), free.getsockname()[1]
     run(settings.model_copy(update={"port": port}), ready=lambda: say(url))

@@ -148,8 +148,13 @@ def _why_no_manifest(folder: Path, file: str) -> str:
     if file == STUDENT_FILE and (folder / ARTIFACT_FILE).is_file():
         return f"{folder} is an exported artifact, not a student; give the student folder it was exported from"
     if (folder / PIPELINE_FILE).is_file():
-        then = " and then imagine-flash export OUT ARTIFACT" if file == ARTIFACT_FILE else ""
-        return f"{folder} is a diffusers pipeline without {file}; run: imagine-flash distill {folder} OUT{then}"
+        distil = f"imagine-flash distill {folder} OUT"
+        if file == STUDENT_FILE:
+            return f"{folder} is a diffusers pipeline without {file}; run: {distil}"
+        return (
+            f"{folder} is a diffusers pipeline without {file}; if it draws in few steps, run: imagine-flash export {folder} OUT "
+            f"--steps N; else: {distil}, and export that"
+        )
     return f"{folder} holds no {file}; it is neither a student nor an artifact of imagine-flash"
 
 

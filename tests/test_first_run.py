@@ -163,3 +163,43 @@ def _cut(file: Path) -> Path:
     damaged = file.with_name("cut.safetensors")
     damaged.write_bytes(file.read_bytes()[:20_000])
     return damaged
+
+
+def test_of_a_repository_with_several_models_the_one_of_so_many_steps_is_taken(hub: Path, tmp_path: Path) -> None:
+    """`generate --steps 2` took the first, which draws in four, and then refused the steps."""
+    base, lightning = tmp_path / "base", tmp_path / "lightning"
+    pipelines.build_pipeline().save_pretrained(base)
+    publish(hub, "stabilityai/stable-diffusion-xl-base-1.0", base)
+    lightning.mkdir()
+    for steps in (2, 4):
+        file = lightning / f"sdxl_lightning_{steps}step_unet.safetensors"
+        file.write_bytes((base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    publish(hub, "ByteDance/SDXL-Lightning", lightning)
+    asked = [
+        "generate",
+        "a cat",
+        "--model",
+        "ByteDance/SDXL-Lightning",
+        "--backend",
+        "torch",
+        "-o",
+        tmp_path / "cat.png",
+    ]
+    two, four = run(*asked, "--steps", "2"), run(*asked)
+    assert "from the catalogue's sdxl-lightning-2step" in two.stderr and "(2 steps" in two.stdout, two.stderr
+    assert "from the catalogue's sdxl-lightning-4step" in four.stderr and "(4 steps" in four.stdout, four.stderr
+
+
+def test_a_name_of_the_catalogue_is_exported_for_replicas_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve --ray` said that sd-turbo does not exist. Ray itself is not started here."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from imagine_flash.engine.replicas import run as replicas
+
+    served: list[Path] = []
+    monkeypatch.setattr(replicas, "run", lambda settings, ready: served.append(settings.model))
+    done = run("serve", "--ray", "--model", "sd-turbo", "--backend", "torch", "--port", "0")
+    assert done.returncode == 0, done.stderr
+    assert (served[0] / "imagine_flash.json").is_file()
+    monkeypatch.setattr(replicas, "cluster", lambda: "10.0.0.1:6379")
+    said = fails("serve", "--ray", "--model", "sd-turbo", "--port", "0")
+    assert "run imagine-flash export sd-turbo OUT, and give OUT" in said and len(served) == 1

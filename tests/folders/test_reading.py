@@ -280,7 +280,8 @@ def test_folders_of_another_kind_say_which_command_helps(artifact, student, tmp_
         (
             read_artifact_manifest,
             pipeline,
-            f"is a diffusers pipeline without manifest.json; run: imagine-flash distill {pipeline}",
+            f"is a diffusers pipeline without manifest.json; if it draws in few steps, run: imagine-flash export {pipeline} OUT "
+            f"--steps N; else: imagine-flash distill {pipeline} OUT, and export that",
         ),
         (read_artifact_manifest, empty, "is empty; it should hold manifest.json"),
         (read_artifact_manifest, other, "holds no manifest.json; it is neither a student nor an artifact"),

@@ -59,7 +59,10 @@ def test_the_command_lists_them() -> None:
 
     listed = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)
     assert [one["name"] for one in listed] == list(catalogue()) and listed[0]["fits"] in (True, False, None)
-    assert "sd-turbo" in CliRunner().invoke(app, ["models"]).stdout
+    table = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["models"]).stdout.splitlines()
+    (row,) = (line for line in table if line.startswith("lcm-dreamshaper-v7 "))
+    assert row.split()[:3] == ["lcm-dreamshaper-v7", "1-8", "768x768"] and row.split()[-1] == "mit"
+    assert any(line.startswith("hyper-sdxl-lora") and " 1,2,4,8 " in line for line in table)
 
 
 def test_the_documentation_has_this_table() -> None:
