@@ -96,18 +96,18 @@ class Batcher:
 
     def _turn(self) -> None:
         """One call of the network or decoder, after what those that begin with it need."""
-        self._drop_the_ended()
+        self._drop_the_ended(self._queue.active)
         group = self._share.next_group(self._queue.active, self.max_batch, same_steps=self.whole)
         new = [chunk for chunk in group if chunk.turn is None]
         self._share.begin(new)
         if group and not group[0].is_drawn:
             self._guarded(self._calls.adapt, group)
-        if new := [chunk for chunk in new if chunk in self._queue.active]:
+        if new := self._still_active(new):
             self._begin(new)
             for chunk in new:
                 chunk.job.future.begun = True
-            self._drop_the_ended()
-        group = [chunk for chunk in group if chunk in self._queue.active]
+            self._drop_the_ended(group)  # the rest before its own turn
+        group = self._still_active(group)
         if group:
             whole = self.whole or self._is_alone(group)
             work = self._sample if whole else self._decode if group[0].is_drawn else self._calls.denoise
@@ -130,7 +130,7 @@ class Batcher:
             return
         if unknown := self._conditioning.unknown(new):
             self._guarded(self._conditioning.encode, unknown)
-        if left := [chunk for chunk in new if chunk in self._queue.active]:
+        if left := self._still_active(new):
             self._guarded(self._conditioning.give, left)
 
     def _decode(self, group: Sequence[Chunk]) -> None:
@@ -144,7 +144,8 @@ class Batcher:
     ) -> None:
         """Hands the pictures out; one that came of NaN or Inf is never delivered, however it looks: it fails the request that
         has it, no other."""
-        self._queue.keep(chunk for chunk in self._queue.active if chunk not in group)
+        delivered = set(group)
+        self._queue.keep(chunk for chunk in self._queue.active if chunk not in delivered)
         drawn = list(zip(group, rows_of(group), strict=True))
         failed = dict.fromkeys(chunk.job for chunk, own in drawn if not finite[own].all())
         for chunk, own in drawn:
@@ -176,13 +177,17 @@ class Batcher:
         job.fail(error)
         self._queue.keep(chunk for chunk in self._queue.active if chunk.job is not job)
 
-    def _drop_the_ended(self) -> None:
-        """Forgets cancelled jobs, and fails those whose deadline has passed."""
+    def _still_active(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        active = set(self._queue.active)
+        return [chunk for chunk in chunks if chunk in active]
+
+    def _drop_the_ended(self, chunks: Sequence[Chunk]) -> None:
+        """Of these, forgets cancelled jobs, and fails those whose deadline has passed."""
         now = time.perf_counter()
-        for chunk in self._queue.active:
+        for chunk in chunks:
             if chunk.job.expires and chunk.job.deadline < now and not chunk.job.future.done():
                 self.counts["expired"] += 1
                 chunk.job.fail(ExpiredError(f"not drawn within its {chunk.job.request.timeout:g} s; try again later"))
-        if gone := {chunk.job for chunk in self._queue.active if chunk.job.future.done()}:
+        if gone := {chunk.job for chunk in chunks if chunk.job.future.done()}:
             self.counts["cancelled"] += sum(job.future.cancelled() for job in gone)
             self._queue.keep(chunk for chunk in self._queue.active if chunk.job not in gone)

@@ -62,6 +62,8 @@ class FairShare:
         def fill(chunks: Iterable[Chunk], share: int) -> None:
             nonlocal rows
             for chunk in chunks:
+                if rows >= max_batch:
+                    return
                 client = chunk.job.client.name
                 asked = chunk.rows if chunk.is_drawn else chunk.network_rows
                 fits = rows + asked <= max_batch and (own[client] + asked <= share or not own[client])
@@ -71,10 +73,13 @@ class FairShare:
                     own[client] += asked
 
         fill(waiting, most)
-        left = [chunk for chunk in waiting if chunk not in group and joins(chunk)]
-        wanting = {chunk.job.client.name for chunk in left}
-        if company and wanting == here:  # all want more of this call: nobody waits for a short one
-            fill(left, max_batch)
+        if company:
+            taken = set(group)
+            left = [chunk for chunk in waiting if chunk not in taken and joins(chunk)]
+            if {
+                chunk.job.client.name for chunk in left
+            } == here:  # all want more of this call: nobody waits for a short one
+                fill(left, max_batch)
         return group
 
     def present(self, waiting: Collection[str]) -> set[str]:

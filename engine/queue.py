@@ -71,11 +71,12 @@ class Queue:
         return arrived, forgotten
 
     def keep(self, chunks: Iterable[Chunk]) -> None:
-        """What is drawn from now on; the rest of it has left."""
+        """What is drawn from now on, of what is active; the rest of it has left."""
         kept = tuple(chunks)
+        still = set(kept)
+        left = [chunk for chunk in self.active if chunk not in still]
         with self._wake:
-            self._count(self.active, -1)
-            self._count(kept)
+            self._count(left, -1)
             self.active = kept
 
     def close(self) -> None:

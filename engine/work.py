@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -267,7 +268,7 @@ class Chunk:
         """Whether it has had all its steps, and only needs decoding."""
         return self.step == self.job.steps
 
-    @property
+    @cached_property
     def cost(self) -> float:
         """Rows of network calls, by its client's weight."""
         return self.network_rows * self.job.steps / self.job.client.weight
