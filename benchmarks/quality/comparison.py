@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...distill.data.captions import Caption, Scene
+from ...distill.data.emoji import emoji_picture
 from ...distill.grids import grid
 from ...folders.files import atomic_file
 from .method import Method
@@ -33,25 +34,44 @@ SCENES: dict[str, Scene] = {
     ),
 }
 PROMPTS = tuple(SCENES)
+_LINE = 15  # pixels from one line of a prompt to the next
 _GAP = 2
 
 
-def comparison_grid(shown: list[Method], *, scale: int = 2, label: int = 170) -> Image.Image:
+def comparison_grid(
+    shown: list[Method], *, scale: int = 2, label: int = 170, emoji_font: str | Path | None = None
+) -> Image.Image:
     """Draw PROMPTS with every method; rendered scenes are examples of the same captions. label: pixels for the names."""
     rows = [method.draw(_prompts())[0] for method in shown]
     pictures = grid(np.concatenate(rows), columns=len(PROMPTS), scale=scale, gap=_GAP)
     height, width = (side * scale for side in rows[0].shape[1:3])
     small = ImageFont.load_default(11)
     titles = [_wrapped(prompt, width, small) for prompt in PROMPTS]
-    top = max(15 * title.count("\n") for title in titles) + 17
+    top = max(_LINE * title.count("\n") for title in titles) + 17
     sheet = Image.new("RGB", (pictures.width + label, pictures.height + top), "white")
     sheet.paste(pictures, (label, top))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, method in enumerate(shown):
         pen.text((8, top + i * (height + _GAP * scale) + height // 2 - 8), method.name, fill="black", font=font)
     for i, title in enumerate(titles):
-        pen.multiline_text((label + i * (width + _GAP * scale), 2), title, fill="black", font=small, spacing=1)
+        _write(sheet, (label + i * (width + _GAP * scale), 2), title, small, emoji_font)
     return sheet
+
+
+def _write(sheet: Image.Image, place: tuple[int, int], text: str, font: Any, emoji_font: str | Path | None) -> None:
+    """Lines of text, with the emoji in them as pictures: the font of the text has none."""
+    pen, (left, y) = ImageDraw.Draw(sheet), place
+    for line in text.split("\n"):
+        x = float(left)
+        for word in line.split():
+            if word.isascii():
+                pen.text((x, y), word, fill="black", font=font)
+                x += font.getlength(f"{word} ")
+            else:
+                picture = emoji_picture(word, _LINE - 2, emoji_font)
+                sheet.paste(picture, (round(x), y), picture)
+                x += _LINE + 2
+        y += _LINE
 
 
 def _wrapped(text: str, width: int, font: Any) -> str:

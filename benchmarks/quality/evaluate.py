@@ -94,7 +94,7 @@ def evaluate(
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": str(device)},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }
-    save_quality(record, comparison_grid([method for method in methods if method.shown]), out)
+    save_quality(record, comparison_grid([method for method in methods if method.shown], emoji_font=font), out)
     return record
 
 

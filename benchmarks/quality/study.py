@@ -148,7 +148,7 @@ def run_study(
         record["rows"] += compare(rows, found, judge, distances)
         drawn, shown = [*drawn, rows], shown + rows
         record["pairs"] += pairs(drawn, found, distances, every=study.every_pair)
-        save_quality(record, comparison_grid(shown, scale=1, label=250), out)
+        save_quality(record, comparison_grid(shown, scale=1, label=250, emoji_font=font), out)
         console.print(as_rich(record))
     return record
 

@@ -139,6 +139,12 @@ def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def emoji_picture(text: str, side: int, font: str | Path | None = None) -> Image.Image:
+    """One emoji as an RGBA picture, side by side pixels. Raises ImagineFlashError without a font that has it."""
+    face = ImageFont.truetype(str(find_font(font)), _SPRITE)
+    return _glyph(face, text).resize((side, side), Image.Resampling.BOX)
+
+
 def _glyph(face: ImageFont.FreeTypeFont, text: str) -> Image.Image:
     """One emoji as a square RGBA picture, cropped to what is drawn, with a margin for rotation."""
     canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
