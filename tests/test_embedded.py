@@ -66,14 +66,17 @@ def test_the_student_shows_nearly_what_its_teacher_shows() -> None:
     """At 3 steps: at least 95 % of the teacher's fidelity; the teacher at 3 steps clearly worse in distance, and in fidelity."""
     teacher, hurried, student = (rows()[name] for name in ("teacher, 25 steps", "teacher, 3 steps", "student, 3 steps"))
     assert student["seen"]["all"] >= 0.95 * teacher["seen"]["all"] and teacher["seen"]["all"] >= 0.98
-    assert student["fd_judge_unbiased"] <= 250
+    assert student["fd_judge_unbiased"] <= 170
+    assert rows()["student, 1 step"]["fd_judge_unbiased"] <= 0.8 * hurried["fd_judge_unbiased"]
     for distance in ("fd_judge", "fd_judge_unbiased"):
         assert hurried[distance] >= 1.5 * teacher[distance] and student[distance] < hurried[distance]
     assert student["seen"]["all"] > hurried["seen"]["all"]
 
 
-@pytest.mark.xfail(strict=True, reason="1.72 and 2.27 x: docs/results/fifth-model.md says why and what comes next")
-@pytest.mark.parametrize("distance", ["fd_judge", "fd_judge_unbiased"])
+NOT_YET = pytest.mark.xfail(strict=True, reason="1.56 x: docs/results/fifth-model.md says what comes next")
+
+
+@pytest.mark.parametrize("distance", ["fd_judge", pytest.param("fd_judge_unbiased", marks=NOT_YET)])
 def test_and_its_distance_is_near_its_teachers(distance: str) -> None:
     assert rows()["student, 3 steps"][distance] <= 1.5 * rows()["teacher, 25 steps"][distance]
 
