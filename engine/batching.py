@@ -106,7 +106,7 @@ class Batcher:
             self._begin(new)
             for chunk in new:
                 chunk.job.future.begun = True
-            self._drop_the_ended(group)  # the rest before its own turn
+            self._drop_the_ended(self._still_active(group))  # the rest before its own turn
         group = self._still_active(group)
         if group:
             whole = self.whole or self._is_alone(group)

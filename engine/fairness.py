@@ -76,9 +76,8 @@ class FairShare:
         if company:
             taken = set(group)
             left = [chunk for chunk in waiting if chunk not in taken and joins(chunk)]
-            if {
-                chunk.job.client.name for chunk in left
-            } == here:  # all want more of this call: nobody waits for a short one
+            wanting = {chunk.job.client.name for chunk in left}
+            if wanting == here:  # all want more of this call: nobody waits for a short one
                 fill(left, max_batch)
         return group
 
