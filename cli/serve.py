@@ -74,7 +74,10 @@ def serve_command(
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The longest that a request may take.")] = 60.0,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Settings in YAML by the names of these options, which go before it."),
+        typer.Option(
+            metavar="FILE",
+            help="Settings in YAML by the names of these options, which go before it, and of further limits: docs/serving.md.",
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
