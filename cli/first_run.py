@@ -59,7 +59,7 @@ def ready(
         check_left_out(options, str(model))
         return given  # a student of ours runs in torch, unless it is exported by name
     entry = None if given.exists() else find(str(model), steps)
-    if entry is not find(str(model)) and entry is not None:
+    if entry is not None and entry is not find(str(model)):
         model = entry.name  # a repository has an entry for each number of steps
     unknown = options.entry is None and entry is None
     if steps is not None and options.timesteps is None and (unknown or options.any_steps):
