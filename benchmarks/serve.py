@@ -1,5 +1,5 @@
-"""`bench serve`: what the server adds to the engine, what latest wins saves while somebody types, and what load, malformed input,
-slow files, a greedy client and SIGTERM do to it. A real server process on loopback; its clients' prompts are warm.
+"""`bench serve`: what the server adds to the engine, what latest wins saves while somebody types, and what load and a greedy
+client do to it. A real server process on loopback; its clients' prompts are warm.
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ from .pictures import drawn_by_torch
 from .records import save
 from .schema import FEWEST_ROUNDS, Case, Record, new_record
 from .serving.bench import CLIENTS, REPLICAS, Bench
-from .serving.bombs import beside_bombs
 from .serving.clients import serving
-from .serving.ending import BOMBS, IDLE, MOMENTS, ending
 from .serving.greedy import beside_a_greedy_client
 from .serving.load import LOAD_ROUNDS, load, load_on_ray
 from .serving.overhead import overhead, overhead_on_ray
-from .serving.refusals import refusals
 from .serving.typing import typing
 
 SENTENCE, SHORT = "a fox on a pink background", "a fox"
-PARTS = ("overhead", "typing", "load", "malformed", "bombs", "greedy", "sigterm", "ray")
+PARTS = ("overhead", "typing", "load", "greedy", "ray")
 FEWEST_REQUESTS = LOAD_ROUNDS * CLIENTS
 QUESTION = (
-    "What does the server add to the engine, what does latest wins save while somebody types, and what do load, malformed "
-    "input and a greedy client do to it?"
+    "What does the server add to the engine, what does latest wins save while somebody types, and what do load and a greedy "
+    "client do to it?"
 )
 
 
@@ -49,8 +46,8 @@ def bench_serve(
     quick: bool = False,
 ) -> Record:
     """Check and time everything, write `out`.json and `out`.png after each part, return the record. rounds: of single pictures;
-    a twentieth as many sentences are typed. requests: of "load", and malformed ones. only: some of PARTS; none is all.
-    Raises ImagineFlashError for a wrong picture, and for malformed input that is not refused."""
+    a twentieth as many sentences are typed. requests: of "load". only: some of PARTS; none is all.
+    Raises ImagineFlashError for a wrong picture."""
     _refuse_settings(rounds, requests, only)
     folder = EMBEDDED if model is None else model
     manifest = read_artifact_manifest(folder)
@@ -91,15 +88,12 @@ def _parts(bench: Bench, rounds: int, requests: int, quick: bool) -> dict[str, l
     """What is measured, by its name in PARTS, in pieces for the progress bar."""
     drawn = drawn_by_torch(bench.folder, bench.engine.artifact)
     sentences, text = max(FEWEST_ROUNDS, rounds // 20), SHORT if quick else SENTENCE
-    crowds, moments = ((1, 4), (IDLE, BOMBS)) if quick else ((1, 4, 16, 100), MOMENTS)
+    crowds = (1, 4) if quick else (1, 4, 16, 100)
     return {
         "overhead": [lambda n=n: [overhead(bench, n, rounds)] for n in sorted({min(drawn), max(drawn)})],
         "typing": [lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)] for n in crowds],
         "load": [lambda: [load(bench, requests)]],
-        "malformed": [lambda: [refusals(bench, requests)]],
-        "bombs": [lambda: [beside_bombs(bench, rounds)] if bench.engine.draws_from_pictures else []],
         "greedy": [lambda: [beside_a_greedy_client(bench, rounds)]],
-        "sigterm": [lambda: [ending(bench, moments)]],
         "ray": [lambda: on_ray(bench, rounds, requests // 5)],
     }
 

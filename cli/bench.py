@@ -106,10 +106,7 @@ def bench_runtime_command(
     _show(bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick), output)
 
 
-@bench.command(
-    "serve",
-    epilog=examples("bench serve --quick", "bench serve --only load --only malformed --requests 100000 -o many"),
-)
+@bench.command("serve", epilog=examples("bench serve --quick", "bench serve --only load --requests 100000 -o many"))
 def bench_serve_command(
     output: Output = Path("serve"),
     model: Model = None,
@@ -122,20 +119,14 @@ def bench_serve_command(
             metavar="INTEGER", help="Timings of single pictures, at least 5; a twentieth as many typed sentences."
         ),
     ] = 200,
-    requests: Annotated[
-        int, typer.Option(metavar="INTEGER", help="Of 64 clients at once, and malformed ones; at least 640.")
-    ] = 10_000,
+    requests: Annotated[int, typer.Option(metavar="INTEGER", help="Of 64 clients at once; at least 640.")] = 10_000,
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="overhead, typing, load, malformed, bombs, greedy, sigterm or ray; may be repeated; by default all.",
-        ),
+        typer.Option(metavar="NAME", help="overhead, typing, load, greedy or ray; may be repeated; by default all."),
     ] = None,
     quick: Quick = False,
 ) -> None:
-    """Time the server: overhead, typing, many and malformed requests, files that are slow to read, a greedy client, SIGTERM, and
-    two replicas on Ray Serve."""
+    """Time the server: overhead, typing, many requests, a greedy client, and two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
     needs("serve", "fastapi", "uvicorn", "httptools", "websockets", "prometheus_client", "multipart")
     needs("bench", "matplotlib", "psutil")

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from ...engine import GenerateRequest
 from ...engine.work import GenerateResult
 from ..processes import COMMAND, own_mb, resident_mb
 
-GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+GENERATIONS = "/v1/images/generations"
 NO_ANSWER_AFTER = 60.0  # seconds until a server that does not answer is an error
 STARTS_WITHIN = 200.0  # seconds until one that does not start is, on a machine that does much else
 
@@ -163,23 +163,10 @@ class HttpClient:
 
     def post(self, request: GenerateRequest) -> tuple[int, Answer | None]:
         """The status, 0 where there was none, and with 200 the answer."""
-        return self._post(GENERATIONS, json.dumps(_fields(request)).encode(), self._headers)
-
-    def edit(self, request: GenerateRequest, file: bytes) -> tuple[int, Answer | None]:
-        """The same, drawn from a picture's file with the request's strength."""
-        edge = "the-edge-of-a-part"
-        head = f"--{edge}\r\ncontent-disposition: form-data; name="
-        fields = {**_fields(request), "strength": request.strength}
-        parts = [f'{head}"{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
-        picture = f'{head}"image"; filename="a"\r\n\r\n'
-        body = "".join([*parts, picture]).encode() + file + f"\r\n--{edge}--\r\n".encode()
-        headers = {**self._headers, "Content-Type": f"multipart/form-data; boundary={edge}"}
-        return self._post(EDITS, body, headers)
-
-    def _post(self, path: str, sent: bytes, headers: Mapping[str, str]) -> tuple[int, Answer | None]:
+        sent = json.dumps(_fields(request)).encode()
         started = time.perf_counter()
         try:
-            self._connection.request("POST", path, sent, dict(headers))
+            self._connection.request("POST", GENERATIONS, sent, self._headers)
             answer = self._connection.getresponse()
             body = answer.read()
             if answer.status != 200:

@@ -44,6 +44,7 @@ def test_the_studies_that_the_project_ships_are_valid(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_updates_that_a_study_names_cost_what_the_comparisons_do() -> None:
     shipped = {path.stem: load_study(path) for path in STUDIES}
     budget = shipped["methods"][0].budget

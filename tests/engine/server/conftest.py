@@ -151,6 +151,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:
         pytest.skip("needs chromium")
+    playwright.expect.set_options(timeout=20_000)  # as long as a page waits here for all else
     with playwright.sync_playwright() as started:
         camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
         one = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])

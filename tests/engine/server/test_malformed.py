@@ -9,9 +9,9 @@ from collections import Counter
 import httpx
 import pytest
 
-from imagine_flash.benchmarks.serving.malformed import KINDS, malformed
-from imagine_flash.benchmarks.serving.refusals import outcome
 from imagine_flash.engine.server.schemas import ImageRequest
+from imagine_flash.tests.engine.server.malformed import KINDS, malformed
+from imagine_flash.tests.engine.server.refusals import outcome
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.weekly])])

@@ -16,10 +16,10 @@ import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.sync import client
 
-from imagine_flash.benchmarks.serving.malformed import frame, handshake
 from imagine_flash.cli.serve import _configuration, listen
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import ServerSettings, connections, create_app
+from imagine_flash.tests.engine.server.malformed import frame, handshake
 
 LARGE = {"prompt": "a cat", "steps": 1, "size": "2048x2048", "n": 4}  # some 2 MB of answer
 

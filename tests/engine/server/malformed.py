@@ -4,8 +4,6 @@ Everything is made so that it cannot be right: what is cut off is never whole, a
 needed.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import struct
