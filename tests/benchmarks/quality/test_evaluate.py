@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagine_flash.benchmarks.quality import evaluate as evaluation
+from imagine_flash.benchmarks.quality import paired
 from imagine_flash.benchmarks.quality.evaluate import evaluate
 from imagine_flash.benchmarks.quality.judge import load_judge
 from imagine_flash.benchmarks.quality.prompts import ATTRIBUTES, draw_prompts, kept, marks, shares
@@ -74,10 +76,14 @@ def test_held_out_prompts_state_held_out_relations_and_splits_differ() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_command_on_a_real_tiny_model(tiny_student: Path, untrained_judge: Path, tmp_path: Path) -> None:
+def test_the_whole_command_on_a_real_tiny_model(
+    tiny_student: Path, untrained_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An untrained judge reads an untrained student: the numbers mean nothing, the record and the pictures are whole."""
     from PIL import Image
 
+    monkeypatch.setattr(evaluation, "DIVERSITY_PROMPTS", 2)
+    monkeypatch.setattr(paired, "RESAMPLES", 20)  # both for speed
     out = tmp_path / "result.v1"
     names = ["student, 3 steps", "student, 3 steps, no noise correction", "student, 1 step", "teacher, 4 steps, UniPC"]
     record = evaluate(tiny_student, tiny_student, untrained_judge, out, count=258, held_out=4, only=names)
