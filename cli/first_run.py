@@ -38,7 +38,7 @@ def ready(
     from ..folders.files import ARTIFACT_FILE, STUDENT_FILE
     from ..folders.reading import read_student_manifest
     from ..models.catalogue import find
-    from ..models.student import check_left_out, student_of
+    from ..models.student import check_left_out, is_made, student_of
 
     if model is None:
         if options.tiny_decoder is not None:
@@ -67,8 +67,8 @@ def ready(
     if not quality and options.tiny_decoder is None and on_cpu(device):
         options = options.model_copy(update={"prefer_tiny": True})
     student = student_of(model, options)
-    if (student / ARTIFACT_FILE).is_file():
-        return student
+    if (student / ARTIFACT_FILE).is_file() or not is_made(student):
+        return student  # of the hub, as a folder of it
     say_sources(student)
     plans = read_student_manifest(student).plans
     if steps is not None and steps not in plans:

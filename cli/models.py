@@ -31,13 +31,12 @@ def models_command(json_: Annotated[bool, typer.Option("--json", help="As JSON, 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("name", "steps", "size", "memory", "here"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("licence", ratio=1)
+    table.add_column("licence", ratio=1, overflow="fold")
     for one in found:
         said = {True: "yes", False: "no", None: "?"}[one["fits"]]
         amount = f"{one['memory'] / 2**30:.0f} GiB" if one["memory"] else "?"
         size = f"{one['size'][1]}x{one['size'][0]}"
-        licence, _, _ = one["licence"].partition(" (")
-        table.add_row(one["name"], spans(one["steps"]), size, amount, said, licence)
+        table.add_row(one["name"], spans(one["steps"]), size, amount, said, one["licence"])
     Console().print(table)
     say(
         "nobody has drawn with these weights through this catalogue yet; use one with: imagine-flash generate PROMPT --model NAME"

@@ -186,7 +186,9 @@ class Engine:
         """Of every size."""
         return [*dict.fromkeys(self.manifest.graph_name(kind, size) for kind in kinds for size in self.sizes)]
 
-    def submit(self, request: GenerateRequest | str, *, client: Client | None = None, **fields: Any) -> Drawing:
+    def submit(
+        self, request: GenerateRequest | str | None = None, *, client: Client | None = None, **fields: Any
+    ) -> Drawing:
         """Accept a request, or a prompt and the request's other fields by name; its pictures come with the future. Cancelling
         the future stops the work before the next call. client: who asks; clients share the network by their weights, not by
         how much they ask for.
@@ -256,18 +258,20 @@ class Engine:
             return None
         return replace(prepared, request=prepared.request.model_copy(update={"steps": 1}), steps=1)
 
-    def generate(self, request: GenerateRequest | str, **fields: Any) -> GenerateResult:
+    def generate(self, request: GenerateRequest | str | None = None, **fields: Any) -> GenerateResult:
         """Draw a request and wait for it: generate("a fox", steps=2, seed=7), or a GenerateRequest with the same fields.
 
         Raises what `submit` raises, and EngineError for a failing backend.
         """
         return self.submit(request, **fields).result()
 
-    async def agenerate(self, request: GenerateRequest | str, **fields: Any) -> GenerateResult:
+    async def agenerate(self, request: GenerateRequest | str | None = None, **fields: Any) -> GenerateResult:
         """Draw a request without blocking the event loop; cancelling the task stops the work before the next call."""
         return await asyncio.wrap_future(self.submit(request, **fields))
 
-    async def stream(self, request: GenerateRequest | str, **fields: Any) -> AsyncIterator[GenerateResult]:
+    async def stream(
+        self, request: GenerateRequest | str | None = None, **fields: Any
+    ) -> AsyncIterator[GenerateResult]:
         """The request in one step as a preview, then in all its steps, from the same noise."""
         prepared = self.prepare(GenerateRequest.of(request, fields))
         if (preview := self.preview(prepared)) is not None:

@@ -84,9 +84,13 @@ class GenerateRequest(Checked):
         super().__init__(**values)
 
     @classmethod
-    def of(cls, request: GenerateRequest | str, fields: Mapping[str, Any]) -> GenerateRequest:
-        """A request as it is, or of a prompt and the other fields by name. Raises RequestError for both at once."""
+    def of(cls, request: GenerateRequest | str | None, fields: Mapping[str, Any]) -> GenerateRequest:
+        """A request as it is, or of its fields by name, the prompt first or by name too. Raises RequestError for both at once."""
+        if request is None:
+            return cls(**fields)
         if isinstance(request, str):
+            if "prompt" in fields:
+                raise RequestError(f"two prompts, {request!r} and {fields['prompt']!r}: give one")
             return cls(prompt=request, **fields)
         if not isinstance(request, GenerateRequest):
             raise RequestError(f"a request is a prompt or a GenerateRequest, got {request!r}")

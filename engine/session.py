@@ -63,7 +63,7 @@ class Session:
 
     def submit(
         self,
-        request: GenerateRequest | str,
+        request: GenerateRequest | str | None = None,
         seq: int | None = None,
         *,
         preview: bool | None = None,

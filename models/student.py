@@ -100,7 +100,7 @@ def write_student(described: Described) -> Path:
     )
     signature = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = json.dumps([LAYOUT, named, signature, described.scheduler, manifest.model_dump(mode="json")], sort_keys=True)
-    parent = cache_folder("students") or Path(tempfile.gettempdir()) / "imagine-flash-students"
+    parent = _made()
     parent.mkdir(parents=True, exist_ok=True)
     target = parent / hashlib.sha256(key.encode()).hexdigest()[:16] / described.name
     if (target / STUDENT_FILE).is_file():
@@ -113,6 +113,16 @@ def write_student(described: Described) -> Path:
             _link_lora(_safetensors(described.lora), temporary)
         write_manifest(temporary, manifest)
     return target
+
+
+def _made() -> Path:
+    """Where the folders are that `write_student` makes."""
+    return cache_folder("students") or Path(tempfile.gettempdir()) / "imagine-flash-students"
+
+
+def is_made(student: Path) -> bool:
+    """Whether the folder is one that was made of another's model, and not a student of its own."""
+    return student.is_relative_to(_made())
 
 
 PIPELINE_FOLDER = "pipeline"  # of a LoRA's base, beside the LoRA

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagine_flash.cli.first_run import ready
+from imagine_flash.folders.files import STUDENT_FILE
+from imagine_flash.models.options import ModelOptions
 from imagine_flash.tests import architectures, pipelines
 from imagine_flash.tests.checkpoints import write_checkpoint
 from imagine_flash.tests.commands import fails, run
@@ -44,6 +47,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def caches(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setenv("IMAGINE_FLASH_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_student_of_ours_on_the_hub_is_drawn_as_its_folder_is(hub: Path, tiny_student: Path) -> None:
+    """The folder ran in torch, the hub id of the same student was exported first."""
+    publish(hub, "somebody/student", tiny_student)
+    found = ready("somebody/student", ModelOptions(), "auto")
+    assert found is not None and found.is_relative_to(hub) and (found / STUDENT_FILE).is_file()
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ class ServerSettings(Checked):
 
     model, backend, device, precision, max_batch, threads, long_prompts, autotune: as of `Engine.load`. tiny_decoder: the folder
     or hub id of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the
-    model. Neither goes with ray, whose replicas load an artifact. lora: those that requests may ask for, by name, or
+    model; with ray both on one machine only. lora: those that requests may ask for, by name, or
     "NAME=PATH". max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.

@@ -158,6 +158,7 @@ def test_a_prompt_with_fields_is_a_request(engine: Engine, tiny_artifact: Path) 
     """As pipelines of diffusers are called."""
     expected = images(engine, prompt="a cat", steps=2, seed=9)
     assert np.array_equal(engine.generate("a cat", steps=2, seed=9).images, expected)
+    assert np.array_equal(engine.generate(prompt="a cat", steps=2, seed=9).images, expected)
     assert np.array_equal(engine.submit("a cat", steps=2, seed=9).result().images, expected)
     assert np.array_equal(asyncio.run(engine.agenerate("a cat", steps=2, seed=9)).images, expected)
 
@@ -178,7 +179,9 @@ def test_a_prompt_with_fields_is_a_request(engine: Engine, tiny_artifact: Path) 
             "a GenerateRequest has its own steps, seed: give them",
         ),
         ({"prompt": "a cat"}, {}, "a request is a prompt or a GenerateRequest, got {'prompt': 'a cat'}"),
-        (None, {}, "got None"),
+        (None, {}, "prompt must be "),
+        (7, {}, "got 7"),
+        ("a cat", {"prompt": "a dog"}, "two prompts, 'a cat' and 'a dog': give one"),
     ],
 )
 def test_what_is_no_prompt_with_fields(engine: Engine, request_: Any, fields: dict, says: str) -> None:

@@ -9,7 +9,8 @@ const SWATCHES = {
   green: "#46a758", blue: "#0090ff", purple: "#8e4ec6", pink: "#ff8dcf", brown: "#8d6e53",
 };
 
-/** Events: "change" when the picture or its amount is another. current: {blob, bytes} or null.
+/** Events: "change" when the picture or its amount is another. current: {blob, bytes, from} or null; from is the same object for
+ * all strokes of one sketch and all pictures of one turn of the camera.
  *
  * root: a fieldset, which gets the parts of the template "picture-input". amount: what its slider says; most, value: of the slider;
  * paper, pen: the colours that drawing begins with; exact: whether files are without a loss where they can be.
@@ -23,6 +24,7 @@ export class PictureInput extends EventTarget {
   #video = null;
   #size = [64, 64];
   #source = null; // what the canvas shows a cut of; null once it was drawn on
+  #from = {}; // stands for the file, the sheet or the camera that the pictures come from
   #turn = 0; // counts what the canvas was made for: of another one, nothing that comes late is taken
   #last = 0;
   #timer = 0;
@@ -94,6 +96,7 @@ export class PictureInput extends EventTarget {
     try {
       const bitmap = await createImageBitmap(file);
       this.#become("file", file);
+      this.#from = {};
       this.#cover(bitmap, bitmap.width, bitmap.height);
       this.#changed();
     } catch {
@@ -108,6 +111,7 @@ export class PictureInput extends EventTarget {
     if (picture && picture === this.current) return;
     this.current = this.isOffered && picture ? picture : null;
     this.#become(this.current && "file", this.current?.blob);
+    this.#from = this.current?.from ?? {};
     if (amount !== undefined && !this.current) this.#say("The picture that was here is gone: choose it again.");
     if (!this.current) return;
     const turn = this.#turn;
@@ -130,6 +134,7 @@ export class PictureInput extends EventTarget {
   #sketch() {
     const had = this.#kind !== null; // one draws on what is there
     this.#become("sketch", this.#source);
+    this.#from = {};
     if (!had) this.#blank();
     this.#changed();
   }
@@ -138,6 +143,7 @@ export class PictureInput extends EventTarget {
     try {
       const stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 640, facingMode: "user" } });
       this.#become("camera");
+      this.#from = {};
       this.#video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
       await this.#video.play();
       this.#look();
@@ -216,7 +222,7 @@ export class PictureInput extends EventTarget {
     const turn = this.#turn;
     const file = await fileOf(this.#canvas, this.#size, this.#drawn.exact);
     if (turn !== this.#turn || !this.#kind) return;
-    this.current = file;
+    this.current = { ...file, from: this.#from };
     this.#tell();
   }
 

@@ -91,7 +91,7 @@ export class Strip {
   #list;
   #items = new Map(); // what was drawn, from which pictures -> its element
   #pictures = new WeakMap(); // its element -> the pictures that it was drawn from and under
-  #numbers = new WeakMap(); // of these pictures
+  #numbers = new WeakMap(); // of what these pictures came from
   #next = 1;
 
   constructor(list, pick) {
@@ -124,11 +124,11 @@ export class Strip {
     reader.readAsDataURL(blob);
   }
 
-  /** Of a picture that was drawn from, the same as long as it is the same one; 0 of none. */
+  /** Of a picture that was drawn from, the same for one file, sketch or turn of the camera; 0 of none. */
   #number(picture) {
     if (!picture) return 0;
-    if (!this.#numbers.has(picture)) this.#numbers.set(picture, this.#next++);
-    return this.#numbers.get(picture);
+    if (!this.#numbers.has(picture.from)) this.#numbers.set(picture.from, this.#next++);
+    return this.#numbers.get(picture.from);
   }
 
   #save() {

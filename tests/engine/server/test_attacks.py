@@ -109,8 +109,10 @@ def two_who_send(server: ServerProcess, file: bytes) -> Iterator[list[int]]:
 
     with ThreadPoolExecutor(2) as pool:
         sending = [pool.submit(send) for _ in range(2)]
-        yield statuses
-        over.set()
+        try:
+            yield statuses
+        finally:
+            over.set()
         for one in sending:
             one.result()
 
@@ -180,6 +182,17 @@ def type_on(server: ServerProcess, announced: threading.Event) -> int:
     return drawn
 
 
+def ends_by_itself(server: ServerProcess, announced: threading.Event) -> None:
+    """A moment after its end was announced; one that does not is killed, so that its clients end too."""
+    announced.set()
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        assert server.process.wait(60) == -signal.SIGTERM
+    finally:
+        server.kill()
+
+
 def ask_for_64(server: ServerProcess, announced: threading.Event) -> int:
     """The one greedy client, in a loop."""
     answered = 0
@@ -200,10 +213,7 @@ def test_sigterm_in_the_midst_of_it(shared: ServerProcess, beside: str) -> None:
             clients.append(pool.submit(ask_for_64, shared, announced))
         with two_who_send(shared, jpeg_of_many_scans()) if beside == "slow files" else nullcontext():
             time.sleep(2)
-            announced.set()
-            time.sleep(0.3)
-            shared.process.send_signal(signal.SIGTERM)
-            assert shared.process.wait(60) == -signal.SIGTERM
+            ends_by_itself(shared, announced)
         answered = [client.result() for client in clients]
     assert all(answered), answered
     assert "Traceback" not in shared.log.read_text()
@@ -224,10 +234,7 @@ def test_sigterm_among_malformed_requests(start_server, options: tuple[str | Pat
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(send, seed) for seed in range(CLIENTS)]
         time.sleep(2)
-        announced.set()
-        time.sleep(0.3)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(60) == -signal.SIGTERM
+        ends_by_itself(server, announced)
         for client in clients:
             client.result()
     assert len(sent) > 100 and "Traceback" not in server.log.read_text()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from imagine_flash.tests.engine.server.test_page_tools import draws_anew, green
+from imagine_flash.tests.engine.server.test_page_tools import draw_a_line, draws_anew, green
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
@@ -153,7 +153,31 @@ def test_the_strip_keeps_what_was_drawn_from_two_pictures(drawn) -> None:
     assert pixels(page) == from_green
     playwright.expect(page.locator("#strip button[title*='from a picture']")).to_have_count(2)
     page.reload()
+    drawn.shows("a cat", 5)
+    settled(page, "a cat, seed 5, 3 steps$")  # keeps them all anew
+    page.reload()
     playwright.expect(page.locator("#strip button[title*='from a picture']")).to_have_count(2)
+
+
+def test_the_strokes_of_one_sketch_have_one_place_in_the_strip(drawn) -> None:
+    """Each had one, as each picture of a camera: a few of them pushed all earlier texts out."""
+    page = drawn.page
+    page.evaluate("document.querySelector('#source .amount').value = 0.05")
+    draws_anew(page, lambda: page.click("#source .sketch-on"))
+    settled(page, "from a picture")
+    for colour in (4, 6):
+        page.click(f"#source .colours label:nth-child({colour})")
+        before = page.locator("#strip img").first.get_attribute("src")
+        draw_a_line(page, "#source .sketch")
+        playwright.expect(page.locator("#strip img").first).not_to_have_attribute(
+            "src", before
+        )  # kept, once it is settled
+    playwright.expect(page.locator("#strip button[title*='from a picture']")).to_have_count(1)
+    latest = pixels(page)
+    draws_anew(page, lambda: page.fill("#prompt", "a dog"))
+    draws_anew(page, lambda: page.click("#strip button[title*='from a picture']"))
+    again = [abs(int(a) - int(b)) for a, b in zip(pixels(page).split(","), latest.split(","), strict=True)]
+    assert max(again) <= 1  # what shares a call may differ by a level
 
 
 def test_pasted_text_is_text_though_its_picture_comes_along(drawn) -> None:
