@@ -26,7 +26,7 @@ from .judge import FEATURES, FEWEST, Judge, load_judge
 from .measure import Measured, PictureStore
 from .method import REFERENCE, Method
 from .methods import table_of_methods
-from .metrics import frechet_distance, kernel_distance, precision_and_recall, spread
+from .metrics import precision_and_recall, spread
 from .paired import Distance, against_teacher, distance_of
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
 
@@ -152,10 +152,11 @@ def compare(
     known already, to which the rows' own are added."""
     distances = {} if distances is None else distances
     reference = judge.reference_mean.double().numpy(), judge.reference_covariance.double().numpy()
+    real = found["rendered scenes"]["seen"].features[:NEIGHBOURS_OF] if "rendered scenes" in found else None
     for name in dict.fromkeys((REFERENCE, *(method.name for method in methods))):
         if name not in distances:
-            distances[name] = distance_of(found[name]["seen"].features, reference)
-    real = found["rendered scenes"]["seen"].features[:NEIGHBOURS_OF] if "rendered scenes" in found else None
+            beside = None if name == "rendered scenes" else real
+            distances[name] = distance_of(found[name]["seen"].features, reference, beside)
     teacher, clean = found[REFERENCE]["seen"], found["autoencoder"]["seen"].latents
     rows = []
     for method in methods:
@@ -165,17 +166,16 @@ def compare(
             "network_calls": method.network_calls,
             "seen": shares(ours.marks),
             "held_out": shares(kinds["held_out"].marks),
-            "fd_judge": round(frechet_distance(ours.features, *reference), 3),
+            "fd_judge": round(own.plain, 3),
             "fd_judge_unbiased": round(own.value, 3),
             "fd_interval": own.interval,
             "sharpness": round(float(ours.sharpness.mean()), 1),
             "milliseconds_per_image": round(1000 * ours.seconds / len(ours.marks), 2),
         }
-        if method.name != "rendered scenes" and real is not None:
-            few = ours.features[:NEIGHBOURS_OF]
-            precision, recall = precision_and_recall(few, real, paired=True)
+        if own.terms is not None and real is not None:
+            precision, recall = precision_and_recall(ours.features[:NEIGHBOURS_OF], real, paired=True)
             row |= {
-                "kd_judge": round(kernel_distance(few, real, paired=True), 4),
+                "kd_judge": round(float(own.terms.mean()), 4),
                 "precision": round(precision, 4),
                 "recall": round(recall, 4),
             }

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
-SUBSET_SIZES, SUBSETS = 10, 8  # of the extrapolation to infinitely many pictures
+SUBSET_SIZES, SUBSETS = 10, 32  # of the extrapolation to infinitely many pictures
 
 
 def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of Gaussians (Heusel et al. 2017, eq. 6); features (N, D) against a reference."""
-    own_mean, own = features.mean(0), np.cov(features, rowvar=False)
+    return frechet_distances([features], mean, covariance)[0]
+
+
+def frechet_distances(samples: Iterable[np.ndarray], mean: np.ndarray, covariance: np.ndarray) -> list[float]:
+    """The same of several sets of features against one reference."""
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ own @ root), 0, None)).sum()
-    return float(((own_mean - mean) ** 2).sum() + np.trace(own) + np.trace(covariance) - 2 * cross)
+
+    def distance(features: np.ndarray) -> float:
+        own_mean, own = features.mean(0), np.cov(features, rowvar=False)
+        cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ own @ root), 0, None)).sum()
+        return float(((own_mean - mean) ** 2).sum() + np.trace(own) + np.trace(covariance) - 2 * cross)
+
+    return [distance(features) for features in samples]
 
 
 def unbiased_frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
@@ -23,10 +34,8 @@ def unbiased_frechet_distance(features: np.ndarray, mean: np.ndarray, covariance
     count, dimensions = features.shape
     draw = np.random.default_rng(0)
     sizes = np.linspace(max(count // 4, dimensions + 1), count, SUBSET_SIZES).astype(int)
-    distances = [
-        np.mean([frechet_distance(features[draw.permutation(count)[:size]], mean, covariance) for _ in range(SUBSETS)])
-        for size in sizes
-    ]
+    subsets = (features[draw.permutation(count)[:size]] for size in sizes for _ in range(SUBSETS))
+    distances = np.reshape(frechet_distances(subsets, mean, covariance), (SUBSET_SIZES, SUBSETS)).mean(1)
     return float(np.polyfit(1.0 / sizes, distances, 1)[1])
 
 
@@ -52,15 +61,23 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, *, paired: bool
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018; "KID" where the features are Inception's).
 
     paired: row i of both is of one prompt. Such pairs are no independent draws and are left out (Gretton et al. 2012, eq. 4)."""
+    if paired:
+        return float(kernel_terms(features, reference).mean())
+    cross = ((features @ reference.T / features.shape[1] + 1) ** 3).mean()
+    return float(_with_others(features, features).mean() + _with_others(reference, reference).mean() - 2 * cross)
 
-    def off_diagonal(x: np.ndarray) -> float:
-        kernel = (x @ x.T / x.shape[1] + 1) ** 3
-        return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)))
 
-    kernel = (features @ reference.T / features.shape[1] + 1) ** 3
-    left_out = np.trace(kernel) if paired else 0.0
-    cross = float((kernel.sum() - left_out) / (kernel.size - (len(features) if paired else 0)))
-    return off_diagonal(features) + off_diagonal(reference) - 2 * cross
+def kernel_terms(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(N,) what each prompt adds to the paired `kernel_distance`, which is their mean. Its error is twice that of this mean, since
+    each prompt is in half of every term (Hoeffding 1948, theorem 7.1)."""
+    within = _with_others(features, features) + _with_others(reference, reference)
+    return within - _with_others(features, reference) - _with_others(reference, features)
+
+
+def _with_others(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The mean kernel of each row of x with all rows of y but that of the same number."""
+    kernel = (x @ y.T / x.shape[1] + 1) ** 3
+    return (kernel.sum(1) - np.diagonal(kernel)) / (len(y) - 1)
 
 
 def precision_and_recall(

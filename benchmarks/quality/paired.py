@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .measure import Measured
-from .metrics import frechet_distance, unbiased_frechet_distance
+from .metrics import frechet_distances, kernel_terms, unbiased_frechet_distance
 
-RESAMPLES = 200  # draws of a bootstrap
+RESAMPLES = 500  # draws of a bootstrap
 Moments = tuple[np.ndarray, np.ndarray]  # mean and covariance of the reference
 
 
 class Distance(NamedTuple):
     """FD (judge) of a row as infinitely many pictures would have it, and those of bootstrap samples, moved to lie about it.
-    Draw k takes the same prompts whatever the row, so that differences of draws are paired."""
+    Draw k takes the same prompts whatever the row, so that differences of draws are paired. plain: as these pictures have it;
+    of two rows the bias is the same, and the extrapolation's own noise is not. terms: what each prompt adds to KD (judge)."""
 
     value: float
     draws: np.ndarray
+    plain: float
+    terms: np.ndarray | None = None
 
     @property
     def interval(self) -> list[float]:
@@ -26,12 +29,13 @@ class Distance(NamedTuple):
         return [round(float(v), 3) for v in np.percentile(self.draws, (2.5, 97.5))]
 
 
-def distance_of(features: np.ndarray, reference: Moments) -> Distance:
-    """The distance of features (N, D) to the reference."""
+def distance_of(features: np.ndarray, reference: Moments, real: np.ndarray | None = None) -> Distance:
+    """The distance of features (N, D) to the reference. real: features of rendered scenes, of the same prompts, for KD (judge)."""
     value, draw = unbiased_frechet_distance(features, *reference), np.random.default_rng(0)
-    rows = (draw.integers(len(features), size=len(features)) for _ in range(RESAMPLES))
-    found = np.array([frechet_distance(features[r], *reference) for r in rows])
-    return Distance(value, value + found - found.mean())
+    samples = (features[draw.integers(len(features), size=len(features))] for _ in range(RESAMPLES))
+    plain, *found = frechet_distances((features, *samples), *reference)
+    terms = None if real is None else kernel_terms(features[: len(real)], real)
+    return Distance(value, value + np.array(found) - np.mean(found), plain, terms)
 
 
 def against_teacher(ours: Measured, teacher: Measured, own: Distance, best: Distance) -> dict[str, Any]:
@@ -49,10 +53,16 @@ def against_teacher(ours: Measured, teacher: Measured, own: Distance, best: Dist
 def between(ours: Measured, other: Measured, own: Distance, theirs: Distance) -> dict[str, Any]:
     """How much farther from real scenes one row is than another, and how much more of its prompts it shows, with paired 95 %
     intervals."""
-    return {
-        "fd_difference": _with_interval(own.value - theirs.value, own.draws - theirs.draws),
+    draws, plain = own.draws - theirs.draws, own.plain - theirs.plain
+    found = {
+        "fd_difference": _with_interval(plain, draws - draws.mean() + plain),
         "fidelity_difference": fidelity_difference(ours, other),
     }
+    if own.terms is not None and theirs.terms is not None:
+        terms = own.terms - theirs.terms
+        half = 1.96 * 2 * terms.std(ddof=1) / np.sqrt(len(terms))
+        found["kd_difference"] = [round(float(v), 4) for v in (terms.mean(), terms.mean() - half, terms.mean() + half)]
+    return found
 
 
 def fidelity_difference(ours: Measured, other: Measured) -> list[float]:

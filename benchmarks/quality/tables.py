@@ -65,13 +65,16 @@ def more_as_markdown(record: dict[str, Any]) -> str:
 
 
 def pairs_as_markdown(record: dict[str, Any]) -> str:
-    """The first variant of a study against each other one; below 0, its FD (judge) is the smaller."""
-    rows = []
+    """The first variant of a study against each other one; below 0, its FD (judge) is the smaller. KD in thousands."""
+    rows, headings = [], ["method", "against", "FD, 95 %", "fidelity, points, 95 %"]
+    if has_kd := all("kd_difference" in pair for pair in record["pairs"]):  # which the first records have not
+        headings.append("KD / 1000, 95 %")
     for pair in record["pairs"]:
-        distance, gain = pair["fd_difference"], (100 * v for v in pair["fidelity_difference"])
-        cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*values) for values in (distance, gain)]
+        found = [pair["fd_difference"], [100 * v for v in pair["fidelity_difference"]]]
+        found += [[v / 1000 for v in pair["kd_difference"]]] if has_kd else []
+        cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*values) for values in found]
         rows.append((pair["method"], pair["than"], *cells))
-    return markdown_table(("method", "against", "FD, 95 %", "fidelity, points, 95 %"), rows, ["method", "against"])
+    return markdown_table(headings, rows, ["method", "against"])
 
 
 def read_quality(file: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from imagine_flash.benchmarks.quality import paired
 from imagine_flash.benchmarks.quality.measure import Measured
 from imagine_flash.benchmarks.quality.paired import against_teacher, between, distance_of
 
@@ -32,9 +33,31 @@ def test_what_two_rows_share_does_not_widen_their_difference() -> None:
     assert between(other, one, theirs, own)["fd_difference"][0] == -found["fd_difference"][0]
 
 
+def test_the_interval_of_a_difference_in_kernel_distance_holds_as_often_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two rows at equal distances on average, of prompts that both and the real scenes share: 0 is inside in 95 % of them.
+
+    Where rows are as near as they can be, intervals are wider than need be, by the square root of 2."""
+    monkeypatch.setattr(paired, "RESAMPLES", 2)  # of what this does not ask for
+    inside, tell_apart = 0, 0
+    right = np.ones(100, np.int8)
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        common, real, a, b = rng.standard_normal((4, 100, 4))
+        rows = [common + 0.5 * own + 0.7 for own in (a, b, b + 1)]
+        distances = [distance_of(features, REFERENCE, common + 0.5 * real) for features in rows]
+        one, other, far = (row(features, right) for features in rows)
+        _, low, high = between(one, other, distances[0], distances[1])["kd_difference"]
+        inside += low <= 0 <= high
+        tell_apart += between(far, other, distances[2], distances[1])["kd_difference"][1] > 0
+    assert 90 <= inside <= 99 and tell_apart > 90
+
+
 def test_a_row_beside_itself() -> None:
     features = np.random.default_rng(1).standard_normal(SIZE)
-    same, distance = row(features, np.ones(SIZE[0], np.int8)), distance_of(features, REFERENCE)
-    assert between(same, same, distance, distance) == {"fd_difference": [0, 0, 0], "fidelity_difference": [0, 0, 0]}
+    same, distance = row(features, np.ones(SIZE[0], np.int8)), distance_of(features, REFERENCE, features[::-1])
+    nothing = {key: [0, 0, 0] for key in ("fd_difference", "fidelity_difference", "kd_difference")}
+    assert between(same, same, distance, distance) == nothing
     told = against_teacher(same, same, distance, distance)
     assert told == {"fd_ratio": [1, 1, 1], "fidelity_difference": [0, 0, 0], "error_to_teacher": 0}
