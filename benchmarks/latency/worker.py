@@ -145,6 +145,7 @@ def _of_pipeline(pipeline: Any, told: dict[str, Any]) -> Draw:
         module.forward = _timed(module.forward, seconds, stage)
     pipeline.vae.decode = _timed(pipeline.vae.decode, seconds, "decoder")
     stock = pipeline.scheduler
+    built: dict[int, tuple[Any, dict[str, Any]]] = {}  # by steps: whoever draws again and again builds a scheduler once
 
     @torch.no_grad()
     def draw(asked: dict[str, Any]) -> Pictures:
@@ -153,7 +154,9 @@ def _of_pipeline(pipeline: Any, told: dict[str, Any]) -> Draw:
         if (guidance := asked.get("guidance", 1.0)) > 1:
             pipeline.scheduler, plan = stock, {"num_inference_steps": asked["guided_steps"]}
         else:
-            pipeline.scheduler, plan = _scheduler(stock, asked, told)
+            if asked["steps"] not in built:
+                built[asked["steps"]] = _scheduler(stock, asked, told)
+            pipeline.scheduler, plan = built[asked["steps"]]
         images = pipeline(
             asked["prompts"],
             **plan,
