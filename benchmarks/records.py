@@ -16,6 +16,7 @@ from ..folders.files import atomic_file
 from .schema import Case, Record, Timing, write_record
 
 END = "<!-- /bench -->"
+FEWEST_FOR_P99 = 100  # rounds; of fewer it is nearly the slowest
 FURTHER, MOST_COLUMNS = "further numbers", 5  # of numbers that cases have of their own: more share one column
 TEXT = ("case", "candidate", FURTHER)
 NAMES = ("kernel", "what", "backend", "precision", "route")  # parameters whose values say of what they are
@@ -66,7 +67,9 @@ def table_rows(record: Record) -> Iterator[tuple[str, ...]]:
     scale, columns = unit_of(record)[1], _extra_columns(record)
     for case in record.rows:
         for timing in case.timings:
-            times = (number(us / scale) for us in (timing.p50_us, timing.p95_us, timing.p99_us))
+            times = [number(us / scale) for us in (timing.p50_us, timing.p95_us, timing.p99_us)]
+            if timing.n < FEWEST_FOR_P99:
+                times[2] = "–"
             extra = case.extra.get(timing.name, {})
             texts = {name: number(value) for name, value in extra.items()}
             if columns == [FURTHER]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
 from ...distill.data.captions import Caption, Scene
-from ...distill.data.emoji import caption_at
+from ...distill.data.emoji import caption_at, held_out_combinations
 
 SPLITS = {"validation": 303, "test": 404}  # choices are made on the first; the second is read once per committed model
 NOISE_SEEDS = {"validation": 3_000_000, "test": 4_000_000}
@@ -40,11 +40,12 @@ class Prompts:
 
 
 def draw_prompts(count: int, *, split: str, held_out: bool) -> Prompts:
-    """`count` captions with noise of their own; held-out ones always state the order, since composition is their point."""
+    """`count` captions with noise of their own. Held-out ones state the order, since composition is their point, and describe
+    nothing that training shows: "an apple" may be either of two kinds, and with both the combination is a held-out one."""
     found, index = [], 0
     while len(found) < count:
         scene, caption, _ = caption_at(SPLITS[split], index, held_out=held_out)
-        if caption.states_order or not held_out:
+        if not held_out or (caption.states_order and _is_new(caption, scene)):
             found.append((caption, scene, index))
         index += 1
     first = NOISE_SEEDS[split] + (500_000 if held_out else 0)
@@ -57,6 +58,11 @@ def draw_prompts(count: int, *, split: str, held_out: bool) -> Prompts:
         split=split,
         held_out=held_out,
     )
+
+
+def _is_new(caption: Caption, scene: Scene) -> bool:
+    first, second = caption.objects
+    return all((a, scene.axis, b) in held_out_combinations() for a, b in product(first, second))
 
 
 def kept(caption: Caption, wanted: Scene, found: Scene) -> dict[str, bool]:

@@ -49,7 +49,7 @@ def _one_picture(
         return check_pictures(pixels_of(candidate.run())[None], expected[None], bench.limits)
 
     candidates = [Candidate(name=name, run=lambda name=name: draw(name)) for name in ways]
-    case = measure(candidates, baseline=candidates[0].name, check=check, case=about, n=rounds, repeats=1)
+    case = measure(candidates, baseline=candidates[0].name, check=check, case=about, n=rounds, repeats=1, rest=0.02)
     return case.with_extra({name: overhead_of(own[-rounds:]) for name, own in answers.items() if own})
 
 

@@ -1,5 +1,6 @@
 """The measures by their closed forms, and the whole command on tiny networks."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,9 @@ def test_held_out_prompts_state_held_out_relations_and_splits_differ() -> None:
     prompts = draw_prompts(40, split="test", held_out=True)
     for caption, scene in zip(prompts.captions, prompts.scenes, strict=True):
         assert caption.states_order and (scene.objects[0], scene.axis, scene.objects[1]) in held_out_combinations()
+        for first, second in itertools.product(*caption.objects):  # "an apple" is a red or a green one
+            assert (first, scene.axis, second) in held_out_combinations(), caption.text
+    assert any(len(allowed) > 1 for caption in prompts.captions for allowed in caption.objects)
     other = draw_prompts(40, split="validation", held_out=True)
     assert prompts.texts != other.texts and not set(prompts.seeds) & set(other.seeds)
 

@@ -15,7 +15,7 @@ from imagine_flash.benchmarks.schema import read_record
 from imagine_flash.cli import app
 
 ROOT = Path(studies.__file__).parents[2]
-LATENCY = ROOT / "docs/results/latency_embedded.json"
+LATENCY = ROOT / "docs/results/latency_teacher.json"
 
 
 def row(method: str, calls: int, distance: float, share: float) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_which_orderings_agree() -> None:
     ]
     found = orderings(rows, "distance")
     names = {key: {(a.method.split(":")[0], b.method.split(":")[0]) for a, b in pairs} for key, pairs in found.items()}
-    assert names["disagree"] == {("Imagine Flash", "LCM"), ("ADD", "LCM"), ("Imagine Flash", "teacher, 25 steps")}
+    assert names["disagree"] == {("Imagine Flash", "LCM"), ("ADD", "LCM")}  # the teacher is within 1 % there
     assert names["undecided"] == {("Imagine Flash", "ADD")}
     assert len(found["agree"]) == 2
     fidelity = orderings(rows, "fidelity")
@@ -84,7 +84,7 @@ def test_which_orderings_agree() -> None:
 def test_the_page_names_what_is_the_other_way_round() -> None:
     text = published_as_markdown(RECORD)
     assert "| LCM: student, 3 steps | 59.1 | 1.66 | 400.0 | 1.33 | 28.94 | 85.0 |" in text
-    assert "2 agree, 3 disagree, 1 undecided" in text
+    assert "2 agree, 2 disagree, 1 undecided" in text
     assert "- The other way round here: Imagine Flash: student, 3 steps before LCM: student, 3 steps there" in text
     few = {**RECORD, "rows": RECORD["rows"][:2]}
     assert published_as_markdown(few) == ""
