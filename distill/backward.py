@@ -76,10 +76,15 @@ def teacher_target(
 
     x (B, C, h, w) at time t; text, uncond (B, ...) each; guidance (B,). Returns x0 (B, C, h, w) without gradient.
     """
-    times, step = teacher_plan(t, k).timesteps, teacher.guided(text, uncond, guidance)
+    return solved(teacher, teacher.guided(text, uncond, guidance), x, teacher_plan(t, k).timesteps, solver)
+
+
+@torch.no_grad()
+def solved(denoiser: Denoiser, step: Step, x: torch.Tensor, times: Sequence[float], solver: Solver) -> torch.Tensor:
+    """The clean estimate at the last of `times`, reached by a deterministic solver from x (B, C, h, w) at the first."""
     if solver == "dpm_solver++":
-        return dpm_solver(teacher, step, x, times)
-    table = table_of(teacher, times)
+        return dpm_solver(denoiser, step, x, times)
+    table = table_of(denoiser, times)
     return rollout(step, x, table, len(table))
 
 

@@ -4,8 +4,9 @@
     L = mean( (f_Theta(z_i) - y)^2 ) + l_adv (sigmoid D(F(f_Theta noised)) - 1)^2 + l_dmd L_dmd
     gradient of L_dmd by f_Theta: (eps_Phi,w - eps_Theta) sigma_u / alpha_u / (mean |f_Theta - x0_Phi,w| + 1e-5)
 
-i is drawn from four bumps at the times of a 4-step plan, whose weights and those of the terms move through four phases. The
-teacher solver here is the deterministic step, the discriminator reads the frozen teacher. Drawn with by re-noising.
+i is drawn from four bumps at the times of a 4-step plan, whose weights and those of the terms move through four phases. With
+`huber` the first term is the pseudo-Huber loss, where the authors' code has LPIPS. The discriminator reads the frozen teacher.
+Drawn with by re-noising.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pydantic import Field
 
 from ...core.plan import StepPlan
 from ...pipelines.networks import Conditions
-from ..backward import rollout, table_of
+from ..backward import Solver, solved
 from ..discriminator import NetworkFeatures, adversarial_gradient
 from ..models import Denoiser
 from ..recipe import DistillRecipe, Share
+from ..weighting import distance
 from .contract import Batch, Companion, Companions, Draws, Method
 from .lcm import SAMPLER, consistency
 
@@ -36,6 +38,8 @@ class FlashRecipe(DistillRecipe):
     method: Literal["flash"] = "flash"
     plans: dict[int, tuple[int, ...]] = Field(default={1: (999,), 2: (999, 499), 4: (999, 749, 499, 249)}, min_length=1)
     teacher_steps: Annotated[int, Field(ge=4, multiple_of=4)] = 32  # K
+    teacher_solver: Solver = "ddim"  # of these steps; the authors' code has dpm_solver++
+    huber: Annotated[float, Field(gt=0)] | None = None  # d of the pseudo-Huber loss; None: the squared error
     adversarial_weights: Four = (0.0, 0.1, 0.2, 0.3)  # l_adv by phase; all 0: no discriminator
     matching_weights: Four = (0.0, 0.3, 0.5, 0.7)  # l_dmd by phase
     discriminator_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -81,9 +85,8 @@ def loss(
     times = StepPlan.trailing(recipe.teacher_steps, teacher.last_time + 1).timesteps[batch["start"] :]
     z = batch["noise"] if batch["start"] == 0 else teacher.noised(batch["x0"], batch["noise"], times[0])
     x0 = consistency(student, z, times[0], text)
-    table = table_of(teacher, times)
-    target = rollout(teacher.guided(text, uncond, batch["guidance"]), z, table, len(table))
-    value = (x0 - target).square().mean()
+    target = solved(teacher, teacher.guided(text, uncond, batch["guidance"]), z, times, recipe.teacher_solver)
+    value = distance(x0, target, recipe.huber)
     if weight := recipe.matching_weights[phase]:
         value = value + weight * matching_loss(student, teacher, x0, batch)
     if "discriminator" in companions:

@@ -11,7 +11,7 @@ from torch import nn
 from imagine_flash.core.errors import RecipeError
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.update import reference_update, update_table
-from imagine_flash.distill.backward import rollout, table_of
+from imagine_flash.distill.backward import dpm_solver, rollout, table_of
 from imagine_flash.distill.methods import (
     METHODS,
     add,
@@ -260,6 +260,20 @@ def test_flash_has_no_loss_where_the_student_lands_where_the_teacher_does(start:
     assert flash.loss(student, teacher, batch, recipe, {}).item() < 1e-6
     if start < 7:
         assert flash.loss(teacher, teacher, batch, recipe, {}).item() > 1e-3
+
+
+@pytest.mark.parametrize("huber", [None, 0.01])
+def test_flash_takes_the_solver_and_the_loss_that_its_recipe_names(huber: float | None) -> None:
+    teacher, student = gaussian_denoiser(), point_denoiser()
+    fields = {"method": "flash", "teacher_steps": 4, "teacher_solver": "dpm_solver++", "huber": huber, "fit": FIT}
+    recipe = distill_recipe({**fields, "adversarial_weights": [0, 0, 0, 0], "matching_weights": [0, 0, 0, 0]})
+    batch, times = drawn(flash, recipe, start=0), StepPlan.trailing(4).timesteps
+    step = teacher.guided(batch["text"], batch["uncond"], batch["guidance"])
+    error = lcm.consistency(student, batch["noise"], times[0], batch["text"]) - dpm_solver(
+        teacher, step, batch["noise"], times
+    )
+    expected = error.square().mean() if huber is None else ((error**2 + huber**2).sqrt() - huber).mean()
+    torch.testing.assert_close(flash.loss(student, teacher, batch, recipe, {}), expected)
 
 
 def test_flash_starts_at_four_places_whose_weights_move() -> None:
