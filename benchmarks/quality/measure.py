@@ -55,14 +55,16 @@ class PictureStore:
         for first in range(0, len(prompts), SHARD):
             path = self.folder / _slug(method.name) / f"{kind}-{first:06d}.npz"
             part = prompts[slice(first, first + SHARD)]
-            if not path.exists():
-                self._write(path, self._draw(method, part, judge, lambda n: bar.update(task, advance=n)))
+            if not _is_of(path, part):
+                drawn = self._draw(method, part, judge, lambda n: bar.update(task, advance=n))
+                self._write(path, drawn | {"prompts": np.array(part.digest)})
             else:
                 bar.update(task, advance=len(part))
             with np.load(path) as file:
                 parts.append({name: file[name] for name in file.files})
         bar.remove_task(task)
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "seconds"}
+        alone = ("seconds", "prompts")
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in alone}
         joined["features"] = joined["features"].astype(np.float64)
         return Measured(**joined, seconds=float(sum(part["seconds"] for part in parts)))
 
@@ -88,6 +90,14 @@ class PictureStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **shard)  # type: ignore[arg-type]
+
+
+def _is_of(path: Path, prompts: Prompts) -> bool:
+    """Whether the shard is there and its pictures are of these prompts; those of another version of the code may not be."""
+    if not path.exists():
+        return False
+    with np.load(path) as file:
+        return str(file.get("prompts", "")) == prompts.digest
 
 
 def _batches(prompts: Prompts) -> Iterator[Prompts]:

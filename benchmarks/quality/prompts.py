@@ -9,6 +9,7 @@ import numpy as np
 
 from ...distill.data.captions import Caption, Scene
 from ...distill.data.emoji import caption_at, held_out_combinations
+from ...distill.reproducible import fingerprint
 
 SPLITS = {"validation": 303, "test": 404}  # choices are made on the first; the second is read once per committed model
 NOISE_SEEDS = {"validation": 3_000_000, "test": 4_000_000}
@@ -29,6 +30,11 @@ class Prompts:
     @property
     def texts(self) -> list[str]:
         return [caption.text for caption in self.captions]
+
+    @property
+    def digest(self) -> str:
+        """Of what the pictures depend on beside the model."""
+        return fingerprint(self.texts, self.seeds)
 
     def __getitem__(self, rows: slice) -> Prompts:
         return replace(

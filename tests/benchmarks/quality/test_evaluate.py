@@ -12,11 +12,14 @@ from imagine_flash.benchmarks.quality import evaluate as evaluation
 from imagine_flash.benchmarks.quality import paired
 from imagine_flash.benchmarks.quality.evaluate import evaluate
 from imagine_flash.benchmarks.quality.judge import load_judge
-from imagine_flash.benchmarks.quality.prompts import ATTRIBUTES, draw_prompts, kept, marks, shares
+from imagine_flash.benchmarks.quality.measure import PictureStore
+from imagine_flash.benchmarks.quality.method import Method
+from imagine_flash.benchmarks.quality.prompts import ATTRIBUTES, Prompts, draw_prompts, kept, marks, shares
 from imagine_flash.benchmarks.quality.tables import as_markdown, more_as_markdown
 from imagine_flash.core.errors import ArtifactError, ImagineFlashError
 from imagine_flash.distill.data.captions import Caption, Scene
 from imagine_flash.distill.data.emoji import FONT_PLACES, held_out_combinations
+from imagine_flash.distill.progress import progress_bar
 from imagine_flash.tests.commands import run
 
 SCENE = Scene(objects=("red heart", "dog"), axis="horizontal", background="pink", pattern="dots")
@@ -105,6 +108,23 @@ def test_the_whole_command_on_a_real_tiny_model(
     )
     for table in (as_markdown(record), more_as_markdown(record)):
         assert len(table.splitlines()) == 2 + len(rows) and len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_pictures_of_other_prompts_are_drawn_anew(untrained_judge: Path, tmp_path: Path) -> None:
+    """As another version of this code may draw them under the same name."""
+    judge, drawn = load_judge(untrained_judge)[0], []
+
+    def draw(part: Prompts) -> tuple[np.ndarray, None]:
+        drawn.append(part.texts)
+        return np.zeros((len(part), 64, 64, 3), np.uint8), None
+
+    method, store = Method(name="black", network_calls=0, draw=draw), PictureStore(tmp_path / "pictures", "identity")
+    prompts = draw_prompts(3, split="validation", held_out=False)
+    other = replace(prompts, seeds=[seed + 1 for seed in prompts.seeds])
+    with progress_bar(None) as bar:
+        for part, times in ((prompts, 1), (prompts, 1), (other, 2), (other, 2)):
+            assert len(store.measure(method, part, "seen", judge, bar).marks) == 3
+            assert len(drawn) == times
 
 
 @pytest.mark.slow
