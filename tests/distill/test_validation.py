@@ -84,6 +84,7 @@ def test_a_run_in_two_sittings_finds_the_same_best(tmp_path: Path) -> None:
 
 def test_a_tracker_is_told_losses_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracker registered with accelerate as its documentation says: the packages of the known ones are no dependencies."""
+    pytest.importorskip("accelerate", minversion="1.15", reason="older ones know no trackers but their own")
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
     told: list[tuple[int | None, dict[str, float]]] = []
