@@ -67,8 +67,8 @@ def ready(
     if not quality and options.tiny_decoder is None and on_cpu(device):
         options = options.model_copy(update={"prefer_tiny": True})
     student = student_of(model, options)
-    if (student / ARTIFACT_FILE).is_file() or not is_made(student):
-        return student  # of the hub, as a folder of it
+    if not is_made(student):
+        return student  # an artifact or a student of ours on the hub, as a folder of it
     say_sources(student)
     plans = read_student_manifest(student).plans
     if steps is not None and steps not in plans:

@@ -97,15 +97,17 @@ class _Run:
             how: Any = {"decoder": decoder, "steps": steps, "sizes": options.sizes, "batch": max(options.batches)}
             how["int8"] = any(name.endswith(":int8") for name in options.backends)
             model = find_model(options.model, self.folder, **how)
+            about = {"decoder": decoder} if options.model in SHAPES else {}
+            planned = []  # all of it before anything is measured, so that what cannot be drawn is refused at once
+            for size, batch in itertools.product(options.sizes or model.manifest.sizes[:1], options.batches):
+                work = work_of(model.artifact, model.manifest, size, batch)
+                each = steps or sorted(model.manifest.plans)
+                planned.append((size, batch, [self.pairing.setting(model, size, batch, n, about, work) for n in each]))
             if self.pairing.floor is None:
                 self.pairing = replace(self.pairing, floor=measure_floor())
                 assert self.pairing.floor is not None
                 yield self.pairing.floor
-            about = {"decoder": decoder} if options.model in SHAPES else {}
-            for size, batch in itertools.product(options.sizes or model.manifest.sizes[:1], options.batches):
-                work = work_of(model.artifact, model.manifest, size, batch)
-                each = steps or sorted(model.manifest.plans)
-                settings = [self.pairing.setting(model, size, batch, n, about, work) for n in each]
+            for size, batch, settings in planned:
                 yield from self._of_size(model, size, batch, settings)
 
     def _of_size(self, model: Model, size: Size, batch: int, settings: Sequence[Setting]) -> Iterator[Case]:

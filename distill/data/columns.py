@@ -15,8 +15,10 @@ def loaded(place: str) -> Any:
     """The set, streamed where it is large: its split "train", or the only one. Raises ImagineFlashError, MissingExtraError."""
     try:
         import datasets
-    except ImportError:
+    except ModuleNotFoundError:
         raise missing_extra("datasets", "data") from None
+    except ImportError as error:  # it is there, and something that it needs does not fit
+        raise ImagineFlashError(f"cannot read the dataset {place}: datasets cannot be imported: {error}") from None
     try:
         if any((Path(place) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             found: Any = datasets.load_from_disk(place)

@@ -68,6 +68,7 @@ def test_everything_is_measured(tiny_artifact: Path, tmp_path: Path, monkeypatch
         (["--decoder", "tiny"], "--decoder is for shapes"),
         (["--batch", "0"], "--batch takes numbers from 1, got [0]"),
         (["--python", "optimum-onnx"], "--python takes NAME=FILE"),
+        (["--steps", "9"], "holds no picture of 9 steps"),  # a record of the floor alone was left behind
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:

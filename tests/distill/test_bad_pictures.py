@@ -1,12 +1,14 @@
 """What is wrong with a set of pictures is one line, before any update."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from imagine_flash.core.errors import ImagineFlashError, RecipeError
 from imagine_flash.distill.data.captioned import PictureSource, picture_source
+from imagine_flash.distill.data.columns import loaded
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.student import distill
 from imagine_flash.tests.commands import fails
@@ -48,6 +50,17 @@ def make_bad(kind: str, place: Path) -> str:
         (place / f"{place.name}.py").write_text("raise SystemExit('this code ran')")
         (place / "train.parquet").write_bytes(b"PAR1")
     return str(place)
+
+
+def test_a_library_that_cannot_be_imported_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow 26 with NumPy 1 was answered with "pip install datasets", which was there."""
+    (tmp_path / "datasets.py").write_text('raise ImportError("pyarrow requires NumPy 2.0 or newer")')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    with pytest.raises(ImagineFlashError, match=r"^cannot read the dataset x: datasets cannot be imported: pyarrow"):
+        loaded("x")
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,9 @@ def test_a_large_picture_is_what_pillow_makes_of_it(kind: str) -> None:
     assert np.abs(read_image(upload(picture, kind), (64, 64)) - expected).max() <= 8
 
 
-def png(*chunks: tuple[bytes, bytes], width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png(*chunks: tuple[bytes, bytes], width: int, height: int, colour: int = 2) -> bytes:
+    """colour: 2 is RGB, 6 RGBA."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in ((b"IHDR", header), *chunks, (b"IEND", b""))

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import signal
-import struct
 import threading
 import time
 import zlib
@@ -21,6 +20,8 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from imagine_flash.tests.engine.pictures.test_uploads import png as png_of_chunks
+from imagine_flash.tests.engine.pictures.test_uploads import repeated_scans
 from imagine_flash.tests.engine.server.conftest import ServerProcess, png
 from imagine_flash.tests.engine.server.malformed import KINDS, malformed
 from imagine_flash.tests.engine.server.refusals import outcome
@@ -34,18 +35,8 @@ CLIENTS = 12
 
 def png_of_one_row() -> bytes:
     """As many pixels as are unpacked, in 62 KB."""
-    header = struct.pack(">IIBBBBB", 16_000_000, 1, 8, 6, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 + 4 * 16_000_000))), (b"IEND", b""))
-    parts = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def jpeg_of_many_scans(scans: int = 50, side: int = 4000) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
-    file = io.BytesIO()
-    Image.effect_noise((side, side), 0).convert("RGB").save(file, "JPEG", progressive=True, quality=50)
-    data = file.getvalue()
-    return data[:-2] + scans * data[data.rfind(b"\xff\xda") : -2] + b"\xff\xd9"
+    data = zlib.compress(bytes(1 + 4 * 16_000_000))
+    return png_of_chunks((b"IDAT", data), width=16_000_000, height=1, colour=6)
 
 
 def webp_of_one_colour() -> bytes:
@@ -57,7 +48,7 @@ def webp_of_one_colour() -> bytes:
 
 SLOW_FILES: dict[str, Callable[[], bytes]] = {
     "PNG": png_of_one_row,
-    "JPEG": jpeg_of_many_scans,
+    "JPEG": lambda: repeated_scans(50),
     "WebP": webp_of_one_colour,
 }
 
@@ -211,7 +202,7 @@ def test_sigterm_in_the_midst_of_it(shared: ServerProcess, beside: str) -> None:
         clients: list[Future[int]] = [pool.submit(ask, shared, announced) for _ in range(CLIENTS)]
         if beside == "a greedy client":
             clients.append(pool.submit(ask_for_64, shared, announced))
-        with two_who_send(shared, jpeg_of_many_scans()) if beside == "slow files" else nullcontext():
+        with two_who_send(shared, repeated_scans(50)) if beside == "slow files" else nullcontext():
             time.sleep(2)
             ends_by_itself(shared, announced)
         answered = [client.result() for client in clients]
