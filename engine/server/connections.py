@@ -19,7 +19,7 @@ from .logs import SERVER
 
 MOST_HEADER_BYTES = 65_536  # of a request's line and headers
 MOST_HEADER_SECONDS = 10.0  # from their first byte to their last
-LOOK_EVERY = 0.25  # seconds, whether a client that has stopped sending is still there
+LOOK_FIRST, LOOK_EVERY = 0.01, 0.25  # seconds, whether a client that has stopped sending is still there
 LOOK_WHETHER_READ_EVERY = 10.0  # seconds, in which so many bytes of an answer are to be read:
 LEAST_READ = 100_000
 PIECE = 4096  # bytes of frames: 256 KB, as they come, of pings keep everybody else waiting for 0.2 seconds
@@ -194,8 +194,12 @@ class Connection(_EndsForSlowReaders, HttpToolsProtocol):
         cycle.keep_alive = False
         if not cycle.response_started and cycle.scope["http_version"] == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._look_whether_there()
+        self._look_in(LOOK_FIRST)  # the interim answer may leave with the loop's next turn only
         return True
+
+    def _look_in(self, seconds: float) -> None:
+        self._close_in(None)
+        self._timer = self.loop.call_later(seconds, self._look_whether_there)
 
     def _look_whether_there(self) -> None:
         poll = select.poll()
@@ -203,8 +207,7 @@ class Connection(_EndsForSlowReaders, HttpToolsProtocol):
         if poll.poll(0):
             self.transport.abort()
         elif not self.cycle.response_complete:
-            self._close_in(None)
-            self._timer = self.loop.call_later(LOOK_EVERY, self._look_whether_there)
+            self._look_in(LOOK_EVERY)
 
     @property
     def is_slow(self) -> bool:

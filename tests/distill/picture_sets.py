@@ -74,7 +74,7 @@ def saved_dataset(place: Path, kind: str) -> Path:
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     made = datasets.Dataset.from_dict({"image": images, "text": list(CAPTIONS)}, features=features)
     if kind == "saved":
-        made.save_to_disk(place)
+        made.save_to_disk(str(place))
     else:
         place.mkdir()
         made.to_parquet(place / "train-00000-of-00001.parquet")

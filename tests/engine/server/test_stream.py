@@ -7,6 +7,7 @@ import re
 import struct
 import time
 from contextlib import ExitStack
+from socket import SHUT_RDWR
 
 import httpx
 import numpy as np
@@ -259,7 +260,7 @@ def test_a_closed_socket_leaves_nothing_behind(server) -> None:
                 ask(socket, seq, rng.choice(["a cat", "a dog", "a fox on pink"]))
             time.sleep(rng.random() * 0.02)
             if rng.random() < 0.5:
-                socket.socket.close()  # without a goodbye
+                socket.socket.shutdown(SHUT_RDWR)  # without a goodbye
     with httpx.Client(base_url=server.url) as http:
         limit = time.monotonic() + 20
         while "imagine_flash_waiting_pictures 0.0" not in http.get("/metrics").text:
