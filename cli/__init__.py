@@ -15,7 +15,7 @@ from ..core.errors import ImagineFlashError, Interrupted, ParityError
 from .arena import arena_command
 from .bench import bench
 from .cache import cache
-from .common import examples, flag
+from .common import examples, flag, show_help
 from .comparing import compare_command
 from .exporting import build_tensorrt_command, export_command
 from .generate import generate_command
@@ -43,7 +43,12 @@ COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     serve_command: ("serve --port 8000", "serve --host 0.0.0.0 --api-key-file keys.txt"),
     export_command: ("export runs/student runs/artifact", "export runs/student out --precision fp16 --format tensorrt"),
     models_command: ("models", "models --json"),
-    inspect_command: ("inspect", "inspect runs/artifact", "inspect runs/artifact --run"),
+    inspect_command: (
+        "inspect",
+        "inspect runs/artifact",
+        "inspect runs/artifact --run",
+        "inspect runs/artifact --json",
+    ),
     push_command: ("push runs/artifact owner/name --private", "push runs/artifact owner/name --dry-run"),
     build_tensorrt_command: ("build-tensorrt runs/artifact", "build-tensorrt runs/artifact --graph denoiser"),
     train_teacher_command: ("train-teacher runs/teacher", "train-teacher runs/better --start runs/teacher"),
@@ -86,8 +91,7 @@ def _root(
 
         typer.echo(f"imagine-flash {version_of('imagine-flash')}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+    show_help(context)
 
 
 def _fail(message: str, code: int = 2) -> int:

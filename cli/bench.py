@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .common import Device, Output, examples, flag, needs, say, writable
+from .common import Device, Output, examples, flag, needs, say, show_help, writable
 
 if TYPE_CHECKING:
     from ..benchmarks.schema import Record
@@ -19,7 +19,8 @@ Rounds = Annotated[int, typer.Option(metavar="INTEGER", help="Timings of each ca
 Quick = Annotated[bool, flag("--quick", help="Fewer cases, to see that everything runs.")]
 bench = typer.Typer(
     help="Measure speed, checked and against a baseline, as a record.",
-    no_args_is_help=True,
+    callback=show_help,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import examples, flag, note, say
+from .common import examples, flag, note, say, show_help
 
 if TYPE_CHECKING:
     from ..folders.cache import Cached
 
 cache = typer.Typer(
     help="See and clear the cache of exported models and compiled graphs.",
-    no_args_is_help=True,
+    callback=show_help,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Json = Annotated[bool, flag("--json", help="As JSON.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ def _set_quiet(value: bool) -> bool:
 def flag(*names: str, help: str, **more: Any) -> Any:
     """An option without a value: its help shows no type."""
     return typer.Option(*names, help=help, metavar="", **more)
+
+
+def show_help(context: typer.Context) -> None:
+    """The callback of commands that have commands: alone, they show their help as the whole program does."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 Quiet = Annotated[
@@ -176,6 +183,7 @@ def needs(extra: str, *packages: str) -> None:
             raise missing_extra(package, extra)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which others import: it tells of 4-bit kernels
 
 
 def training() -> None:

@@ -22,6 +22,7 @@ def inspect_command(
     run: Annotated[
         bool, flag("--run", help="Draw the artifact's reference pictures here and compare them with torch's.")
     ] = False,
+    json_: Annotated[bool, flag("--json", help="The whole manifest as JSON.")] = False,
 ) -> None:
     """Say what a folder holds; of an artifact, after checking the hash of every file."""
     from ..folders.files import STUDENT_FILE
@@ -36,10 +37,19 @@ def inspect_command(
             raise ImagineFlashError(
                 f"{folder} is a student; --run draws with an artifact: imagine-flash export {folder} OUT"
             )
-        for field, value in read_student_manifest(folder).model_dump(mode="json", exclude={"recipe"}).items():
+        student = read_student_manifest(folder)
+        if json_:
+            typer.echo(student.model_dump_json(indent=1))
+            return
+        for field, value in student.model_dump(mode="json", exclude={"recipe"}).items():
             say(f"{field}: {value}")
         return
+    if run and json_:
+        raise ImagineFlashError("--run and --json are two results; give one of them at a time")
     manifest = read_artifact_manifest(folder)
+    if json_:
+        typer.echo(manifest.model_dump_json(indent=1))
+        return
     hidden = {"vocabulary", "files", "graphs", "tokenizers", "scheduler", "parity", "references"}
     for field, value in manifest.model_dump(mode="json", exclude=hidden).items():
         say(f"{field}: {value}")

@@ -33,6 +33,9 @@ class NoiseSchedule:
     kind: Kind = "variance_preserving"
     config: Mapping[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        return f"<NoiseSchedule {self.kind}, {len(self.alpha)} timesteps>"
+
     def __post_init__(self) -> None:
         for name in ("alpha", "sigma"):
             table = np.array(getattr(self, name), dtype=np.float64)

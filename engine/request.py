@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -82,6 +82,14 @@ class GenerateRequest(Checked):
         if values.get("seed", 0) is None:
             del values["seed"]
         super().__init__(**values)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What was asked for: long text is cut, and pictures are their shapes."""
+        for name, value in super().__repr_args__():
+            if isinstance(value, np.ndarray):
+                value = value.shape
+            if value is not None:
+                yield name, f"{value[:100]}…" if isinstance(value, str) and len(value) > 100 else value
 
     @classmethod
     def of(cls, request: GenerateRequest | str | None, fields: Mapping[str, Any]) -> GenerateRequest:

@@ -61,6 +61,9 @@ class Session:
         self._unanswered: float | None = None  # since when, perf_counter
         self._closed = False
 
+    def __repr__(self) -> str:
+        return f"<Session {'closed' if self._closed else 'open'}, newest request {self.newest}>"
+
     def submit(
         self,
         request: GenerateRequest | str | None = None,

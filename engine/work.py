@@ -105,15 +105,15 @@ class Prepared:
     """
 
     request: GenerateRequest
-    reading: Reading
-    tokens: Tokens
-    noises: NDArray[np.float32]
+    reading: Reading = field(repr=False)
+    tokens: Tokens = field(repr=False)
+    noises: NDArray[np.float32] = field(repr=False)
     size: Size
     steps: int
     tokenize: float
     noise_seconds: float
     guidance: float = 1.0
-    negative: Tokens | None = None
+    negative: Tokens | None = field(default=None, repr=False)
 
 
 class Drawing(Future[GenerateResult]):

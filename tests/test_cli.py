@@ -53,6 +53,9 @@ def test_help_version_and_the_module(tmp_path: Path) -> None:
     assert bare.returncode == short.returncode == long.returncode == 0
     assert bare.stdout.split() == short.stdout.split() and bare.stdout.count("--version") == 1
     assert long.stdout.split()[-20:] == bare.stdout.split()[-20:]
+    for group in ("bench", "cache"):
+        alone = run(group)
+        assert alone.returncode == 0 and "Usage:" in alone.stdout and not alone.stderr
     assert run("--version").stdout == f"imagine-flash {version('imagine-flash')}\n"
 
 
@@ -309,6 +312,9 @@ def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> 
     said = run("inspect", tiny_artifact).stdout
     assert "sampler_3.onnx" in said and "against torch" in said
     assert "noise_correction" in run("inspect", tiny_student).stdout
+    for folder, file in ((tiny_artifact, "manifest.json"), (tiny_student, "imagine_flash.json")):
+        assert json.loads(run("inspect", folder, "--json").stdout) == json.loads((folder / file).read_text())
+    assert "give one of them" in fails("inspect", tiny_artifact, "--run", "--json")
 
 
 def test_what_a_model_draws_is_said_by_the_command_that_a_note_names(tiny_artifact: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The docs say what is: tables come from records, every option is described, the README's commands run."""
+"""The docs say what is: tables come from records, every option is described."""
 
 import json
 import os

@@ -58,6 +58,12 @@ def commands(page: str) -> list[tuple[Block, list[str]]]:
     return found
 
 
+def indented(page: str) -> list[list[str]]:
+    """The words of each `imagine-flash` in a block that is indented instead of fenced."""
+    text = FENCE.sub("", PAGES[page])
+    return [shlex.split(line, comments=True) for line in re.findall(r"^    (?:.* && |\$ )?(imagine-flash .*)$", text, re.M)]
+
+
 PYTHON = [page for page in PAGES if any(b.runs and not b.note for b in blocks(page, "python"))]
 SERVED = [page for page in PAGES if any(b.note == "with a server" for b in blocks(page, "python"))]
 TYPED = [page for page in PAGES if any(b.runs and words[0] == "imagine-flash" for b, words in commands(page))]
@@ -115,14 +121,14 @@ def test_a_manifest_made_by_hand_is_one(desk: Path) -> None:
     assert sorted(read_student_manifest(desk / "my-model").plans) == [1, 2]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page) or indented(page)])
 def test_commands_parse(page: str) -> None:
     """Each `imagine-flash` that a page tells to type has a command and options that there are."""
     from typer.main import get_command
 
     from imagine_flash.cli import app
 
-    for _, words in commands(page):
+    for words in [*(words for _, words in commands(page)), *indented(page)]:
         if words[0] != "imagine-flash":
             continue
         command, given = get_command(app), words[1:]

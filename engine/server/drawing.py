@@ -7,6 +7,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -200,10 +201,11 @@ def client_of(request: Any) -> KnownClient:
     return request.scope.get("state", {}).get("client") or KnownClient("")
 
 
-def decoded(text: str, name: str) -> bytes:
+async def decoded(text: str, name: str) -> bytes:
     """The file of a picture in base64, or in a data: URL. Raises RequestError."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        return await beside(partial(base64.b64decode, encoded, validate=True), len(encoded))
     except (binascii.Error, ValueError):
         raise RequestError(f"{name}: send a picture in base64", param=name) from None
 

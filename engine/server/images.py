@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Form, Request, Response
@@ -57,7 +58,7 @@ def images_router(studio: Studio) -> APIRouter:
         _check_model(studio, asked.model)
         wish = _wish(studio, asked, client_of(request))
         if asked.condition is not None or asked.condition_scale is not None:
-            file = None if asked.condition is None else decoded(asked.condition, "condition")
+            file = None if asked.condition is None else await decoded(asked.condition, "condition")
             wish = await _with_pictures(studio, asked, wish, {"condition": file})
         return await _answer(studio, stored, asked, wish, request)
 
@@ -210,11 +211,15 @@ class _Events(StreamingResponse):
 
 
 async def _pictures(studio: Studio, result: GenerateResult, wish: Wish, kind: str) -> AsyncIterator[str]:
-    for i, file in enumerate(await studio.files(result, wish)):
-        found = _response(result, wish, []).model_dump(exclude={"data", "created"})
+    found = _response(result, wish, []).model_dump(exclude={"data", "created"})
+
+    def event(i: int, file: bytes) -> str:
         number = {"partial_image_index": i} if kind.endswith("partial_image") else {}
         data = {"b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), "seed": result.seed + i}
-        yield _event(kind, {**data, **number, **found, "quality": "auto", "background": "opaque"})
+        return _event(kind, {**data, **number, **found, "quality": "auto", "background": "opaque"})
+
+    for i, file in enumerate(await studio.files(result, wish)):
+        yield await beside(partial(event, i, file), len(file))
 
 
 def _event(kind: str, data: dict[str, Any]) -> str:

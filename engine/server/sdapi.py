@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from starlette.exceptions import HTTPException
 
 from ...core.errors import RequestError
+from ..pictures.files import beside
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .drawing import Studio, Wish, client_of, decoded, warnings_of
@@ -79,8 +80,8 @@ def sdapi_router(studio: Studio) -> APIRouter:
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
         size, _ = studio.size((asked.height, asked.width), asked.count)
-        mask = None if asked.mask is None else decoded(asked.mask, "mask")
-        files = {"image": decoded(asked.init_images[0], "init_images"), "mask": mask}
+        mask = None if asked.mask is None else await decoded(asked.mask, "mask")
+        files = {"image": await decoded(asked.init_images[0], "init_images"), "mask": mask}
         with studio.clients.reserve(client_of(request), asked.count):
             start = await studio.pixels(files, size, client_of(request))
         if mask is not None and asked.inpainting_mask_invert:
@@ -165,13 +166,14 @@ async def _answer(studio: Studio, asked: TextRequest, request: Request, start: d
     wish = Wish(request=GenerateRequest(**drawing), client=client_of(request), size=scaled)
     result = await studio.draw(wish, request)
     files = await studio.files(result, wish) if asked.send_images else []
-    body = {
-        "images": [base64.b64encode(file).decode() for file in files],
-        "parameters": asked.model_dump(exclude={"init_images", "mask", *(asked.model_extra or ())}),
-        "info": json.dumps(_info(asked, result, wish)),
-    }
+
+    def body() -> str:
+        images = [base64.b64encode(file).decode() for file in files]
+        parameters = asked.model_dump(exclude={"init_images", "mask", *(asked.model_extra or ())})
+        return json.dumps({"images": images, "parameters": parameters, "info": json.dumps(_info(asked, result, wish))})
+
     ignored = {"x-ignored": ", ".join(asked.ignored)} if asked.ignored else {}
-    return Response(json.dumps(body), media_type="application/json", headers=ignored)
+    return Response(await beside(body, sum(map(len, files))), media_type="application/json", headers=ignored)
 
 
 def _info(asked: TextRequest, result: GenerateResult, wish: Wish) -> dict[str, Any]:

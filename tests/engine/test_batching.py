@@ -235,7 +235,18 @@ def test_nan_fails_the_request_that_has_it(engine: Engine, monkeypatch: pytest.M
     monkeypatch.setattr(engine.backend, "decode", lambda x: (decode(x)[0], np.zeros(len(x), bool)))
     with pytest.raises(EngineError, match="decode gave NaN"):
         engine.generate(ask())
-    assert engine.batcher.failed_in_a_row >= 1
+
+
+def test_a_request_that_fails_counts_once_however_many_its_pictures(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readiness ends after a few failures in a row; one request of many pictures ended it alone."""
+    assert engine.generate(ask()).images.any() and engine.batcher.failed_in_a_row == 0
+    decode = engine.backend.decode
+    monkeypatch.setattr(engine.backend, "decode", lambda x: (decode(x)[0], np.zeros(len(x), bool)))
+    with pytest.raises(EngineError, match="decode gave NaN"):
+        engine.generate(ask(count=4))
+    assert engine.batcher.failed_in_a_row == 1
 
 
 def test_the_cancelled_keep_nobody_out(tiny_artifact: Path) -> None:

@@ -329,6 +329,29 @@ def test_whatever_the_interleaving(
     assert engine.generate(ask()).images.any()
 
 
+def test_a_mailbox_loses_nothing_unsaid_when_many_write(engine: Engine) -> None:
+    """Every result was read or counted as skipped, and the last to come is read."""
+    found = engine.generate(ask())
+
+    def write(mailbox: Mailbox) -> None:
+        for _ in range(2000):
+            mailbox.put(found)  # type: ignore[arg-type]
+
+    async def read(mailbox: Mailbox) -> int:
+        return sum([1 async for _ in mailbox])
+
+    async def main() -> None:
+        mailbox = Mailbox()
+        reading = asyncio.ensure_future(read(mailbox))
+        await asyncio.gather(*(asyncio.to_thread(write, mailbox) for _ in range(8)))
+        while mailbox._latest is not None:
+            await asyncio.sleep(0.001)
+        mailbox.close()
+        assert await reading + mailbox.skipped == 8 * 2000
+
+    asyncio.run(main())
+
+
 def test_a_slow_reader_gets_the_newest_and_no_queue(engine: Engine) -> None:
     async def main() -> None:
         mailbox = Mailbox()

@@ -8,7 +8,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 
 from imagine_flash.core.errors import ImagineFlashError
+from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.engine import Engine, GenerateRequest, tokenizer
+from imagine_flash.engine.session import Session
 from imagine_flash.engine.tokenizer import PromptTokenizer, one_letter_apart
 from imagine_flash.folders.manifests import TokenizerSpec
 
@@ -112,6 +114,17 @@ def test_a_typo_is_the_word(tiny_artifact) -> None:
         typo = engine.generate(GenerateRequest(prompt="a rockett", seed=3))
         assert typo.replaced_words == {"rockett": "rocket"} and typo.cached and not typo.unknown_words
         assert (typo.images == right.images).all()
+
+
+def test_what_a_notebook_shows_is_one_short_line(tiny_artifact) -> None:
+    asked = GenerateRequest(prompt="a cat " * 50, image=np.zeros((64, 64, 3), np.uint8))
+    schedule = NoiseSchedule.from_scheduler_config({"beta_schedule": "linear"})
+    with Engine.load(tiny_artifact) as engine:
+        session = Session(engine, lambda _: None)
+        for one in (engine, asked, engine.prepare(asked), session, schedule):
+            assert len(repr(one)) < 400 and "\n" not in repr(one), repr(one)
+        session.close()
+    assert "prompt='a cat" in repr(asked) and "image=(64, 64, 3)" in repr(asked) and "mask" not in repr(asked)
 
 
 def test_a_result_is_saved_and_says_what_drew_it(tiny_artifact, tmp_path) -> None:

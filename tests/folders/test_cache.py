@@ -43,8 +43,12 @@ def names(root: Path) -> list[str]:
 def test_everything_is_listed_with_its_size(root: Path) -> None:
     here = version("imagine-flash")
     assert names(root) == [
-        f"exports/0123-{here}/turbo", "exports/4567-0.0.1/turbo", "openvino", "students/0123/turbo", "students/89ab/gone",
-    ]  # fmt: skip
+        f"exports/0123-{here}/turbo",
+        "exports/4567-0.0.1/turbo",
+        "openvino",
+        "students/0123/turbo",
+        "students/89ab/gone",
+    ]
     listed = json.loads(run("cache", "list", "--json").stdout)
     assert {one["bytes"] for one in listed if one["kind"] == "exports"} == {2}, "links are not counted"
     done = run("cache", "list")

@@ -1,15 +1,24 @@
 """What keeps the event loop free for others: noise, files, base64 and JSON are made beside it."""
 
+import base64
+import io
 import threading
 from typing import Any
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import create_app
 from imagine_flash.engine.server.drawing import Studio
 from imagine_flash.engine.server.schemas import ImageResponse
+
+
+def encoded_picture() -> str:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def test_what_takes_long_is_done_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +45,37 @@ def test_what_takes_long_is_done_beside_the_event_loop(monkeypatch: pytest.Monke
     assert answer.status_code == 200 and len(answer.json()["data"]) == 16
     assert threads.keys() == {"start", "prepare", "model_dump_json"}
     assert threads["start"] not in (threads["prepare"], threads["model_dump_json"])
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/images/generations", {"n": 2, "stream": True}),
+        ("/sdapi/v1/txt2img", {"batch_size": 4, "steps": 1}),
+        ("/sdapi/v1/img2img", {"init_images": [encoded_picture()], "steps": 1}),
+    ],
+)
+def test_so_is_the_base64_of_every_door(path: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the plain answer of the OpenAI API had it done beside the event loop."""
+    threads: dict[str, set[int]] = {"start": set(), "b64encode": set(), "b64decode": set()}
+
+    def noted(owner: Any, name: str) -> None:
+        work = getattr(owner, name)
+
+        def function(*args: Any, **named: Any) -> Any:
+            threads[name].add(threading.get_ident())
+            return work(*args, **named)
+
+        monkeypatch.setattr(owner, name, function)
+
+    monkeypatch.setattr("imagine_flash.engine.pictures.files.SMALL", 500)  # bytes
+    noted(base64, "b64encode")
+    noted(base64, "b64decode")
+    noted(Studio, "start")
+    with Engine.load(backend="onnxruntime") as engine, TestClient(create_app(engine)) as http:
+        assert http.post(path, json={"prompt": "a cat", **asked}).status_code == 200
+    assert threads["b64encode"] and ("init_images" in asked) == bool(threads["b64decode"])
+    assert threads["start"].isdisjoint(threads["b64encode"] | threads["b64decode"])
 
 
 def test_a_long_text_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
