@@ -15,7 +15,7 @@ from itertools import groupby
 from .tokenizer import rows_of_prompt
 from .work import Chunk
 
-COMPANY_LASTS = 2.0  # seconds after its last request that a client counts as being there
+ACTIVE_SECONDS = 2.0  # seconds after its last request that a client counts as being there
 KEPT = 4096  # clients whose share is remembered
 
 
@@ -83,7 +83,7 @@ class FairShare:
 
     def present(self, waiting: Collection[str]) -> set[str]:
         """The clients that have work here, and those that asked lately."""
-        recent, here = time.perf_counter() - COMPANY_LASTS, set(waiting)
+        recent, here = time.perf_counter() - ACTIVE_SECONDS, set(waiting)
         for name, share in reversed(self._shares.items()):  # the last to ask first
             if share.asked <= recent:
                 break

@@ -56,7 +56,7 @@ class Session:
         self._deliver = deliver
         self._lock = threading.RLock()  # a future that is cancelled calls back at once
         self._future: Drawing | None = None  # of the newest
-        self._spared: Drawing | None = None  # of an older one that may finish
+        self._finishing: Drawing | None = None  # of an older one that may finish
         self._delivered = 0  # the number of the last result
         self._unanswered: float | None = None  # since when, perf_counter
         self._closed = False
@@ -90,7 +90,7 @@ class Session:
         with self._lock:
             seq = self._next(seq)  # something newer may have come, or the end
             future = self._start(first or prepared, since=self._unanswered)
-            self._make_way()
+            self._cancel_older()
             self.newest, self._future = seq, future
         follower = prepared if first else None
         future.add_done_callback(lambda done: self._arrived(seq, label, follower, done))
@@ -100,10 +100,10 @@ class Session:
         """Cancel what runs or waits; nothing is delivered afterwards."""
         with self._lock:
             self._closed = True
-            for future in (self._future, self._spared):
+            for future in (self._future, self._finishing):
                 if future is not None:
                     future.cancel()
-            self._future = self._spared = None
+            self._future = self._finishing = None
 
     def _next(self, seq: int | None) -> int:
         """The number of a request that begins now. Raises RequestError, EngineError."""
@@ -117,29 +117,29 @@ class Session:
     def _start(self, prepared: Prepared, *, since: float | None = None) -> Drawing:
         return self.engine.start(prepared, client=self.client, reserved=True, since=since)
 
-    def _make_way(self) -> None:
+    def _cancel_older(self) -> None:
         """For a newer request: cancels the newest so far, or spares it where nothing was delivered for too long."""
         now = time.perf_counter()
         self._unanswered = now if self._unanswered is None else self._unanswered
         late = self.let_finish_after is not None and now - self._unanswered > self.let_finish_after
         if (
             late
-            and self._spared is None
+            and self._finishing is None
             and self._future is not None
             and self._future.begun
             and not self._future.done()
         ):
-            self._spared = self._future
+            self._finishing = self._future
         elif self._future is not None:
             self.replaced += self._future.cancel()
 
     def _arrived(self, seq: int, label: object, follower: Prepared | None, future: Future[GenerateResult]) -> None:
         """Delivers what came of a request; `follower` is what comes after a preview."""
         with self._lock:
-            spared = future is self._spared
-            if spared:
-                self._spared = None
-            if self._closed or seq < self._delivered or not (spared or future is self._future):
+            finishing = future is self._finishing
+            if finishing:
+                self._finishing = None
+            if self._closed or seq < self._delivered or not (finishing or future is self._future):
                 return  # obsolete, or cancelled
             try:
                 found = SessionResult(seq=seq, label=label, result=future.result(), preview=follower is not None)
@@ -148,7 +148,7 @@ class Session:
             except ImagineFlashError as error:
                 found, follower = SessionResult(seq=seq, label=label, error=error), None
             following = refusal = None
-            if follower is not None and not spared:
+            if follower is not None and not finishing:
                 try:  # before the preview is delivered, since its reader may answer with something newer
                     following = self._future = self._start(follower)
                 except ImagineFlashError as error:

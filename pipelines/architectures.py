@@ -36,16 +36,16 @@ EMBEDDINGS, POOLED, MASK = "embeddings", "pooled", "text_mask"
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one pipeline class becomes stages. text: (pipeline) -> (module, tokenizers, names of the conditions). heeds: what
-    the class reads of the vae's config beside scaling_factor. told: the network's addition_embed_type. packs: latents of a side
+    """How one pipeline class becomes stages. text: (pipeline) -> (module, tokenizers, names of the conditions). vae_fields: what
+    the class reads of the vae's config beside scaling_factor. embedded: the network's addition_embed_type. packs: latents of a side
     that the network takes as channels. control: the component that reads a conditioning picture."""
 
     network: str  # the denoiser's component
     parts: tuple[str, ...]  # the other components it needs
     text: Callable[[Any], tuple[torch.nn.Module, tuple[TokenInput, ...], tuple[str, ...]]]
     denoiser: Callable[[Any, Any], torch.nn.Module]  # of a network and a size, or None: any, but of FLUX
-    heeds: tuple[str, ...] = ()
-    told: str | None = None
+    vae_fields: tuple[str, ...] = ()
+    embedded: str | None = None
     packs: int = 1
     control: str | None = None
 
@@ -82,7 +82,7 @@ def stages_of(pipeline: Any) -> Stages:
         if isinstance(module := getattr(pipeline, part), torch.nn.Module):
             module.eval().requires_grad_(False)
     network = getattr(pipeline, architecture.network)
-    decoder = Decoder(pipeline.vae, architecture.heeds)
+    decoder = Decoder(pipeline.vae, architecture.vae_fields)
     channels, latent_channels = network.config.in_channels // architecture.packs**2, decoder.vae.config.latent_channels
     if channels != latent_channels:
         raise ArtifactError(
@@ -142,7 +142,7 @@ def _check_network(network: Any, architecture: Architecture) -> None:
     for key, known in (
         ("class_embed_type", None),
         ("num_class_embeds", None),
-        ("addition_embed_type", architecture.told),
+        ("addition_embed_type", architecture.embedded),
     ):
         if config.get(key) != known:
             raise ArtifactError(

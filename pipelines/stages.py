@@ -45,18 +45,18 @@ class Decoder(torch.nn.Module):
     and finite bool (B,): whether the latents and what was decoded hold neither NaN nor Inf. Some networks (ReLU, tanh) make
     a picture of NaN or Inf, and bytes show neither.
 
-    The unscaling is z / scaling_factor, with what the pipeline's class `heeds` of vae.config: + shift_factor; or z std /
+    The unscaling is z / scaling_factor, with the pipeline class's `vae_fields` of vae.config: + shift_factor; or z std /
     scaling_factor + mean with latents_mean and latents_std. The vae computes in its own dtype, all else in float32.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, vae: Any, heeds: Collection[str] = ()) -> None:
+    def __init__(self, vae: Any, vae_fields: Collection[str] = ()) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor = float(vae.config.scaling_factor)
-        known = {key: vae.config.get(key) for key in heeds}
+        known = {key: vae.config.get(key) for key in vae_fields}
         mean, std = known.get("latents_mean"), known.get("latents_std")
         per_channel = mean is not None and std is not None
         shift = torch.tensor(mean if per_channel else [float(known.get("shift_factor") or 0.0)])

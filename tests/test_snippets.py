@@ -61,7 +61,9 @@ def commands(page: str) -> list[tuple[Block, list[str]]]:
 def indented(page: str) -> list[list[str]]:
     """The words of each `imagine-flash` in a block that is indented instead of fenced."""
     text = FENCE.sub("", PAGES[page])
-    return [shlex.split(line, comments=True) for line in re.findall(r"^    (?:.* && |\$ )?(imagine-flash .*)$", text, re.M)]
+    return [
+        shlex.split(line, comments=True) for line in re.findall(r"^    (?:.* && |\$ )?(imagine-flash .*)$", text, re.M)
+    ]
 
 
 PYTHON = [page for page in PAGES if any(b.runs and not b.note for b in blocks(page, "python"))]

@@ -2,7 +2,7 @@
 
 Each backend name is one way of running them: "torch" module by module; "torch-compile" with denoiser and decoder compiled for
 fixed batch sizes, which on a GPU are captured as CUDA graphs too; "torch-graph" captured without a compiler. Where networks
-are captured, a lone picture's whole plan is one graph; pictures in company go step by step, since requests join and leave
+are captured, a lone picture's whole plan is one graph; pictures in a batch go step by step, since requests join and leave
 between steps.
 """
 

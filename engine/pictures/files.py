@@ -74,6 +74,6 @@ class Turns:
         return self._locks.setdefault(client, asyncio.Lock())
 
 
-async def beside(work: Callable[[], T], size: int) -> T:
+async def offload(work: Callable[[], T], size: int) -> T:
     """What `work` returns; where it handles many bytes, in a thread beside the event loop."""
     return work() if size <= SMALL else await asyncio.to_thread(work)

@@ -30,7 +30,7 @@ except ImportError as missing:
 from .access import PROBES, Access, RequestLog
 from .clients import Clients
 from .connections import watch_files
-from .drawing import Studio
+from .drawing import ImageService
 from .errors import handle_errors
 from .images import images_router
 from .metrics import Metrics
@@ -53,17 +53,17 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
     settings = (settings or ServerSettings()).with_keys()
     model = ServedModel(engine)
     metrics, clients = Metrics(model), Clients(settings)
-    studio = Studio(model, settings, clients, metrics)
+    service = ImageService(model, settings, clients, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading, watching = asyncio.create_task(_get_ready(studio)), asyncio.create_task(watch_files())
+        loading, watching = asyncio.create_task(_get_ready(service)), asyncio.create_task(watch_files())
         try:
             yield
         finally:
             watching.cancel()
             await loading
-            await studio.uploads.close()
+            await service.uploads.close()
             await model.close()
 
     app = FastAPI(
@@ -75,9 +75,9 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
         redirect_slashes=False,  # its answer would name whatever host was asked for
     )
     app.state.model, app.state.metrics = model, metrics
-    app.include_router(images_router(studio))
-    app.include_router(sdapi_router(studio))
-    app.include_router(stream_router(studio))
+    app.include_router(images_router(service))
+    app.include_router(sdapi_router(service))
+    app.include_router(stream_router(service))
     _operations(app, model, metrics)
     handle_errors(app, model)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
@@ -107,15 +107,15 @@ def _middleware(app: FastAPI, settings: ServerSettings, clients: Clients, metric
     )
 
 
-async def _get_ready(studio: Studio) -> None:
+async def _get_ready(service: ImageService) -> None:
     """Loads the model, and begins what reads uploads where it can start from a picture."""
-    await studio.model.load()
+    await service.model.load()
     try:
-        manifest = studio.engine.manifest
+        manifest = service.engine.manifest
     except EngineError:
         return
     if manifest.control or any(name.startswith(IMAGE_ENCODER) for name in manifest.graph_names):
-        studio.uploads.start()
+        service.uploads.start()
 
 
 def _operations(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:

@@ -23,7 +23,7 @@ LOOK_FIRST, LOOK_EVERY = 0.01, 0.25  # seconds, whether a client that has stoppe
 LOOK_WHETHER_READ_EVERY = 10.0  # seconds, in which so many bytes of an answer are to be read:
 LEAST_READ = 100_000
 PIECE = 4096  # bytes of frames: 256 KB, as they come, of pings keep everybody else waiting for 0.2 seconds
-GOODBYE_SECONDS = 4.0  # at the server's end, for the rest of a request, and for reading an answer
+CLOSE_SECONDS = 4.0  # at the server's end, for the rest of a request, and for reading an answer
 SAY_EVERY = 10.0  # seconds
 LOOK_FOR_FILES_EVERY = 1.0  # seconds
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -71,13 +71,13 @@ class _EndsForSlowReaders:
 
     def shutdown(self) -> None:
         super().shutdown()  # type: ignore[misc]
-        self._goodbye(was_slow=False)
+        self._close_when_answered(was_slow=False)
 
-    def _goodbye(self, *, was_slow: bool) -> None:
+    def _close_when_answered(self, *, was_slow: bool) -> None:
         if was_slow and self.is_slow:
             self.transport.abort()
         else:
-            self.loop.call_later(GOODBYE_SECONDS, lambda slow=self.is_slow: self._goodbye(was_slow=slow))
+            self.loop.call_later(CLOSE_SECONDS, lambda slow=self.is_slow: self._close_when_answered(was_slow=slow))
 
     @property
     def is_slow(self) -> bool:

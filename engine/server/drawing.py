@@ -1,4 +1,4 @@
-"""From what a client asks for to files of pictures: the part that every door of the server shares."""
+"""From what a client asks for to files of pictures: the part that all APIs of the server share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from ...core.errors import RequestError
 from ...folders.sizes import Size, size_name
 from ..engine import Engine
-from ..pictures.files import Turns, beside, encode, resize
+from ..pictures.files import Turns, encode, offload, resize
 from ..pictures.uploads import UploadReader
 from ..request import GenerateRequest
 from ..work import Drawing, GenerateResult, Prepared
@@ -36,7 +36,7 @@ MOST_SCALED = 2**25  # pixels of one answer that are not the model's own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class DrawingJob:
     """What is to be drawn, and how it is handed over. size: of the pictures, where it is not what the model draws; ignored: fields
     of the request that have no meaning here."""
 
@@ -48,7 +48,7 @@ class Wish:
     ignored: tuple[str, ...] = ()
 
 
-class Studio:
+class ImageService:
     """What the routes draw with."""
 
     def __init__(self, model: ServedModel, settings: ServerSettings, clients: Clients, metrics: Metrics) -> None:
@@ -134,29 +134,29 @@ class Studio:
         given = {name: file for name, file in files.items() if file is not None}
         return {name: await read[name](file, size, client.name) for name, file in given.items()}
 
-    async def prepare(self, wish: Wish) -> Prepared:
+    async def prepare(self, job: DrawingJob) -> Prepared:
         """A request made ready. Raises RequestError, PlanError."""
-        _, size = self.engine.check(wish.request)
-        return await beside(lambda: self.engine.prepare(wish.request), 3 * size[0] * size[1] * wish.request.count)
+        _, size = self.engine.check(job.request)
+        return await offload(lambda: self.engine.prepare(job.request), 3 * size[0] * size[1] * job.request.count)
 
-    def reserve(self, wish: Wish) -> Reservation:
+    def reserve(self, job: DrawingJob) -> Reservation:
         """What its client's quota holds of it. Raises QuotaError, RequestError."""
-        return self.clients.reserve(wish.client, wish.request.count)
+        return self.clients.reserve(job.client, job.request.count)
 
     def start(self, prepared: Prepared, client: KnownClient) -> Drawing:
         """Raises BusyError."""
         return self.engine.start(prepared, client=client)
 
-    async def draw(self, wish: Wish, request: Request) -> GenerateResult:
+    async def draw(self, job: DrawingJob, request: Request) -> GenerateResult:
         """Its pictures; a client that hangs up cancels the work."""
-        with self.reserve(wish) as reserved:
-            drawing = asyncio.wrap_future(self.start(await self.prepare(wish), wish.client))
+        with self.reserve(job) as reserved:
+            drawing = asyncio.wrap_future(self.start(await self.prepare(job), job.client))
             gone = asyncio.ensure_future(_disconnected(request))
             gone.add_done_callback(lambda _: drawing.cancel())
             try:
                 result = await drawing
                 reserved.count()
-                return self.drawn(result, wish.client)
+                return self.drawn(result, job.client)
             except asyncio.CancelledError:
                 if not drawing.cancelled() or not gone.done():
                     raise  # the server's own end
@@ -170,25 +170,25 @@ class Studio:
         self.model.line.drawn(result)
         return result
 
-    async def files(self, result: GenerateResult, wish: Wish) -> list[bytes]:
+    async def files(self, result: GenerateResult, job: DrawingJob) -> list[bytes]:
         """The pictures as files of the kind and size that were asked for."""
         pixels: NDArray[np.uint8] = result.images
 
         def work() -> list[bytes]:
-            sized = pixels if wish.size is None else [resize(one, wish.size) for one in pixels]
-            return [encode(one, wish.kind, wish.quality) for one in sized]
+            sized = pixels if job.size is None else [resize(one, job.size) for one in pixels]
+            return [encode(one, job.kind, job.quality) for one in sized]
 
-        size = pixels.nbytes if wish.size is None else 3 * wish.size[0] * wish.size[1] * len(pixels)
-        async with self._turns.of(wish.client.name):
-            return await beside(work, size)
+        size = pixels.nbytes if job.size is None else 3 * job.size[0] * job.size[1] * len(pixels)
+        async with self._turns.of(job.client.name):
+            return await offload(work, size)
 
 
-def warnings_of(result: GenerateResult, wish: Wish) -> list[str]:
+def warnings_of(result: GenerateResult, job: DrawingJob) -> list[str]:
     """What was not done as asked, a sentence each."""
-    found = [f"{name} has no meaning here" for name in wish.ignored]
-    if wish.size is not None:
+    found = [f"{name} has no meaning here" for name in job.ignored]
+    if job.size is not None:
         found.append(
-            f"drawn at {size_name((result.images.shape[1], result.images.shape[2]))} and scaled to {size_name(wish.size)}"
+            f"drawn at {size_name((result.images.shape[1], result.images.shape[2]))} and scaled to {size_name(job.size)}"
         )
     for name, cut in (("prompt", result.cut), ("negative prompt", result.cut_negative)):
         if cut:
@@ -205,7 +205,7 @@ async def decoded(text: str, name: str) -> bytes:
     """The file of a picture in base64, or in a data: URL. Raises RequestError."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return await beside(partial(base64.b64decode, encoded, validate=True), len(encoded))
+        return await offload(partial(base64.b64decode, encoded, validate=True), len(encoded))
     except (binascii.Error, ValueError):
         raise RequestError(f"{name}: send a picture in base64", param=name) from None
 

@@ -21,11 +21,11 @@ from starlette.types import Receive, Scope, Send
 from ...core.errors import ImagineFlashError, RequestError
 from ...folders.manifests import size_name
 from ..checks import check_condition
-from ..pictures.files import beside
+from ..pictures.files import offload
 from ..pictures.stored import StoredPictures
 from ..request import GenerateRequest
 from ..work import GenerateResult
-from .drawing import GUIDED, Studio, Wish, client_of, decoded, warnings_of
+from .drawing import GUIDED, DrawingJob, ImageService, client_of, decoded, warnings_of
 from .errors import ErrorBody, error_body, status_of
 from .schemas import EditRequest, GenerationRequest, ImageData, ImageRequest, ImageResponse, Model, ModelList, size_of
 
@@ -45,53 +45,53 @@ ERRORS: dict[int | str, str] = {
 }
 
 
-def images_router(studio: Studio) -> APIRouter:
+def images_router(service: ImageService) -> APIRouter:
     """The routes of one engine."""
     errors = {code: {"description": text, "model": ErrorBody} for code, text in ERRORS.items()}
     locked = [Depends(HTTPBearer(auto_error=False, description="One of the server's keys."))]
-    stored = StoredPictures(studio.settings.max_memory)
-    router = APIRouter(tags=["images"], responses=errors, dependencies=locked if studio.settings.api_keys else [])
+    stored = StoredPictures(service.settings.max_memory)
+    router = APIRouter(tags=["images"], responses=errors, dependencies=locked if service.settings.api_keys else [])
 
     @router.post("/v1/images/generations", response_model=ImageResponse, responses=EVENTS)
     async def generations(asked: GenerationRequest, request: Request) -> Response:
         """Draw a prompt; with a ControlNet, under a conditioning picture."""
-        _check_model(studio, asked.model)
-        wish = _wish(studio, asked, client_of(request))
+        _check_model(service, asked.model)
+        job = _job(service, asked, client_of(request))
         if asked.condition is not None or asked.condition_scale is not None:
             file = None if asked.condition is None else await decoded(asked.condition, "condition")
-            wish = await _with_pictures(studio, asked, wish, {"condition": file})
-        return await _answer(studio, stored, asked, wish, request)
+            job = await _with_pictures(service, asked, job, {"condition": file})
+        return await _answer(service, stored, asked, job, request)
 
     @router.post("/v1/images/edits", response_model=ImageResponse, responses=EVENTS)
     async def edits(
         asked: Annotated[EditRequest, Form(media_type="multipart/form-data")], request: Request
     ) -> Response:
         """Draw a prompt from a picture, everywhere or where the mask says; with a ControlNet, under a conditioning picture."""
-        _check_model(studio, asked.model)
+        _check_model(service, asked.model)
         uploads = [*([] if asked.image is None else [asked.image]), *(asked.images or [])]
         if len(uploads) > 1 or (not uploads and asked.condition is None):
             raise RequestError(f"image: exactly one picture is drawn from, got {len(uploads)}", param="image")
         given = {"image": next(iter(uploads), None), "mask": asked.mask, "condition": asked.condition}
         files = {name: None if file is None else await file.read() for name, file in given.items()}
-        wish = _wish(studio, asked, client_of(request))
-        wish = await _with_pictures(studio, asked, wish, files, strength=asked.strength)
-        return await _answer(studio, stored, asked, wish, request)
+        job = _job(service, asked, client_of(request))
+        job = await _with_pictures(service, asked, job, files, strength=asked.strength)
+        return await _answer(service, stored, asked, job, request)
 
-    _lookups(router, studio, stored)
+    _lookups(router, service, stored)
     return router
 
 
-def _lookups(router: APIRouter, studio: Studio, stored: StoredPictures) -> None:
+def _lookups(router: APIRouter, service: ImageService, stored: StoredPictures) -> None:
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
         """The one model that is loaded."""
-        return ModelList(data=[_model(studio)])
+        return ModelList(data=[_model(service)])
 
     @router.get("/v1/models/{name}", response_model=Model)
     async def one_model(name: str) -> Model:
         """That model, by its name or an alias."""
-        _check_model(studio, name)
-        return _model(studio)
+        _check_model(service, name)
+        return _model(service)
 
     @router.get("/pictures/{name}", include_in_schema=False)
     async def picture(name: str) -> Response:
@@ -101,40 +101,40 @@ def _lookups(router: APIRouter, studio: Studio, stored: StoredPictures) -> None:
         return Response(file, media_type=f"image/{name.rpartition('.')[2]}")
 
 
-def _wish(studio: Studio, asked: ImageRequest, client: Any, **further: Any) -> Wish:
-    (height, width), scaled = studio.size(size_of(asked.size), asked.n or 1)
-    values = {**asked.drawing, "height": height, "width": width, "timeout": studio.settings.timeout, **further}
+def _job(service: ImageService, asked: ImageRequest, client: Any, **further: Any) -> DrawingJob:
+    (height, width), scaled = service.size(size_of(asked.size), asked.n or 1)
+    values = {**asked.drawing, "height": height, "width": width, "timeout": service.settings.timeout, **further}
     kind, quality = asked.output_format or "png", asked.output_compression
     scale = asked.guidance_scale if isinstance(asked.guidance_scale, (int, float)) else None
-    guided = studio.guidance(scale, asked.negative_prompt)
+    guided = service.guidance(scale, asked.negative_prompt)
     ignored = tuple(name for name in asked.ignored if GUIDED.get(name) not in guided)
     request = GenerateRequest(**values, **guided)
-    return Wish(request=request, client=client, size=scaled, kind=kind, quality=quality, ignored=ignored)
+    return DrawingJob(request=request, client=client, size=scaled, kind=kind, quality=quality, ignored=ignored)
 
 
 async def _with_pictures(
-    studio: Studio, asked: ImageRequest, wish: Wish, files: dict[str, bytes | None], **further: Any
-) -> Wish:
+    service: ImageService, asked: ImageRequest, job: DrawingJob, files: dict[str, bytes | None], **further: Any
+) -> DrawingJob:
     """The same with uploaded pictures, by the name of the field, each unpacked once all else is known to be drawable."""
-    _, size = studio.engine.check(wish.request)
+    _, size = service.engine.check(job.request)
     if files.get("condition") is not None:
-        check_condition(studio.engine.manifest)
-    with studio.reserve(wish):  # nothing is unpacked for whoever has no quota left
-        pixels = await studio.pixels(files, size, wish.client)
-    further |= {"seed": wish.request.seed, "condition_scale": asked.condition_scale}
-    return _wish(studio, asked, wish.client, **further, **pixels)
+        check_condition(service.engine.manifest)
+    with service.reserve(job):  # nothing is unpacked for whoever has no quota left
+        pixels = await service.pixels(files, size, job.client)
+    further |= {"seed": job.request.seed, "condition_scale": asked.condition_scale}
+    return _job(service, asked, job.client, **further, **pixels)
 
 
 async def _answer(
-    studio: Studio, stored: StoredPictures, asked: ImageRequest, wish: Wish, request: Request
+    service: ImageService, stored: StoredPictures, asked: ImageRequest, job: DrawingJob, request: Request
 ) -> Response:
-    headers = {"x-ignored": ", ".join(wish.ignored)} if wish.ignored else {}
-    if wish.size is not None:
-        headers["x-drawn-size"] = size_name((wish.request.height or 0, wish.request.width or 0))
+    headers = {"x-ignored": ", ".join(job.ignored)} if job.ignored else {}
+    if job.size is not None:
+        headers["x-drawn-size"] = size_name((job.request.height or 0, job.request.width or 0))
     if asked.stream:
-        return await _streamed(studio, asked, wish, headers)
-    result = await studio.draw(wish, request)
-    files = await studio.files(result, wish)
+        return await _streamed(service, asked, job, headers)
+    result = await service.draw(job, request)
+    files = await service.files(result, job)
     by_url = asked.response_format == "url" or (
         asked.response_format is None and (asked.model or "").startswith("dall-e")
     )
@@ -144,37 +144,37 @@ async def _answer(
         for i, file in enumerate(files):
             if not by_url:
                 where = {"b64_json": base64.b64encode(file).decode()}
-            elif studio.settings.image_urls == "data":
-                where = {"url": f"data:image/{wish.kind};base64,{base64.b64encode(file).decode()}"}
+            elif service.settings.image_urls == "data":
+                where = {"url": f"data:image/{job.kind};base64,{base64.b64encode(file).decode()}"}
             else:
-                where = {"url": f"{str(request.base_url).rstrip('/')}/pictures/{stored.keep(file, wish.kind)}"}
+                where = {"url": f"{str(request.base_url).rstrip('/')}/pictures/{stored.keep(file, job.kind)}"}
             data.append(ImageData(seed=result.seed + i, **where))
-        return _response(result, wish, data).model_dump_json(exclude_none=True)
+        return _response(result, job, data).model_dump_json(exclude_none=True)
 
-    return Response(await beside(body, sum(map(len, files))), media_type="application/json", headers=headers)
+    return Response(await offload(body, sum(map(len, files))), media_type="application/json", headers=headers)
 
 
-def _response(result: GenerateResult, wish: Wish, data: list[ImageData]) -> ImageResponse:
+def _response(result: GenerateResult, job: DrawingJob, data: list[ImageData]) -> ImageResponse:
     return ImageResponse(
         created=int(time.time()),
         data=data,
-        output_format=wish.kind,  # type: ignore[arg-type]
-        size=size_name(wish.size or (result.images.shape[1], result.images.shape[2])),
+        output_format=job.kind,  # type: ignore[arg-type]
+        size=size_name(job.size or (result.images.shape[1], result.images.shape[2])),
         steps=result.steps,
         timings=result.timings.stages(),
         unknown_words=result.unknown_words,
         replaced_words=result.replaced_words,
-        warnings=warnings_of(result, wish),
+        warnings=warnings_of(result, job),
     )
 
 
-async def _streamed(studio: Studio, asked: ImageRequest, wish: Wish, headers: dict[str, str]) -> Response:
+async def _streamed(service: ImageService, asked: ImageRequest, job: DrawingJob, headers: dict[str, str]) -> Response:
     """Server-sent events as OpenAI's API has them: the picture in one step, if partial_images is more than 0, then the whole."""
     with ExitStack() as held:
-        reserved = held.enter_context(studio.reserve(wish))
-        prepared = await studio.prepare(wish)
-        preview = studio.engine.preview(prepared) if asked.partial_images else None
-        first = studio.start(preview or prepared, wish.client)  # refused with a status, as without a stream
+        reserved = held.enter_context(service.reserve(job))
+        prepared = await service.prepare(job)
+        preview = service.engine.preview(prepared) if asked.partial_images else None
+        first = service.start(preview or prepared, job.client)  # refused with a status, as without a stream
         held.callback(first.cancel)
         held = held.pop_all()
     name = "image_edit" if isinstance(asked, EditRequest) else "image_generation"
@@ -182,12 +182,12 @@ async def _streamed(studio: Studio, asked: ImageRequest, wish: Wish, headers: di
     async def events() -> AsyncIterator[str]:
         try:
             if preview is not None:
-                async for event in _pictures(studio, await asyncio.wrap_future(first), wish, f"{name}.partial_image"):
+                async for event in _pictures(service, await asyncio.wrap_future(first), job, f"{name}.partial_image"):
                     yield event
-            last = first if preview is None else studio.start(prepared, wish.client)
-            result = studio.drawn(await asyncio.wrap_future(last), wish.client)
+            last = first if preview is None else service.start(prepared, job.client)
+            result = service.drawn(await asyncio.wrap_future(last), job.client)
             reserved.count()
-            async for event in _pictures(studio, result, wish, f"{name}.completed"):
+            async for event in _pictures(service, result, job, f"{name}.completed"):
                 yield event
         except ImagineFlashError as error:
             status, code = status_of(error)
@@ -210,27 +210,27 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _pictures(studio: Studio, result: GenerateResult, wish: Wish, kind: str) -> AsyncIterator[str]:
-    found = _response(result, wish, []).model_dump(exclude={"data", "created"})
+async def _pictures(service: ImageService, result: GenerateResult, job: DrawingJob, kind: str) -> AsyncIterator[str]:
+    found = _response(result, job, []).model_dump(exclude={"data", "created"})
 
     def event(i: int, file: bytes) -> str:
         number = {"partial_image_index": i} if kind.endswith("partial_image") else {}
         data = {"b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), "seed": result.seed + i}
         return _event(kind, {**data, **number, **found, "quality": "auto", "background": "opaque"})
 
-    for i, file in enumerate(await studio.files(result, wish)):
-        yield await beside(partial(event, i, file), len(file))
+    for i, file in enumerate(await service.files(result, job)):
+        yield await offload(partial(event, i, file), len(file))
 
 
 def _event(kind: str, data: dict[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
 
 
-def _check_model(studio: Studio, name: str | None) -> None:
+def _check_model(service: ImageService, name: str | None) -> None:
     """Raises 404 for a model that is not the one loaded; a request may leave it out."""
-    if not studio.knows(name):
-        raise HTTPException(404, f"no model {name!r}; this server has {studio.engine.manifest.name!r}")
+    if not service.knows(name):
+        raise HTTPException(404, f"no model {name!r}; this server has {service.engine.manifest.name!r}")
 
 
-def _model(studio: Studio) -> Model:
-    return Model(id=studio.engine.manifest.name, **studio.abilities)
+def _model(service: ImageService) -> Model:
+    return Model(id=service.engine.manifest.name, **service.abilities)

@@ -1,4 +1,4 @@
-"""`/sdapi/v1/...`: the door that clients of AUTOMATIC1111's and Forge's web interfaces know, as far as they need it."""
+"""`/sdapi/v1/...`: the API that clients of AUTOMATIC1111's and Forge's web interfaces know, as far as they need it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from starlette.exceptions import HTTPException
 
 from ...core.errors import RequestError
-from ..pictures.files import beside
+from ..pictures.files import offload
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
-from .drawing import Studio, Wish, client_of, decoded, warnings_of
+from .drawing import DrawingJob, ImageService, client_of, decoded, warnings_of
 from .schemas import MAX_PROMPT, MAX_SIDE
 
 SAMPLER = "the model's own"
@@ -67,38 +67,38 @@ class ImageRequest(TextRequest):
     denoising_strength: float = Field(default=0.75, ge=0, le=1)
 
 
-def sdapi_router(studio: Studio) -> APIRouter:
+def sdapi_router(service: ImageService) -> APIRouter:
     """The routes of one engine."""
     router = APIRouter(prefix="/sdapi/v1", include_in_schema=False)  # /docs is about one API
 
     @router.post("/txt2img")
     async def txt2img(asked: TextRequest, request: Request) -> Response:
         """Text to image."""
-        return await _answer(studio, asked, request, {})
+        return await _answer(service, asked, request, {})
 
     @router.post("/img2img")
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
-        size, _ = studio.size((asked.height, asked.width), asked.count)
+        size, _ = service.size((asked.height, asked.width), asked.count)
         mask = None if asked.mask is None else await decoded(asked.mask, "mask")
         files = {"image": await decoded(asked.init_images[0], "init_images"), "mask": mask}
-        with studio.clients.reserve(client_of(request), asked.count):
-            start = await studio.pixels(files, size, client_of(request))
+        with service.clients.reserve(client_of(request), asked.count):
+            start = await service.pixels(files, size, client_of(request))
         if mask is not None and asked.inpainting_mask_invert:
             start["mask"] = 1 - start["mask"]
         return await _answer(
-            studio, asked, request, {**start, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
+            service, asked, request, {**start, "strength": max(LEAST_STRENGTH, asked.denoising_strength)}
         )
 
-    _lookups(router, studio)
+    _lookups(router, service)
     return router
 
 
-def _lookups(router: APIRouter, studio: Studio) -> None:
+def _lookups(router: APIRouter, service: ImageService) -> None:
     @router.get("/progress")
     async def progress() -> dict[str, Any]:
         """Whether anything is being drawn: few steps are over before anybody has asked how many are left."""
-        waiting = studio.engine.stats().waiting
+        waiting = service.engine.stats().waiting
         state = {"skipped": False, "interrupted": False, "job": "", "job_count": waiting, "job_no": 0}
         state |= {"sampling_step": 0, "sampling_steps": 0}
         return {"progress": 0.01 if waiting else 0.0, "eta_relative": 0.0, "state": state, "current_image": None}
@@ -106,24 +106,24 @@ def _lookups(router: APIRouter, studio: Studio) -> None:
     @router.get("/options")
     async def options() -> dict[str, Any]:
         """The model, as clients look it up."""
-        return {"sd_model_checkpoint": studio.engine.manifest.name, "samples_format": "png"}
+        return {"sd_model_checkpoint": service.engine.manifest.name, "samples_format": "png"}
 
     @router.post("/options")
     async def choose(given: dict[str, Any]) -> None:
         """There is one model: 404 for another; other options change nothing."""
-        if (name := given.get("sd_model_checkpoint")) not in (None, "") and not studio.knows(str(name)):
-            raise HTTPException(404, f"no model {str(name)[:100]!r}; this server has {studio.engine.manifest.name!r}")
+        if (name := given.get("sd_model_checkpoint")) not in (None, "") and not service.knows(str(name)):
+            raise HTTPException(404, f"no model {str(name)[:100]!r}; this server has {service.engine.manifest.name!r}")
 
     @router.get("/sd-models")
     async def models() -> list[dict[str, Any]]:
         """The one model."""
-        name = studio.engine.manifest.name
+        name = service.engine.manifest.name
         return [{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}]
 
     @router.get("/loras")
     async def loras() -> list[dict[str, Any]]:
         """Those that a prompt may name."""
-        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in studio.engine.loras]
+        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in service.engine.loras]
 
     @router.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:
@@ -149,36 +149,36 @@ def prompt_and_loras(text: str) -> tuple[str, dict[str, float]]:
     return " ".join(LORA_TAG.sub(" ", text).split()) if found else text, found
 
 
-async def _answer(studio: Studio, asked: TextRequest, request: Request, start: dict[str, Any]) -> Response:
+async def _answer(service: ImageService, asked: TextRequest, request: Request, start: dict[str, Any]) -> Response:
     prompt, loras = prompt_and_loras(asked.prompt)
-    (height, width), scaled = studio.size((asked.height, asked.width), asked.count)
+    (height, width), scaled = service.size((asked.height, asked.width), asked.count)
     drawing: dict[str, Any] = {
         "prompt": prompt,
         "lora": loras,
         "seed": None if asked.seed == -1 else asked.seed,
-        "steps": min(studio.engine.steps, key=lambda known: (abs(known - asked.steps), -known)),
+        "steps": min(service.engine.steps, key=lambda known: (abs(known - asked.steps), -known)),
         "count": asked.count,
         "height": height,
         "width": width,
-        "timeout": studio.settings.timeout,
+        "timeout": service.settings.timeout,
     }
-    drawing |= studio.guidance(asked.cfg_scale, asked.negative_prompt) | start
-    wish = Wish(request=GenerateRequest(**drawing), client=client_of(request), size=scaled)
-    result = await studio.draw(wish, request)
-    files = await studio.files(result, wish) if asked.send_images else []
+    drawing |= service.guidance(asked.cfg_scale, asked.negative_prompt) | start
+    job = DrawingJob(request=GenerateRequest(**drawing), client=client_of(request), size=scaled)
+    result = await service.draw(job, request)
+    files = await service.files(result, job) if asked.send_images else []
 
     def body() -> str:
         images = [base64.b64encode(file).decode() for file in files]
         parameters = asked.model_dump(exclude={"init_images", "mask", *(asked.model_extra or ())})
-        return json.dumps({"images": images, "parameters": parameters, "info": json.dumps(_info(asked, result, wish))})
+        return json.dumps({"images": images, "parameters": parameters, "info": json.dumps(_info(asked, result, job))})
 
     ignored = {"x-ignored": ", ".join(asked.ignored)} if asked.ignored else {}
-    return Response(await beside(body, sum(map(len, files))), media_type="application/json", headers=ignored)
+    return Response(await offload(body, sum(map(len, files))), media_type="application/json", headers=ignored)
 
 
-def _info(asked: TextRequest, result: GenerateResult, wish: Wish) -> dict[str, Any]:
+def _info(asked: TextRequest, result: GenerateResult, job: DrawingJob) -> dict[str, Any]:
     """What drew the pictures, by their names."""
-    count, (height, width) = len(result.images), wish.size or result.images.shape[1:3]
+    count, (height, width) = len(result.images), job.size or result.images.shape[1:3]
     texts = [
         f"{result.asked}\nSteps: {result.steps}, Seed: {result.seed + i}, Size: {width}x{height}" for i in range(count)
     ]
@@ -195,5 +195,5 @@ def _info(asked: TextRequest, result: GenerateResult, wish: Wish) -> dict[str, A
         "batch_size": asked.batch_size,
         "sampler_name": SAMPLER,
         "infotexts": texts,
-        "warnings": warnings_of(result, wish),
+        "warnings": warnings_of(result, job),
     }

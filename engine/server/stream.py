@@ -16,11 +16,11 @@ from starlette.exceptions import HTTPException
 from ...core.errors import EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import Size, size_name
 from ..checks import check_condition
-from ..pictures.files import FORMATS, beside, encode
+from ..pictures.files import FORMATS, encode, offload
 from ..request import GenerateRequest
 from ..session import Mailbox, Session, SessionResult
 from .clients import KEY_PROTOCOL, QuotaError, Reservation
-from .drawing import Studio, client_of
+from .drawing import ImageService, client_of
 from .logs import SERVER
 from .messages import (
     COMES_A_CONDITION,
@@ -43,11 +43,11 @@ UPGRADE = {"upgrade": "websocket", "connection": "Upgrade"}
 LOG = logging.getLogger(SERVER)
 
 
-def stream_router(studio: Studio) -> APIRouter:
+def stream_router(service: ImageService) -> APIRouter:
     """The route of one engine."""
     router = APIRouter()
     streams: set[WebSocket] = set()  # that are open
-    studio.metrics.sessions.set_function(lambda: len(streams))
+    service.metrics.sessions.set_function(lambda: len(streams))
 
     @router.get("/v1/stream", include_in_schema=False)
     async def no_stream() -> None:
@@ -61,11 +61,11 @@ def stream_router(studio: Studio) -> APIRouter:
             PROTOCOL if PROTOCOL in offered or any(p.startswith(KEY_PROTOCOL) for p in offered) else None
         )
         try:
-            connection = _Connection(socket, studio)
+            connection = _Connection(socket, service)
         except EngineError as error:
             await socket.close(TRY_AGAIN_LATER, str(error)[:120])
             return
-        if len(streams) >= (most := studio.settings.max_streams):
+        if len(streams) >= (most := service.settings.max_streams):
             await socket.close(TRY_AGAIN_LATER, f"{len(streams)} streams are open, at most {most} may be")
             return
         streams.add(socket)
@@ -80,16 +80,16 @@ def stream_router(studio: Studio) -> APIRouter:
 class _Connection:
     """One socket: a session that keeps the newest request, and a writer that sends the newest result."""
 
-    def __init__(self, socket: WebSocket, studio: Studio) -> None:
-        self.socket, self.studio, self.client = socket, studio, client_of(socket)
+    def __init__(self, socket: WebSocket, service: ImageService) -> None:
+        self.socket, self.service, self.client = socket, service, client_of(socket)
         self.mailbox = Mailbox()
-        self.session = Session(studio.engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER, client=self.client)
+        self.session = Session(service.engine, self.mailbox.put, let_finish_after=LET_FINISH_AFTER, client=self.client)
         self._files: dict[str, bytes] = {}  # the image to start from, and the condition
         self._pixels: dict[tuple[str, Size], NDArray[np.uint8]] = {}  # of these
         self._next = "image"  # what a file that comes is
         self._counted = (0, 0)  # of the session's replaced and the mailbox's skipped, those that the metrics have
         self._sending = asyncio.Lock()
-        self._reserved = Reservation(studio.clients, self.client, 0)  # the newest request's one, until it is counted
+        self._reserved = Reservation(service.clients, self.client, 0)  # the newest request's one, until it is counted
         self._paid = 0  # the number of the last request that was counted
 
     async def run(self) -> None:
@@ -97,7 +97,7 @@ class _Connection:
         try:
             await self._tell(self._hello())
             await self._read()
-        except (WebSocketDisconnect, _Gone):
+        except (WebSocketDisconnect, _Disconnected):
             pass
         finally:
             self.session.close()
@@ -109,7 +109,7 @@ class _Connection:
     async def _read(self) -> None:
         while (message := await self.socket.receive())["type"] != "websocket.disconnect":
             text, file = message.get("text"), message.get("bytes") or b""
-            most = MAX_PICTURE if text is None else self.studio.settings.max_body
+            most = MAX_PICTURE if text is None else self.service.settings.max_body
             if len(file if text is None else text.encode()) > most:
                 return await self.socket.close(TOO_BIG, f"such messages have at most {most} bytes")
             if text is None:
@@ -122,8 +122,8 @@ class _Connection:
     def _count(self) -> None:
         """What became stale or was skipped since the last time."""
         now = self.session.replaced, self.mailbox.skipped
-        self.studio.metrics.stale.inc(now[0] - self._counted[0])
-        self.studio.metrics.skipped.inc(now[1] - self._counted[1])
+        self.service.metrics.stale.inc(now[0] - self._counted[0])
+        self.service.metrics.skipped.inc(now[1] - self._counted[1])
         self._counted = now
 
     def _keep(self, file: bytes) -> None:
@@ -162,11 +162,11 @@ class _Connection:
         unpacked. Raises RequestError, QuotaError, BusyError."""
         before = self._reserved
         if not before.pictures:
-            self._reserved = self.studio.clients.reserve(self.client, 1)
+            self._reserved = self.service.clients.reserve(self.client, 1)
         letters = len(asked.prompt) + len(asked.negative_prompt or "")
         try:
             wanted = await self._wanted(asked)
-            await beside(
+            await offload(
                 lambda: self.session.submit(wanted, asked.seq, preview=asked.preview, label=asked), LETTER * letters
             )
         except ImagineFlashError:
@@ -183,7 +183,7 @@ class _Connection:
         if found.seq != self._paid:
             try:
                 if not self._reserved.pictures:  # an older one came after all, and was counted
-                    self._reserved = self.studio.clients.reserve(self.client, 1)
+                    self._reserved = self.service.clients.reserve(self.client, 1)
             except QuotaError as error:
                 return error
             self._reserved.count()
@@ -192,19 +192,19 @@ class _Connection:
 
     async def _wanted(self, asked: StreamRequest) -> GenerateRequest:
         """With the pictures that were sent before. Raises RequestError, BusyError."""
-        height, width = size = size_of(asked.size) or self.studio.engine.sizes[0]
+        height, width = size = size_of(asked.size) or self.service.engine.sizes[0]
         drawing = {
             "prompt": asked.prompt,
             "seed": asked.seed or 0,
             "steps": asked.steps,
             "lora": asked.lora,
-            "timeout": self.studio.settings.timeout,
-            **self.studio.guidance(asked.guidance_scale, asked.negative_prompt),
+            "timeout": self.service.settings.timeout,
+            **self.service.guidance(asked.guidance_scale, asked.negative_prompt),
         }
         if asked.strength is not None:
             drawing |= {"strength": asked.strength, "image": await self._sent("image", "strength", size)}
         if asked.condition_scale is not None:
-            check_condition(self.studio.engine.manifest)
+            check_condition(self.service.engine.manifest)
             condition = await self._sent("condition", "condition_scale", size)
             drawing |= {"condition_scale": asked.condition_scale, "condition": condition}
         return GenerateRequest(**drawing, height=height, width=width)
@@ -216,14 +216,14 @@ class _Connection:
             raise RequestError(
                 f"{field} needs a picture: send {before}its file as a binary message before", param=field
             )
-        if not self.studio.engine.draws(size):
+        if not self.service.engine.draws(size):
             raise RequestError(
-                f"this engine does not draw {size_name(size)}, but {self.studio.engine.drawn_sizes}", param="size"
+                f"this engine does not draw {size_name(size)}, but {self.service.engine.drawn_sizes}", param="size"
             )
         if (name, size) not in self._pixels:
             given = {name: self._files[name]}
             self._forget(name)  # of any size there may be many
-            self._pixels[name, size] = (await self.studio.pixels(given, size, self.client))[name]
+            self._pixels[name, size] = (await self.service.pixels(given, size, self.client))[name]
         return self._pixels[name, size]
 
     async def _write(self) -> None:
@@ -235,11 +235,11 @@ class _Connection:
                 asked, result = found.label, found.result
                 assert isinstance(asked, StreamRequest) and result is not None
                 pixels = result.images[0]
-                data = await beside(lambda pixels=pixels, kind=asked.format: encode(pixels, kind), pixels.nbytes)
-                self.studio.drawn(result, self.client)
-                ignored = self.studio.ignored(asked.guidance_scale, asked.negative_prompt)
+                data = await offload(lambda pixels=pixels, kind=asked.format: encode(pixels, kind), pixels.nbytes)
+                self.service.drawn(result, self.client)
+                ignored = self.service.ignored(asked.guidance_scale, asked.negative_prompt)
                 await self._send(frame(found, result, data, {"format": asked.format, "ignored": ignored}))
-        except _Gone:
+        except _Disconnected:
             pass
         except Exception:
             LOG.exception("a stream failed")
@@ -249,17 +249,17 @@ class _Connection:
         await self._send(json.dumps(message))
 
     async def _send(self, message: str | bytes) -> None:
-        """One message at a time. Raises _Gone where nobody is there any more."""
+        """One message at a time. Raises _Disconnected where nobody is there any more."""
         async with self._sending:
             try:
                 await (self.socket.send_text(message) if isinstance(message, str) else self.socket.send_bytes(message))
             except (WebSocketDisconnect, RuntimeError):  # starlette raises either
-                raise _Gone from None
+                raise _Disconnected from None
 
     def _hello(self) -> dict[str, Any]:
-        model, formats = self.studio.engine.manifest.name, list(FORMATS)
-        return {"type": "ready", "model": model, "formats": formats, **self.studio.abilities}
+        model, formats = self.service.engine.manifest.name, list(FORMATS)
+        return {"type": "ready", "model": model, "formats": formats, **self.service.abilities}
 
 
-class _Gone(Exception):
+class _Disconnected(Exception):
     """The client has closed the socket."""

@@ -150,7 +150,7 @@ def test_replays_draw_what_eager_calls_draw(engine, plain: Engine, steps: int, c
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_lone_picture_is_one_replay(engine, plain: Engine, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its whole plan; in company it goes step by step, to the same picture."""
+    """Its whole plan; in a batch it goes step by step, to the same picture."""
     request, replays = GenerateRequest(prompt="a cat on pink", seed=5, steps=steps), list[str]()
     for (name, _), run in engine.backend._graphs.items():
         replay = run._replay
@@ -265,7 +265,7 @@ def test_a_lone_picture_of_a_cached_prompt_is_launched_with_few_calls(engine, mo
 
 
 def test_a_cached_prompt_at_one_step_takes_few_operations(engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host launches beside the replays, of a picture in company: at most 12, of which each is a copy or the update."""
+    """Host launches beside the replays, of a picture in a batch: at most 12, of which each is a copy or the update."""
     backend, tokenizer, model = engine.backend, engine.tokenizer, engine.manifest
     conditions, table = backend.encode(tokenizer.encode("a cat")), model.update_tables()[1]
     time = model.schedule.network_time(table.timesteps).astype(np.float32)

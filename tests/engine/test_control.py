@@ -1,4 +1,4 @@
-"""Pictures under a conditioning picture: diffusers' own pipelines are the oracle, and each picture is the same in any company."""
+"""Pictures under a conditioning picture: diffusers' own pipelines are the oracle, and each picture is the same alone and in a batch."""
 
 import re
 import types

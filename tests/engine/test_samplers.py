@@ -1,4 +1,4 @@
-"""Models that re-noise between steps, and guidance: the engine against the update's own definition, alone and in company."""
+"""Models that re-noise between steps, and guidance: the engine against the update's own definition, alone and in a batch."""
 
 from pathlib import Path
 from typing import Any

@@ -73,8 +73,8 @@ def student(tmp_path):
     return folder
 
 
-def edit(folder, file="manifest.json", signed=True, **changes):
-    """Change fields; `signed`: as a writer would, with the digest of the new ones."""
+def edit(folder, file="manifest.json", with_digest=True, **changes):
+    """Change fields; `with_digest`: as a writer would, with the digest of the new ones."""
     raw = json.loads((folder / file).read_text())
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -85,7 +85,7 @@ def edit(folder, file="manifest.json", signed=True, **changes):
             del node[last]
         else:
             node[last] = value
-    if signed and file == "manifest.json":
+    if with_digest and file == "manifest.json":
         raw["sha256"] = digest_of(raw)
     (folder / file).write_text(json.dumps(raw))
 
@@ -150,7 +150,7 @@ def test_a_file_that_a_graph_could_load_must_be_listed(artifact, name):
 )
 def test_a_manifest_that_was_changed_by_hand_is_refused(artifact, changes):
     """It happened that `inspect` accepted other plans and betas than those that were checked."""
-    edit(artifact, signed=False, **changes)
+    edit(artifact, with_digest=False, **changes)
     with pytest.raises(ArtifactError, match="was changed after the export"):
         read_artifact_manifest(artifact)
 

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import create_app
-from imagine_flash.engine.server.drawing import Studio
+from imagine_flash.engine.server.drawing import ImageService
 from imagine_flash.engine.server.schemas import ImageResponse
 
 
@@ -37,7 +37,7 @@ def test_what_takes_long_is_done_beside_the_event_loop(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         "imagine_flash.engine.pictures.files.SMALL", 50_000
     )  # bytes; the model's pictures are small ones
-    noted(Studio, "start")  # called by the route itself
+    noted(ImageService, "start")  # called by the route itself
     noted(Engine, "prepare")
     noted(ImageResponse, "model_dump_json")
     with Engine.load(backend="onnxruntime") as engine, TestClient(create_app(engine)) as http:
@@ -55,7 +55,7 @@ def test_what_takes_long_is_done_beside_the_event_loop(monkeypatch: pytest.Monke
         ("/sdapi/v1/img2img", {"init_images": [encoded_picture()], "steps": 1}),
     ],
 )
-def test_so_is_the_base64_of_every_door(path: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_is_the_base64_of_every_api(path: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the plain answer of the OpenAI API had it done beside the event loop."""
     threads: dict[str, set[int]] = {"start": set(), "b64encode": set(), "b64decode": set()}
 
@@ -71,7 +71,7 @@ def test_so_is_the_base64_of_every_door(path: str, asked: dict[str, Any], monkey
     monkeypatch.setattr("imagine_flash.engine.pictures.files.SMALL", 500)  # bytes
     noted(base64, "b64encode")
     noted(base64, "b64decode")
-    noted(Studio, "start")
+    noted(ImageService, "start")
     with Engine.load(backend="onnxruntime") as engine, TestClient(create_app(engine)) as http:
         assert http.post(path, json={"prompt": "a cat", **asked}).status_code == 200
     assert threads["b64encode"] and ("init_images" in asked) == bool(threads["b64decode"])

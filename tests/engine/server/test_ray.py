@@ -131,8 +131,8 @@ def test_limits_errors_and_the_page_are_as_without_ray(cluster) -> None:
         assert other.status_code == 403 and http.get("/nowhere").json()["error"]["code"] == "not_found"
         picture = io.BytesIO()
         Image.effect_noise((1500, 1500), 100).save(picture, "PNG")  # 2 MB
-        files, wish = {"image": picture.getvalue()}, {"prompt": "a cat", "steps": "1", "seed": "3"}
-        edited = http.post("/v1/images/edits", files=files, data=wish)
+        files, job = {"image": picture.getvalue()}, {"prompt": "a cat", "steps": "1", "seed": "3"}
+        edited = http.post("/v1/images/edits", files=files, data=job)
         assert edited.status_code == 200 and edited.json()["data"][0]["seed"] == 3
         page = http.get("/", headers={"x-request-id": "0123-abcd"})
         assert "Imagine Flash" in page.text and set(page.headers.get_list("x-request-id")) == {"0123-abcd"}

@@ -137,7 +137,7 @@ def test_small_frames_are_taken_in_pieces(serve, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", ["half a body", "unread", "unread stream"])
 def test_at_its_end_the_server_waits_for_nobody_slow(serve, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waited for 30 seconds."""
-    monkeypatch.setattr(connections, "GOODBYE_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "CLOSE_SECONDS", 0.3)
     server, port = serve()
     if kind == "half a body":
         slow = connect(port, b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")

@@ -121,11 +121,11 @@ def test_allowed_pages_read_answers_and_refusals(start_server, tiny_artifact, tm
     server = start_server("--model", tiny_artifact, *options)
     origin, key = {"origin": "https://example.org"}, {"authorization": "Bearer 0123456789abcdef"}
     with httpx.Client(base_url=server.url, timeout=30) as http:
-        wish = {
+        job = {
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization,x-stainless-os",
         }
-        leave = http.options("/v1/images/generations", headers=origin | wish)
+        leave = http.options("/v1/images/generations", headers=origin | job)
         drawn = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}, headers=origin | key)
         refused = http.post("/v1/images/generations", json={"prompt": "a cat"}, headers=origin)
         assert (leave.status_code, drawn.status_code, refused.status_code) == (200, 200, 401)
@@ -133,7 +133,7 @@ def test_allowed_pages_read_answers_and_refusals(start_server, tiny_artifact, tm
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert answer.headers["access-control-allow-origin"] == "https://example.org"
         assert "retry-after" in drawn.headers["access-control-expose-headers"]
-        other = http.options("/v1/images/generations", headers=wish | {"origin": "https://evil.example"})
+        other = http.options("/v1/images/generations", headers=job | {"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
 
