@@ -15,7 +15,7 @@ from ..core.errors import ImagineFlashError, Interrupted, ParityError
 from .arena import arena_command
 from .bench import bench
 from .cache import cache
-from .common import examples, flag, show_help
+from .common import examples, flag, set_quiet, show_help
 from .comparing import compare_command
 from .exporting import build_tensorrt_command, export_command
 from .generate import generate_command
@@ -86,6 +86,7 @@ app.add_typer(cache, name="cache")
 def _root(
     context: typer.Context, version: Annotated[bool, flag("--version", help="Print the version and exit.")] = False
 ) -> None:
+    set_quiet(False)  # what an earlier command of one Python process said
     if version:
         from importlib.metadata import version as version_of
 

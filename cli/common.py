@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _quiet = False
 
 
-def _set_quiet(value: bool) -> bool:
+def set_quiet(value: bool) -> bool:
     global _quiet
     _quiet = value
     return value
@@ -38,7 +38,7 @@ def show_help(context: typer.Context) -> None:
 
 
 Quiet = Annotated[
-    bool, flag("--quiet", "-q", help="Say nothing but results and errors.", callback=_set_quiet, is_eager=True)
+    bool, flag("--quiet", "-q", help="Say nothing but results and errors.", callback=set_quiet, is_eager=True)
 ]
 Output = Annotated[
     Path,

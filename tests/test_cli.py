@@ -41,6 +41,7 @@ def test_results_go_to_standard_output_and_the_rest_does_not(tiny_artifact: Path
     assert "note: read 'rockett' as 'rocket'" in done.stderr
     done = run(*asked, "--quiet")
     assert done.stdout == f"{out} (3 steps, seed 7)\n" and "note:" not in done.stderr and " ms" not in done.stderr
+    assert run("cache", "list").stderr, "it is of one command, also where one process runs several"
     piped = start(*asked[:-1], "-", check=True).stdout
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(piped))), np.asarray(Image.open(out)))
     assert "leave out --json" in fails(*asked[:-1], "-", "--json")

@@ -53,7 +53,15 @@ class Study(Frozen):
     split: Literal["validation", "test"] = "validation"
     count: Annotated[int, Field(ge=FEWEST)] = 2048
     held_out: Annotated[int, Field(ge=1)] = 256
-    every_pair: bool = False  # each variant beside all before it, not beside the first alone
+    pairs: Literal["first", "every", "same_base"] = "first"  # what a variant is compared with: of those before it
+
+    def compared_with(self, name: str) -> list[str]:
+        """The variants before this one that it is put beside."""
+        before = list(self.variants)[: list(self.variants).index(name)]
+        if self.pairs == "same_base":
+            bases = {one: fields.get("base", self.base) for one, fields in self.variants.items()}
+            return [one for one in before if bases[one] == bases[name]]
+        return before if self.pairs == "every" else before[:1]
 
 
 def load_study(path: Path) -> tuple[Study, dict[str, DistillRecipe]]:
@@ -136,7 +144,7 @@ def run_study(
     }
     distances: dict[str, Distance] = {}
     record |= {"rows": compare(methods, found, judge, distances), "pairs": []}
-    drawn: list[list[Method]] = []  # the rows of each variant
+    drawn: dict[str, list[Method]] = {}  # the rows of each variant
     for name, recipe in recipes.items():
         if study.budget is not None:
             recipe = updates_within(study.budget, recipe, teacher)
@@ -146,20 +154,19 @@ def run_study(
         found |= pictures_of(rows, f"{slug(name)}.pictures", hash_folder(run / slug(name)))
         record["variants"][name] = {"fields": study.variants[name], "training": manifest.training}
         record["rows"] += compare(rows, found, judge, distances)
-        drawn, shown = [*drawn, rows], shown + rows
-        record["pairs"] += pairs(drawn, found, distances, every=study.every_pair)
+        drawn[name], shown = rows, shown + rows
+        for other in study.compared_with(name):
+            record["pairs"] += pairs(drawn[other], rows, found, distances)
         save_quality(record, comparison_grid(shown, scale=1, label=250, emoji_font=font), out)
         console.print(as_rich(record))
     return record
 
 
 def pairs(
-    variants: list[list[Method]], found: dict[str, Kinds], distances: dict[str, Distance], *, every: bool = False
+    one: list[Method], other: list[Method], found: dict[str, Kinds], distances: dict[str, Distance]
 ) -> list[dict[str, Any]]:
-    """The first variant, or every one, beside the last, where both draw in as many steps: from the same prompts and noises."""
-    *before, rows = variants
-    earlier = [row for variant in (before if every else before[:1]) for row in variant]
-    same = ((a.name, b.name) for a in earlier for b in rows if a.network_calls == b.network_calls)
+    """Two variants where both draw in as many steps: from the same prompts and noises."""
+    same = ((a.name, b.name) for a in one for b in other if a.network_calls == b.network_calls)
     return [
         {"method": a, "than": b} | between(found[a]["seen"], found[b]["seen"], distances[a], distances[b])
         for a, b in same

@@ -41,7 +41,9 @@ def latents_by_plan(model: Model, steps: int, recipe: Any) -> torch.Tensor:
     return model.sample(noise, model.embed(["a cat"]), table, noises=fresh)
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("sd21", "sdxl"))) for kind in BUILDERS]
+)
 def test_distilled_resumed_saved_loaded_and_drawn(kind: str, teachers, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 

@@ -93,7 +93,9 @@ def test_replays_leave_the_losses_and_gradients_of_plain_updates(parts: int) -> 
     assert all(kind.replay is not None for kind in replays.kinds.values())
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "imagine_flash")) for name in sorted(METHODS)]
+)
 def test_every_method_trains_to_the_same_student(method: str, teacher: Path, tmp_path: Path) -> None:
     """Twenty updates with every draw of plans, steps and phases: the losses one by one, and the averaged weights."""
     ends, losses = [], []

@@ -23,7 +23,7 @@ def task_of(tmp_path: Path, method: str = "imagine_flash", **fit: Any) -> Distil
     )
 
 
-@pytest.mark.parametrize("method", ["imagine_flash", "add"])
+@pytest.mark.parametrize("method", ["imagine_flash", pytest.param("add", marks=pytest.mark.slow)])
 def test_what_is_seen_does_not_depend_on_how_many_rows_go_at_once(method: str, tmp_path: Path) -> None:
     one, parts = (task_of(tmp_path, method, accumulate=accumulate) for accumulate in (1, 4))
     figures = one.validate()

@@ -1,4 +1,4 @@
-"""Pictures under a conditioning picture: diffusers' own pipelines are the oracle, and each picture is the same alone and in a batch."""
+"""Pictures under a conditioning picture: diffusers' own pipelines are the oracle; each is the same alone and in a batch."""
 
 import re
 import types

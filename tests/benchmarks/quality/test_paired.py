@@ -33,6 +33,7 @@ def test_what_two_rows_share_does_not_widen_their_difference() -> None:
     assert between(other, one, theirs, own)["fd_difference"][0] == -found["fd_difference"][0]
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_difference_in_kernel_distance_holds_as_often_as_it_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -124,21 +124,28 @@ def test_the_table_of_an_evaluation_goes_into_a_page(tmp_path: Path) -> None:
     assert "| student, 3 steps | 3 | 96.7 |" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_a_variant_stands_beside_the_first_or_all(every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [("first", ["a"]), ("every", ["a", "b", "c"]), ("same_base", ["b"])],
+    ids=lambda value: str(value),
+)
+def test_what_a_variant_is_compared_with(pairs: Any, expected: list[str]) -> None:
+    variants = {"a": {}, "b": {"base": "lcm"}, "c": {"base": "add"}, "d": {"base": "lcm"}}
+    study = studies.Study(question="Which?", variants=variants, pairs=pairs)
+    assert study.compared_with("d") == expected and study.compared_with("a") == []
+
+
+def test_two_variants_are_compared_where_both_take_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "between", lambda a, b, *_: {"features": [a, b]})
 
-    def rows(variant: str) -> list[Method]:
-        return [Method(name=f"{variant}{n}", network_calls=n, draw=lambda _: pytest.fail("drawn")) for n in (2, 1)]
+    def rows(variant: str, *steps: int) -> list[Method]:
+        return [Method(name=f"{variant}{n}", network_calls=n, draw=lambda _: pytest.fail("drawn")) for n in steps]
 
-    drawn = [rows("a"), rows("b"), rows("c")]
-    found: Any = {row.name: {"seen": row.name} for variant in drawn for row in variant}
-    distances: Any = dict.fromkeys(found)
-    pairs = studies.pairs(drawn, found, distances, every=every)
-    expected = [("a2", "c2"), ("a1", "c1"), *[("b2", "c2"), ("b1", "c1")] * every]
-    assert [(pair["method"], pair["than"]) for pair in pairs] == expected
+    one, other = rows("a", 3, 2, 1), rows("b", 4, 2, 1)
+    found: Any = {row.name: {"seen": row.name} for row in (*one, *other)}
+    pairs = studies.pairs(one, other, found, dict.fromkeys(found))  # type: ignore[arg-type]
+    assert [(pair["method"], pair["than"]) for pair in pairs] == [("a2", "b2"), ("a1", "b1")]
     assert all(pair["features"] == [pair["method"], pair["than"]] for pair in pairs)
-    assert studies.pairs(drawn[:1], found, {}, every=every) == []
 
 
 @pytest.mark.slow
