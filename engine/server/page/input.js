@@ -222,6 +222,7 @@ export class PictureInput extends EventTarget {
     const turn = this.#turn;
     const file = await fileOf(this.#canvas, this.#size, this.#drawn.exact);
     if (turn !== this.#turn || !this.#kind) return;
+    if (this.#kind === "camera" && this.isBusy()) return; // the next one will do: nobody's choice is closed by a late one
     this.current = { ...file, from: this.#from };
     this.#tell();
   }

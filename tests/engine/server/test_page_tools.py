@@ -166,6 +166,25 @@ def test_the_rate_counts_a_preview_and_its_picture_once(tools) -> None:
     assert rate == "10 per s"
 
 
+def test_a_late_picture_of_the_camera_is_dropped(tools) -> None:
+    """One that was being packed as "Four seeds" was pressed closed them again."""
+    asked, changes = tools.page.evaluate("""async () => {
+      const { PictureInput } = await import("./page/input.js"), root = document.createElement("fieldset");
+      root.append(document.createElement("legend"));
+      document.body.append(root);
+      const input = new PictureInput(root, { amount: "amount", value: 1 });
+      let asked = 0, changes = 0;
+      input.isBusy = () => asked++ % 2 === 1; // free as it is taken, busy once it is packed
+      input.addEventListener("change", () => changes++);
+      root.querySelector(".camera-on").click();
+      for (let i = 0; i < 200 && asked < 6; i++) await new Promise((go) => setTimeout(go, 50));
+      input.clear();
+      root.remove();
+      return [asked, changes];
+    }""")
+    assert asked >= 6 and changes <= 1, "only that it was switched off is told"
+
+
 def green() -> bytes:
     """A picture's file."""
     file = io.BytesIO()
