@@ -20,7 +20,7 @@ from imagine_flash.engine.work import Client
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.folders.files import NETWORKS_FILE
 from imagine_flash.tests.engine.conftest import PROMPT, SETS, STEPS, TARGETS, Model, ask, levels, picture
-from imagine_flash.tests.engine.test_batching import Gate
+from imagine_flash.tests.engine.gate import Gate
 from imagine_flash.tests.engine.test_fairness import work
 from imagine_flash.tests.loras import write_lora
 from imagine_flash.tests.onnxruntime_device import load
