@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 
 from ..core.errors import ImagineFlashError
 from ..core.images import psnr
@@ -29,7 +30,7 @@ from ..folders.reading import read_student_manifest
 from .harness import Candidate, measure
 from .kernels import bench_kernels, refuse_interpreter
 from .random_students import Shape, random_student
-from .records import save
+from .records import as_line, save
 from .schema import Case, Check, Record, new_record
 
 EAGER, COMPILED = "diffusers, eager", "torch-compile"
@@ -74,17 +75,20 @@ def bench_gpu(
     tiny: bool = False,
     compile: bool = True,
     mode: str = "max-autotune",
+    console: Console | None = None,
 ) -> Record:
     """Measures pictures, then kernels for at most a quarter of the minutes, then pictures with what torch.compile makes, until
     the minutes are over; writes `out`.json and `out`.png after each row and the kernels' record beside it.
     tiny: small shapes, to try the whole of it on a CPU. compile: also what compiles; mode: of torch.compile for diffusers, which
-    the candidate's name says. Raises ImagineFlashError at the end where this project drew a wrong picture."""
+    the candidate's name says. console: for a line of each row, by default standard error.
+    Raises ImagineFlashError at the end where this project drew a wrong picture."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not tiny:
         raise ImagineFlashError(
             "there is no GPU here; --tiny tries the benchmark on the CPU, where its numbers say nothing"
         )
     refuse_interpreter()
+    console = console or Console(stderr=True)
     end, measured = time.monotonic() + 60 * minutes, list[Case]()
     with Pictures("tiny" if tiny else "sd-turbo", device, mode) as pictures:
 
@@ -92,10 +96,12 @@ def bench_gpu(
             for case in pictures.rows(rows, rounds, end):
                 measured.append(case)
                 save(pictures.record(measured), out)
+                console.print(as_line(case), markup=False, soft_wrap=True)
 
         measure_all(PLAIN)
         until = min(end, time.monotonic() + 15 * minutes)
-        bench_kernels(out.with_name(f"{out.name}-kernels"), device=device, rounds=rounds, quick=tiny, until=until)
+        kernels = out.with_name(f"{out.name}-kernels")
+        bench_kernels(kernels, device=device, rounds=rounds, quick=tiny, until=until, console=console)
         measure_all(COMPILING if compile else ())
         if not measured:
             raise ImagineFlashError(f"nothing could be measured: {pictures.left_out}")

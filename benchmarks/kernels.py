@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -56,17 +57,24 @@ class Workload:
 
 
 def bench_kernels(
-    out: Path, *, device: str | None = None, rounds: int = 50, quick: bool = False, until: float = float("inf")
+    out: Path,
+    *,
+    device: str | None = None,
+    rounds: int = 50,
+    quick: bool = False,
+    until: float = float("inf"),
+    console: Console | None = None,
 ) -> Record:
     """Check and time every kernel, write `out`.json and `out`.png after each row, return the record. until: no further row begins
-    at this time of the monotonic clock, but one is measured. ImagineFlashError for a wrong result."""
+    at this time of the monotonic clock, but one is measured. console: for the progress bar, by default standard error.
+    ImagineFlashError for a wrong result."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = clock_for(device)
     refuse_interpreter()
-    workloads = track(list(_workloads(device, quick)), description=f"kernels on {device}")
+    workloads = list(_workloads(device, quick))
     where = "as kernels on a GPU" if device != "cpu" else "by their references, which are what a CPU runs"
     rows, record = list[Case](), None
-    for build in workloads:
+    for build in track(workloads, f"kernels on {device}", console=console or Console(stderr=True)):
         if record is None or time.monotonic() < until:
             rows.append(_measure(build(), device, rounds, clock))
             question = f"How fast are the fused update, to_image and GroupNorm + SiLU, {where}?"

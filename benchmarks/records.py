@@ -54,6 +54,12 @@ def as_rich(record: Record) -> Table:
     return table
 
 
+def as_line(case: Case) -> str:
+    """A row as soon as it is measured: the case and each candidate's median."""
+    medians = [f"{t.name} {number(t.p50_us / 1000)} ms" for t in case.timings]
+    return f"{case_name(case)}: {', '.join(medians)}"
+
+
 def headings_of(record: Record) -> list[str]:
     """The table's headings: unit, baseline and further numbers as the record has them."""
     unit, baselines = unit_of(record)[0], {case.baseline for case in record.rows}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 
 from ..core.errors import ImagineFlashError
@@ -42,17 +43,25 @@ Draw = Callable[[], NDArray[np.uint8]]
 
 
 def bench_runtime(
-    out: Path, *, model: Path | None = None, backends: Sequence[str] = (), rounds: int = 200, quick: bool = False
+    out: Path,
+    *,
+    model: Path | None = None,
+    backends: Sequence[str] = (),
+    rounds: int = 200,
+    quick: bool = False,
+    console: Console | None = None,
 ) -> Record:
     """Check and time everything, write `out`.json and `out`.png, return the record. rounds: of single pictures; groups get a
-    tenth of them, processes a twentieth. Raises ImagineFlashError for a wrong picture or a backend that is not there."""
+    tenth of them, processes a twentieth. console: for progress and what is left out, by default standard error.
+    Raises ImagineFlashError for a wrong picture or a backend that is not there."""
+    console = console or Console(stderr=True)
     if rounds < FEWEST_ROUNDS:
         raise ImagineFlashError(f"--rounds must be at least {FEWEST_ROUNDS}, got {rounds}; quantiles need them")
     folder = EMBEDDED if model is None else model
     manifest = read_artifact_manifest(folder)
-    names = [choose(name, manifest, folder=folder) for name in dict.fromkeys(backends)] or _available(folder)
+    names = [choose(name, manifest, folder=folder) for name in dict.fromkeys(backends)] or _available(folder, console)
     fewer, fewest = max(FEWEST_ROUNDS, rounds // 10), max(FEWEST_ROUNDS, rounds // 20)
-    student = _student(folder, manifest)
+    student = _student(folder, manifest, console)
     parts: list[Callable[[], Iterable[Case]]] = [
         *(partial(overhead, folder, name, "stages", rounds, quick) for name in names),
         *(partial(overhead, folder, name, "sampler", rounds, quick) for name in names if name == "onnxruntime"),
@@ -61,7 +70,7 @@ def bench_runtime(
         lambda: [processes.cold_start(folder, manifest, names, fewest, None if quick else student)],
         lambda: [processes.memory(folder, manifest, names, fewest, 500 if quick else 10_000)],
     ]
-    rows = [case for part in track(parts, description="runtime") for case in part()]
+    rows = [case for part in track(parts, "runtime", console=console) for case in part()]
     record = new_record(QUESTION, rows)
     save(record, out)
     return record
@@ -257,7 +266,7 @@ def _engine(engine: Engine) -> dict[str, str]:
     return {"backend": engine.backend.name, "precision": precision_of(engine)}
 
 
-def _available(folder: Path) -> list[str]:
+def _available(folder: Path, console: Console) -> list[str]:
     """The installed backends that take this artifact; of the others a line says why not."""
     names = []
     for name in installed():
@@ -265,13 +274,13 @@ def _available(folder: Path) -> list[str]:
             Engine.load(folder, backend=name).close()
             names.append(name)
         except ImagineFlashError as error:
-            print(f"{name} is left out: {error}")
+            console.print(f"{name} is left out: {error}", markup=False)
     if not names:
         raise ImagineFlashError(f"no installed backend takes {folder}; pip install 'imagine-flash[cpu]'")
     return names
 
 
-def _student(folder: Path, manifest: ArtifactManifest) -> Path | None:
+def _student(folder: Path, manifest: ArtifactManifest, console: Console) -> Path | None:
     """The student to draw with diffusers, if it draws what the artifact does; else None, and a line says why."""
     try:
         student = diffusers_student.student_of(folder, manifest)
@@ -282,5 +291,5 @@ def _student(folder: Path, manifest: ArtifactManifest) -> Path | None:
             raise ImagineFlashError(f"it draws something else than the artifact, by {check.error:.4g} {check.what}")
         return student
     except ImagineFlashError as error:
-        print(f"diffusers is left out: {error}")
+        console.print(f"diffusers is left out: {error}", markup=False)
         return None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import track
 
 from ..core.errors import ImagineFlashError, nearest
@@ -44,12 +45,13 @@ def bench_serve(
     requests: int = 10_000,
     only: Collection[str] = (),
     quick: bool = False,
+    console: Console | None = None,
 ) -> Record:
     """Check and time everything, write `out`.json and `out`.png after each part, return the record. rounds: of single pictures;
     a twentieth as many sentences are typed. requests: of "load". only: some of PARTS; none is all.
-    Raises ImagineFlashError for a wrong picture."""
+    console: for progress and what is left out, by default standard error. Raises ImagineFlashError for a wrong picture."""
     _refuse_settings(rounds, requests, only)
-    folder = EMBEDDED if model is None else model
+    folder, console = EMBEDDED if model is None else model, console or Console(stderr=True)
     manifest = read_artifact_manifest(folder)
     backend = choose(backend, manifest, folder=folder)
     with ExitStack() as opened:
@@ -59,10 +61,10 @@ def bench_serve(
             server=opened.enter_context(serving(folder, backend, max_queue=4 * CLIENTS)),
         )
         bench.engine.warm_up()
-        parts = _parts(bench, rounds, FEWEST_REQUESTS if quick else requests, quick)
+        parts = _parts(bench, rounds, FEWEST_REQUESTS if quick else requests, quick, console)
         chosen = [part for name in PARTS if not only or name in only for part in parts[name]]
         record, rows = None, []
-        for part in track(chosen, description="serve"):
+        for part in track(chosen, "serve", console=console):
             rows += part()
             if rows:
                 record = new_record(QUESTION, rows)
@@ -84,7 +86,9 @@ def _refuse_settings(rounds: int, requests: int, only: Collection[str]) -> None:
             raise ImagineFlashError(f"--only must be of {', '.join(PARTS)}, got {name!r}{nearest(name, PARTS)}")
 
 
-def _parts(bench: Bench, rounds: int, requests: int, quick: bool) -> dict[str, list[Callable[[], Iterable[Case]]]]:
+def _parts(
+    bench: Bench, rounds: int, requests: int, quick: bool, console: Console
+) -> dict[str, list[Callable[[], Iterable[Case]]]]:
     """What is measured, by its name in PARTS, in pieces for the progress bar."""
     drawn = drawn_by_torch(bench.folder, bench.engine.artifact)
     sentences, text = max(FEWEST_ROUNDS, rounds // 20), SHORT if quick else SENTENCE
@@ -94,14 +98,14 @@ def _parts(bench: Bench, rounds: int, requests: int, quick: bool) -> dict[str, l
         "typing": [lambda n=n: [typing(bench, n, max(2, -(-sentences // n)), text)] for n in crowds],
         "load": [lambda: [load(bench, requests)]],
         "greedy": [lambda: [beside_a_greedy_client(bench, rounds)]],
-        "ray": [lambda: on_ray(bench, rounds, requests // 5)],
+        "ray": [lambda: on_ray(bench, rounds, requests // 5, console)],
     }
 
 
-def on_ray(bench: Bench, rounds: int, requests: int) -> list[Case]:
+def on_ray(bench: Bench, rounds: int, requests: int, console: Console) -> list[Case]:
     """The rows of two replicas; none where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        print('Ray Serve is left out: pip install "imagine-flash[ray]"')
+        console.print('Ray Serve is left out: pip install "imagine-flash[ray]"', markup=False)
         return []
     options = ("--ray", "--replicas", str(REPLICAS))
     with serving(bench.folder, bench.engine.backend.name, *options, max_queue=4 * CLIENTS) as ray:

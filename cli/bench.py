@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .common import Device, Output, examples, flag, needs, say, show_help, writable
+from .common import Device, Output, Quiet, examples, flag, needs, progress, say, show_help, writable
 
 if TYPE_CHECKING:
     from ..benchmarks.schema import Record
@@ -31,13 +31,14 @@ def bench_kernels_command(
     device: Device = None,
     rounds: Rounds = 50,
     quick: Annotated[bool, flag("--quick", help="Only the smallest shapes, to see that everything runs.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time the update, to_image and GroupNorm + SiLU against what users run instead."""
     needs("bench", "torch", "diffusers", "matplotlib", "psutil")
     from ..benchmarks.kernels import bench_kernels
 
     writable(output)
-    _show(bench_kernels(output, device=device, rounds=rounds, quick=quick), output)
+    _show(bench_kernels(output, device=device, rounds=rounds, quick=quick, console=progress()), output)
 
 
 @bench.command("gpu", epilog=examples("bench gpu -o docs/results/gpu", "bench gpu --tiny --no-compile --rounds 5"))
@@ -66,13 +67,15 @@ def bench_gpu_command(
         ),
     ] = "max-autotune",
     tiny: Annotated[bool, flag("--tiny", help="Small shapes, to try the whole of it on a CPU.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time a Stable-Diffusion-Turbo-shaped student with random weights on a GPU, beside diffusers, and the kernels."""
     needs("bench", "torch", "diffusers", "matplotlib", "psutil")
     from ..benchmarks.gpu import bench_gpu
 
     writable(output)
-    measured = bench_gpu(output, device=device, minutes=minutes, rounds=rounds, tiny=tiny, compile=compile, mode=mode)
+    how: dict[str, Any] = {"tiny": tiny, "compile": compile, "mode": mode, "console": progress()}
+    measured = bench_gpu(output, device=device, minutes=minutes, rounds=rounds, **how)
     _show(measured, output)
     say(f"{output}-kernels.json\n{output}-kernels.png")
 
@@ -97,6 +100,7 @@ def bench_runtime_command(
         ),
     ] = 200,
     quick: Quick = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time the engine against its backends' bare calls and diffusers; batching, cold start and memory."""
     needs("cpu", "onnxruntime")
@@ -104,7 +108,8 @@ def bench_runtime_command(
     from ..benchmarks.runtime import bench_runtime
 
     writable(output)
-    _show(bench_runtime(output, model=model, backends=backend or (), rounds=rounds, quick=quick), output)
+    how: dict[str, Any] = {"rounds": rounds, "quick": quick, "console": progress()}
+    _show(bench_runtime(output, model=model, backends=backend or (), **how), output)
 
 
 @bench.command("serve", epilog=examples("bench serve --quick", "bench serve --only load --requests 100000 -o many"))
@@ -126,6 +131,7 @@ def bench_serve_command(
         typer.Option(metavar="NAME", help="overhead, typing, load, greedy or ray; may be repeated; by default all."),
     ] = None,
     quick: Quick = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time the server: overhead, typing, many requests, a greedy client, and two replicas on Ray Serve."""
     needs("cpu", "onnxruntime")
@@ -135,7 +141,14 @@ def bench_serve_command(
 
     writable(output)
     record = bench_serve(
-        output, model=model, backend=backend, rounds=rounds, requests=requests, only=only or (), quick=quick
+        output,
+        model=model,
+        backend=backend,
+        rounds=rounds,
+        requests=requests,
+        only=only or (),
+        quick=quick,
+        console=progress(),
     )
     _show(record, output)
 
@@ -198,6 +211,7 @@ def bench_latency_command(
         ),
     ] = None,
     rounds: Rounds = 20,
+    quiet: Quiet = False,
 ) -> None:
     """Time this project from a prompt to pixels beside what people would use instead, each in a process of its own."""
     needs("bench", "torch", "diffusers", "transformers", "matplotlib", "psutil")
@@ -220,7 +234,7 @@ def bench_latency_command(
         rounds=rounds,
         folder=folder,
     )
-    _show(bench_latency(output, options), output)
+    _show(bench_latency(output, options, progress()), output)
 
 
 def _names(text: str) -> list[str]:

@@ -208,6 +208,7 @@ def build_tensorrt_command(
         ),
     ] = False,
     refit: Annotated[bool, flag("--refit", help="Plans whose weights can be replaced.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Build TensorRT plans, on the machine with the GPU that will run them."""
     from ..export.tensorrt import build_plans

@@ -67,7 +67,7 @@ def distill(
     run = out.with_name(out.name + ".run")
     if pictures is not None and pictures.buckets:
         teacher = teacher.of_any_size()
-    latents, digest = _scenes(recipe, teacher, scenes or run, font) if pictures is None else [], ""
+    latents, digest = _scenes(recipe, teacher, scenes or run, font, console) if pictures is None else [], ""
     if pictures is not None:
         own = _own_pictures(recipe, teacher, run, pictures, console)
         prompts, latents, digest = own.captions, own.latents, own.digest
@@ -185,13 +185,16 @@ def _check_data(recipe: DistillRecipe, prompts: list[str] | None, pictures: Pict
         )
 
 
-def _scenes(recipe: DistillRecipe, teacher: Model, folder: Path, font: Path | None) -> list[torch.Tensor]:
+def _scenes(
+    recipe: DistillRecipe, teacher: Model, folder: Path, font: Path | None, console: Console
+) -> list[torch.Tensor]:
     """Latents of the scenes that the captions describe, for a method that asks for pictures; kept in the folder."""
     if not method_named(recipe.method).pictures(recipe):
         return []
-    path, side = folder / f"latents-{recipe.seed}-{recipe.prompts}.safetensors", teacher.stages.default_size[0]
+    path = folder / f"latents-{recipe.seed}-{recipe.prompts}.safetensors"
+    what: Any = {"seed": recipe.seed, "size": teacher.stages.default_size[0], "count": recipe.prompts}
     with processes().main_process_first():
-        return [encoded_scenes(teacher, path, seed=recipe.seed, size=side, count=recipe.prompts, font=font)]
+        return [encoded_scenes(teacher, path, **what, font=font, console=console)]
 
 
 def _own_pictures(

@@ -167,9 +167,8 @@ def train_teacher(
     run.mkdir(parents=True, exist_ok=True)
     model.pipeline.vae.requires_grad_(False)
     with processes().main_process_first():
-        latents = encoded_scenes(
-            model, run / "latents.safetensors", seed=recipe.seed, size=recipe.image_size, count=recipe.scenes, font=font
-        )
+        what: Any = {"seed": recipe.seed, "size": recipe.image_size, "count": recipe.scenes}
+        latents = encoded_scenes(model, run / "latents.safetensors", **what, font=font, console=console)
     task = TeacherTask(recipe, model, latents, hash_folder(start) if start else "", known)
     figures["teacher"] = fit(task, recipe.fit, run, console, track=track)
     console.print(f"teacher: {figures['teacher']}")

@@ -29,42 +29,24 @@ MAX_WAITING = 1024  # pictures
 STUDENT_BATCH = 4  # pictures of one network call, where a student runs in torch and nothing else is said
 
 
-class LoadOptions(Checked):
-    """How a model is loaded. Keyword-only, frozen; RequestError in one line for what cannot be.
+class ExecutionOptions(Checked):
+    """What draws and with what, the same in Python and in a server's settings.
 
     backend, device, precision: "auto" takes what is fastest of what is installed and present; `Engine.describe` says what
-    that was. route: "stages" runs text encoder, denoiser and decoder one after another, "sampler" the whole sampler as one
-    graph; an artifact that holds the graphs of one alone takes that one. sizes: of the artifact's, (height, width), those
-    that will be asked for, and no others are drawn; None takes all, of a student the networks' own. max_batch: pictures of one
-    network call; None takes the most that the artifact was checked with, of a student 4. max_waiting: pictures that may wait
-    before requests are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0 encodes every time.
+    that was. max_batch: pictures of one network call; None takes the most that the artifact was checked with, of a student 4.
     threads: of the processor, for one network call; None takes all that this process may use. long_prompts: "cut" at the
-    context, with a note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly. loras:
-    those that requests may ask for by name (GenerateRequest.lora): files, folders or hub ids in the formats of diffusers, peft
-    and kohya. revision: of a hub id, a branch, tag or commit; None is main. autotune: torch-compile and torch-graph try kernels
-    out when they load a network; torch-compile keeps what it found, which takes minutes for each batch size the first time.
+    context, with a note; or "joined", in chunks of 75 tokens, where CLIP reads them and torch runs the student eagerly.
+    autotune: torch-compile and torch-graph try kernels out when they load a network; torch-compile keeps what it found, which
+    takes minutes for each batch size the first time.
     """
-
-    model_config = ConfigDict(strict=True)
 
     backend: str = "auto"
     device: str = "auto"
     precision: str = "auto"
-    route: str = "stages"
-    sizes: Sequence[Size] | None = None
     max_batch: int | None = None
-    max_waiting: int = Field(default=MAX_WAITING, ge=1)
-    prompt_cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
     threads: int | None = Field(default=None, ge=1)
     long_prompts: Literal["cut", "joined"] = "cut"
-    revision: str | None = None
-    loras: Mapping[str, str | Path] = Field(default_factory=dict)
     autotune: bool = False
-
-    @field_validator("loras")
-    @classmethod
-    def _can_be_asked_for(cls, loras: Mapping[str, str | Path]) -> Mapping[str, str | Path]:
-        return {check_name(name): file for name, file in loras.items()}
 
     @model_validator(mode="after")
     def _can_be_tuned(self) -> Self:
@@ -72,6 +54,32 @@ class LoadOptions(Checked):
             known = " or ".join(TUNED_BACKENDS)
             raise ValueError(f"autotune: goes with the backend {known}, got the backend {self.backend}")
         return self
+
+
+class LoadOptions(ExecutionOptions):
+    """How a model is loaded. Keyword-only, frozen; RequestError in one line for what cannot be.
+
+    Those of ExecutionOptions, and route: "stages" runs text encoder, denoiser and decoder one after another, "sampler" the whole
+    sampler as one graph; an artifact that holds the graphs of one alone takes that one. sizes: of the artifact's, (height,
+    width), those that will be asked for, and no others are drawn; None takes all, of a student the networks' own. max_waiting:
+    pictures that may wait before requests are refused. prompt_cache_bytes: room for embeddings of the prompts seen last; 0
+    encodes every time. loras: those that requests may ask for by name (GenerateRequest.lora): files, folders or hub ids in the
+    formats of diffusers, peft and kohya. revision: of a hub id, a branch, tag or commit; None is main.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    route: str = "stages"
+    sizes: Sequence[Size] | None = None
+    max_waiting: int = Field(default=MAX_WAITING, ge=1)
+    prompt_cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
+    revision: str | None = None
+    loras: Mapping[str, str | Path] = Field(default_factory=dict)
+
+    @field_validator("loras")
+    @classmethod
+    def _can_be_asked_for(cls, loras: Mapping[str, str | Path]) -> Mapping[str, str | Path]:
+        return {check_name(name): file for name, file in loras.items()}
 
     @property
     def of_artifacts(self) -> str:

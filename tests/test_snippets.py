@@ -70,6 +70,7 @@ PYTHON = [page for page in PAGES if any(b.runs and not b.note for b in blocks(pa
 SERVED = [page for page in PAGES if any(b.note == "with a server" for b in blocks(page, "python"))]
 TYPED = [page for page in PAGES if any(b.runs and words[0] == "imagine-flash" for b, words in commands(page))]
 SLOWEST = "docs/tutorials/small-model.md"  # from a teacher to pictures, as test_distil_your_own does
+RARELY = (SLOWEST, "docs/export.md")  # whose commands the tests of the exporter give too, one by one
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_recipes_and_settings_are_read(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.weekly] * (p == SLOWEST)) for p in TYPED])
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.weekly] * (p in RARELY)) for p in TYPED])
 def test_commands_run(page: str, desk: Path) -> None:
     """All of a page in turn, with the files that it tells to save; servers and installations excepted."""
     for block in blocks(page):

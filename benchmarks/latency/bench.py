@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from ...core.errors import ImagineFlashError
 from ...engine.backends.choosing import choose
 from ...folders.files import CACHE_VARIABLE
 from ...folders.manifests import Size, size_name
-from ..records import save
+from ..records import as_line, save
 from ..schema import FEWEST_ROUNDS, Case, Record, new_record
 from . import energy
 from .candidates import BASELINES, Candidate, CandidateError, Worker, chosen, convert, ours
@@ -64,22 +66,28 @@ class LatencyOptions:
             raise ImagineFlashError(f"--batch takes numbers from 1, got {list(self.batches)}")
 
 
-def bench_latency(out: Path, options: LatencyOptions) -> Record:
-    """Measures everything, writes `out`.json and `out`.png after every row, returns the record. Raises ImagineFlashError
-    where nothing could be measured; what could not is named in the record, with the reason."""
+def bench_latency(out: Path, options: LatencyOptions, console: Console | None = None) -> Record:
+    """Measures everything, writes `out`.json and `out`.png after every row, returns the record. console: for what is under way
+    and a line of each row, by default standard error. Raises ImagineFlashError where nothing could be measured; what could
+    not is named in the record, with the reason."""
     options.check()
-    with tempfile.TemporaryDirectory(prefix="imagine-flash-latency-") as scratch:
-        run = _Run(options, Path(scratch))
+    console = console or Console(stderr=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="imagine-flash-latency-") as scratch,
+        console.status("finding the baselines") as status,
+    ):
+        run = _Run(options, Path(scratch), status.update)
         for row in run.rows():
             run.measured.append(row)
             save(run.record(), out)
+            console.print(as_line(row), markup=False, soft_wrap=True)
         save(run.record(), out)  # with what was left out since
         return run.record()
 
 
 class _Run:
-    def __init__(self, options: LatencyOptions, scratch: Path) -> None:
-        self.options, self.scratch, self.folder = options, scratch, options.folder or scratch
+    def __init__(self, options: LatencyOptions, scratch: Path, tell: Callable[[str], None]) -> None:
+        self.options, self.scratch, self.folder, self.tell = options, scratch, options.folder or scratch, tell
         self.ways, self.left_out = chosen(options.against, options.pythons)
         self.measured: list[Case] = []
         meter = energy.meter() if options.energy else None
@@ -96,6 +104,7 @@ class _Run:
             steps = list(options.steps) or ([1] if options.model in SHAPES else [])
             how: Any = {"decoder": decoder, "steps": steps, "sizes": options.sizes, "batch": max(options.batches)}
             how["int8"] = any(name.endswith(":int8") for name in options.backends)
+            self.tell(f"making or finding {options.model}")
             model = find_model(options.model, self.folder, **how)
             about = {"decoder": decoder} if options.model in SHAPES else {}
             planned = []  # all of it before anything is measured, so that what cannot be drawn is refused at once
@@ -104,6 +113,7 @@ class _Run:
                 each = steps or sorted(model.manifest.plans)
                 planned.append((size, batch, [self.pairing.setting(model, size, batch, n, about, work) for n in each]))
             if self.pairing.floor is None:
+                self.tell("what this machine can do at most")
                 self.pairing = replace(self.pairing, floor=measure_floor())
                 assert self.pairing.floor is not None
                 yield self.pairing.floor
@@ -116,12 +126,14 @@ class _Run:
         told |= {"noise_correction": model.manifest.noise_correction}
         first, *further = ours(self.options.backends or [choose("auto", model.manifest, folder=model.artifact)])
         cache = {CACHE_VARIABLE: str(self.scratch / f"cache-{model.artifact.parent.name}-{size_name(size)}-{batch}")}
+        self.tell(f"the first start of {first.name}")
         with Worker(first, told, cache) as cold:
             once = {"first start s": cold.started}
         with Worker(first, told, cache) as lead:
             lead.numbers |= once
             before = len(self.measured)
             for way in [*further, *self._ways(model)]:
+                self.tell(f"{way.name} beside {first.name}")
                 try:
                     converted = {"converted": str(self._converted(way, model))} if way.converted else {}
                     with Worker(way, told | converted, cache if way in further else {}) as other:
@@ -172,5 +184,6 @@ class _Run:
         folder = beside if beside.is_dir() else model.student
         for guided in self.options.teacher:
             named = replace(way, name=f"{way.name}, {guided} guided steps")
+            self.tell(named.name)
             with Worker(named, {**told, "student": str(folder)}) as teacher:
                 yield from self._of_way(lead, teacher, settings, {"guidance": GUIDANCE, "guided_steps": guided})

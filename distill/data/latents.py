@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from ..reproducible import fingerprint
@@ -29,7 +30,14 @@ def encoder_weights(model: Model) -> str:
 
 @torch.no_grad()
 def encoded_scenes(
-    model: Model, path: Path, *, seed: int, size: int, count: int, font: Path | None = None
+    model: Model,
+    path: Path,
+    *,
+    seed: int,
+    size: int,
+    count: int,
+    font: Path | None = None,
+    console: Console | None = None,
 ) -> torch.Tensor:
     """Latents (count, C, h, w) float16 of the first scenes of a seed, kept in `path` and used again while nothing changed."""
     weights, device = encoder_weights(model), model.pipeline.vae.device
@@ -39,7 +47,8 @@ def encoded_scenes(
     ).hexdigest()  # another font, other pictures
 
     def encoded() -> dict[str, torch.Tensor]:
-        batches = track(rendered(scenes, count, batch=_BATCH), "encoding scenes", -(-count // _BATCH))
+        groups = rendered(scenes, count, batch=_BATCH)
+        batches = track(groups, "encoding scenes", -(-count // _BATCH), console=console or Console(stderr=True))
         encode = model.stages.image_encoder
         return {"latents": torch.cat([encode(torch.from_numpy(images).to(device)).half().cpu() for images in batches])}
 

@@ -18,7 +18,7 @@ from ...core.checked import Checked
 from ...core.errors import RequestError
 from ...folders.loras import parse_named
 from ..engine import Engine
-from ..loading import LoadOptions, check_loading
+from ..loading import ExecutionOptions, LoadOptions, check_loading
 
 SHORTEST_KEY = 16  # characters
 KEY = re.compile(rf"[A-Za-z0-9!#$%&'*+.^_`|~-]{{{SHORTEST_KEY},}}")  # of a WebSocket's subprotocol: RFC 6455, RFC 9110
@@ -91,13 +91,12 @@ class ApiKey(Checked):
         return super().one_line(name, kind, message, "***" if name == "key" else value).removesuffix(", got '***'")
 
 
-class ServerSettings(Checked):
+class ServerSettings(ExecutionOptions):
     """The options of `imagine-flash serve`, by the same names: keyword-only, frozen; RequestError in one line for what cannot be.
 
-    model, backend, device, precision, max_batch, threads, long_prompts, autotune: as of `Engine.load`. tiny_decoder: the folder
-    or hub id of one that decodes instead of the model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the
-    model; with ray both on one machine only. lora: those that requests may ask for, by name, or
-    "NAME=PATH". max_queue: pictures that may wait.
+    Those of ExecutionOptions, and model: as of `Engine.load`. tiny_decoder: the folder or hub id of one that decodes instead of the
+    model's own, or none. controlnet: that of a ControlNet or T2I-adapter for the model; with ray both on one machine only.
+    lora: those that requests may ask for, by name, or "NAME=PATH". max_queue: pictures that may wait.
     api_key_file, api_keys: who may draw; none means everybody who reaches the port. quota: of pictures of each key, or without
     keys of each address, such as "100/minute; 5000/day". allow_origin: web pages of other hosts that may call.
     trusted_proxy: addresses or networks of proxies whose x-forwarded-for says who asks; "*" is anybody's.
@@ -114,14 +113,7 @@ class ServerSettings(Checked):
     tiny_decoder: str | None = None
     lora: dict[str, str] = Field(default_factory=dict)
     controlnet: str | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    precision: str = "auto"
-    max_batch: int | None = Field(default=None, ge=1)
     max_queue: int = Field(default=64, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    long_prompts: Literal["cut", "joined"] = "cut"
-    autotune: bool = False
     ray: bool = False
     replicas: int | None = Field(default=None, ge=1)
     api_key_file: Path | None = None
@@ -192,11 +184,8 @@ class ServerSettings(Checked):
                     f"{name}: goes with a server on this machine alone, got {value!r}; export it with the model: "
                     f"imagine-flash export MODEL OUT --{name.replace('_', '-')}"
                 )
-        values = {
-            name: getattr(self, name)
-            for name in ("backend", "device", "precision", "max_batch", "threads", "long_prompts", "autotune")
-        }
-        return LoadOptions(**values, loras=self.lora, max_waiting=self.max_queue)
+        shared = {name: getattr(self, name) for name in ExecutionOptions.model_fields}
+        return LoadOptions(**shared, loras=self.lora, max_waiting=self.max_queue)
 
     def load_engine(self) -> Engine:
         """Raises ArtifactError, MissingExtraError."""

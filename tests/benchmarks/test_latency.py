@@ -21,7 +21,7 @@ from imagine_flash.benchmarks.latency.bench import LatencyOptions, bench_latency
 from imagine_flash.benchmarks.latency.candidates import BASELINES, Candidate, Worker, chosen, ours, pythons_of
 from imagine_flash.benchmarks.latency.floor import COPY, RATES, Work, floor_seconds, measure_floor, work_of
 from imagine_flash.benchmarks.latency.rows import Pairing
-from imagine_flash.benchmarks.records import as_markdown, joined
+from imagine_flash.benchmarks.records import as_line, as_markdown, joined
 from imagine_flash.benchmarks.schema import Case, Check, new_record, read_record
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.folders.reading import read_artifact_manifest
@@ -29,7 +29,9 @@ from imagine_flash.tests.commands import fails
 
 
 @pytest.mark.slow
-def test_everything_is_measured(tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_measured(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(rows, "MOST_OTHERS", 1.0)  # tests run beside others
     known = BASELINES["diffusers"]
     monkeypatch.setitem(BASELINES, "diffusers", replace(known, ways=known.ways[:1]))  # each costs a process
@@ -37,7 +39,8 @@ def test_everything_is_measured(tiny_artifact: Path, tmp_path: Path, monkeypatch
     about: Any = {"model": str(tiny_artifact), "steps": (1,), "batches": (2,), "backends": ("onnxruntime",)}
     against: Any = {"against": ("diffusers", "optimum-onnx"), "pythons": here, "teacher": (2,), "energy": True}
     bench_latency(out, LatencyOptions(**about, **against, rounds=5))
-    record = read_record(out.with_suffix(".json"))
+    record, told = read_record(out.with_suffix(".json")), capsys.readouterr()
+    assert told.out == "" and [as_line(row) for row in record.rows] == told.err.splitlines()[-len(record.rows) :]
     floor, *measured = record.rows
     assert floor.case["what"] == "floor" and floor.extra[COPY]["GB/s"] > 0
     first, lead = measured[0], "imagine-flash onnxruntime fp32"

@@ -60,7 +60,7 @@ def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_measured_before_an_error_is_kept(
-    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -72,6 +72,7 @@ def test_what_was_measured_before_an_error_is_kept(
     with pytest.raises(ImagineFlashError, match="is wrong"):
         bench_serve(tmp_path / "serve", model=tiny_artifact, backend="onnxruntime", **settings)  # type: ignore[arg-type]
     assert [row.case["steps"] for row in read_record(tmp_path / "serve.json").rows] == [1, 3]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Exports with a ControlNet or T2I-adapter: one more stage, whose picture is an input of the denoiser, behind the same gate."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import step_noise
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.tests import architectures, control
@@ -41,15 +44,18 @@ MODELS = [("sd15", "controlnet"), pytest.param(("sdxl", "adapter"), marks=pytest
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=" ".join)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def exported(request: pytest.FixtureRequest, once_a_run: Callable[..., Path]) -> Any:
     base, kind = request.param
-    folder = tmp_path_factory.mktemp(base)
-    student = build(base, kind, folder)
-    told: list[int] = []
-    options = ExportOptions(batch=(1, 2), formats=("onnx", "openvino", "triton-repository"))
-    manifest = export_student(student, folder / "out", options=options, progress=lambda what, total: told.append(total))
-    assert len(told) == told[0], "as many things were told as were announced"
-    return kind, student, manifest, folder / "out"
+
+    def make(folder: Path) -> None:
+        student = Path(shutil.copytree(build(base, kind, folder / "made"), folder / "student"))
+        told: list[int] = []
+        options = ExportOptions(batch=(1, 2), formats=("onnx", "openvino", "triton-repository"))
+        export_student(student, folder / "out", options=options, progress=lambda what, total: told.append(total))
+        assert len(told) == told[0], "as many things were told as were announced"
+
+    folder = once_a_run(f"{base}_{kind}", make)
+    return kind, folder / "student", read_artifact_manifest(folder / "out"), folder / "out"
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def test_the_answers_are_the_same_to_the_bit(both):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly  # the answers are the same to the bit, and every export is compared with torch
 def test_the_graphs_are_the_same(both, tmp_path):
     """The weights' Casts and Transposes are gone, the weights stored once and as before."""
     graphs, sizes, outputs = [], [], []
