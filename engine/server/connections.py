@@ -16,6 +16,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from ...core.errors import RequestError
 from .logs import SERVER
+from .offers import RequestParser
 
 MOST_HEADER_BYTES = 65_536  # of a request's line and headers
 MOST_HEADER_SECONDS = 10.0  # from their first byte to their last
@@ -134,11 +135,13 @@ class Connection(_EndsForSlowReaders, HttpToolsProtocol):
     unasked: ClassVar[dict[Connection, None]] = {}  # without a whole request, the longest first
     _said: ClassVar[float] = 0.0
 
+    parser: Any  # a RequestParser
     _timer: asyncio.TimerHandle | None = None
-    _in_headers, _bytes, _half_closed = False, 0, False
+    _in_headers, _bytes = False, 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.parser = RequestParser(self)
         if len(self.connections) > self.most:
             self._make_room()
         self.unasked[self] = None
@@ -166,11 +169,13 @@ class Connection(_EndsForSlowReaders, HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers = False
         self._close_in(None)
-        super().on_headers_complete()
+        if not self.parser.reads_again:
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self.unasked.pop(self, None)
-        super().on_message_complete()
+        if not self.parser.reads_again:
+            self.unasked.pop(self, None)
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
