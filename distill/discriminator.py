@@ -128,7 +128,8 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def r1_penalty(heads: nn.Module, features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
-    """The squared gradient of the real logits by the features that enter the heads (Mescheder et al. 2018; as ADD does)."""
+    """The squared gradient of the mean real logit by the features that enter the heads (Mescheder et al. 2018). ADD has the sum of
+    a level's logits: with M logits in all its weight stands for up to M^2 as much here."""
     inputs = [level.detach().requires_grad_(True) for level in features]
     logits = heads(inputs, text)
     gradients = torch.autograd.grad(logits.mean(1).sum(), inputs, create_graph=True)

@@ -64,6 +64,17 @@ class Denoiser:
         alpha_t, sigma_t = self.scales(t, x0)
         return alpha_t * x0 + sigma_t * noise
 
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: Times) -> torch.Tensor:
+        """What the network should say at alpha_t x0 + sigma_t noise: its own prediction type, as it was trained."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        if self.prediction_type == "flow":
+            return noise - x0
+        alpha_t, sigma_t = self.scales(t, x0)
+        return alpha_t * noise - sigma_t * x0
+
     def with_network(self, network: nn.Module) -> Denoiser:
         """Another network of the same form on the same schedule."""
         return replace(self, network=network)

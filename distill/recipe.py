@@ -163,6 +163,11 @@ class DistillRecipe(Frozen):
             raise ValueError("plan_weights must not all be 0")
         if (self.teacher_dtype, self.fit.mixed_precision) == ("float16", "bf16"):
             raise ValueError("teacher_dtype float16 cannot compute under mixed_precision bf16; write bfloat16")
+        if self.lora is not None and self.teacher_dtype == "float16":
+            raise ValueError(
+                "teacher_dtype float16 rounds most of a LoRA's gradients to 0 on their way through the network; write bfloat16, "
+                "or float32 where the GPU has none"
+            )
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance must be [low, high], got {list(self.guidance)}")
         return self

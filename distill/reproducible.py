@@ -41,21 +41,24 @@ def part_of(batch: Any, size: int, part: Part) -> Any:
     return batch
 
 
-_LOOKS = {"captured", "checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"}
+_FREE = {  # how an update is computed, not what it is; and how often a run looks
+    *("accumulate", "captured", "gradient_checkpointing"),
+    *("checkpoint_minutes", "preview_every", "validate_every", "keep_best", "patience"),
+}
 
 
 def _decisive(recipe: BaseModel, *, fixed_length: bool = False) -> dict[str, Any]:
-    """The fields of a recipe and of what it holds, without what a run may change and go on: how often it looks, and the length
-    where no rate and no draw depends on it."""
+    """The fields of a recipe and of what it holds, without what a run may change and go on: how it computes, how often it looks,
+    and the length where no rate and no draw depends on it."""
     fixed_length = fixed_length or getattr(recipe, "draws_by_length", False)
     fields = recipe.model_dump(mode="json")
     for name in type(recipe).model_fields:
         if isinstance(part := getattr(recipe, name), BaseModel):
             fields[name] = _decisive(part, fixed_length=fixed_length)
-    if "checkpoint_minutes" not in fields:  # no `fit`
-        return fields
-    open_ended = fields["schedule"] == "constant" and not fixed_length
-    return {name: value for name, value in fields.items() if name not in _LOOKS | ({"steps"} if open_ended else set())}
+    free = _FREE
+    if fields.get("schedule") == "constant" and not fixed_length:  # a `fit`
+        free = free | {"steps"}
+    return {name: value for name, value in fields.items() if name not in free}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -62,8 +63,8 @@ class DenoisingLoss(nn.Module):
         if self.known is not None:
             with torch.no_grad():
                 x0, eps = self.known.denoiser.x0_eps(x_t, t, self.known.embed_tokens({"input_ids": ids}))
-        target = eps if denoiser.prediction_type == "epsilon" else alpha_t * eps - sigma_t * x0
-        return nn.functional.mse_loss(denoiser(x_t, t, self.model.stages.text_encoder(ids)), target)
+        said = denoiser(x_t, t, self.model.stages.text_encoder(ids))
+        return nn.functional.mse_loss(said, denoiser.target(x0, eps, t))
 
 
 class TeacherTask(Task):
@@ -112,7 +113,8 @@ class TeacherTask(Task):
 
     def validate(self) -> dict[str, float]:
         """The loss at times, noises and captions of its own, which no update has."""
-        return {"loss": float(self.module(**self.batch(_VALIDATION_STEP, Part())))}
+        batch = send_to_device(self.batch(_VALIDATION_STEP, Part()), self.model.device)
+        return {"loss": float(self.module(**batch))}
 
     def preview(self) -> Image.Image:
         prompts = list(PREVIEW_PROMPTS)

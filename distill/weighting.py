@@ -7,6 +7,13 @@ from typing import Any
 import torch
 
 KINDS = ("x0", "v", "eps", "sqrt_snr", "truncated_snr")
+# By what the network predicts; x0 for all others. v is the error of a flow's velocity, which such teachers were trained on
+AUTO = {"epsilon": "sqrt_snr", "flow": "v"}
+
+
+def kind_for(kind: str, prediction_type: str) -> str:
+    """Of KINDS; "auto" is that of the prediction type."""
+    return AUTO.get(prediction_type, "x0") if kind == "auto" else kind
 
 
 def loss_weight(kind: str, alpha_t: Any, sigma_t: Any) -> Any:

@@ -87,13 +87,15 @@ class Method:
 
     recipe: the fields of its YAML. draw(draws, recipe) -> batch: all that is random. loss(student, teacher, batch, recipe,
     companions) -> a scalar, with batch as drawn and two more entries: "text" and "uncond", the conditions of the prompts and
-    of no prompt. companions(student, teacher, recipe): further networks by name. after_update(student, companions, recipe,
+    of no prompt. check(teacher, recipe): raises RecipeError for a teacher that this recipe cannot be used with.
+    companions(student, teacher, recipe): further networks by name. after_update(student, companions, recipe,
     step): what moves without a gradient. pictures(recipe): whether it needs data. sampler: what its students draw with.
     """
 
     recipe: type[DistillRecipe]
     draw: Callable[[Draws, Any], Batch]
     loss: Callable[[Denoiser, Denoiser, Batch, Any, Companions], torch.Tensor]
+    check: Callable[[Denoiser, Any], None] = lambda teacher, recipe: None
     companions: Callable[[Denoiser, Denoiser, Any], dict[str, Companion]] = lambda student, teacher, recipe: {}
     after_update: Callable[[Denoiser, Companions, Any, int], None] = lambda student, companions, recipe, step: None
     pictures: Callable[[Any], bool] = lambda recipe: False
@@ -107,6 +109,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.student = student.network
         self._method, self._recipe, self.denoisers = method, recipe, (student, teacher)
+        method.check(teacher, recipe)
         self._companions = method.companions(student, teacher, recipe)
         for name, companion in self._companions.items():
             self.add_module(name, companion.network)

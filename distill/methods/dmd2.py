@@ -4,8 +4,10 @@
     gradient of L_dm by x0_Theta: (x0_Psi - x0_Phi,w) / mean |x0_Theta - x0_Phi,w|,  both at x0_Theta noised to u
     L_gan = mean softplus(- h(Psi's features of x0_Theta noised))
     Psi, the fake score, learns to denoise x0_Theta, and with its head h to tell it from data:
-    L_Psi = || eps_Psi - eps ||^2 + w_cls mean( softplus(h(fake)) + softplus(-h(real)) )
+    L_Psi = || m_Psi - m ||^2 + w_cls mean( softplus(h(fake)) + softplus(-h(real)) )
 
+m is what the networks predict (epsilon for Stable Diffusion, as in the authors' code), so that Psi learns at every time with the
+weight that its network was trained with. For a v network || eps_Psi - eps ||^2 would weigh the error by alpha^2: nothing at T.
 Psi learns in every update, the student in one of `ratio`. Drawn with by re-noising.
 """
 
@@ -78,9 +80,10 @@ def loss(
 
 
 def score_loss(fake_score: Denoiser, x0: torch.Tensor, batch: Batch, text: Conditions) -> torch.Tensor:
-    """|| eps_Psi - eps ||^2 on the student's pictures."""
-    _, eps = fake_score.x0_eps(fake_score.noised(x0, batch["noise_q"], batch["q"]), batch["q"], text)
-    return (eps - batch["noise_q"]).square().mean()
+    """|| m_Psi - m ||^2 on the student's pictures."""
+    noise, q = batch["noise_q"], batch["q"]
+    said = fake_score(fake_score.noised(x0, noise, q), q, text)
+    return (said - fake_score.target(x0, noise, q)).square().mean()
 
 
 def matching_loss(

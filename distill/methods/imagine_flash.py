@@ -11,17 +11,18 @@ backward distillation x_t = alpha_t x0 + sigma_t eps of a picture x0, at t = T t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ...core.errors import RecipeError
 from ...pipelines.networks import Conditions
 from ..backward import Solver, choose_noise, rollout, shifted_time, table_of, teacher_target
 from ..discriminator import NetworkFeatures, adversarial_gradient, hinge_loss, r1_penalty
 from ..models import Denoiser
 from ..recipe import DistillRecipe, Frozen, Positive, Share
-from ..weighting import distance, loss_weight
+from ..weighting import distance, kind_for, loss_weight
 from .contract import Batch, Companion, Companions, Draws, Method
 
 
@@ -51,14 +52,28 @@ class ImagineFlashRecipe(DistillRecipe):
     plain_share: Share = (
         0.0  # of the updates with the plain target: with `own` noise, chi is the student's own next state
     )
-    loss_weight: Literal["x0", "v", "eps", "sqrt_snr", "truncated_snr"] = (
-        "x0"  # an epsilon teacher needs eps or sqrt_snr
-    )
+    loss_weight: Literal["auto", "x0", "v", "eps", "sqrt_snr", "truncated_snr"] = "x0"  # epsilon needs eps or sqrt_snr
     huber: Annotated[float, Field(gt=0)] | None = None  # d of the pseudo-Huber loss; None: the squared error
     guidance_at_0: float | None = None  # what the guidance falls to, linearly in t; None: it stays
     adversarial: Adversarial | None = None
     noise_correction: bool = True
-    rollout_noise_correction: bool = True  # in the training rollout, as at inference
+    rollout_noise_correction: bool | None = None  # in the training rollout; None: as at inference
+
+    @model_validator(mode="after")
+    def _one_sampler(self) -> Self:
+        if self.rollout_noise_correction is None:
+            object.__setattr__(self, "rollout_noise_correction", self.noise_correction)
+        return self
+
+
+def check(teacher: Denoiser, recipe: ImagineFlashRecipe) -> None:
+    """Raises RecipeError for a weight with which a plan's first step learns nothing."""
+    kind = kind_for(recipe.loss_weight, teacher.prediction_type)
+    if not loss_weight(kind, *teacher.scales(teacher.last_time, torch.empty(0))):
+        raise RecipeError(
+            f"loss_weight {kind} weighs nothing at timestep {teacher.last_time}, where this teacher's pictures are pure noise: the "
+            "first step would learn nothing; write loss_weight: v"
+        )
 
 
 def companions(student: Denoiser, teacher: Denoiser, recipe: ImagineFlashRecipe) -> dict[str, Companion]:
@@ -98,7 +113,7 @@ def loss(
     """batch: x_T, fresh (B, C, h, w) unit noise; guidance (B,); plan, index: the step; shifted: whether the target is; data
     (B, C, h, w): latents of pictures, where the recipe has no backward distillation."""
     x_T, text, index = batch["x_T"], batch["text"], batch["index"]
-    table = table_of(student, recipe.plans[batch["plan"]], noise_correction=recipe.rollout_noise_correction)
+    table = table_of(student, recipe.plans[batch["plan"]], noise_correction=bool(recipe.rollout_noise_correction))
     t = int(table.timesteps[index])
     if recipe.backward_distillation:
         x_t = rollout(lambda x, time: student(x, time, text), x_T, table, index)
@@ -117,7 +132,8 @@ def loss(
         guidance = least + (guidance - least) * (start_t / teacher.last_time)
     k, solver = steps_from(start_t, teacher.last_time, recipe), recipe.teacher_solver
     target = teacher_target(teacher, start, start_t, k, text, batch["uncond"], guidance, solver=solver)
-    value = loss_weight(recipe.loss_weight, *teacher.scales(t, x0)) * distance(x0, target, recipe.huber)
+    kind = kind_for(recipe.loss_weight, teacher.prediction_type)
+    value = loss_weight(kind, *teacher.scales(t, x0)) * distance(x0, target, recipe.huber)
     if recipe.adversarial is not None:
         (regression,) = torch.autograd.grad(value, x0, retain_graph=True)
         value = value + adversarial_loss(x0, regression, text, batch, teacher, companions, recipe.adversarial)
@@ -151,6 +167,7 @@ METHOD = Method(
     recipe=ImagineFlashRecipe,
     draw=draw,
     loss=loss,
+    check=check,
     companions=companions,
     pictures=lambda recipe: recipe.adversarial is not None or not recipe.backward_distillation,
 )

@@ -1,5 +1,6 @@
 """Backward distillation by its oracles: a perfect student has no loss, the teacher no gradient, the rollout no graph."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from imagine_flash.core.errors import RecipeError
 from imagine_flash.core.plan import StepPlan
 from imagine_flash.core.schedule import NoiseSchedule
 from imagine_flash.core.update import sample, update_table
 from imagine_flash.distill.backward import Solver, choose_noise, rollout, shifted_time, teacher_plan, teacher_target
 from imagine_flash.distill.methods import distill_recipe
-from imagine_flash.distill.methods.contract import Draws
-from imagine_flash.distill.methods.imagine_flash import ImagineFlashRecipe, draw, loss, steps_from
+from imagine_flash.distill.methods.contract import DistillationLoss, Draws
+from imagine_flash.distill.methods.imagine_flash import METHOD, ImagineFlashRecipe, draw, loss, steps_from
 from imagine_flash.distill.models import Denoiser, model_of
 from imagine_flash.distill.reproducible import Part
 from imagine_flash.distill.run import Run
@@ -257,6 +259,44 @@ def test_chi_at_T_goes_on_with_the_true_noise_where_the_rollout_does() -> None:
         noise = x_T if corrected else sigma * x_T + alpha * v
         torch.testing.assert_close(seen[corrected], low * (alpha * x_T - sigma * v) + noisy * noise, atol=1e-5, rtol=0)
     assert not torch.allclose(seen[True], seen[False])
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_the_rollout_is_corrected_where_inference_is(correction: bool) -> None:
+    recipe = {"noise_correction": correction, "fit": FIT}
+    assert ImagineFlashRecipe.model_validate(recipe).rollout_noise_correction == correction
+    own = ImagineFlashRecipe.model_validate(recipe | {"rollout_noise_correction": not correction})
+    assert own.rollout_noise_correction != correction
+
+
+SIGNAL_TO_THE_END = NoiseSchedule.from_scheduler_config(SD_CONFIG)
+FLOW = NoiseSchedule.from_scheduler_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+NONE_AT_T = NoiseSchedule.from_scheduler_config({**SD_CONFIG, "rescale_betas_zero_snr": True})
+
+
+@pytest.mark.parametrize(
+    ("predicts", "schedule", "kind", "learns"),
+    [
+        ("epsilon", SIGNAL_TO_THE_END, "auto", True),
+        ("v_prediction", NONE_AT_T, "auto", True),
+        ("v_prediction", NONE_AT_T, "v", True),
+        ("v_prediction", NONE_AT_T, "sqrt_snr", False),
+        ("v_prediction", NONE_AT_T, "eps", False),
+        ("flow", FLOW, "auto", True),
+        ("flow", FLOW, "sqrt_snr", False),
+    ],
+)
+def test_a_first_step_that_would_learn_nothing_is_refused(
+    predicts: str, schedule: NoiseSchedule, kind: str, learns: bool
+) -> None:
+    teacher = Denoiser(network=torch.nn.Identity(), schedule=schedule, prediction_type=predicts)
+    recipe = ImagineFlashRecipe.model_validate({"loss_weight": kind, "fit": FIT})
+    with (
+        contextlib.nullcontext()
+        if learns
+        else pytest.raises(RecipeError, match=f"{kind} weighs nothing at timestep 999")
+    ):
+        DistillationLoss(METHOD, teacher, teacher, recipe)
 
 
 @pytest.mark.parametrize("t", [999, 499, 20])

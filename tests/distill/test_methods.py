@@ -227,6 +227,25 @@ def test_the_true_score_of_the_students_pictures_has_the_least_loss() -> None:
     assert values[0] == min(values)
 
 
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample", "flow"])
+def test_the_fake_score_learns_at_every_time_what_its_network_predicts(predicts: str) -> None:
+    """The gradient by the network's output is that of its own squared error, at T too, where eps has none of a v network's."""
+    denoiser = gaussian_denoiser()
+    said = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+
+    class Says(nn.Module):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return said
+
+    score = Denoiser(network=Says(), schedule=denoiser.schedule, prediction_type=predicts)
+    x0, noise = torch.randn((2, 2, *SHAPE), generator=torch.Generator().manual_seed(1))
+    q = torch.tensor([999, 200])
+    dmd2.score_loss(score, x0, {"noise_q": noise, "q": q}, NOTHING).backward()
+    alpha, sigma = scales(denoiser.schedule, q)
+    m = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0, "flow": noise - x0}[predicts]
+    torch.testing.assert_close(said.grad, 2 * (said.detach() - m) / x0.numel())
+
+
 def test_who_learns_in_dmd2() -> None:
     """The fake score in every update; the student in its turn alone; neither through the other's terms."""
     recipe = distill_recipe({"method": "dmd2", "gan_weight": 0, "ratio": 3, "fit": FIT})

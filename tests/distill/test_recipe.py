@@ -44,6 +44,7 @@ def test_what_is_built_in_is_valid() -> None:
             "teacher_dtype: float16\nfit: {steps: 1, mixed_precision: bf16}",
             "float16 cannot compute under mixed_precision",
         ),
+        ("lora: {rank: 4}\nteacher_dtype: float16\nfit: {steps: 1}", "float16 rounds most of a LoRA's gradients to 0"),
         (
             "method: lcm\nplan_weights: {1: 1, 2: 1, 3: 2}\nfit: {steps: 1}",
             "plan_weights: lcm draws times of its own and no plans; leave it out",

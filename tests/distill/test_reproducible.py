@@ -12,9 +12,10 @@ FIT: dict[str, Any] = {"steps": 1000, "schedule": "constant"}
 
 
 @pytest.mark.parametrize(
-    "change", [{"preview_every": 7}, {"checkpoint_minutes": 1}, {"validate_every": 5, "keep_best": True}]
+    "change",
+    [{"preview_every": 7}, {"checkpoint_minutes": 1}, {"validate_every": 5, "keep_best": True}, {"accumulate": 2}],
 )
-def test_how_often_a_run_looks_may_change(change: dict[str, Any]) -> None:
+def test_how_often_a_run_looks_and_how_it_computes_may_change(change: dict[str, Any]) -> None:
     """The judge's Fit by itself and the autoencoder's inside a teacher's recipe were held to it, which refused the resume."""
     recipe, fit = distill_recipe({"fit": FIT}), Fit.model_validate(FIT)
     assert fingerprint(recipe) == fingerprint(distill_recipe({"fit": {**FIT, **change}}))
@@ -22,6 +23,7 @@ def test_how_often_a_run_looks_may_change(change: dict[str, Any]) -> None:
     teacher = TeacherRecipe.model_validate({"fit": FIT, "autoencoder": {"fit": FIT}})
     changed = TeacherRecipe.model_validate({"fit": FIT, "autoencoder": {"fit": {**FIT, **change}}})
     assert fingerprint(teacher) == fingerprint(changed)
+    assert fingerprint(recipe) == fingerprint(distill_recipe({"gradient_checkpointing": True, "fit": FIT}))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,20 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_teachers_validation_is_where_its_network_is(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the first one failed, its batch being on the host. `meta` stands for the GPU."""
+    recipe = TeacherRecipe.model_validate(TINY)
+    task, seen = TeacherTask(recipe, load_model(teacher), torch.zeros(60, 4, 8, 8)), list[set[str]]()
+
+    def loss(**batch: torch.Tensor) -> torch.Tensor:
+        seen.append({each.device.type for each in batch.values()})
+        return torch.zeros(())
+
+    monkeypatch.setattr(task, "module", loss)
+    task.model.network.to("meta")
+    assert task.validate() == {"loss": 0.0} and seen == [{"meta"}]
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_a_teacher_loads_in_diffusers_and_draws(prediction_type: str, teacher: Path, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
