@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler
 from torch import nn
 
+from ..core.diffusers_samplers import plan_of
 from ..core.sampler import DETERMINISTIC, Sampler
 from ..folders.files import atomic_folder
 from ..pipelines.architectures import architecture_of
@@ -21,6 +22,8 @@ from ..pipelines.stages import quiet
 from .lora import save_adapters
 from .models import Model, pipeline_in
 from .processes import processes
+
+LCM_GRID = 50  # times, of which LCMScheduler takes every so many
 
 
 def save_pipeline(
@@ -88,18 +91,25 @@ def save_lora(model: Model, out: Path, *, extra: Mapping[str, str], replaces: Se
 def stock_scheduler(model: Model, sampler: Sampler, plans: Mapping[str, Sequence[int]]) -> Any:
     """diffusers' own scheduler on the model's schedule whose steps are the sampler's; at trailing times, but of a flow.
 
-    A re-noising student's visits a longest plan's times where they are trailing, since it takes every so many of them. Those of
-    a flow know no such times: they draw a plan only where the pipeline is given it as `sigmas` (docs/diffusers.md).
+    A re-noising student's takes every so many of a grid's times: of the longest plan's where these are trailing, or of LCM's own.
+    Those of a flow know no such times: they draw a plan only where the pipeline is given it as `sigmas` (docs/diffusers.md).
     """
     config, flow = dict(model.pipeline.scheduler.config), model.denoiser.schedule.kind == "flow"
     if sampler.kind == "renoise":
         if flow:
             return FlowMatchLCMScheduler.from_config(config)
         longest = max(map(int, plans), default=4)
-        return LCMScheduler.from_config(config, original_inference_steps=longest, clip_sample=False)
+        grid = LCM_GRID if longest <= LCM_GRID and _draws(config, LCM_GRID, plans) else longest
+        return LCMScheduler.from_config(config, original_inference_steps=grid, clip_sample=False)
     if flow:
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     return DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+
+
+def _draws(config: Mapping[str, Any], grid: int, plans: Mapping[str, Sequence[int]]) -> bool:
+    """Whether an LCMScheduler on a grid of so many steps visits each plan's times."""
+    known = {**config, "_class_name": "LCMScheduler", "original_inference_steps": grid}
+    return all(plan_of(known, int(steps)).timesteps == tuple(plan) for steps, plan in plans.items())
 
 
 def settings_of(pipeline: Any) -> dict[str, Any]:

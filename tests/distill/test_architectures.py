@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from imagine_flash.core.errors import ArtifactError
+from imagine_flash.core.sampler import Sampler
 from imagine_flash.distill.backward import table_of
-from imagine_flash.distill.methods import METHODS, distill_recipe
+from imagine_flash.distill.methods import METHODS, distill_recipe, load_distill_recipe
 from imagine_flash.distill.models import Model, load_model, model_of, noise_of, noises_of
+from imagine_flash.distill.saving import stock_scheduler
 from imagine_flash.distill.student import distill
 from imagine_flash.folders.reading import read_student_manifest
 from imagine_flash.tests.architectures import BUILDERS, DRAWN
-from imagine_flash.tests.pipelines import CAPTIONS
+from imagine_flash.tests.pipelines import CAPTIONS, build_pipeline
 
 PROMPTS: list[str] = list(CAPTIONS)
 FIT = {"steps": 2, "batch": 2, "schedule": "constant", "warmup": 0, "learning_rate": 1e-3, "preview_every": 2}
@@ -122,6 +124,16 @@ def test_a_re_noising_student_says_so(teachers, tmp_path: Path) -> None:
     ours: Any = ImagineFlashScheduler.from_config(pipeline.scheduler.config)
     ours.set_timesteps(2)
     assert ours.timesteps.tolist() == [999, 499] and ours.sampler == manifest.sampler
+
+
+@pytest.mark.parametrize("recipe", ["lcm", "dmd2", "add"])
+def test_stock_diffusers_draws_at_every_plans_times(recipe: str) -> None:
+    """Of the built-in recipes whose students re-noise: LCM's plans are of its own grid, the others' of their longest one."""
+    model, plans = model_of(build_pipeline()), load_distill_recipe(recipe).plans
+    scheduler = stock_scheduler(model, Sampler(kind="renoise"), {str(n): plan for n, plan in plans.items()})
+    for steps, plan in plans.items():
+        scheduler.set_timesteps(steps)
+        assert tuple(scheduler.timesteps.tolist()) == plan
 
 
 def test_a_flows_student_draws_its_plan_where_diffusers_is_given_it(teachers, tmp_path: Path) -> None:
