@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import ipaddress
 import logging
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import EngineError, ImagineFlashError, RequestError
+from ..core.errors import ImagineFlashError, RequestError
 from .common import ControlNet, Quiet, TinyDecoder, flag, needs, note, say
 
 if TYPE_CHECKING:
@@ -168,7 +170,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _serve_here(settings: ServerSettings) -> None:
-    """Until a signal ends it. Raises what loading the model raises."""
+    """Until a signal ends it. Raises what loading and warming the model raises."""
     import uvicorn
 
     from ..engine.server import create_app, logs
@@ -178,23 +180,28 @@ def _serve_here(settings: ServerSettings) -> None:
     failed: list[ImagineFlashError] = []
 
     def load() -> Engine:
-        try:
-            engine = settings.load_engine()
-            gc.collect()
-            gc.freeze()  # what a server keeps is not searched for garbage again
-            return engine
-        except Exception as error:
-            ours = isinstance(error, ImagineFlashError)
-            failed.append(error if ours else EngineError(f"the model could not be loaded: {error!r}"))
-            server.should_exit = True
-            raise
+        engine = settings.load_engine()
+        gc.collect()
+        gc.freeze()  # what a server keeps is not searched for garbage again
+        return engine
 
-    server = uvicorn.Server(_configuration(create_app(load, settings), settings))
+    def end(error: ImagineFlashError) -> None:
+        failed.append(error)
+        server.should_exit = True
+
+    app = create_app(load, settings, failed=end)
+    server = uvicorn.Server(_configuration(app, settings))
     listening = listen(settings.host, settings.port)
     say(url_of(settings.host, listening))
     logs.configure(settings.log_level, settings.log_format)
     logging.getLogger(logs.SERVER).addFilter(lambda record: not failed)  # the command says it itself
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        if app.state.model.is_loading:  # in native code, among which Python's own end would abort the process
+            print("error: interrupted", file=sys.stderr)
+            os._exit(130)
+        raise
     if failed:
         raise failed[0]
 

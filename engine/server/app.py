@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...core.errors import EngineError, missing_extra
+from ...core.errors import EngineError, ImagineFlashError, missing_extra
 from ...folders.manifests import IMAGE_ENCODER
 from ..engine import Engine
 from .settings import ServerSettings
@@ -44,14 +44,20 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")  # of a proxy in front, so that
 READABLE = ["x-request-id", "retry-after", "retry-after-ms", "x-ignored", "x-drawn-size"]  # by pages of other hosts
 
 
-def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings | None = None) -> FastAPI:
+def create_app(
+    engine: Engine | Callable[[], Engine],
+    settings: ServerSettings | None = None,
+    *,
+    failed: Callable[[ImagineFlashError], None] | None = None,
+) -> FastAPI:
     """The server of an engine, or of what loads one: then it is loaded in the background, and closed with the application.
+    failed: called with what is wrong with a model that cannot be loaded or warmed.
 
     Routes: /v1/images/generations, /v1/images/edits, /v1/models (OpenAI's), /sdapi/v1/... (A1111's), /v1/stream (WebSocket),
     / (the page), /healthz, /readyz, /metrics, /docs, /openapi.json.
     """
     settings = (settings or ServerSettings()).with_keys()
-    model = ServedModel(engine)
+    model = ServedModel(engine, failed)
     metrics, clients = Metrics(model), Clients(settings)
     service = ImageService(model, settings, clients, metrics)
 
@@ -61,8 +67,9 @@ def create_app(engine: Engine | Callable[[], Engine], settings: ServerSettings |
         try:
             yield
         finally:
-            watching.cancel()
-            await loading
+            for task in (loading, watching):
+                task.cancel()
+            await asyncio.wait((loading, watching))
             await service.uploads.close()
             await model.close()
 

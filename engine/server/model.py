@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from ...core.errors import EngineError, ImagineFlashError, LoadingError
@@ -21,12 +23,18 @@ LOG = logging.getLogger(SERVER)
 
 
 class ServedModel:
-    """An engine, or what loads one: then it is loaded in the background, and closed with the server."""
+    """An engine, or what loads one: then it is loaded in the background, and closed with the server. failed: called with what is
+    wrong with a model that cannot be loaded or warmed."""
 
-    def __init__(self, engine: Engine | Callable[[], Engine]) -> None:
+    def __init__(
+        self, engine: Engine | Callable[[], Engine], failed: Callable[[ImagineFlashError], None] | None = None
+    ) -> None:
         self._engine = engine if isinstance(engine, Engine) else None
         self._load = None if isinstance(engine, Engine) else engine
+        self._failed = failed or (lambda error: None)
         self._failure = ""
+        self._loading = Future[Engine]()
+        self._thread: threading.Thread | None = None
         self._probed = -PROBE_EVERY
         self.line = WaitingLine()
 
@@ -41,25 +49,34 @@ class ServedModel:
             )
         return self._engine
 
+    @property
+    def is_loading(self) -> bool:
+        """Also after `close`, until its thread has ended."""
+        return self._thread is not None and self._thread.is_alive()
+
     async def load(self) -> None:
-        """Load and warm what is to be loaded; a failure is logged, and said to whoever asks."""
+        """Load and warm what is to be loaded, in a thread that the process does not wait for at its end; a failure is logged, and
+        said to whoever asks."""
         if self._load is None:
             return
+        self._loading = Future[Engine]()
+        self._thread = threading.Thread(target=_load, args=(self._load, self._loading), daemon=True)
+        self._thread.start()
         try:
-            engine = await asyncio.to_thread(self._load)
-            await asyncio.to_thread(engine.warm_up)
-            self._engine = engine
-            LOG.info(engine.describe())
+            self._engine = await asyncio.wrap_future(self._loading)
+            LOG.info(self._engine.describe())
         except Exception as error:
             ours = isinstance(error, ImagineFlashError)
             self._failure = f"the model could not be loaded: {error if ours else repr(error)}"
+            self._failed(error if ours else EngineError(self._failure))
             LOG.error(self._failure, exc_info=None if ours else error)
 
     async def close(self) -> None:
-        """Of an engine that was loaded here."""
-        if self._load is not None and self._engine is not None:
-            await asyncio.to_thread(self._engine.close)
+        """Of an engine that was loaded here; one that is still being loaded is not waited for, and closed once it comes."""
+        if self._load is not None:
             self._engine = None
+            if not self._loading.cancel() and self._loading.exception() is None:
+                await asyncio.to_thread(self._loading.result().close)
 
     def check_ready(self) -> None:
         """Raises EngineError while there is no engine, and after three failures of the backend in a row until it draws again."""
@@ -78,6 +95,22 @@ class ServedModel:
     def retry_after(self, pictures: int = 1) -> float:
         """Seconds after which somebody who was refused finds room, if those refused before come back as they were told."""
         return self.line.join(self.engine.stats().waiting if self._engine is not None else 0, pictures)
+
+
+def _load(load: Callable[[], Engine], loading: Future[Engine]) -> None:
+    """A warm engine into the future; it is closed where warming fails, and where nobody wants it any more."""
+    engine = None
+    try:
+        engine = load()
+        if not loading.cancelled():
+            engine.warm_up()
+        loading.set_result(engine)
+    except BaseException as error:  # of the future, which was cancelled, too
+        if engine is not None:
+            with suppress(Exception):
+                engine.close()
+        with suppress(InvalidStateError):
+            loading.set_exception(error)
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

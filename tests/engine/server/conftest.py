@@ -26,6 +26,7 @@ class ServerProcess:
     options: tuple[str | Path, ...]
     log: Path  # of standard output and error, of all its starts
     port: int = 0
+    before: str = ""  # code that runs in its process first
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class ServerProcess:
 
     def start(self, seconds: float = 60) -> "ServerProcess":
         """Waits until it is ready to draw; 0 seconds: for nothing."""
-        code = "from imagine_flash.cli import main; main()"
+        code = self.before + "from imagine_flash.cli import main; main()"
         command = [sys.executable, "-c", code, "serve", "--port", str(self.port), *map(str, self.options)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "COLUMNS": "200"})
@@ -89,8 +90,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """Starts one with the options given; by default the embedded model's. They end with the module's tests."""
     started: list[ServerProcess] = []
 
-    def start(*options: str | Path, seconds: float = 60) -> ServerProcess:
-        one = ServerProcess(options, tmp_path_factory.mktemp("server") / "log")
+    def start(*options: str | Path, seconds: float = 60, before: str = "") -> ServerProcess:
+        one = ServerProcess(options, tmp_path_factory.mktemp("server") / "log", before=before)
         started.append(one)
         return one.start(seconds)
 

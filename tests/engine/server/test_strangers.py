@@ -192,15 +192,3 @@ def test_headers_end_soon_and_are_not_large(server) -> None:
     assert ends(b"GET /healthz HTTP/1.1\r\n" + 4000 * (b"x: " + 60 * b"y" + b"\r\n")).startswith(b"HTTP/1.1 431 ")
     large = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: " + 30_000 * b"y" + b"\r\n\r\n"
     assert ends(large).startswith(b"HTTP/1.1 200 ")
-
-
-def test_a_model_that_fails_to_load_is_said_by_readyz() -> None:
-    def load() -> Engine:
-        raise RuntimeError("out of luck")
-
-    with TestClient(create_app(load)) as http:
-        limit = time.monotonic() + 10
-        while "out of luck" not in (answer := http.get("/readyz")).text:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-        assert answer.status_code == 503
