@@ -20,7 +20,7 @@ from ..pictures.files import FORMATS, encode, offload
 from ..request import GenerateRequest
 from ..session import Mailbox, Session, SessionResult
 from .clients import KEY_PROTOCOL, QuotaError, Reservation
-from .drawing import ImageService, client_of
+from .drawing import LETTER, ImageService, client_of
 from .logs import SERVER
 from .messages import (
     COMES_A_CONDITION,
@@ -37,7 +37,6 @@ from .messages import (
 )
 from .schemas import size_of
 
-LETTER = 50  # bytes of pixels that take as long as a letter of a text: one of 2,000 is read beside the event loop
 LET_FINISH_AFTER = 0.3  # seconds without a picture while somebody types
 UPGRADE = {"upgrade": "websocket", "connection": "Upgrade"}
 LOG = logging.getLogger(SERVER)

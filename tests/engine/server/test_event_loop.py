@@ -79,7 +79,7 @@ def test_so_is_the_base64_of_every_api(path: str, asked: dict[str, Any], monkeyp
 
 
 def test_a_long_text_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a stream it was read in the event loop, in which meanwhile nobody else was answered."""
+    """It was read in the event loop, of a stream and then of the other APIs; meanwhile nobody else was answered."""
     threads: list[int] = []
     prepare = Engine.prepare
     monkeypatch.setattr(Engine, "prepare", lambda *given: threads.append(threading.get_ident()) or prepare(*given))
@@ -90,7 +90,10 @@ def test_a_long_text_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPat
     ):
         stream.receive_json()
         for seq, prompt in enumerate(("a cat", "a cat " * 1000), 1):
-            stream.send_json({"seq": seq, "prompt": prompt, "steps": 1})
+            asked = {"prompt": prompt, "steps": 1}
+            stream.send_json({"seq": seq, **asked})
             assert stream.receive_bytes()
-    short, long = threads
-    assert short != long
+            for path in ("/v1/images/generations", "/sdapi/v1/txt2img"):
+                assert http.post(path, json=asked).status_code == 200
+    (loop,) = {*threads[:3]}
+    assert len(threads) == 6 and loop not in threads[3:]
