@@ -187,8 +187,7 @@ class PromptTokenizer:
 
 def _first_tokens(tokenizer: Tokenizer, spec: TokenizerSpec, text: str, count: int) -> Encoding:
     """All tokens of a text or, of a long one, of so much of its beginning that the first `count` are those of all of it: half of
-    what is read is behind them. All of 32,000 letters take some
-    30 ms, in which no other thread runs."""
+    what is read is behind them. All of 32,000 letters would take some 30 ms, in which no other thread runs."""
     letters = LETTERS_READ * count
     while True:
         is_all = letters >= len(text)

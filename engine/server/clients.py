@@ -134,9 +134,11 @@ def _parsed(quota: str | None) -> tuple[RateLimitItem, ...]:
 
 
 def _network(address: str) -> str:
-    """An address, of IPv6 the network that one customer has."""
+    """An address, of IPv6 the network that one customer has; a socket for both kinds has those of IPv4 as ::ffff:192.0.2.1."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
         return address
-    return str(ipaddress.ip_network((found, 64), strict=False)) if found.version == 6 else address
+    if found.version == 4:
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))

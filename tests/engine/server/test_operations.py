@@ -296,7 +296,8 @@ def test_keys_have_names_quotas_and_metrics(tiny_artifact: Path, tmp_path: Path,
 
 
 def test_without_keys_each_address_has_the_quota(tiny_artifact: Path) -> None:
-    """Of IPv6 each network of a customer, who has 2^64 addresses."""
+    """Of IPv6 each network of a customer, who has 2^64 addresses. All clients of IPv4 had one quota where a socket takes both
+    kinds: their addresses are of one such network there."""
     with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
         app = create_app(engine, ServerSettings(quota="2/hour"))
 
@@ -307,6 +308,8 @@ def test_without_keys_each_address_has_the_quota(tiny_artifact: Path) -> None:
         assert [draw("192.0.2.1", n) for n in (3, 2, 1)] == [400, 200, 429]
         assert draw("192.0.2.2", 2) == 200
         assert [draw(a, 2) for a in ("2001:db8::1", "2001:db8::ffff", "2001:db8:0:1::1")] == [200, 429, 200]
+        mapped = ("::ffff:192.0.2.2", "::ffff:192.0.2.3", "::ffff:192.0.2.4", "192.0.2.4")
+        assert [draw(address, 2) for address in mapped] == [429, 200, 200, 429]
         with TestClient(app, client=("192.0.2.1", 50_000)).websocket_connect("/v1/stream") as stream:
             assert stream.receive_json()["type"] == "ready"
             stream.send_json({"seq": 1, "prompt": "a cat"})
