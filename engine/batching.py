@@ -73,26 +73,33 @@ class Batcher:
             self._thread.join()
 
     def _loop(self) -> None:
-        while True:
-            clients = {chunk.job.client.name for chunk in self._queue.active}
-            arrived, forgotten = self._queue.take()
-            self.counts["cancelled"] += forgotten
-            if self._queue.closed:
-                for chunk in self._queue.active:
-                    chunk.job.fail(EngineError(CLOSED))
-                self._queue.keep(())
-                self.backend.close()
-                return
-            for chunks in arrived:
-                client = chunks[0].job.client.name
-                self._share.arrive(client, is_waiting=client in clients)
-                clients.add(client)
-            try:
-                self._turn()
-            except Exception as error:  # a fault of ours must not leave anybody waiting
-                self.failed_in_a_row += 1
-                for job in by_job(self._queue.active):
-                    self._end(job, EngineError(f"the engine failed: {error!r}"))
+        while (
+            self._take_up()
+        ):  # a call each, so that its names keep nothing of what was drawn while nothing is asked for
+            pass
+
+    def _take_up(self) -> bool:
+        """A turn, with what has arrived; False at the end."""
+        clients = {chunk.job.client.name for chunk in self._queue.active}
+        arrived, forgotten = self._queue.take()
+        self.counts["cancelled"] += forgotten
+        if self._queue.closed:
+            for chunk in self._queue.active:
+                chunk.job.fail(EngineError(CLOSED))
+            self._queue.keep(())
+            self.backend.close()
+            return False
+        for chunks in arrived:
+            client = chunks[0].job.client.name
+            self._share.arrive(client, is_waiting=client in clients)
+            clients.add(client)
+        try:
+            self._turn()
+        except Exception as error:  # a fault of ours must not leave anybody waiting
+            self.failed_in_a_row += 1
+            for job in by_job(self._queue.active):
+                self._end(job, EngineError(f"the engine failed: {error!r}"))
+        return True
 
     def _turn(self) -> None:
         """One call of the network or decoder, after what those that begin with it need."""

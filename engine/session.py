@@ -55,7 +55,7 @@ class Session:
         self.newest = 0  # the highest number so far
         self._deliver = deliver
         self._lock = threading.RLock()  # a future that is cancelled calls back at once
-        self._future: Drawing | None = None  # of the newest
+        self._future: Drawing | None = None  # of the newest, until it is delivered
         self._finishing: Drawing | None = None  # of an older one that may finish
         self._delivered = 0  # the number of the last result
         self._unanswered: float | None = None  # since when, perf_counter
@@ -141,6 +141,8 @@ class Session:
                 self._finishing = None
             if self._closed or seq < self._delivered or not (finishing or future is self._future):
                 return  # obsolete, or cancelled
+            if not finishing:
+                self._future = None
             try:
                 found = SessionResult(seq=seq, label=label, result=future.result(), preview=follower is not None)
             except CancelledError:
@@ -197,6 +199,7 @@ class Mailbox:
                 found, self._latest = self._latest, None
             if found is not None and not self._closed:
                 yield found
+            del found  # not kept until the next one comes
 
     def _call(self, what: Callable[[], object]) -> None:
         if not self._loop.is_closed():

@@ -228,21 +228,25 @@ class _Connection:
     async def _write(self) -> None:
         try:
             async for found in self.mailbox:
-                if (error := self._settle(found)) is not None:
-                    await self._tell(failure(found.seq, error))
-                    continue
-                asked, result = found.label, found.result
-                assert isinstance(asked, StreamRequest) and result is not None
-                pixels = result.images[0]
-                data = await offload(lambda pixels=pixels, kind=asked.format: encode(pixels, kind), pixels.nbytes)
-                self.service.drawn(result, self.client)
-                ignored = self.service.ignored(asked.guidance_scale, asked.negative_prompt)
-                await self._send(frame(found, result, data, {"format": asked.format, "ignored": ignored}))
+                await self._hand_over(found)
+                del found  # not kept until the next one comes
         except _Disconnected:
             pass
         except Exception:
             LOG.exception("a stream failed")
             await self.socket.close(INTERNAL)
+
+    async def _hand_over(self, found: SessionResult) -> None:
+        """Sends a picture, or why there is none. Raises _Disconnected."""
+        if (error := self._settle(found)) is not None:
+            return await self._tell(failure(found.seq, error))
+        asked, result = found.label, found.result
+        assert isinstance(asked, StreamRequest) and result is not None
+        pixels = result.images[0]
+        data = await offload(lambda: encode(pixels, asked.format), pixels.nbytes)
+        self.service.drawn(result, self.client)
+        ignored = self.service.ignored(asked.guidance_scale, asked.negative_prompt)
+        await self._send(frame(found, result, data, {"format": asked.format, "ignored": ignored}))
 
     async def _tell(self, message: dict[str, Any]) -> None:
         await self._send(json.dumps(message))
