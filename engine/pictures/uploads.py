@@ -46,7 +46,8 @@ class UploadReader:
         self._turns = Turns()
 
     def start(self) -> None:
-        """Once; in the event loop that asks for pictures."""
+        """As many as there are to be, in the event loop that asks for pictures; those that have died meanwhile are replaced."""
+        self._processes = {process for process in self._processes if process.returncode is None}
         for _ in range(WORKERS - len(self._processes) - len(self._beginning)):
             task = asyncio.create_task(self._begin())
             self._beginning.add(task)
@@ -95,7 +96,8 @@ class UploadReader:
     @asynccontextmanager
     async def _worker(self) -> AsyncIterator[Process]:
         """A free one; it is killed where it does not answer, and where nobody waits for its answer any more."""
-        process = await self._free.get()
+        while (process := await self._free.get()).returncode is not None:  # it died while it had nothing to do
+            self.start()
         try:
             yield process
         except BaseException:

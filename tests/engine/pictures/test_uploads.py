@@ -209,6 +209,29 @@ def test_who_hangs_up_stops_the_unpacking_and_only_so_many_wait() -> None:
     asyncio.run(main())
 
 
+def test_of_processes_that_died_idle_nobody_hears() -> None:
+    """The next picture was refused for each, as if it had ended the process."""
+
+    async def main() -> None:
+        reader = UploadReader(MOST)
+        reader.start()
+        while reader._free.qsize() < uploads.WORKERS:
+            await asyncio.sleep(0.01)
+        dead = list(reader._processes)
+        for process in dead:
+            process.kill()
+            await process.wait()
+        data = upload(Image.new("RGB", (64, 64), (10, 20, 30)))
+        try:
+            async with asyncio.timeout(20):
+                found = await asyncio.gather(*(reader.image(data, (64, 64), str(client)) for client in range(4)))
+        finally:
+            await reader.close()
+        assert all(one[0, 0].tolist() == [10, 20, 30] for one in found)
+
+    asyncio.run(main())
+
+
 def test_a_process_that_ends_is_replaced(tmp_path: Path) -> None:
     async def main() -> None:
         reader = UploadReader(MOST)
