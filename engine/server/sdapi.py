@@ -80,7 +80,7 @@ def sdapi_router(service: ImageService) -> APIRouter:
     async def img2img(asked: ImageRequest, request: Request) -> Response:
         """Image to image; with a mask, its white part is drawn anew."""
         size, _ = service.size((asked.height, asked.width), asked.count)
-        mask = None if asked.mask is None else await decoded(asked.mask, "mask")
+        mask = await decoded(asked.mask, "mask") if asked.mask else None
         files = {"image": await decoded(asked.init_images[0], "init_images"), "mask": mask}
         with service.clients.reserve(client_of(request), asked.count):
             start = await service.pixels(files, size, client_of(request))

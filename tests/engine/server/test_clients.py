@@ -281,6 +281,16 @@ def test_a_client_of_a1111(server, tiny_artifact: Path) -> None:
     api.util_wait_for_ready()
 
 
+def test_an_empty_mask_is_none(http: httpx.Client) -> None:
+    """Some clients of A1111's always send one; it was refused."""
+    start = base64.b64encode(png(np.full((64, 64, 3), 90, np.uint8))).decode()
+    asked = {"prompt": "a cat", "seed": 7, "init_images": [start], "width": 64, "height": 64}
+    for route in ({}, {"inpainting_mask_invert": 1}):
+        answers = [http.post("/sdapi/v1/img2img", json=asked | route | mask) for mask in ({}, {"mask": ""})]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert answers[0].json()["images"] == answers[1].json()["images"]
+
+
 def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
     for path, body, status, says in (
         ("txt2img", {"prompt": ""}, 400, "prompt must be"),
