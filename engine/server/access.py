@@ -22,7 +22,7 @@ OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/metrics")  # wit
 OPEN_FOLDERS = ("/page/", "/pictures/")
 PROBES = ("/healthz", "/readyz", "/metrics")  # not worth a line of the log
 MOST_SILENCE = 10.0  # seconds, while a body is on its way
-JSON_PARTS = (b"[", b"{", b",")  # 20 MB of them are 4 seconds of parsing, those of a picture in base64 next to none
+JSON_PARTS = b"[{,"  # 20 MB of them are 4 seconds of parsing, those of a picture in base64 next to none
 CLOSE = {"connection": "close"}  # the rest of the body is not wanted
 SAFE = [
     (b"x-content-type-options", b"nosniff"),
@@ -165,7 +165,7 @@ class _Body:
         if self.size > self._limit:
             raise HTTPException(413, f"the request has more than {self._limit:,} bytes", CLOSE)
         if self._is_json:
-            self._parts += sum(map(message.get("body", b"").count, JSON_PARTS))
+            self._parts += size - len(message.get("body", b"").translate(None, JSON_PARTS))
             if self._parts > (most := self._access.settings.max_body):
                 raise HTTPException(413, f"the request has more than {most:,} fields and items", CLOSE)
         return message

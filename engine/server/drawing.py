@@ -33,6 +33,7 @@ GUIDED = {
     "negative_prompt": "negative_prompt",
 }  # fields of clients, and of a GenerateRequest
 LETTER = 50  # bytes of pixels that take as long as a letter of a text: one of 2,000 is read beside the event loop
+BASE64_SLICE = 4 * 65_536  # letters that are decoded at once
 MOST_SCALED = 2**25  # pixels of one answer that are not the model's own
 
 
@@ -207,11 +208,19 @@ def client_of(request: Any) -> KnownClient:
 
 async def decoded(text: str, name: str) -> bytes:
     """The file of a picture in base64, or in a data: URL. Raises RequestError."""
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return await offload(partial(base64.b64decode, encoded, validate=True), len(encoded))
+        return await offload(partial(_decode, text), len(text))
     except (binascii.Error, ValueError):
         raise RequestError(f"{name}: send a picture in base64", param=name) from None
+
+
+def _decode(text: str) -> bytes:
+    """In slices, between which other threads have their turn. Raises ValueError."""
+    begin = (text.find(",") + 1 or len(text)) if text.startswith("data:") else 0
+    if (len(text) - begin) % 4 or text.find("=", begin, len(text) - 2) >= 0:
+        raise ValueError("padding is at the very end, to four letters")  # which the end of a slice would hide
+    slices = (text[at : at + BASE64_SLICE] for at in range(begin, len(text), BASE64_SLICE))
+    return b"".join(base64.b64decode(letters, validate=True) for letters in slices)
 
 
 async def _disconnected(request: Request) -> None:

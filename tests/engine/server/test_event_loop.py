@@ -1,7 +1,9 @@
 """What keeps the event loop free for others: noise, files, base64 and JSON are made beside it."""
 
+import asyncio
 import base64
 import io
+import random
 import threading
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from imagine_flash.core.errors import RequestError
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import create_app
-from imagine_flash.engine.server.drawing import ImageService
+from imagine_flash.engine.server.drawing import BASE64_SLICE, ImageService, decoded
 from imagine_flash.engine.server.schemas import ImageResponse
 
 
@@ -97,3 +100,31 @@ def test_a_long_text_is_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPat
                 assert http.post(path, json=asked).status_code == 200
     (loop,) = {*threads[:3]}
     assert len(threads) == 6 and loop not in threads[3:]
+
+
+def test_a_large_upload_is_decoded_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding 20 MB at once lets no other thread run meanwhile, the event loop's neither."""
+    lengths, inner = list[int](), base64.b64decode
+    monkeypatch.setattr(base64, "b64decode", lambda text, **how: lengths.append(len(text)) or inner(text, **how))
+    for size in (0, 1, 3, 4, 5, 196_607, 196_608, 196_609, 1_000_000):
+        file = random.Random(size).randbytes(size)
+        text = base64.b64encode(file).decode()
+        for sent in (text, f"data:image/png;base64,{text}"):
+            assert asyncio.run(decoded(sent, "image")) == file
+    assert max(lengths) == BASE64_SLICE == 2**18 and len(lengths) > 20
+
+
+LETTERS = base64.b64encode(bytes(300_000)).decode()
+
+
+@pytest.mark.parametrize("size", [8, 2**18, 2**18 + 4, 400_000])
+def test_what_is_no_base64_is_refused_wherever_it_is(size: int) -> None:
+    good = LETTERS[:size]
+    assert asyncio.run(decoded(good, "image")) == bytes(3 * size // 4)
+    wrong = [good[:-1], good[:-3], f"{good}=", f"{good}====", f"{good}A", f"{good}A===", f"{good[:-2]}=A"]
+    ends = [at for at in (1, 4, 2**18, size) if at <= size]  # of slices too
+    wrong += [good[: at - len(sign)] + sign + good[at:] for at in ends for sign in ("*", "\n", "é", "\0")]
+    wrong += [good[: at - len(sign)] + sign + good[at:] for at in ends if at < size for sign in ("=", "==")]
+    for text in wrong:
+        with pytest.raises(RequestError, match="image: send a picture in base64"):
+            asyncio.run(decoded(text, "image"))
