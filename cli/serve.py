@@ -183,6 +183,7 @@ def _serve_here(settings: ServerSettings) -> None:
         engine = settings.load_engine()
         gc.collect()
         gc.freeze()  # what a server keeps is not searched for garbage again
+        gc.set_threshold(700)  # from now on often and shortly, between pictures
         return engine
 
     def end(error: ImagineFlashError) -> None:

@@ -1,5 +1,6 @@
 """Settings of every test: nothing is downloaded, small models run on one thread, GPU tests say why they are skipped."""
 
+import gc
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+gc.set_threshold(50_000)  # as the command has it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("IMAGINE_FLASH_CACHE", "")
