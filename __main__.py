@@ -5,9 +5,8 @@ import sys
 
 
 def main() -> None:
-    gc.set_threshold(
-        50_000
-    )  # Python has 700: searching what imports make cost 8 % of a first picture, 15 % of importing torch
+    # Python has 700: searching what imports make cost 8 % of a first picture, and 15 % of importing torch and diffusers
+    gc.set_threshold(50_000)
     try:
         from imagine_flash.cli import main as run
 
