@@ -73,6 +73,7 @@ def test_the_embedded_model_takes_none(made: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly  # the exporter's and the server's tests do it, each its half
 def test_export_and_generate_from_the_artifact(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     short = ("--batch", "1", "--steps", "1", "--no-image-encoder")

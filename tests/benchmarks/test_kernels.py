@@ -7,7 +7,6 @@ import pytest
 
 from imagine_flash.benchmarks.records import as_markdown, is_current
 from imagine_flash.benchmarks.schema import read_record
-from imagine_flash.cli import common
 from imagine_flash.tests.commands import fails, run, start
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -57,18 +56,14 @@ def test_the_report_replaces_the_table_and_nothing_else(measured: Path, tmp_path
 def test_no_row_begins_when_the_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its progress is on standard error, where --quiet silences it."""
+    """And its progress is on standard error."""
     from imagine_flash.benchmarks import kernels
 
     monkeypatch.setattr(kernels, "refuse_interpreter", lambda: None)  # on a CPU the references run
-    monkeypatch.setattr(common, "_quiet", False)
-    for quiet in (False, True):
-        common.set_quiet(quiet)
-        options = {"device": "cpu", "rounds": 5, "quick": True, "until": 0.0, "console": common.progress()}
-        record = kernels.bench_kernels(tmp_path / "kernels", **options)
-        assert [row.case["kernel"] for row in record.rows] == ["update"]
-        told = capsys.readouterr()
-        assert (told.out, "kernels on cpu" in told.err) == ("", not quiet)
+    record = kernels.bench_kernels(tmp_path / "kernels", device="cpu", rounds=5, quick=True, until=0.0)
+    assert [row.case["kernel"] for row in record.rows] == ["update"]
+    told = capsys.readouterr()
+    assert told.out == "" and "kernels on cpu" in told.err
 
 
 @pytest.mark.parametrize(

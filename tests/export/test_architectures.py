@@ -236,6 +236,7 @@ def test_a_lora_student_is_fused_into_its_base(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly  # tests/test_first_run.py exports a model with a tiny decoder too
 def test_a_tiny_decoder_takes_the_place_of_the_students(tiny_student, tiny_artifact, tmp_path) -> None:
     pipelines.build_vae("tiny", 16).save_pretrained(tmp_path / "tiny")
     options = ExportOptions(tiny_decoder=tmp_path / "tiny", steps=(1,), batch=(1, 1))

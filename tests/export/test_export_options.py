@@ -164,6 +164,7 @@ def test_what_is_read(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_student, tmp_path):
     """A file system that has room for the weights, but not for the graphs, where one can be mounted."""
     import subprocess
