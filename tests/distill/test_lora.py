@@ -88,14 +88,12 @@ def test_a_resumed_lora_is_the_same(tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_teacher_may_be_in_half_precision(dtype: str, tmp_path: Path) -> None:
-    """What trains is float32, adapters or a whole copy; the student's folder is as ever."""
-    teacher = tmp_path / "teacher"
-    BUILDERS["sd15"]().save_pretrained(teacher, safe_serialization=True)
-    for name, lora in (("adapters", {"rank": 4}), ("whole", None)):
-        distill(teacher, tmp_path / name, recipe_of(teacher_dtype=dtype, lora=lora), prompts=PROMPTS)
-        assert all(p.isfinite().all() for p in load_model(tmp_path / name).network.parameters())
+@pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", {"rank": 4}), ("bfloat16", None), ("float16", None)])
+def test_the_teacher_may_be_in_half_precision(dtype: str, lora: dict[str, int] | None, tmp_path: Path) -> None:
+    """What trains is float32, adapters or a whole copy; the student's folder is as ever. Adapters in float16 are refused."""
+    BUILDERS["sd15"]().save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    distill(tmp_path / "teacher", tmp_path / "out", recipe_of(teacher_dtype=dtype, lora=lora), prompts=PROMPTS)
+    assert all(p.isfinite().all() for p in load_model(tmp_path / "out").network.parameters())
 
 
 @pytest.mark.parametrize(
