@@ -245,7 +245,8 @@ def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), _keys_at(kind, problem['loc'][:-1]))}"
     if problem["type"] == "missing":
         return f"key {where!r} is missing"
-    return f"{where} = {problem['input']!r}: {problem['msg']}" if where != "recipe" else problem["msg"]
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where} = {problem['input']!r}: {message}" if where != "recipe" else message
 
 
 def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

@@ -73,9 +73,7 @@ class Batcher:
             self._thread.join()
 
     def _loop(self) -> None:
-        while (
-            self._take_up()
-        ):  # a call each, so that its names keep nothing of what was drawn while nothing is asked for
+        while self._take_up():  # a call each: its names keep nothing of what was drawn while nothing is asked for
             pass
 
     def _take_up(self) -> bool:
