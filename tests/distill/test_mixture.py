@@ -22,7 +22,12 @@ CASES: list[tuple[str, int, dict[str, Any], dict[int, float]]] = [
     ("step_distillation", 1000, {}, {4: 0.06}),
     ("lcm", 500, {}, {1: 0.4, 2: 0.07, 4: 0.04}),
     ("add", 700, {"discriminator_rate": 2e-3, "r1": 0, "fit": ADVERSARIAL}, {1: 0.7, 2: 0.45, 4: 0.2}),
-    ("dmd2", 1500, {"gan_weight": 0, "fake_score_rate": 2e-3, "fit": ADVERSARIAL}, {2: 0.6, 4: 0.22}),
+    (
+        "dmd2",
+        1500,
+        {"gan_weight": 0, "fake_score_rate": 2e-3, "fit": {"learning_rate": 1e-3, "betas": [0.9, 0.999]}},
+        {2: 0.6, 4: 0.22},
+    ),
     (
         "flash",
         300,
