@@ -196,6 +196,8 @@ def _read(file: str | Path) -> str:
             return opened.read()
     except OSError as error:
         raise ImagineFlashError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ImagineFlashError(f"{file} is not UTF-8; save it as UTF-8") from None
 
 
 def _with_table(text: str, table: str, marker: str, file: str | Path) -> str:

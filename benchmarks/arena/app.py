@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from ...core.errors import missing_extra
 from .pairs import Pair
-from .votes import Choice, Vote, add_vote, read_votes, summary
+from .votes import Choice, Vote, add_vote, check_votes, read_votes, summary
 
 try:
     from fastapi import FastAPI, HTTPException, Query, Response
@@ -31,11 +31,12 @@ Annotator = Annotated[str, Query(pattern=NAME)]
 
 
 class Ballot(BaseModel):
-    """What the page sends: the place of the pair, and which side."""
+    """What the page sends: the place of the pair, and which side. shown: what `/next` said, since another start has other sides."""
 
     model_config = ConfigDict(extra="forbid")
 
     annotator: Annotated[str, Field(pattern=NAME)]
+    shown: Annotated[str, Field(max_length=64)]
     pair: Annotated[int, Field(ge=0)]
     side: Literal["left", "right", "tie"]
     seconds: Annotated[float, Field(ge=0, le=86400)]
@@ -45,7 +46,7 @@ class _Chance:
     """What one person is shown: the same each time, and not to be guessed."""
 
     def __init__(self) -> None:
-        self.secret = secrets.token_bytes(16)
+        self.secret, self.start = secrets.token_bytes(16), secrets.token_hex(8)
 
     def of(self, annotator: str, what: object) -> random.Random:
         return random.Random(hashlib.sha256(self.secret + f"{annotator}\n{what}".encode()).digest())
@@ -55,7 +56,9 @@ class _Chance:
 
 
 def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
-    """Routes: / (the page), /next, /picture/{pair}/{side}, /vote, /results. Votes go to `file`, which is read again at a start."""
+    """Routes: / (the page), /next, /picture/{pair}/{side}, /vote, /results. Votes go to `file`, which is read again at a start.
+    Raises ImagineFlashError where it holds votes on other pictures."""
+    check_votes(read_votes(file), pairs, file)
     app, chance = FastAPI(title="Which do you like better?", docs_url=None, redoc_url=None), _Chance()
 
     def known(pair: int) -> Pair:
@@ -71,7 +74,7 @@ def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
         chance.of(annotator, "order").shuffle(order)
         left = [place for place in order if pairs[place].key not in judged]
         found = {"pair": left[0], "caption": pairs[left[0]].caption} if left else {"pair": None, "caption": ""}
-        return found | {"judged": len(pairs) - len(left), "total": len(pairs)}
+        return found | {"judged": len(pairs) - len(left), "total": len(pairs), "shown": chance.start}
 
     @app.get("/picture/{pair}/{side}")
     def picture(pair: int, side: Literal["left", "right"], annotator: Annotator) -> Response:
@@ -81,10 +84,12 @@ def create_app(pairs: Sequence[Pair], file: Path) -> FastAPI:
 
     @app.post("/vote", status_code=204)
     def vote(ballot: Ballot) -> None:
+        if ballot.shown != chance.start:
+            raise HTTPException(409, "the server was started again since these were shown; look again")
         one, left = known(ballot.pair), chance.left(ballot.annotator, ballot.pair)
         right: Choice = "B" if left == "A" else "A"
         choices: dict[str, Choice] = {"left": left, "right": right, "tie": "tie"}
-        said = {"annotator": ballot.annotator, "seconds": round(ballot.seconds, 2)}
+        said = {"annotator": ballot.annotator, "seconds": round(ballot.seconds, 2), "pictures": one.pictures}
         add_vote(file, Vote(key=one.key, caption=one.caption, choice=choices[ballot.side], left=left, **said))
 
     @app.get("/results")

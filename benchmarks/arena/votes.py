@@ -12,6 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import ImagineFlashError
+from ..picture_folders import json_lines
+from .pairs import Pair
 
 Choice = Literal["A", "B", "tie"]
 CHOICES: tuple[Choice, ...] = ("A", "tie", "B")
@@ -19,7 +21,7 @@ RESAMPLES = 2000
 
 
 class Vote(BaseModel):
-    """One person's choice between the two pictures of one caption. left: which of them stood on the left."""
+    """One person's choice between the two pictures of one caption. left: which of them stood on the left; pictures: a Pair's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,10 +31,11 @@ class Vote(BaseModel):
     left: Literal["A", "B"]
     annotator: Annotated[str, Field(pattern=r"^[\w.-]{1,40}$")]
     seconds: Annotated[float, Field(ge=0)]
+    pictures: str = ""  # not known
 
 
 class Summary(BaseModel):
-    """preference: the share of votes for A, ties counted half, with its 95 % interval over picture pairs.
+    """preference: the share of votes for A, ties counted half, with its 95 % interval over picture pairs, two of them made up.
 
     left: the same share for whatever stood on the left: far from a half, people did not look. agreement, kappa: of people who
     judged the same pair, how often they said the same, and how much more often than by chance (Fleiss); None where nobody did.
@@ -53,8 +56,7 @@ class Summary(BaseModel):
 def read_votes(path: Path) -> list[Vote]:
     """The votes in a file, of each person on each pair the last one; none without a file. ImagineFlashError names a bad line."""
     found: dict[tuple[str, str], Vote] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in json_lines(path) if path.exists() else ():
         try:
             vote = Vote.model_validate_json(line)
         except ValidationError as error:
@@ -62,6 +64,16 @@ def read_votes(path: Path) -> list[Vote]:
             raise ImagineFlashError(f"{path}, line {number} is no vote ({reason}); mend or remove it") from None
         found[vote.annotator, vote.key] = vote
     return list(found.values())
+
+
+def check_votes(votes: Sequence[Vote], pairs: Sequence[Pair], path: Path) -> None:
+    """ImagineFlashError where a file holds votes on other pictures than these."""
+    known = {pair.key: pair.pictures for pair in pairs}
+    for vote in votes:
+        if known.get(vote.key) != vote.pictures:
+            raise ImagineFlashError(
+                f"{path} holds votes on other pictures ({vote.key!r}, {vote.caption[:60]!r}); --votes names a new file"
+            )
 
 
 def add_vote(path: Path, vote: Vote) -> None:
@@ -96,12 +108,13 @@ def _share(wins: int, ties: int, total: int) -> float:
 
 
 def _interval(votes: Sequence[Vote]) -> tuple[float, float]:
-    """Bootstrap over pairs: the votes on one pair of pictures are not independent."""
+    """Bootstrap over pairs: the votes on one pair of pictures are not independent. With one more pair for each side, since few
+    or unanimous votes would have an interval without width."""
     worth = {"A": 1.0, "tie": 0.5, "B": 0.0}
     by_pair: dict[str, list[float]] = defaultdict(list)
     for vote in votes:
         by_pair[vote.key].append(worth[vote.choice])
-    sums = np.array([[sum(each), len(each)] for each in by_pair.values()])
+    sums = np.array([[sum(each), len(each)] for each in (*by_pair.values(), [worth["A"]], [worth["B"]])])
     rows = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
     drawn = sums[rows].sum(1)
     low, high = np.percentile(drawn[:, 0] / drawn[:, 1], (2.5, 97.5))

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...core.errors import ImagineFlashError
 from ..environment import write_record
-from ..picture_folders import METADATA, Shown, pictures_in
+from ..picture_folders import METADATA, Shown, pictures_in, same_captions
 from .features import Features
 from .metrics import frechet_distance, kernel_distance, precision_and_recall, unbiased_sample_distance
 from .scorers import load_scorer, score, scores_by_category
@@ -21,6 +21,7 @@ _NEIGHBOURS = 3
 def pairs_of(teacher: Path, student: Path) -> dict[str, tuple[Shown, Shown]]:
     """The two pictures of each name that both folders have. Raises ImagineFlashError where they are too few."""
     theirs, ours = _named(teacher), _named(student)
+    same_captions(theirs, ours)
     pairs = {name: (theirs[name], ours[name]) for name in theirs if name in ours}
     if len(pairs) <= _NEIGHBOURS:
         raise ImagineFlashError(
