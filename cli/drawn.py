@@ -122,17 +122,24 @@ def draw_many(engine: Engine, prompts: Sequence[str], folder: Path, values: dict
 def _rows(engine: Engine, requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
     """What the metadata says of each picture. Raises PlanError, RequestError."""
     digits, guidance = max(4, len(str(len(requests)))), engine.manifest.guidance.default
-    return [
-        {
-            "file_name": f"{i:0{digits}}.png",
-            "text": request.prompt,
-            "seed": request.seed,
-            "steps": engine.check(request)[0],
-            "guidance": guidance if request.guidance is None else request.guidance,
-            "model": engine.manifest.name,
-        }
-        for i, request in enumerate(requests, 1)
-    ]
+    rows = []
+    for i, request in enumerate(requests, 1):
+        steps, (height, width) = engine.check(request)
+        rows.append(
+            {
+                "file_name": f"{i:0{digits}}.png",
+                "text": request.prompt,
+                "negative_prompt": request.negative_prompt or "",
+                "seed": request.seed,
+                "steps": steps,
+                "guidance": guidance if request.guidance is None else request.guidance,
+                "width": width,
+                "height": height,
+                "lora": dict(request.lora or {}),
+                "model": engine.manifest.name,
+            }
+        )
+    return rows
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -149,12 +156,15 @@ def _drawn_before(folder: Path, rows: Sequence[dict[str, Any]]) -> int:
         if any(folder.iterdir()):
             raise ImagineFlashError(f"{folder} holds other files and no {METADATA}; name a new folder")
         return 0
-    found = metadata.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    whole = [line for line in found if line.endswith("\n")]  # the last one may have been cut short
+    found = metadata.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    )  # a prompt may hold what `splitlines` splits at
+    whole = [f"{line}\n" for line in found[:-1]]  # the last one may have been cut short
     for i, line in enumerate(whole):
         if i >= len(rows) or line != _line(rows[i]):
             raise ImagineFlashError(
-                f"{metadata}, line {i + 1}, is of another prompt, seed, plan or model; name a new folder, or go on as it began"
+                f"{metadata}, line {i + 1}, is of another prompt, seed, plan, size, LoRA or model; "
+                "name a new folder, or go on as it began"
             )
     done = next((i for i in range(len(whole)) if not (folder / rows[i]["file_name"]).is_file()), len(whole))
     with atomic_file(metadata) as temporary:

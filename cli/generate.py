@@ -91,7 +91,8 @@ def generate_command(
     mask: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The part of IMAGE to redraw, in white; black pixels stay exactly as they are."
+            metavar="FILE",
+            help="The part of IMAGE to redraw, white or transparent; other pixels stay exactly as they are.",
         ),
     ] = None,
     strength: Annotated[
@@ -164,7 +165,8 @@ def generate_command(
     from .first_run import ready
 
     files = {"image": image, "mask": mask, "condition": condition}
-    texts = _texts(prompt, prompts, output, **files, json=json_, count=count != "1")
+    scales = {"strength": strength, "condition-scale": condition_scale}
+    texts = _texts(prompt, prompts, output, **files, **scales, json=json_, count=count != "1")
     output = output or Path("imagine-flash.png")
     piped = str(output) == "-"
     if piped and (json_ or count != "1"):
@@ -204,7 +206,7 @@ def generate_command(
         scales = {"strength": _number(strength, float), "condition_scale": _number(condition_scale, float)}
         if any(given is not None for given in (*scales.values(), *files.values())):
             _, size = engine.check(request)
-            pictures = {name: _read(path, size, "L" if name == "mask" else "RGB") for name, path in files.items()}
+            pictures = {name: read_picture_file(path, name, size) for name, path in files.items()}
             request = GenerateRequest(**values, **pictures, **scales)
         result, what = engine.generate(request), engine.describe()
     for line in [
@@ -253,21 +255,27 @@ def _number(text: str | None, kind: Callable[[str], Any] = int) -> Any:
         return text
 
 
-def _read(path: Path | None, size: tuple[int, int], mode: str) -> Any:
-    """A picture file as an array of the size (height, width): scaled to cover it, then cropped around the middle.
-
-    mode RGB: uint8 (H, W, 3); L: float32 (H, W) in 0..1.
+def read_picture_file(path: Path | None, kind: str, size: tuple[int, int]) -> Any:
+    """A picture file as an array of the size (height, width), read as the server reads uploads: scaled to cover it, then cropped
+    around the middle. kind: image and condition are uint8 (H, W, 3), mask is float32 (H, W) in 0..1. Raises ImagineFlashError.
     """
     if path is None:
         return None
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
+    from ..engine.pictures.reader import Unreadable, read_picture
+
+    height, width = size
     try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened).convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
-        raise ImagineFlashError(f"cannot read {path}: {reason}; give a PNG, JPEG or WebP file") from None
-    pixels = np.array(ImageOps.fit(upright, (size[1], size[0])))
-    return pixels if mode == "RGB" else pixels.astype(np.float32) / 255
+        data = read_picture(
+            path.read_bytes(), kind, (width, height), 2 * (Image.MAX_IMAGE_PIXELS or 2**40), formats=None
+        )
+    except OSError as error:
+        raise ImagineFlashError(f"cannot read {path}: {error.strerror}; give a PNG, JPEG or WebP file") from None
+    except Unreadable as error:
+        raise ImagineFlashError(f"cannot read {path}: it {error}") from None
+    pixels = np.frombuffer(data, np.uint8)
+    if kind == "mask":
+        return pixels.reshape(height, width).astype(np.float32) / 255
+    return pixels.reshape(height, width, 3)

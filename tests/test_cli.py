@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagine_flash.cli.generate import read_picture_file
+from imagine_flash.engine.pictures.reader import read_picture
 from imagine_flash.folders.reading import digest_of
 from imagine_flash.tests.commands import fails, run, start
 
@@ -97,6 +100,23 @@ def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_pat
     assert "(3 steps" in done.stdout and np.asarray(Image.open(out)).std() > 0
 
 
+@pytest.mark.parametrize("kind", ["image", "condition", "mask"])
+def test_a_picture_file_is_read_as_the_server_reads_it(kind: str, tmp_path: Path) -> None:
+    """16 bits of grey, as depth maps have, were cut off at 255; transparency became black."""
+    depth, clear = tmp_path / "depth.png", tmp_path / "clear.png"
+    Image.fromarray(np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)).save(depth)
+    Image.new("RGBA", (64, 64), (10, 20, 30, 0)).save(clear)
+    for path in (depth, clear):
+        read = read_picture_file(path, kind, (32, 64))
+        assert read.shape[:2] == (32, 64)
+        levels = np.asarray(255 * read if kind == "mask" else read).round().astype(np.uint8)
+        assert levels.tobytes() == read_picture(path.read_bytes(), kind, (64, 32), 2**24)
+    assert 100 < read_picture_file(depth, "image", (64, 64)).mean() < 155
+    assert (read_picture_file(clear, "image", (64, 64)) == 255).all() and (
+        read_picture_file(clear, "mask", (64, 64)) == 1
+    ).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -123,8 +143,8 @@ def test_generate_starts_from_a_picture_of_any_size(tiny_artifact: Path, tmp_pat
         (["a cat", "--precision", "fp4"], "no precision 'fp4'"),
         (["a cat", "--device", "gpu"], "'gpu'"),
         (["a cat", "--image", "{tmp}/none.png"], "none.png: No such file"),
-        (["a cat", "--image", "{tmp}/file"], "no picture that Pillow reads"),
-        (["a cat", "--mask", "{tmp}/file"], "no picture that Pillow reads"),
+        (["a cat", "--image", "{tmp}/file"], "file: it is no PNG, JPEG or WebP that can be read"),
+        (["a cat", "--mask", "{tmp}/file"], "file: it is no PNG, JPEG or WebP that can be read"),
         (["a cat", "--strength", "0.5"], "mask and strength need an image"),
         (["a cat", "--image", "{picture}", "--strength", "2"], "strength must be a number above 0, at most 1, got 2.0"),
         (["a cat", "--image", "{picture}", "--strength", "half"], "'half'"),
@@ -316,6 +336,13 @@ def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> 
     for folder, file in ((tiny_artifact, "manifest.json"), (tiny_student, "imagine_flash.json")):
         assert json.loads(run("inspect", folder, "--json").stdout) == json.loads((folder / file).read_text())
     assert "give one of them" in fails("inspect", tiny_artifact, "--run", "--json")
+
+
+def test_what_an_encoding_lacks_is_replaced() -> None:
+    """Emoji among the known words were a traceback where output has the encoding of Windows."""
+    done = start("inspect", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert b"name: emoji-scenes" in done.stdout and b"?" in done.stdout
 
 
 def test_what_a_model_draws_is_said_by_the_command_that_a_note_names(tiny_artifact: Path, tmp_path: Path) -> None:

@@ -35,10 +35,19 @@ def test_every_line_of_a_file_is_drawn_into_a_folder(tiny_artifact: Path, tmp_pa
         lines.write('{"file_name": "00')  # as a killed run leaves it
     assert run(*asked).stdout == f"{out} (3 pictures, 2 of them new)\n"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert "line 1, is of another prompt, seed, plan or model" in fails(*asked, "--seed", "5")
+    assert "line 1, is of another prompt, seed, plan, size, LoRA or model" in fails(*asked, "--seed", "5")
     prompts.write_text("a cat\n")
     assert "line 2, is of another" in fails(*asked)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_folder_does_not_go_on_with_other_options(tiny_artifact: Path, tmp_path: Path) -> None:
+    """It held pictures of two negative prompts, and said nothing."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
+    prompts.write_text("a cat\n", encoding="utf-8")
+    asked = ["generate", "--prompts", prompts, "-o", out, "--model", tiny_artifact, "--guidance", "3"]
+    assert run(*asked).returncode == 0
+    assert "line 1, is of another prompt, seed, plan, size, LoRA" in fails(*asked, "--negative-prompt", "a dog")
 
 
 def test_typos_and_prompts_that_were_cut_are_said_once_for_all(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -77,6 +86,8 @@ def test_of_two_prompts_the_one_that_was_cut_is_named(tiny_artifact: Path, tmp_p
         (["--prompts", "FILE", "-o", "cat.png"], "needs a folder for its pictures, got cat.png"),
         (["--prompts", "FILE", "-o", "out", "--image", "cat.png"], "from text alone; leave out --image"),
         (["--prompts", "FILE", "-o", "out", "--count", "2"], "from text alone; leave out --count"),
+        (["--prompts", "FILE", "-o", "out", "--strength", "0.5"], "from text alone; leave out --strength"),
+        (["--prompts", "FILE", "-o", "out", "--condition-scale", "1"], "from text alone; leave out --condition-scale"),
         (["--prompts", "nowhere.txt", "-o", "out"], "cannot read prompts from nowhere.txt"),
         (["--prompts", "FILE", "-o", "nowhere/out"], "nowhere is not a folder; make it first"),
         (["--prompts", "FILE", "-o", "taken"], "taken holds other files and no metadata.jsonl; name a new folder"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ...core.errors import ArtifactError, ImagineFlashError
 from ...folders.hub import local_folder
@@ -41,20 +41,18 @@ class Features:
         return hasattr(self.model, "get_text_features")
 
     @torch.no_grad()
-    def of_pictures(self, files: Sequence[bytes]) -> np.ndarray:
-        """float64 (N, D)."""
-        return np.concatenate([self._pictures(files[i : i + _BATCH]) for i in range(0, len(files), _BATCH)])
+    def of_pictures(self, files: Mapping[str, bytes]) -> np.ndarray:
+        """float64 (N, D), of pictures by name. Raises ImagineFlashError."""
+        named = list(files.items())
+        return np.concatenate([self._pictures(named[i : i + _BATCH]) for i in range(0, len(named), _BATCH)])
 
     @torch.no_grad()
     def of_captions(self, texts: Sequence[str]) -> np.ndarray:
         """float64 (N, D), of a model that reads; captions are cut at its context."""
         return np.concatenate([self._captions(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)])
 
-    def _pictures(self, files: Iterable[bytes]) -> np.ndarray:
-        try:
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
-        except (UnidentifiedImageError, OSError) as error:
-            raise ImagineFlashError(f"a picture cannot be read: {error}") from None
+    def _pictures(self, files: Iterable[tuple[str, bytes]]) -> np.ndarray:
+        images = [_opened(name, data) for name, data in files]
         pixels = self.processor(images=images, return_tensors="pt").to(self.device)
         found = self.model.get_image_features(**pixels) if self.reads else self.model(**pixels)
         return _pooled(found)
@@ -62,6 +60,13 @@ class Features:
     def _captions(self, texts: Sequence[str]) -> np.ndarray:
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
         return _pooled(self.model.get_text_features(**tokens))
+
+
+def _opened(name: str, data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ImagineFlashError(f"the picture {name!r} cannot be read; draw or copy it again") from None
 
 
 def _pooled(found: Any) -> np.ndarray:

@@ -54,7 +54,10 @@ def compare_folders(
     captions = [theirs.caption or ours.caption for theirs, ours in pairs.values()]
     if (scorer or categories) and not all(captions):
         raise ImagineFlashError(f"a scorer and categories need captions; {teacher / METADATA} does not have all")
-    found = {who: features.of_pictures(each) for who, each in files.items()}
+    found = {
+        who: features.of_pictures({str(folder / name): pair[i].data for name, pair in pairs.items()})
+        for i, (who, folder) in enumerate((("teacher", teacher), ("student", student)))
+    }
     record: dict[str, Any] = {"pictures": len(pairs), "dimensions": found["teacher"].shape[1]}
     record["student"] = distances(found["student"], found["teacher"], paired=True)
     record["student"]["similarity"] = round(float(_cosines(found["student"], found["teacher"]).mean()), 4)
@@ -69,7 +72,7 @@ def compare_folders(
     if scores:
         record["scores"] = {"of": scorer or "CLIP score", **scores_by_category(scores, captions, categories or {})}
     if real is not None:
-        reference = features.of_pictures([each.data for each in _named(real).values()])
+        reference = features.of_pictures({str(real / name): each.data for name, each in _named(real).items()})
         record["to_real"] = {who: distances(each, reference) for who, each in found.items()}
     if out is not None:
         write_record(out.with_name(f"{out.name}.json"), record)

@@ -24,13 +24,13 @@ class Unreadable(Exception):
     """What is wrong with a file, in words that go after its name."""
 
 
-def read_picture(data: bytes, kind: str, size: Size, max_pixels: int) -> bytes:
-    """The pixels of an uploaded file, scaled to cover `size` and cropped to it. image, condition: RGB, transparency on white;
+def read_picture(data: bytes, kind: str, size: Size, max_pixels: int, formats: tuple[str, ...] | None = READ) -> bytes:
+    """The pixels of a picture file, scaled to cover `size` and cropped to it. image, condition: RGB, transparency on white;
     "mask": one channel, 255 is drawn anew: where it has transparency, that (as OpenAI's API defines it), else what is white.
-    Raises Unreadable.
+    formats: that are opened, Pillow's names; None: all. Raises Unreadable.
     """
     try:
-        picture = _open(data, size, max_pixels)
+        picture = _open(data, size, max_pixels, formats)
         return (_mask if kind == "mask" else _rgb)(picture, size).tobytes()
     except Unreadable:
         raise
@@ -42,9 +42,9 @@ def read_picture(data: bytes, kind: str, size: Size, max_pixels: int) -> bytes:
         raise Unreadable(f"is no PNG, JPEG or WebP that can be read ({type(error).__name__})") from None
 
 
-def _open(data: bytes, size: Size, max_pixels: int) -> Image.Image:
+def _open(data: bytes, size: Size, max_pixels: int, formats: tuple[str, ...] | None) -> Image.Image:
     """The picture as it is looked at, not much larger than it need be; measured before it is unpacked."""
-    found = Image.open(io.BytesIO(data), formats=READ)  # reads the header alone
+    found = Image.open(io.BytesIO(data), formats=formats)  # reads the header alone
     if found.width * found.height > max_pixels:
         raise Unreadable(f"has {found.width}x{found.height} pixels; at most {max_pixels:,} are unpacked")
     if (frames := getattr(found, "n_frames", 1)) > MOST_FRAMES:

@@ -54,7 +54,12 @@ def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None
     for way in ("HTTP", "HTTP, Ray Serve"):
         assert rows["overhead on Ray", 1].extra[way].keys() == {"overhead p50 ms", "overhead p95 ms"}
         assert rows["load on Ray", 1].extra[way]["lost"] == rows["load on Ray", 1].extra[way]["doubled"] == 0
-    assert rows["a greedy client", 3]["beside a greedy client"].n == 5
+    greedy = rows["a greedy client", 3]
+    assert greedy["beside a greedy client"].n == 5
+    assert greedy.extra["beside a greedy client"]["greedy pictures"] > 0, (
+        "it was refused, and took nothing from anybody"
+    )
+    assert greedy.extra["beside a greedy client"]["greedy refused"] == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

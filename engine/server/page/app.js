@@ -140,6 +140,7 @@ stream.addEventListener("failure", ({ detail: { seq, error } }) => {
 
 stream.addEventListener("ready", ({ detail }) => {
   hello = detail;
+  waiting.clear(); // of another connection: they do not come any more
   choices.offer(hello, fromHash(location.hash).size);
   find("smooth").hidden = !hello.sizes.some(small);
   if (!picture.shown) picture.shape(choices.size);

@@ -93,14 +93,16 @@ export class PictureInput extends EventTarget {
 
   /** A file, or what was pasted or dropped. */
   async take(file) {
+    const turn = ++this.#turn; // what is chosen while it is read, stays
     try {
       const bitmap = await createImageBitmap(file);
+      if (turn !== this.#turn) return;
       this.#become("file", file);
       this.#from = {};
       this.#cover(bitmap, bitmap.width, bitmap.height);
       this.#changed();
     } catch {
-      this.#say("That is no picture that this browser can read.");
+      if (turn === this.#turn) this.#say("That is no picture that this browser can read.");
     }
   }
 

@@ -141,7 +141,7 @@ def test_the_command_and_what_it_refuses(clip: Path, folders: tuple[Path, Path],
     (tmp_path / "bad").mkdir()
     for i in range(4):
         (tmp_path / "bad" / f"{i}.png").write_bytes(b"no picture")
-    assert "a picture cannot be read" in fails(
+    assert "bad/0' cannot be read" in fails(
         "compare", folders[0], tmp_path / "bad", "--features", clip, "-o", tmp_path / "d"
     )
     assert not (tmp_path / "d.json").exists()

@@ -34,6 +34,31 @@ def test_a_server_that_dies_is_missed_and_found_again(embedded, open_page) -> No
     assert not [line for line in opened.console if "uncaught" in line]
 
 
+def test_what_was_typed_without_a_connection_is_not_waited_for(embedded, open_page) -> None:
+    """Once the server was back, the page said that it had been drawing for as long as it was away."""
+    opened, phase, sockets = open_page(embedded.url), ["draws"], []
+
+    def between(socket: Any) -> None:
+        if phase[0] == "away":
+            socket.close(code=1013, reason="the model is still being loaded")
+            return
+        server = socket.connect_to_server()
+        sockets.append(socket)
+        if phase[0] == "slow":
+            server.on_message(lambda message: socket.send(message) if '"ready"' in str(message) else None)
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().shows("a fox on a pink background")
+    phase[0] = "away"
+    sockets[0].close(code=1012)
+    opened.says("#trouble", "The model is being loaded")
+    opened.page.fill("#prompt", "a dog")
+    opened.page.wait_for_timeout(2500)
+    phase[0] = "slow"
+    opened.says("#state", "drawing")
+    assert "drawing," not in opened.page.locator("#state").inner_text()
+
+
 @pytest.mark.parametrize(
     ("reason", "said"),
     [

@@ -73,6 +73,22 @@ def test_a_picture_of_any_size_becomes_a_file_that_the_server_takes(drawn) -> No
     assert size <= 262_144
 
 
+def test_what_is_chosen_while_a_file_is_read_stays(drawn) -> None:
+    """The file came later and took its place."""
+    kept = drawn.page.evaluate(f"""async () => {{
+      {INPUT}
+      const canvas = new OffscreenCanvas(1024, 1024);
+      canvas.getContext("2d").fillRect(0, 0, 1024, 1024);
+      const file = await canvas.convertToBlob();
+      input.offer(true, "64x64");
+      const reading = input.take(file);
+      root.querySelector(".sketch-on").click();
+      await reading;
+      return root.querySelector(".sketch-on").ariaPressed;
+    }}""")
+    assert kept == "true"
+
+
 def test_a_picture_that_the_server_refuses_is_not_sent_again(drawn) -> None:
     page, sockets = drawn.page, []
     page.on("websocket", lambda socket: sockets.append(socket.url))
