@@ -11,7 +11,7 @@ import numpy as np
 from .errors import PlanError, ScheduleError, nearest
 from .plan import StepPlan
 from .sampler import Sampler
-from .schedule import SCM_CLASS, shifted
+from .schedule import SCM_CLASS, positive, shifted, whole_number
 
 EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
 FLOW, FLOW_LCM = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
@@ -40,7 +40,7 @@ def sampler_of(config: Mapping[str, Any]) -> Sampler:
         kind = "deterministic" if name == EULER else "ancestral"
         return Sampler(kind=kind, start="unit" if _spacing(config) == "leading" else "sigma")
     if name == LCM:
-        return Sampler(kind="renoise", boundary=config.get("timestep_scaling", 10.0))
+        return Sampler(kind="renoise", boundary=positive("timestep_scaling", config.get("timestep_scaling", 10.0)))
     if name == TCD:
         return Sampler(kind="strategic", end="least")
     return Sampler(kind="renoise" if name != FLOW or config.get("stochastic_sampling") else "deterministic")
@@ -50,20 +50,21 @@ def plan_of(config: Mapping[str, Any], steps: int, pipeline: str = "") -> StepPl
     """The timesteps that the class in a diffusers scheduler config visits in so many steps, in a pipeline of that class: some
     say themselves where a flow begins and ends. Raises PlanError, ScheduleError.
     """
-    name, total = _known_class(config), int(config.get("num_train_timesteps", 1000))
+    name, total = _known_class(config), whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000))
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < total:
         raise PlanError(f"a plan has between 1 and {total - 1} steps, got {steps!r}", param="steps")
     if name in (LCM, TCD):
-        return _of_trained_steps(total, int(config.get("original_inference_steps") or 50), steps)
+        trained = whole_number("original_inference_steps", config.get("original_inference_steps") or 50)
+        return _of_trained_steps(total, trained, steps)
     if name == SCM_CLASS:  # angles of pi/2 at pure noise; the pipeline's middle one of two steps is 1.3
         angles = np.array([math.pi / 2, 1.3]) if steps == 2 else np.linspace(math.pi / 2, 0.0, steps + 1)[:-1]
         return plan_of_sigmas(np.sin(angles) / (np.cos(angles) + np.sin(angles)), 1.0, total)
     if name in (FLOW, FLOW_LCM):
-        shift = float(config.get("shift", 1.0))
+        shift = positive("shift", config.get("shift", 1.0))
         least = 1.0 / steps if pipeline in EVEN else shifted(1.0 / total, shift)  # shifted, then all once more
-        u = np.linspace(1.0, least, steps)
-        return plan_of_sigmas(shifted(u, shift), shift, total)
-    spacing, offset = _spacing(config), int(config.get("steps_offset", 0))
+        sigma = shifted(np.linspace(1.0, least, steps), shift)
+        return plan_of_sigmas(_ending(config, sigma), shift, total)
+    spacing, offset = _spacing(config), whole_number("steps_offset", config.get("steps_offset", 0), least=0)
     if spacing == "linspace":
         visited = np.linspace(0, total - 1, steps)[::-1]
         return StepPlan(tuple((visited.round() if name == DDIM else visited).tolist()))
@@ -100,6 +101,16 @@ def _spacing(config: Mapping[str, Any]) -> str:
     if spacing not in ("linspace", "leading", "trailing"):
         raise ScheduleError(f"timestep_spacing must be linspace, leading or trailing, got {spacing!r}")
     return spacing
+
+
+def _ending(config: Mapping[str, Any], sigma: Any) -> Any:
+    """A flow's noise levels, stretched so that the last is shift_terminal, where the config has one."""
+    if not config.get("shift_terminal"):
+        return sigma
+    last = positive("shift_terminal", config["shift_terminal"])
+    if last >= 1 or len(sigma) == 1:  # diffusers makes NaN of it
+        raise ScheduleError(f"shift_terminal {last:g} needs two steps or more, and to be below 1; {_WAY_OUT}")
+    return 1.0 - (1.0 - sigma) * (1.0 - last) / (1.0 - sigma[-1])
 
 
 def _of_trained_steps(total: int, trained: int, steps: int) -> StepPlan:

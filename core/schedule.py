@@ -73,18 +73,20 @@ class NoiseSchedule:
         last = self.num_train_timesteps - 1
         if not np.all((steps >= 0) & (steps <= last)):
             raise ScheduleError(f"timestep must be between 0 and {last}, got {t}")
-        if np.all(steps == np.floor(steps)):
-            index = steps.astype(np.int64)
+        index = steps.astype(np.int64)
+        between = steps != index
+        if not between.any():
             return self.alpha[index], self.sigma[index]
         grid = np.arange(last + 1)
         if self.kind == "flow":
             shift = None if self.config is None else self.config.get("shift", 1.0)
             sigma = np.interp(steps, grid, self.sigma) if shift is None else shifted((steps + 1) / (last + 1), shift)
             return 1.0 - sigma, sigma
-        if not self.alpha.all() and np.any(steps > last - 1):
+        if not self.alpha.all() and np.any(between & (steps > last - 1)):
             raise ScheduleError(f"a schedule of zero terminal SNR has nothing between {last - 1} and {last}, got {t}")
         ratio = np.interp(steps, grid, self.sigma / np.where(self.alpha > 0, self.alpha, np.inf))
-        return 1.0 / np.sqrt(1.0 + ratio**2), ratio / np.sqrt(1.0 + ratio**2)
+        alpha, sigma = 1.0 / np.sqrt(1.0 + ratio**2), ratio / np.sqrt(1.0 + ratio**2)
+        return np.where(between, alpha, self.alpha[index]), np.where(between, sigma, self.sigma[index])
 
     def network_time(self, t: ArrayLike) -> NDArray[np.float64]:
         """What the network is told at timestep index t: t itself, or T sigma_t for flow (diffusers' convention)."""
@@ -101,10 +103,7 @@ class NoiseSchedule:
         puts _class_name into the file, but not into a scheduler's `.config`: a config without it must say
         beta_schedule or trained_betas. Raises ScheduleError for what it cannot represent.
         """
-        steps = config.get("num_train_timesteps", 1000)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ScheduleError(f"num_train_timesteps must be a whole number >= 1, got {steps!r}")
-        kept = dict(config)
+        steps, kept = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000)), dict(config)
         if is_flow(config):
             sigma = _flow_sigmas(config, steps)
             return cls(1.0 - sigma, sigma, "flow", kept)
@@ -120,6 +119,20 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a diffusers scheduler config is of a rectified flow."""
     name = str(config.get("_class_name", ""))
     return name.startswith("FlowMatch") or name == SCM_CLASS
+
+
+def whole_number(key: str, value: Any, *, least: int = 1) -> int:
+    """What a scheduler config says under `key`. Raises ScheduleError for what is no whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ScheduleError(f"{key} must be a whole number >= {least}, got {value!r}")
+    return value
+
+
+def positive(key: str, value: Any) -> float:
+    """What a scheduler config says under `key`. Raises ScheduleError for what is no number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ScheduleError(f"{key} must be a number > 0, got {value!r}")
+    return value
 
 
 def prediction_type_of(config: Mapping[str, Any]) -> str:
@@ -139,7 +152,10 @@ def _betas(config: Mapping[str, Any], steps: int) -> NDArray[np.float64]:
     """beta_t, float64 (T,), as diffusers' schedulers define it."""
     trained = config.get("trained_betas")
     if trained is not None:
-        betas = np.asarray(trained, dtype=np.float64)
+        try:
+            betas = np.asarray(trained, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ScheduleError(f"trained_betas must hold numbers, got {str(trained)[:80]}") from None
         if betas.shape != (steps,):
             raise ScheduleError(f"trained_betas must hold num_train_timesteps = {steps} values, got {betas.size}")
     else:
@@ -147,7 +163,7 @@ def _betas(config: Mapping[str, Any], steps: int) -> NDArray[np.float64]:
         if kind == "squaredcos_cap_v2":
             betas = _squared_cosine_betas(steps)
         elif kind in BETA_SCHEDULES:
-            start, end = float(_beta_setting(config, "beta_start")), float(_beta_setting(config, "beta_end"))
+            start, end = (positive(key, _beta_setting(config, key)) for key in ("beta_start", "beta_end"))
             root = kind == "scaled_linear"
             betas = np.linspace(start**0.5, end**0.5, steps) ** 2 if root else np.linspace(start, end, steps)
         else:
@@ -185,10 +201,7 @@ def _flow_sigmas(config: Mapping[str, Any], steps: int) -> NDArray[np.float64]:
             raise ScheduleError(
                 f"{key} is not supported: its noise levels are no fixed table; set a fixed shift instead"
             )
-    shift = config.get("shift", 1.0)
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
-        raise ScheduleError(f"shift must be a number > 0, got {shift!r}")
-    return shifted(np.arange(1, steps + 1, dtype=np.float64) / steps, shift)
+    return shifted(np.arange(1, steps + 1, dtype=np.float64) / steps, positive("shift", config.get("shift", 1.0)))
 
 
 def shifted(u: Any, shift: float) -> Any:

@@ -76,8 +76,7 @@ def write_openvino(
     pictures of 8-bit products one under `psnr`; ArtifactError, MissingExtraError. An older folder/openvino gives way
     only then, whole.
     """
-    ov = _import_openvino()
-    nncf = import_nncf() if int8 else None
+    ov, nncf = import_libraries(int8)
     names = _stage_names(folder, manifest, QUANTISED if int8 == "full" else STAGES)
     core = ov.Core()
     hints = ["f32"] + ["bf16"] * ("BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
@@ -290,9 +289,10 @@ def _worse(measure: str, one: float | None, other: float | None) -> float | None
     return min(one, other) if measure == "psnr" else max(one, other)
 
 
-def _import_openvino() -> Any:
+def import_libraries(int8: Int8 | None) -> tuple[Any, Any]:
+    """OpenVINO, and NNCF where there are 8 bits, else None. Raises MissingExtraError."""
     try:
         import openvino
     except ImportError:
         raise missing_extra("openvino", "openvino") from None
-    return openvino
+    return openvino, import_nncf() if int8 else None

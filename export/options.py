@@ -108,6 +108,8 @@ class ExportOptions(Checked):
                 raise ValueError(f"the format {kind} takes precision {can}, got {self.precision}")
         if self.int8 and "openvino" not in self.formats:
             raise ValueError("int8 is made for the format openvino; add --format openvino")
+        if self.forms == "whole-sampler" and "openvino" in self.formats:
+            raise ValueError("the format openvino is written for stages; leave out --whole-sampler, or the format")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.errors import ParityError
+from ..core.errors import ArtifactError, ParityError
 from ..core.noise import step_noise
 from ..core.update import sample
 from ..folders.manifests import CONDITION_ENCODER, IMAGE_ENCODER, ArtifactManifest, Size, TokenizerSpec, size_name
@@ -22,6 +22,7 @@ SEEDS = (0, 1)
 SCALES = (1.0, 0.5)  # of the conditioning pictures, by seed; the first is that of a request which says none
 SQUARES = 8  # of a conditioning picture's side
 LINES = "a\na"  # a prompt of two lines: what stands between them is a token of its own in some vocabularies
+SHOWN = 60  # characters of a prompt in a message
 SATURATED = 0.99  # share of pixels at 0 or 255 beyond which an image shows nothing
 
 
@@ -49,12 +50,22 @@ def make_cases(
 
 
 def check_tokenizers(folder: Path, specs: Sequence[TokenizerSpec], stages: Stages, prompts: Sequence[str]) -> None:
-    """Raises ParityError for a prompt that an exported tokenizer reads in another way than the student's."""
+    """Raises ParityError for a prompt that an exported tokenizer reads in another way than the student's, ArtifactError for one of
+    more tokens than the model reads."""
     from tokenizers import Tokenizer
 
-    read = [*prompts, *(prompt.upper() + " " for prompt in prompts), LINES]
+    variants = [*(prompt.upper() + " " for prompt in prompts), LINES]
     for spec, tokens in zip(specs, stages.tokens, strict=True):
-        exported = Tokenizer.from_file(str(folder / spec.file)).encode_batch([spec.text(prompt) for prompt in read])
+        tokenizer = Tokenizer.from_file(str(folder / spec.file))
+        found = {prompt: tokenizer.encode(spec.text(prompt)) for prompt in (*prompts, *variants)}
+        for prompt in prompts:
+            if (count := len(found[prompt].ids)) > tokens.length:
+                shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
+                raise ArtifactError(
+                    f"the prompt {shown!r} has {count} tokens, the model reads {tokens.length}; shorten it"
+                )
+        read = [prompt for prompt, e in found.items() if len(e.ids) <= tokens.length]  # capitals can be more tokens
+        exported = [found[prompt] for prompt in read]
         again = {spec.input: [e.ids for e in exported]}
         if spec.mask:
             again[spec.mask] = [e.attention_mask for e in exported]

@@ -22,6 +22,12 @@ class FreeSides:
     traced: Size
     any_size: AnySize
 
+    @classmethod
+    def around(cls, size: Size, any_size: AnySize) -> FreeSides:
+        """Traced with that size, each side of two multiples at least: torch.export takes an axis of 1 for a fixed one."""
+        height, width = (max(side, 2 * any_size.multiple) for side in size)
+        return cls((height, width), any_size)
+
     def names(self, tensor: str, shape: Sequence[int]) -> dict[int, str]:
         """By axis, what it is called in the graph: "height", or "height/8" where 8 pixels are one element."""
         return {axis: side if pixels == 1 else f"{side}/{pixels}" for axis, side, pixels in self._axes(tensor, shape)}

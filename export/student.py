@@ -68,6 +68,10 @@ def _lock_of(out: Path) -> Path:
 def _export(
     student: str | Path, out: Path, options: ExportOptions, tell: Callable[[str, int], None]
 ) -> ArtifactManifest:
+    if "openvino" in options.formats:  # what is not installed is said before the work
+        from .openvino import import_libraries
+
+        import_libraries(options.int8)
     folder = student_folder(student)
     described = read_student_manifest(folder)
     copies = 1.2 + (options.precision != "fp32") + sum(kind != "onnx" for kind in options.formats)
@@ -180,7 +184,8 @@ def _count(options: ExportOptions, plans: int, *, is_controlled: bool) -> int:
 
 
 def _failure(out: Path, ledger: Ledger) -> ParityError:
-    report = out.with_name(f"{out.name}.parity")
+    report = out.resolve()  # "." has no name
+    report = report.with_name(f"{report.name}.parity")
     write_report(report, ledger)
     others = len(ledger.failures) - 1
     more = f" and {others} more" if others else ""

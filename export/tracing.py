@@ -133,12 +133,12 @@ def _stage_graphs(
         del kinds[IMAGE_ENCODER]
     if stages.condition_encoder is not None:
         kinds[CONDITION_ENCODER] = export_condition_encoder
-    sides = FreeSides(sizes[0], any_size) if any_size else None
+    sides = FreeSides.around(sizes[0], any_size) if any_size else None
     for kind, export in kinds.items():
         for size in sizes[:1] if sides else sizes:
             name = graph_name(kind, size, sizes[0])
             progress(f"writing {name}")
-            graphs[name] = export(stages, store, size, opset=options.opset, sides=sides)
+            graphs[name] = export(stages, store, sides.traced if sides else size, opset=options.opset, sides=sides)
     return graphs
 
 

@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,16 +55,16 @@ def mark_used(folder: Path) -> None:
 
 
 def cached() -> list[Cached]:
-    """Everything in the cache, the exports first, the newest use first."""
-    found = [_export(path) for path in _folders(EXPORTS, ARTIFACT_FILE)]
-    found.sort(key=lambda one: -one.used)
-    students = list(_folders(STUDENTS, STUDENT_FILE))
-    found += [_of(STUDENTS, path.name, path) for path in students]
+    """Everything in the cache, the exports first, the newest use first; without what others take away meanwhile."""
+    exports = [one for path in _folders(EXPORTS, ARTIFACT_FILE) if (one := _export(path))]
+    students = [_of(STUDENTS, path.name, path) for path in _folders(STUDENTS, STUDENT_FILE)]
     root = cache_folder("")
-    for path in sorted(root.iterdir() if root else ()):
-        if path.is_dir() and path.name not in (EXPORTS, STUDENTS, LOCKS) and any(path.iterdir()):
-            found.append(_of(COMPILED, path.name, path))
-    return found
+    compiled = [
+        _of(COMPILED, path.name, path)
+        for path in sorted(root.iterdir() if root else ())
+        if path.name not in (EXPORTS, STUDENTS, LOCKS) and _inside(path)
+    ]
+    return [*sorted(exports, key=lambda one: -one.used), *(one for one in (*students, *compiled) if one)]
 
 
 def remove(names: list[str]) -> list[Cached]:
@@ -76,24 +77,24 @@ def remove(names: list[str]) -> list[Cached]:
     for name in names:
         if name not in known:
             raise ArtifactError(f"the cache has no {name!r}{nearest(name, known)}; see: imagine-flash cache list")
-    chosen = [one for one in there if {one.name, one.source} & set(names)]
-    return [_removed(one) for one in chosen]
+    return _removed([one for one in there if {one.name, one.source} & set(names)])
 
 
 def prune(days: float) -> list[Cached]:
     """Removes exports of other versions of this package and those that nobody used for so many days, compiled files as old,
-    links that lead nowhere, and what killed writers left; returns what went."""
-    before, gone = time.time() - days * DAY, list[Cached]()
+    links that lead nowhere, and what killed writers left; returns what went. Raises ArtifactError for what cannot be removed,
+    after the rest is."""
+    now, chosen = time.time(), list[Cached]()
     for one in cached():
-        old = one.used < before or (bool(one.version) and one.version != version("imagine-flash"))
-        broken = one.kind == STUDENTS and any(not path.exists() for path in one.path.rglob("*") if path.is_symlink())
+        old = one.used < now - days * DAY or (bool(one.version) and one.version != version("imagine-flash"))
+        broken = one.kind == STUDENTS and any(not path.exists() for path in _inside(one.path) if path.is_symlink())
         if old or broken:
-            gone.append(_removed(one))
-    root = cache_folder("")
-    for path in sorted(root.glob("*/*/*") if root else ()):
-        if HALF_WRITTEN.fullmatch(path.name) and path.lstat().st_mtime < time.time() - HALF_WRITTEN_AGE:
-            gone.append(_removed(_of("half-written", path.name, path)))
-    return gone
+            chosen.append(one)
+    for path in _matching(cache_folder(""), "*/*/*"):
+        one = _of("half-written", path.name, path) if HALF_WRITTEN.fullmatch(path.name) else None
+        if one is not None and one.used < now - HALF_WRITTEN_AGE:
+            chosen.append(one)
+    return _removed(chosen)
 
 
 def check_room(place: Path, needed: int, what: str) -> None:
@@ -113,22 +114,38 @@ def gib(amount: float) -> str:
 
 
 def _folders(kind: str, file: str) -> Iterator[Path]:
-    cache = cache_folder(kind)
-    for path in sorted(cache.glob(f"*/*/{file}") if cache else ()):
+    for path in _matching(cache_folder(kind), f"*/*/{file}"):
         if not HALF_WRITTEN.fullmatch(path.parent.name):
             yield path.parent
 
 
-def _export(path: Path) -> Cached:
+def _matching(folder: Path | None, pattern: str) -> list[Path]:
+    """As Path.glob, which raises where others take folders away meanwhile."""
+    return sorted(folder / name for name in glob(pattern, root_dir=folder, include_hidden=True)) if folder else []
+
+
+def _inside(folder: Path) -> list[Path]:
+    """As Path.rglob("*"), which raises where others take folders away meanwhile."""
+    return [Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
+def _export(path: Path) -> Cached | None:
     """Also of a damaged one, which can be removed."""
     source = ""
-    with suppress(ArtifactError):
+    with suppress(ArtifactError, OSError):
         source = read_artifact_manifest(path, verify=False).sources.get("weights", "")
     return _of(EXPORTS, path.name, path, source=source, version=path.parent.name.partition("-")[2])
 
 
-def _of(kind: str, name: str, path: Path, *, source: str = "", version: str = "") -> Cached:
-    files = [file.lstat() for file in (path, *path.rglob("*"))]
+def _of(kind: str, name: str, path: Path, *, source: str = "", version: str = "") -> Cached | None:
+    """None for what is gone."""
+    try:
+        files = [path.lstat()]
+    except OSError:
+        return None
+    for file in _inside(path):
+        with suppress(OSError):
+            files.append(file.lstat())
     return Cached(
         kind=kind,
         name=name,
@@ -140,14 +157,22 @@ def _of(kind: str, name: str, path: Path, *, source: str = "", version: str = ""
     )
 
 
-def _removed(one: Cached) -> Cached:
-    """Renamed first, so that nobody finds half of it."""
-    aside = one.path.with_name(f".{one.path.name}.tmp-{os.urandom(4).hex()}")
-    try:
-        os.rename(one.path, aside)
-    except OSError as error:
-        raise ArtifactError(f"cannot remove {one.path}: {(error.strerror or str(error)).lower()}") from None
-    shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-    with suppress(OSError):  # others lie beside it
-        one.path.parent.rmdir()
-    return one
+def _removed(chosen: Sequence[Cached]) -> list[Cached]:
+    """What went of these. Raises ArtifactError for the first that cannot, after all others went."""
+    gone, kept = list[Cached](), list[str]()
+    for one in chosen:
+        aside = one.path.with_name(f".{one.path.name}.tmp-{os.urandom(4).hex()}")
+        try:
+            os.rename(one.path, aside)  # first, so that nobody finds half of it
+        except FileNotFoundError:  # another process was faster
+            continue
+        except OSError as error:
+            kept.append(f"cannot remove {one.path}: {(error.strerror or str(error)).lower()}")
+            continue
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+        with suppress(OSError):  # others lie beside it
+            one.path.parent.rmdir()
+        gone.append(one)
+    if kept:
+        raise ArtifactError(f"{kept[0]}; {len(gone)} of {len(chosen)} were removed")
+    return gone

@@ -76,7 +76,8 @@ def atomic_folder(target: str | Path, *, replaces: Sequence[str] = (STUDENT_FILE
 
     An old `target` gives way only if it is an empty folder or holds one of the files named in `replaces` (a student's
     or an artifact's manifest); anything else is refused before work starts. If the body raises, the sibling is removed;
-    a killed process leaves it behind, and the old folder whole. Raises ArtifactError.
+    a killed process leaves it behind, and the old folder whole. What links lead to keeps its mode, symbolic and hard
+    ones: it may be somebody's weights. Raises ArtifactError.
     """
     target = Path(target).resolve()
     refuse_foreign(target, replaces)
@@ -89,7 +90,9 @@ def atomic_folder(target: str | Path, *, replaces: Sequence[str] = (STUDENT_FILE
         yield temporary
         mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
-            if path.is_file():
+            if path.is_symlink():
+                continue
+            if path.is_file() and path.stat().st_nlink == 1:
                 path.chmod(mode)  # some writers leave their files to the owner alone
             _fsync(path)
         _fsync(temporary)

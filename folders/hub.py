@@ -34,7 +34,8 @@ def local_folder(
     known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
     try:
         wanted = {"ignore_patterns": [*PICKLED, *ignore], "allow_patterns": only, "revision": revision}
-        return _with_files_of_its_own(Path(hub.snapshot_download(str(name), **wanted)), str(name))
+        snapshot = Path(hub.snapshot_download(str(name), **wanted))
+        return snapshot if only is not None else _with_files_of_its_own(snapshot, str(name))
     except errors.HFValidationError:
         raise ArtifactError(f"there is no folder {name}, and no hub id is written so; check the path") from None
     except errors.GatedRepoError:
@@ -80,23 +81,24 @@ def files_on_hub(name: str) -> list[str]:
 
 def _with_files_of_its_own(snapshot: Path, name: str) -> Path:
     """An artifact of the hub's cache without links: there, files are links to `blobs/`, and runtimes refuse weights outside
-    the folder of their graph. Hard links where the file system has them, so that nothing is stored twice."""
+    the folder of their graph. Hard links where the file system has them, so that nothing is stored twice. A copy that lacks
+    files, made when the download had broken off, is made anew."""
     if not (snapshot / ARTIFACT_FILE).is_file() or not any(path.is_symlink() for path in snapshot.rglob("*")):
         return snapshot
     error: ArtifactError | None = None
+    files = [path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file()]
     for place in (snapshot.parents[1] / "imagine-flash", cache_folder("hub")):  # beside the blobs, where one may write
         if place is None:
             continue
         target = place / f"{name.replace('/', '--')}-{snapshot.name}"
-        if (target / ARTIFACT_FILE).is_file():
+        if all((target / file).is_file() for file in files):
             return target
         try:
             place.mkdir(exist_ok=True)
             with atomic_folder(target) as temporary:
-                for path in filter(Path.is_file, snapshot.rglob("*")):
-                    copy = temporary / path.relative_to(snapshot)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    _link_or_copy(path.resolve(), copy)
+                for file in files:
+                    (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+                    _link_or_copy((snapshot / file).resolve(), temporary / file)
             return target
         except (ArtifactError, OSError) as reason:
             error = ArtifactError(f"cannot unpack {name} ({reason}); set {CACHE_VARIABLE} to a folder with room")

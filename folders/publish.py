@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -11,13 +12,20 @@ from .hub import HUB_ID
 from .manifests import ArtifactManifest
 from .reading import read_artifact_manifest
 from .sizes import sizes_text
+from .triton_model import NAME
 
 CARD = "README.md"
+_GRAPH = r"(text_encoder|denoiser|decoder|(image|condition)_encoder|sampler_\d+(_from_embeddings)?)(_\d+x\d+)?"
+WRITTEN = re.compile(  # what exports are made of
+    rf"weights\.bin|networks\.json|tokenizer(_\d+)?\.json|(tensorrt/)?{_GRAPH}\.onnx|tensorrt/build\.json|"
+    rf"openvino/{_GRAPH}\.(xml|bin)|triton_repository/({_GRAPH}|{NAME})/.+|references/\d+x\d+_(\d+|condition)\.png"
+)
 
 
 def push_to_hub(folder: Path, name: str, *, private: bool = False, revision: str | None = None) -> str:
     """Uploads an artifact, after checking every file's hash, as the model `name` ("owner/name") in one commit; returns its
-    address. The repository is made where there is none; a README.md that is there already stays.
+    address. The repository is made where there is none; a README.md that is there already stays, as other people's files do.
+    Those of an older artifact that this one has not go, since nothing unlisted is loaded.
 
     private: of a repository that is made. revision: a branch, which must exist; None is main. Raises ArtifactError,
     MissingExtraError.
@@ -33,8 +41,12 @@ def push_to_hub(folder: Path, name: str, *, private: bool = False, revision: str
         address = str(api.create_repo(name, private=private, exist_ok=True))
         add = hub.CommitOperationAdd
         changes = [add(file, str(folder / file)) for file in (*manifest.files, ARTIFACT_FILE)]
-        if not api.file_exists(name, CARD, revision=revision):
+        there = set(api.list_repo_files(name, revision=revision))
+        if CARD not in there:
             changes.append(add(CARD, model_card(manifest, name).encode()))
+        if ARTIFACT_FILE in there:
+            old = sorted(file for file in there - manifest.files.keys() if WRITTEN.fullmatch(file))
+            changes += [hub.CommitOperationDelete(file) for file in old]
         api.create_commit(name, changes, commit_message=f"Upload {manifest.name}", revision=revision)
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -64,7 +64,7 @@ def _folder_of(file: Path, config: Path) -> Path:
         return target
     check_room(target, int(1.1 * there.st_size), f"unpacking {file}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(target) as temporary:
+    with atomic_folder(target, replaces=(PIPELINE_FILE,)) as temporary:  # another process may have been faster
         _load(file, config, name).save_pretrained(temporary, safe_serialization=True)
     return target
 

@@ -53,6 +53,7 @@ def test_the_report_replaces_the_table_and_nothing_else(measured: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_no_row_begins_when_the_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,10 @@ from imagine_flash.tests.commands import fails, start
 
 
 @pytest.mark.slow
-@pytest.mark.alone  # it starts Ray too
 def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "serve"
-    only = [part for name in ("overhead", "typing", "load", "greedy", "ray") for part in ("--only", name)]
+    only = [part for name in ("overhead", "typing", "load", "greedy") for part in ("--only", name)]
     options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out, *only)
     done = start("bench", "serve", *options, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -34,8 +33,6 @@ def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None
         ("typing", 4),
         ("load", 1),
         ("a greedy client", 3),
-        ("overhead on Ray", 1),
-        ("load on Ray", 1),
     ]
     for way in ("HTTP", "WebSocket"):
         extra = rows["overhead", 3].extra[way]
@@ -51,9 +48,6 @@ def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None
     load = rows["load", 1].extra["HTTP"]
     assert load.pop("% of the throughput") > 0 and load.pop("MB grown") is not None and load.pop("own MB grown") < 50
     assert load == {"lost": 0, "doubled": 0, "5xx": 0, "429 repeated": 0}
-    for way in ("HTTP", "HTTP, Ray Serve"):
-        assert rows["overhead on Ray", 1].extra[way].keys() == {"overhead p50 ms", "overhead p95 ms"}
-        assert rows["load on Ray", 1].extra[way]["lost"] == rows["load on Ray", 1].extra[way]["doubled"] == 0
     greedy = rows["a greedy client", 3]
     assert greedy["beside a greedy client"].n == 5
     assert greedy.extra["beside a greedy client"]["greedy pictures"] > 0, (
@@ -61,6 +55,21 @@ def test_the_command_measures_speed(tiny_artifact: Path, tmp_path: Path) -> None
     )
     assert greedy.extra["beside a greedy client"]["greedy refused"] == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.weekly
+def test_the_command_measures_replicas_on_ray(tiny_artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    out = tmp_path / "serve"
+    options = ("--quick", "--rounds", "5", "--backend", "onnxruntime", "--model", tiny_artifact, "-o", out)
+    done = start("bench", "serve", "--only", "ray", *options, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    overhead, load = read_record(out.with_suffix(".json")).rows
+    for way in ("HTTP", "HTTP, Ray Serve"):
+        assert overhead.extra[way].keys() == {"overhead p50 ms", "overhead p95 ms"}
+        assert load.extra[way]["lost"] == load.extra[way]["doubled"] == 0
 
 
 @pytest.mark.slow

@@ -81,6 +81,15 @@ def test_fractions_lie_on_the_closed_form_of_a_flow_and_where_euler_puts_them_el
     np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=0, atol=1e-12)
 
 
+def test_whole_timesteps_are_exact_among_fractions_too():
+    schedule = NoiseSchedule.from_scheduler_config(STABLE_DIFFUSION | {"rescale_betas_zero_snr": True})
+    alpha, sigma = schedule.at([999, 499.5, 3])
+    assert (alpha[0], sigma[0]) == (0.0, 1.0) and (alpha[2], sigma[2]) == (schedule.alpha[3], schedule.sigma[3])
+    assert (alpha[1], sigma[1]) == schedule.at(499.5)
+    with pytest.raises(ScheduleError, match="has nothing between 998 and 999"):
+        schedule.at([999, 998.5, 3])
+
+
 def test_at_gives_the_exact_entries_in_the_shape_of_t():
     schedule = NoiseSchedule.from_scheduler_config(STABLE_DIFFUSION)
     assert schedule.at(999) == (schedule.alpha[999], schedule.sigma[999])
@@ -113,6 +122,10 @@ BAD_CONFIGS = [
     ({"num_train_timesteps": "many"}, "whole number >= 1, got 'many'"),
     ({"num_train_timesteps": True}, "whole number >= 1, got True"),
     ({"trained_betas": [0.1, 0.2]}, "must hold num_train_timesteps = 1000 values, got 2"),
+    ({"trained_betas": ["a"]}, "trained_betas must hold numbers, got ['a']"),
+    ({"beta_schedule": "linear", "beta_start": None}, "beta_start must be a number > 0, got None"),
+    ({"beta_schedule": "scaled_linear", "beta_end": "0.012"}, "beta_end must be a number > 0, got '0.012'"),
+    ({"beta_schedule": "scaled_linear", "beta_start": -0.1}, "beta_start must be a number > 0, got -0.1"),
     ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]}, "betas must be in (0, 1], got 0.1 to 1.2"),
     ({"_class_name": "LCMScheduler", "beta_end": 0.02}, "LCMScheduler has no 'beta_schedule'"),
     ({"_class_name": "FlowMatchMineScheduler"}, "unknown flow scheduler 'FlowMatchMineScheduler'"),

@@ -129,6 +129,7 @@ def test_an_artifact_draws_with_them_what_torch_does(
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_weight_that_equals_anothers_is_not_fed(tmp_path: Path) -> None:
     """An export stores equal weights as one, here zeros: a LoRA of one layer would have changed the other too."""
     from imagine_flash.tests import pipelines

@@ -18,13 +18,16 @@ from imagine_flash.core.errors import ArtifactError, RequestError
 from imagine_flash.core.images import psnr
 from imagine_flash.core.noise import step_noise
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.export import ExportOptions, export_student
+from imagine_flash.export import ExportOptions, export_student, tracing
 from imagine_flash.export.options import parse_any_size
+from imagine_flash.export.sides import FreeSides
+from imagine_flash.export.weights import WeightStore
 from imagine_flash.folders.manifests import ArtifactManifest, TensorSpec
 from imagine_flash.folders.sizes import AnySize
 from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.architectures import stages_of
+from imagine_flash.pipelines.loading import load_stages
 from imagine_flash.tests import architectures, control
 from imagine_flash.tests.loras import ATTENTION, write_lora
 from imagine_flash.tests.onnxruntime_device import load
@@ -244,6 +247,34 @@ def test_a_range_that_the_network_cannot_draw(values: Any, message: str, tiny_st
 def test_what_has_fixed_sizes(values: Any, message: str) -> None:
     with pytest.raises(ArtifactError, match=re.escape(message)):
         ExportOptions(any_size=(256, 1024), **values)
+
+
+@pytest.mark.slow
+@pytest.mark.weekly
+def test_sides_of_one_multiple_are_drawn_too(tiny_student: Path, tmp_path: Path) -> None:
+    """It happened that torch.export refused them with an error of its own. The gate draws the sizes of every graph."""
+    options = ExportOptions(
+        any_size=(16, 64), sizes=((16, 16),), batch=(1, 1), steps=(1,), forms="stages", image_encoder=False
+    )
+    manifest = export_student(tiny_student, tmp_path / "out", options=options)
+    assert set(manifest.graphs) == {"text_encoder", "denoiser", "decoder"} and manifest.sizes == [(16, 16)]
+    assert {picture.size for picture in manifest.references} == {(16, 16), (16, 64), (64, 16)}
+
+
+def test_a_graph_is_never_traced_with_sides_of_one_multiple(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.export takes an axis of 1 for a fixed one: so began the error of a range whose first size is its smallest."""
+    stages, any_size = load_stages(tiny_student), AnySize(smallest=16, largest=64, multiple=16)
+    assert FreeSides.around((64, 48), any_size).traced == (64, 48)
+    assert FreeSides.around((16, 64), any_size).traced == (32, 64)
+    monkeypatch.setattr(tracing, "export_text_encoder", lambda *_, **__: None)
+    for kind in ("denoiser", "decoder", "image_encoder"):
+        monkeypatch.setattr(tracing, f"export_{kind}", lambda stages, store, size, sides, **_: (size, sides.traced))
+    store, told = WeightStore(tmp_path / "weights.bin"), list[str]()
+    graphs = tracing._stage_graphs(stages, store, ((16, 16),), any_size, ExportOptions(), told.append)
+    assert graphs.pop("text_encoder") is None
+    assert graphs == dict.fromkeys(("denoiser", "decoder", "image_encoder"), ((32, 32), (32, 32)))
 
 
 def test_what_is_read() -> None:

@@ -1,13 +1,15 @@
 """Precisions and formats of a whole export, and what cannot be asked for."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from imagine_flash.core.errors import ArtifactError
+from imagine_flash.core.errors import ArtifactError, MissingExtraError
 from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.export import ExportOptions, export_student
 from imagine_flash.export.options import parse_batch, parse_sizes, parse_steps, read_prompts
@@ -121,6 +123,10 @@ BAD = {
         "openvino takes precision fp32, got fp16",
     ),
     "int8": ({"int8": "full"}, "int8 is made for the format openvino; add --format openvino"),
+    "openvino's stages": (
+        {"formats": ("onnx", "openvino"), "forms": "whole-sampler"},
+        "the format openvino is written for stages; leave out --whole-sampler, or the format",
+    ),
     "opset": ({"opset": 17}, "opset must be 20 to 24, got 17"),
     "no sizes": ({"sizes": ()}, "sizes must not be empty"),
     "psnr": ({"psnr": -3.0}, "psnr: input should be greater than 0, got -3.0"),
@@ -134,6 +140,15 @@ def test_what_cannot_be_asked_for(name):
     with pytest.raises(ArtifactError, match=message) as raised:
         ExportOptions(**values)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("openvino", "openvino"), ("nncf", "int8")])
+def test_a_package_that_is_missing_is_named_before_the_work(tmp_path, monkeypatch, package, extra):
+    """It happened that an export said so once everything else was done and checked."""
+    monkeypatch.setitem(sys.modules, "openvino", types.ModuleType("openvino"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"needs {package}: pip install 'imagine-flash\[{extra}\]'"):
+        export_student(tmp_path, tmp_path / "out", options=ExportOptions(formats=("openvino",), int8="weights"))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from imagine_flash.core.errors import ArtifactError, ParityError
 from imagine_flash.export import ExportOptions, export_student
-from imagine_flash.export.ledger import LIMITS
+from imagine_flash.export.ledger import LIMITS, Failure, Ledger
 from imagine_flash.export.parity import check_parity, check_tokenizers, make_cases
+from imagine_flash.export.student import _failure
+from imagine_flash.export.tokenizer import write_tokenizers
 from imagine_flash.export.tracing import _sampling
 from imagine_flash.folders.files import hash_folder
 from imagine_flash.folders.reading import read_artifact_manifest
+from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.pipelines.loading import load_stages
-from imagine_flash.tests import pipelines
+from imagine_flash.tests import architectures, pipelines
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,19 @@ def test_other_token_ids_do_not_pass_the_parity_gate(artifact_copy, stages):
         check_tokenizers(artifact_copy, manifest.tokenizers, stages, ["a fox"])
 
 
+def test_prompts_of_more_tokens_than_the_model_reads(tmp_path):
+    """It happened that they failed as another reading, since torch cuts them and the exported tokenizers do not; and that prompts
+    which fit failed by their capitals, which are more tokens of a T5."""
+    stages = stages_of(architectures.DRAWN["sd3"]())
+    specs, phrase = write_tokenizers(tmp_path, stages, []), "a fox on a pink background"
+    check_tokenizers(tmp_path, specs, stages, ["a fox", " ".join(29 * [phrase])])
+    with pytest.raises(
+        ArtifactError, match=r"the prompt 'a fox on .*\.\.\.' has 281 tokens, the model reads 256; shorten it"
+    ) as raised:
+        check_tokenizers(tmp_path, specs, stages, ["a fox", " ".join(35 * [phrase])])
+    assert len(str(raised.value)) < 200
+
+
 def break_weight(student: Path, part: str, weight: str, value: float) -> None:
     file = student / part / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -108,3 +124,12 @@ def test_a_failing_gate_leaves_a_report_and_the_old_artifact(student, artifact_c
     report = artifact_copy.with_name("artifact.parity")
     found = json.loads((report / "report.json").read_text(encoding="utf-8"))
     assert found["errors"]["denoiser"]["m"] < 1e-4 and "denoiser: m differ" in " ".join(found["failures"])
+
+
+def test_the_report_of_the_current_folder_lies_beside_it(tmp_path, monkeypatch):
+    """It happened that an export to "." whose gate failed ended in a ValueError, since "." has no name."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    ledger = Ledger(LIMITS["fp32"], failures=[Failure("decoder: images differ", "decoder", None)])  # type: ignore[arg-type]
+    assert str(_failure(Path("."), ledger)).endswith(f"see {tmp_path / 'out.parity'}")
+    assert json.loads((tmp_path / "out.parity" / "report.json").read_text())["failures"] == ["decoder: images differ"]

@@ -169,6 +169,7 @@ def test_no_file_tells_about_the_machine_that_made_it(student, artifact):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_export_is_deterministic_and_replaces_the_old_artifact(student, artifact, tmp_path):
     (tmp_path / "out").mkdir()
     again = export_student(student, tmp_path / "out", options=ExportOptions(name="tiny", batch=(1, 3)))
@@ -176,6 +177,7 @@ def test_export_is_deterministic_and_replaces_the_old_artifact(student, artifact
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_float32_students_and_tiny_autoencoders_are_exported_without_loss(tmp_path):
     student = pipelines.build_student(tmp_path / "student", half=False, vae="tiny")
     manifest = export_student(student, tmp_path / "out", options=ExportOptions(steps=(1,), batch=(1, 2)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,33 @@ def test_pruning_leaves_what_is_used(root: Path) -> None:
     assert run("cache", "prune", "--days", "5").stdout == ""
     os.utime(folder, (week, week))
     assert f"removed {folder}" in run("cache", "prune", "--days", "5").stdout
+
+
+def test_what_a_server_takes_away_meanwhile_stops_neither(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happened that a file which was renamed between the listing of its folder and the look at it stopped both."""
+    compiled, exported = root / "openvino/compiled", root / "exports/4567-0.0.1/turbo"
+    look, rename = Path.lstat, os.rename
+
+    def vanishing(path: Path) -> os.stat_result:
+        if path.parent == compiled:
+            shutil.rmtree(compiled)
+        return look(path)
+
+    monkeypatch.setattr(Path, "lstat", vanishing)
+    assert "openvino" in names(root) and not compiled.exists()
+    monkeypatch.setattr(Path, "lstat", look)
+
+    def slower(one: Path, other: Path) -> None:
+        if one == exported:
+            shutil.rmtree(one)
+        if one == root / "students/89ab/gone":
+            raise PermissionError(1, "Not permitted")
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", slower)
+    said = fails("cache", "prune", "--days", "1")
+    assert "students/89ab/gone: not permitted; 1 of 3 were removed" in said
+    assert not list(root.glob("exports/*/.turbo.tmp-*")), "what came later was left"
 
 
 def test_removing_by_name(root: Path) -> None:

@@ -137,6 +137,31 @@ def test_a_link_keeps_pointing_to_the_new_folder(old, tmp_path):
     assert (old / "file").read_text() == "new"
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_what_links_lead_to_keeps_its_mode(tmp_path, link):
+    """It happened that a student of links gave away weights that their owner alone could read, and that weights of another user
+    could not be linked at all."""
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"mine")
+    weights.chmod(0o400)
+    with atomic_folder(tmp_path / "student") as folder:
+        link(weights, folder / "weights.safetensors")
+        (folder / "imagine_flash.json").touch(0o600)
+    assert weights.stat().st_mode & 0o777 == 0o400
+    assert (tmp_path / "student/imagine_flash.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    os.umask(now := os.umask(0o022))
+    return now
+
+
+def test_a_link_that_leads_nowhere_is_no_reason_to_fail(tmp_path):
+    with atomic_folder(tmp_path / "student") as folder:
+        (folder / "weights").symlink_to(tmp_path / "nowhere")
+    assert (tmp_path / "student/weights").is_symlink()
+
+
 def test_atomic_file(tmp_path):
     target = tmp_path / "picture.png"
     target.write_text("old")

@@ -10,7 +10,7 @@ from imagine_flash.engine import Engine, GenerateRequest
 from imagine_flash.folders.hub import local_folder
 from imagine_flash.folders.reading import read_artifact_manifest
 from imagine_flash.tests.commands import fails, run
-from imagine_flash.tests.hub import publish
+from imagine_flash.tests.hub import REVISION, publish
 
 
 @pytest.fixture
@@ -37,6 +37,18 @@ def test_its_files_are_not_stored_twice(hub: Path) -> None:
     weights = folder / "weights.bin"
     assert not weights.is_symlink() and weights.stat().st_nlink == 2
     assert local_folder("somebody/scenes") == folder and read_artifact_manifest(folder)
+
+
+def test_a_download_that_broke_off_can_be_repeated(hub: Path, tiny_artifact: Path) -> None:
+    """It happened that the copy made of half the files was taken for the model from then on: "weights.bin is missing"."""
+    snapshot = hub / "models--somebody--scenes/snapshots" / REVISION
+    weights = (snapshot / "weights.bin").readlink()
+    (snapshot / "weights.bin").unlink()
+    assert local_folder("somebody/scenes", only=("model_index.json", "imagine_flash.json")) == snapshot
+    with pytest.raises(ArtifactError, match=r"weights\.bin is missing"):
+        read_artifact_manifest(local_folder("somebody/scenes"))
+    (snapshot / "weights.bin").symlink_to(weights)
+    assert read_artifact_manifest(local_folder("somebody/scenes")) == read_artifact_manifest(tiny_artifact)
 
 
 def test_what_is_not_there_is_one_line(hub: Path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.engine import Engine
-from imagine_flash.folders.publish import model_card
+from imagine_flash.folders.publish import WRITTEN, model_card
 from imagine_flash.folders.reading import read_artifact_manifest
 
 COMMIT = "b" * 40
@@ -40,6 +40,8 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del self.server.files[line["value"]["path"]]
         return self.answer(
             {
                 "commitUrl": f"http://127.0.0.1:{self.server.server_port}/owner/fox/commit/{COMMIT}",
@@ -127,6 +129,21 @@ def test_a_card_that_somebody_wrote_stays(hub, command, tiny_artifact):
     hub.files["README.md"] = b"mine"
     assert command("push", tiny_artifact, "owner/fox").returncode == 0
     assert hub.files["README.md"] == b"mine" and "weights.bin" in hub.files
+
+
+def test_what_an_older_artifact_had_goes_and_what_others_put_there_stays(hub, command, tiny_artifact, tmp_path):
+    """It happened that a sampler of an older artifact stayed, which is not listed in the new manifest, so that none could load."""
+    old = ("sampler_7.onnx", "sampler_2_from_embeddings_128x64.onnx", "tokenizer_2.json", "references/128x64_2.png")
+    old += ("openvino/decoder.xml", "tensorrt/denoiser.onnx", "triton_repository/text_to_image/config.pbtxt")
+    others = (".gitattributes", "README.md", "LICENSE", "photo.png", "references/mine.png", "text_encoder/model.onnx")
+    hub.files |= dict.fromkeys((*old, *others), b"old")
+    assert command("push", tiny_artifact, "owner/fox").returncode == 0
+    assert {*old, *others} <= hub.files.keys(), "without a manifest.json it was no artifact"
+    done = command("push", tiny_artifact, "owner/fox")
+    assert done.returncode == 0, done.stderr
+    manifest = read_artifact_manifest(tiny_artifact)
+    assert set(hub.files) == {*manifest.files, "manifest.json", *others}
+    assert all(WRITTEN.fullmatch(file) for file in manifest.files), "what an export writes is known to be that"
 
 
 @pytest.mark.parametrize(
