@@ -140,6 +140,8 @@ def _of_entry(local: Path | None, entry: Entry, fetch: Fetch) -> Described:
     without = NETWORKS if entry.weights == "network" and not whole else ()
     folder = local if local is not None and whole else fetch(entry.pipeline_id, without=without)
     weights, said = None if whole else local, {}
+    if weights is not None and entry.file and (weights / entry.file).is_file():  # a copy of the entry's own repository
+        weights /= entry.file
     if entry.weights == "lora" and whole:
         said["lora"] = f"{entry.where}, which is fused into the network"
     elif entry.weights == "network" and whole:

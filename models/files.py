@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import ArtifactError
 from ..core.schedule import NoiseSchedule
-from ..folders.files import ARTIFACT_FILE
+from ..folders.files import ARTIFACT_FILE, STUDENT_FILE
 from ..folders.hub import PICKLED
 from ..folders.manifests import PIPELINE_FILE, SCHEDULER_FILE
 from ..folders.reading import read_config
@@ -26,6 +26,8 @@ TOKENIZERS = (
 )  # one of them is a tokenizer's own file
 WEIGHTS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # how each library calls them
 PIECE = re.compile(r"-\d+-of-\d+\.")  # in the name of a file that an index lists
+PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not whole checkpoints at the top
+TOLD = (PIPELINE_FILE, STUDENT_FILE)  # small files of a repository that say what it is
 HEADER = 8  # bytes of a safetensors file that say how long its header is
 
 
@@ -101,8 +103,26 @@ def read_pipeline(folder: Path, without: Collection[str] = ()) -> tuple[str, dic
     if missing := missing_files(folder, without=without):
         raise ArtifactError(_not_whole(folder, missing))
     index, scheduler = read_config(folder / PIPELINE_FILE), read_config(folder / SCHEDULER_FILE)
+    if not scheduler.get("_class_name"):
+        scheduler["_class_name"] = _scheduler_class(folder, index)
     NoiseSchedule.from_scheduler_config(scheduler)
     return str(index.get("_class_name")), scheduler
+
+
+def pipeline_files(told: Path) -> tuple[str, ...] | None:
+    """Patterns of what a pipeline of others is loaded from; None, for all files, where it is a student of ours or none.
+
+    told: a folder with those of the files TOLD that there are.
+    """
+    return PIPELINE_FILES if (told / PIPELINE_FILE).is_file() and not (told / STUDENT_FILE).is_file() else None
+
+
+def _scheduler_class(folder: Path, index: dict[str, Any]) -> str:
+    """What the pipeline's index says, which is what diffusers goes by."""
+    kind = index.get("scheduler")
+    if isinstance(kind, list) and len(kind) == 2 and isinstance(kind[1], str):
+        return kind[1]
+    raise ArtifactError(f'{folder / SCHEDULER_FILE} has no _class_name; add it, such as "_class_name": "DDIMScheduler"')
 
 
 def _not_whole(folder: Path, missing: list[str]) -> str:

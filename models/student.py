@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,20 +15,19 @@ from typing import Any
 
 from ..core.errors import ArtifactError
 from ..folders.files import ARTIFACT_FILE, STUDENT_FILE, atomic_folder, cache_folder
-from ..folders.hub import PICKLED, local_folder
+from ..folders.hub import local_folder
 from ..folders.manifests import LORA_FILE, PEFT_CONFIG, PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
 from ..folders.reading import read_config, write_manifest
-from .catalogue import catalogue, find
+from .catalogue import find
 from .control import PARTS, control_class
 from .describe import NONE, Described, describe
-from .files import NETWORKS, PIECE, UNDRAWN, WEIGHTS, missing_files, missing_pieces
+from .files import NETWORKS, PIECE, TOLD, UNDRAWN, WEIGHTS, missing_files, missing_pieces, pipeline_files
+from .links import HALF_VARIANT, link, link_network, weights_file
 from .options import ModelOptions
 
 UNUSED = ("*.onnx*", "*.bin", "*openvino_*", "*.jpg", "*.png", *(f"{part}/*" for part in UNDRAWN))
-PIPELINE_FILES = ("*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # not whole checkpoints at the top
-HALF_VARIANT = ".fp16"
 FULL = tuple(f"*/{stem}{rest}.safetensors" for stem in WEIGHTS.values() for rest in ("", "-*-of-*"))
-LAYOUT = 2  # of the links: students that were made in another one are made anew
+LAYOUT = 3  # of the links: students that were made in another one are made anew
 NON_EMA = "*.non_ema.safetensors"
 FOREIGN = {  # fields of ModelOptions that say what a model of ours says itself, and their options
     "entry": "--as",
@@ -110,7 +108,7 @@ def write_student(described: Described) -> Path:
         pipeline = temporary if described.lora is None else temporary / PIPELINE_FOLDER
         _link_pipeline(described, pipeline)
         if described.lora is not None:
-            _link_lora(_safetensors(described.lora), temporary)
+            _link_lora(weights_file(described.lora), temporary)
         write_manifest(temporary, manifest)
     return target
 
@@ -130,9 +128,9 @@ PIPELINE_FOLDER = "pipeline"  # of a LoRA's base, beside the LoRA
 
 def _link_lora(file: Path, target: Path) -> None:
     """The weights, and of peft's the config beside them, which says how strong they are."""
-    _link(file, target / LORA_FILE)
+    link(file, target / LORA_FILE)
     if (config := file.parent / PEFT_CONFIG).is_file():
-        _link(config, target / PEFT_CONFIG)
+        link(config, target / PEFT_CONFIG)
 
 
 def _link_pipeline(described: Described, target: Path) -> None:
@@ -144,12 +142,12 @@ def _link_pipeline(described: Described, target: Path) -> None:
         if described.network is not None and name.parts[0] in NETWORKS and name.suffix != ".json":
             continue
         if (len(name.parts) > 1 or name.suffix == ".json") and _is_whole(path):
-            _link(path, target / name)
+            link(path, target / name)
             if HALF_VARIANT in name.name and not PIECE.search(name.name):  # pieces are found by their index
                 full = name.name.replace(HALF_VARIANT, "", 1)
                 file = f"{full.partition('.safetensors')[0]}.safetensors"
                 if not any(_is_whole(path.with_name(other)) for other in (full, file, f"{file}.index.json")):
-                    _link(path, (target / name).with_name(full))  # half the precision is all there is
+                    link(path, (target / name).with_name(full))  # half the precision is all there is
     _write_scheduler(described, target)
     if described.network is not None:
         _replace_network(described.network, target)
@@ -187,8 +185,8 @@ def _set_classes(target: Path, pipeline: str | None = None, **parts: str | None)
 
 def _replace_decoder(place: Path, target: Path) -> None:
     shutil.rmtree(target / "vae", ignore_errors=True)
-    _link(place / "config.json", target / "vae" / "config.json")
-    _link(_safetensors(place), target / "vae" / "diffusion_pytorch_model.safetensors")
+    link(place / "config.json", target / "vae" / "config.json")
+    link_network(place, target / "vae")
     _set_classes(target, vae="AutoencoderTiny")
 
 
@@ -197,8 +195,8 @@ def _add_control(place: Path, pipeline: str, target: Path) -> None:
     kind = control_class(place)
     for part in PARTS.values():
         shutil.rmtree(target / part, ignore_errors=True)
-    _link(place / "config.json", target / PARTS[kind] / "config.json")
-    _link(_safetensors(place), target / PARTS[kind] / "diffusion_pytorch_model.safetensors")
+    link(place / "config.json", target / PARTS[kind] / "config.json")
+    link_network(place, target / PARTS[kind])
     _set_classes(target, pipeline, **(dict.fromkeys(PARTS.values()) | {PARTS[kind]: kind}))
 
 
@@ -209,70 +207,34 @@ def _replace_network(place: Path, target: Path) -> None:
         raise ArtifactError(f"{target.name} has no {' or '.join(NETWORKS)} whose weights could be replaced")
     if (place / "config.json").is_file():
         (network / "config.json").unlink()
-        _link(place / "config.json", network / "config.json")
+        link(place / "config.json", network / "config.json")
     for index_file in network.glob("*.index*.json"):
         index_file.unlink()
-    _link(_safetensors(place), network / "diffusion_pytorch_model.safetensors")
-
-
-def _safetensors(place: Path) -> Path:
-    """The one safetensors file there. Raises ArtifactError."""
-    if place.is_file():
-        if place.suffix != ".safetensors":
-            raise ArtifactError(
-                f"{place} is a pickle, which is not read; convert it to .safetensors with diffusers first"
-            )
-        return place
-    known = [LORA_FILE, "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"]
-    files = [place / name for name in known if (place / name).is_file()] or sorted(place.glob("*.safetensors"))
-    if not files:
-        pickled = any(path for pattern in PICKLED for path in place.glob(pattern))
-        more = ": only pickles, which are not read; convert them with diffusers first" if pickled else ""
-        raise ArtifactError(f"{place} holds no .safetensors file{more}")
-    return files[0]
-
-
-def _link(source: Path, target: Path) -> None:
-    """A symbolic link, or where there are none a hard link or a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()
-    for way in (os.symlink, os.link, shutil.copyfile):
-        try:
-            way(source, target)
-            return
-        except OSError:
-            continue
-    raise ArtifactError(f"cannot link or copy {source} to {target}")
+    link_network(place, network)
 
 
 def _fetch(name: str, file: str | None = None, *, without: Sequence[str] = (), network: bool = False) -> Path:
     """The folder of a hub id, or a file of it, with the weights that are drawn with; a path stays what it is. Of weights in
     several precisions half, as the cards load them, and full ones for the components that have no other."""
-    if file is None and network:
+    if file is not None:
+        folder = local_folder(name, only=[file, Path(file).with_name(PEFT_CONFIG).as_posix()])
+        if not (folder / file).is_file():
+            raise ArtifactError(f"{name} has no file {file}; it may have been renamed there")
+        return folder / file
+    only = pipeline_files(local_folder(name, only=TOLD))
+    if network and only is None:
         folder = local_folder(name, only=("config.json", f"*{HALF_VARIANT}.safetensors"))
         return folder if any(folder.glob("*.safetensors")) else local_folder(name, ignore=UNUSED)
-    if file is None:
-        only = PIPELINE_FILES if find_base(name) else None
-        unused = (*UNUSED, *(f"{part}/*.safetensors" for part in without))
-        folder = local_folder(name, ignore=(*unused, *FULL, NON_EMA), only=only)
-        missing = {path.partition("/")[0] for path in missing_files(folder, without=without)}
-        if missing and folder != Path(name):
-            there = (f"{part.name}/*.safetensors" for part in folder.iterdir() if part.name not in missing)
-            folder = local_folder(name, ignore=(*unused, f"*{HALF_VARIANT}*", NON_EMA, *there), only=only)
-        return folder
-    folder = local_folder(name, only=[file, Path(file).with_name(PEFT_CONFIG).as_posix()])
-    if not (folder / file).is_file():
-        raise ArtifactError(f"{name} has no file {file}; it may have been renamed there")
-    return folder / file
+    unused = (*UNUSED, *(f"{part}/*.safetensors" for part in without))
+    folder = local_folder(name, ignore=(*unused, *FULL, NON_EMA), only=only)
+    missing = {path.partition("/")[0] for path in missing_files(folder, without=without)}
+    if missing and folder != Path(name):
+        there = (f"{part.name}/*.safetensors" for part in folder.iterdir() if part.name not in missing)
+        folder = local_folder(name, ignore=(*unused, f"*{HALF_VARIANT}*", NON_EMA, *there), only=only)
+    return folder
 
 
 def _fetch_unknown(name: str) -> Path:
     """The folder of a hub id that the catalogue does not have: all of an artifact, of a pipeline what is drawn with."""
-    told = local_folder(name, only=(PIPELINE_FILE, STUDENT_FILE))
-    is_pipeline = (told / PIPELINE_FILE).is_file() or (told / STUDENT_FILE).is_file()
-    return _fetch(name) if is_pipeline else local_folder(name)
-
-
-def find_base(name: str) -> bool:
-    """Whether the catalogue knows it as a pipeline."""
-    return any(entry.pipeline_id == name for entry in catalogue().values())
+    told = local_folder(name, only=TOLD)
+    return _fetch(name) if any((told / file).is_file() for file in TOLD) else local_folder(name)

@@ -100,6 +100,7 @@ def stages_of(pipeline: Any) -> Stages:
     if architecture.control is not None:
         control = control_of(getattr(pipeline, architecture.control), network.config, downscale)
     scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    patch = int(network.config.get("patch_size") or 1)
     return Stages(
         pipeline=name,
         tokens=tokens,
@@ -111,16 +112,14 @@ def stages_of(pipeline: Any) -> Stages:
         scheduler=scheduler,
         latent_channels=channels,
         downscale=downscale,
-        multiple=math.lcm(
-            downscale * int(network.config.get("patch_size") or 1) * architecture.packs,
-            control.multiple if control else 1,
-        ),
+        multiple=math.lcm(downscale * patch * architecture.packs, control.multiple if control else 1),
         default_size=(height * downscale, width * downscale),
         is_told_guidance=bool(network.config.get("time_cond_proj_dim") or network.config.get("guidance_embeds")),
         control=None if control is None else control.kind,
         condition_encoder=None if control is None else control.encoder,
         features=() if control is None else control.features,
         any_multiple=_any_multiple(network, downscale, control) if architecture.network == "unet" else None,
+        largest_side=(network.config.get("pos_embed_max_size") or 0) * patch * downscale or None,
     )
 
 

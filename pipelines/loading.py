@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..folders.files import STUDENT_FILE
 from ..folders.hub import local_folder
 from ..folders.manifests import PIPELINE_FILE, SCHEDULER_FILE, StudentManifest
 from ..folders.reading import read_config, read_student_manifest
+from ..models.files import TOLD, pipeline_files
 from .architectures import Architecture, architecture_of, stages_of
 from .half import compute_in_float32, stored_dtype, variant_of
 from .lora import Lora, fuse
@@ -26,7 +27,8 @@ UPCASTS = "StableDiffusionXL"  # the family of diffusers' pipelines that heed th
 
 def student_folder(student: str | Path) -> Path:
     """The folder of a student; a hub id is downloaded, but for what no student needs. Raises ArtifactError."""
-    return local_folder(student, ignore=["*.onnx*", "*.bin"])
+    only = pipeline_files(local_folder(student, only=TOLD))
+    return local_folder(student, ignore=["*.onnx*", "*.bin"], only=only)
 
 
 def load_stages(student: str | Path, **options: Any) -> Stages:
@@ -137,15 +139,60 @@ def _load(folder: Path, unused: dict[str, None], dtype: dict[str, torch.dtype], 
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError:
         raise missing_extra("diffusers", "export") from None
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
         with quiet():
-            return DiffusionPipeline.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, variant=variant, **unused
+            texts = _load_texts(folder, unused, dtype, variant, options)
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(folder), dtype=dtype, variant=variant, **options, **unused, **texts
             )
+    except ArtifactError:
+        raise
     except Exception as error:  # whatever a damaged folder makes the libraries raise
         there = sorted({found for path in folder.glob("*/*.safetensors") if (found := variant_of(path))})
         hint = f"; it holds the variant {' and '.join(there)}: add --variant" if there and variant not in there else ""
         raise ArtifactError(f"{folder} does not load in diffusers: {first_line(error)}{hint}") from error
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            _check_whole(folder / part, [name for name, values in module.named_parameters() if values.is_meta])
+    return pipeline
+
+
+def _load_texts(
+    folder: Path, unused: Collection[str], dtype: dict[str, torch.dtype], variant: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The networks of transformers, which makes up what a file lacks: diffusers' pipeline does not hand on that it did.
+
+    Raises ArtifactError for one that is not whole, and what transformers raises.
+    """
+    import transformers
+
+    found: dict[str, Any] = {}
+    for part, kind in read_config(folder / PIPELINE_FILE).items():
+        if part in unused or not isinstance(kind, list) or kind[:1] != ["transformers"]:
+            continue
+        network: Any = getattr(transformers, str(kind[-1]), None)
+        if transformers.PreTrainedModel not in getattr(network, "__mro__", ()):
+            continue
+        own = variant if variant is not None and any((folder / part).glob(f"*.{variant}*")) else None
+        found[part], report = network.from_pretrained(
+            str(folder / part),
+            dtype=dtype.get(part, dtype["default"]),
+            variant=own,
+            output_loading_info=True,
+            **options,
+        )
+        _check_whole(folder / part, report["missing_keys"])
+    return found
+
+
+def _check_whole(part: Path, missing: Collection[str]) -> None:
+    """Raises ArtifactError that names a tensor which the files of a network lack."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ArtifactError(
+            f"{part} lacks the weights {min(missing)}{more}; fetch it again, or save it whole with diffusers' save_pretrained"
+        )
 
 
 def _load_tiny(folder: Path) -> Any:
@@ -153,11 +200,13 @@ def _load_tiny(folder: Path) -> Any:
 
     try:
         with quiet():
-            return AutoencoderTiny.from_pretrained(
+            vae: Any = AutoencoderTiny.from_pretrained(
                 str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
     except Exception as error:
         raise ArtifactError(f"{folder} is no AutoencoderTiny: {first_line(error)}") from error
+    _check_whole(folder, [name for name, values in vae.named_parameters() if values.is_meta])
+    return vae
 
 
 def first_line(error: Exception) -> str:

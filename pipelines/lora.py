@@ -17,6 +17,7 @@ from ..folders.files import known_sha256
 from ..folders.hub import HUB_ID, files_on_hub, hub_file, local_folder
 from ..folders.loras import Lora, parse_lora
 from ..folders.manifests import LORA_FILE, PEFT_CONFIG, FusedLora
+from .lora_names import ALPHA, converted_names
 from .stages import quiet
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -51,21 +52,20 @@ def place(pipeline: Any, network: str, lora: Lora) -> dict[str, Any]:
     files = lora_files(lora.name)
     try:
         with quiet(diffusers_warns=True), _without_idle_warnings():
-            count = sum(_inject(pipeline, network, component, file) for component, file in files.items())
+            given = [name for component, file in files.items() for name in _inject(pipeline, network, component, file)]
     except ArtifactError:
         raise
     except Exception as error:  # whatever a file of another model makes the libraries raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise _misfit(lora, pipeline, reason) from error
     factors = [
-        (name, values)
-        for _, module in _modules(pipeline)
+        (f"{component}.{name}", values)
+        for component, module in _modules(pipeline)
         for name, values in module.named_parameters()
         if f".{ADAPTER}" in name
     ]
-    if len(factors) < count:
-        none = "none" if not factors else f"only {len(factors)}"
-        raise _misfit(lora, pipeline, f"{none} of its {count} tensors have a place there")
+    if len(factors) < len(given):
+        raise _misfit(lora, pipeline, _without_place(given, [name for name, _ in factors]))
     for name, values in factors:
         if not torch.isfinite(values).all():
             raise ArtifactError(f"the LoRA {lora.name} holds NaN or Inf, in {name.partition('.lora_')[0]}")
@@ -148,11 +148,12 @@ def _not_pickled(file: AnyPath) -> AnyPath:
     return file
 
 
-def _inject(pipeline: Any, network: str, component: str, file: Path) -> int:
-    """Adds a file's tensors beside the weights that they change; how many they are."""
+def _inject(pipeline: Any, network: str, component: str, file: Path) -> list[str]:
+    """Adds a file's tensors beside the weights that they change; what those are called in diffusers that must have got a place."""
     from safetensors.torch import load_file
 
-    tensors = {name: values for name, values in load_file(file).items() if not name.endswith("alpha")}
+    whole = load_file(file)
+    tensors = {name: values for name, values in whole.items() if not name.endswith(ALPHA)}
     first = {name.removeprefix(PEFT_PREFIX).split(".")[0] for name in tensors}
     module: Any = getattr(pipeline, component or network, None)
     if any(name.startswith(PEFT_PREFIX) for name in tensors):
@@ -163,9 +164,10 @@ def _inject(pipeline: Any, network: str, component: str, file: Path) -> int:
         module.load_lora_adapter(str(file), prefix=None, adapter_name=ADAPTER)
     elif hasattr(reader := _reader(pipeline), "load_lora_weights"):
         reader.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, local_files_only=True)
+        return converted_names(reader, whole)
     else:
         raise ArtifactError(f"{file}: diffusers reads no LoRA of a {type(pipeline).__name__}; save it with peft")
-    return len(tensors)
+    return [f"{component or network}.{name.removeprefix(PEFT_PREFIX)}" for name in tensors]
 
 
 def _reader(pipeline: Any) -> Any:
@@ -238,6 +240,21 @@ def _without_idle_warnings() -> Iterator[None]:
 def _modules(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     components: Mapping[str, Any] = pipeline.components
     return ((name, part) for name, part in components.items() if isinstance(part, torch.nn.Module))
+
+
+def _without_place(given: Sequence[str], placed: Sequence[str]) -> str:
+    """How many have a place; and one that has none, of those that are called as peft calls them."""
+    if not placed:
+        return f"none of its {len(given)} tensors have a place there"
+    layers = {_layer_of(name) for name in placed}
+    lost = next((name for name in given if ".lora_A." in name and _layer_of(name) not in layers), None)
+    named = "" if lost is None else f"{lost} has no place, "
+    return f"{named}only {len(placed)} of its {len(given)} tensors have a place there"
+
+
+def _layer_of(tensor: str) -> str:
+    """Transformers 5 took the level text_model out of CLIP's text models."""
+    return tensor.partition(".lora_")[0].replace(".text_model.", ".")
 
 
 def _misfit(lora: Lora, pipeline: Any, reason: str) -> ArtifactError:

@@ -159,6 +159,7 @@ class Stages:
     condition_encoder: torch.nn.Module | None = None
     features: tuple[str, ...] = ()
     any_multiple: int | None = None  # as `multiple`, of a graph of any size; None: the networks have none
+    largest_side: int | None = None  # of an image; None: there is no limit
 
     @property
     def prediction_type(self) -> str:
@@ -197,6 +198,11 @@ class Stages:
             raise ArtifactError(
                 f"a size must be a multiple of {self.multiple} for this student, got {size_name(size)}; "
                 f"try {size_name((near[0], near[1]))}"
+            )
+        if self.largest_side is not None and max(size) > self.largest_side:
+            raise ArtifactError(
+                f"a size must be at most {size_name((self.largest_side, self.largest_side))} for this student, whose network knows "
+                f"no places beyond, got {size_name(size)}"
             )
 
     def any_size(self, limits: tuple[int, int]) -> AnySize:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.folders.reading import read_student_manifest
+from imagine_flash.models.links import link_network
 from imagine_flash.models.options import ModelOptions
 from imagine_flash.models.student import student_of
 from imagine_flash.pipelines.loading import load_student_pipeline
@@ -21,6 +22,8 @@ from imagine_flash.tests.hub import publish
 from imagine_flash.tests.loras import ATTENTION, write_lora
 
 RANK, ALPHA = 4, 2
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
+LIGHTNING = ("1step_unet_x0", "4step_unet", "4step_lora", "8step_unet")  # of the repository's files
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -94,3 +97,74 @@ def test_a_folder_that_is_no_pipeline_is_not_left_out(hub: Path, own: Path, tmp_
     (tmp_path / "other").mkdir()
     with pytest.raises(ArtifactError, match="other is no diffusers pipeline"):
         student_of(tmp_path / "other", ModelOptions(entry="sd-turbo"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "linked", "file"),
+    [
+        ("sdxl-lightning-4step", "unet/diffusion_pytorch_model.safetensors", "sdxl_lightning_4step_unet.safetensors"),
+        ("sdxl-lightning-8step", "unet/diffusion_pytorch_model.safetensors", "sdxl_lightning_8step_unet.safetensors"),
+        ("sdxl-lightning-4step-lora", "pytorch_lora_weights.safetensors", "sdxl_lightning_4step_lora.safetensors"),
+    ],
+)
+def test_of_a_copy_of_the_repository_the_entrys_file_is_taken(
+    hub: Path, own: Path, tmp_path: Path, entry: str, linked: str, file: str
+) -> None:
+    """It was the first by name, for every entry: the weights of one step, whatever was asked for."""
+    publish(hub, XL, own)
+    copy = tmp_path / "SDXL-Lightning"
+    copy.mkdir()
+    for name in LIGHTNING:
+        (copy / f"sdxl_lightning_{name}.safetensors").touch()
+    student = student_of(copy, ModelOptions(entry=entry))
+    assert (student / linked).resolve() == (copy / file).resolve()
+    (copy / file).unlink()
+    with pytest.raises(ArtifactError, match=r"Lightning holds sdxl_.*, sdxl_.*; give the path of one") as caught:
+        student_of(copy, ModelOptions(entry=entry))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_in_pieces_is_whole(hub: Path, own: Path, tmp_path: Path) -> None:
+    """diffusers saves XL's full UNet so: all but its first piece were lost."""
+    publish(hub, XL, own)
+    unet = pipelines.build_pipeline().unet
+    for values in unet.parameters():
+        values.data += 1.0
+    unet.save_pretrained(tmp_path / "unet", max_shard_size="200KB")
+    assert len(list((tmp_path / "unet").glob("*-of-*.safetensors"))) > 1
+    student = student_of(tmp_path / "unet", ModelOptions(entry="sdxl-lightning-4step"))
+    loaded, expected = load_student_pipeline(student).unet.state_dict(), unet.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in loaded.items())
+
+
+INDEX = '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "says"),
+    [
+        (
+            ["model-1-of-2.safetensors"],
+            "",
+            r"holds model-1-of-2\.safetensors, one piece of several, and no index of all",
+        ),
+        (
+            ["model-1-of-2.safetensors"],
+            "model-1-of-2.safetensors",
+            "is one piece of several; give the path of its folder",
+        ),
+        (
+            ["model-1-of-2.safetensors", "model.safetensors.index.json"],
+            "",
+            r"lacks model-2-of-2\.safetensors, which model\.safetensors\.index\.json lists; put it there",
+        ),
+        (["a.safetensors", "b.safetensors"], "", r"holds a\.safetensors, b\.safetensors; give the path of one"),
+    ],
+)
+def test_a_piece_is_no_network(tmp_path: Path, files: list[str], given: str, says: str) -> None:
+    for name in files:
+        (tmp_path / name).write_text(INDEX)
+    with pytest.raises(ArtifactError, match=says) as caught:
+        link_network(tmp_path / given, tmp_path / "made")
+    assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -228,6 +228,26 @@ def test_a_scheduler_without_a_closed_form_needs_a_sampler(folders: dict[str, Pa
         student_of(tmp_path / "dpm", ModelOptions(steps=(4,)))
     found = read_student_manifest(student_of(tmp_path / "dpm", ModelOptions(steps=(4,), sampler="renoise")))
     assert found.plans == {4: [999, 749, 499, 249]} and found.sampler.kind == "renoise"
+
+
+@pytest.mark.parametrize("sampler", [None, "renoise"])
+def test_a_scheduler_that_does_not_say_its_class(
+    folders: dict[str, Path], tmp_path: Path, sampler: Literal["renoise"] | None
+) -> None:
+    """The index says it, which is what diffusers goes by; with --sampler, which the error advised, it was a KeyError."""
+    folder = Path(shutil.copytree(folders["euler"], tmp_path / "unsaid"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in values.items() if key != "_class_name"}))
+    student = student_of(folder, ModelOptions(steps=(2,), sampler=sampler))
+    assert json.loads((student / "scheduler" / "scheduler_config.json").read_text()) == values
+    assert read_student_manifest(student).sampler.kind == (sampler or "deterministic")
+    index = folder / "model_index.json"
+    index.write_text(
+        json.dumps({key: value for key, value in json.loads(index.read_text()).items() if key != "scheduler"})
+    )
+    with pytest.raises(ArtifactError, match=r"scheduler_config\.json has no _class_name; add it, such as"):
+        student_of(folder, ModelOptions(steps=(2,), sampler=sampler))
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -13,15 +13,16 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from imagine_flash.core.errors import ArtifactError
 from imagine_flash.export.onnx import export_denoiser, export_text_encoder
 from imagine_flash.export.precision import run_graph
 from imagine_flash.export.weights import WEIGHTS_FILE, WeightStore
+from imagine_flash.pipelines.architectures import stages_of
 from imagine_flash.pipelines.half import compute_in_float32, stored_dtype
-from imagine_flash.pipelines.loading import load_stages
-from imagine_flash.tests import pipelines
+from imagine_flash.pipelines.loading import load_pipeline, load_stages
+from imagine_flash.tests import architectures, pipelines
 from imagine_flash.tests.lowering_cases import export
 
 SIZE = (64, 64)
@@ -151,3 +152,91 @@ def test_a_sampler_that_nobody_named_is_asked_for(tmp_path, scheduler, says):
     pipelines.describe(tmp_path, sampler={"kind": "deterministic"})
     with pytest.raises(ArtifactError, match="does not load in diffusers"):
         load_stages(tmp_path)  # it asks no more, and goes on to the weights, which are not there
+
+
+PARTS = {  # of the tiny pipeline: its file, and a part of its names
+    "text_encoder": ("model.safetensors", "layers.1."),
+    "unet": ("diffusion_pytorch_model.safetensors", "mid_block."),
+    "vae": ("diffusion_pytorch_model.safetensors", "decoder.conv_out."),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_network_that_is_not_whole_is_refused(tmp_path, part):
+    """A text encoder was filled up with random numbers without a word; the others failed with a traceback, on the device meta."""
+    pipelines.build_pipeline().save_pretrained(tmp_path)
+    name, lost = PARTS[part]
+    file = tmp_path / part / name
+    tensors = load_file(file)
+    kept = {key: values for key, values in tensors.items() if lost not in key}
+    save_file(kept, file, {"format": "pt"})
+    first, more = min(tensors.keys() - kept.keys()), len(tensors) - len(kept) - 1
+    with pytest.raises(ArtifactError, match=rf"{part} lacks the weights {first} and {more} more; fetch") as raised:
+        load_pipeline(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tiny_decoder_that_is_not_whole_is_refused(tmp_path):
+    student = pipelines.build_student(tmp_path / "student")
+    pipelines.build_vae("tiny", 16).save_pretrained(tmp_path / "tiny")
+    file = tmp_path / "tiny" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    gone = next(iter(tensors))
+    save_file({key: values for key, values in tensors.items() if key != gone}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=f"tiny lacks the weights {gone}; fetch it again"):
+        load_stages(student, tiny_decoder=tmp_path / "tiny")
+
+
+def old_names(tensors):
+    """As Stable Diffusion 1.5's CLIP was saved: with a level that transformers 5 took out, and the places as a tensor."""
+    named = {f"text_model.{name}": values for name, values in tensors.items()}
+    return named | {"text_model.embeddings.position_ids": torch.arange(pipelines.CONTEXT_LENGTH)[None]}
+
+
+def embeddings_twice(tensors):
+    return tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}
+
+
+def embeddings_by_the_other_name(tensors):
+    return {name.replace("shared", "encoder.embed_tokens"): values for name, values in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("sd15", old_names), ("pixart", embeddings_twice), ("pixart", embeddings_by_the_other_name)],
+    ids=lambda case: getattr(case, "__name__", case),
+)
+def test_names_that_the_libraries_read_are_not_missing(tmp_path, kind, write):
+    pipeline = architectures.DRAWN[kind]()
+    pipeline.save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    save_file(write(load_file(file)), file, {"format": "pt"})
+    loaded, expected = load_pipeline(tmp_path).text_encoder.state_dict(), pipeline.text_encoder.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in loaded.items())
+
+
+def test_a_text_encoder_in_pieces_of_a_variant(tmp_path):
+    """Beside networks that have none of the variant: each part's own is read."""
+    pipeline = pipelines.build_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    half = pipeline.text_encoder.half()
+    half.save_pretrained(tmp_path / "text_encoder", variant="fp16", max_shard_size="20KB")
+    loaded = load_pipeline(tmp_path, variant="fp16").text_encoder.state_dict()
+    assert all(torch.equal(values, half.state_dict()[name].float()) for name, values in loaded.items())
+
+
+def test_a_size_beyond_the_places_that_a_network_knows(tmp_path):
+    """Of Stable Diffusion 3, whose table of places ends: it was a ValueError of diffusers."""
+    stages = stages_of(architectures.build_sd3())
+    side = 16 * 2 * stages.downscale  # places of 2x2 latents
+    stages.check_size((side, side))
+    inputs = torch.zeros(1, *stages.latent_shape((side, stages.multiple))), torch.zeros(1)
+    with torch.inference_mode():
+        conditions = stages.text_encoder(*stages.example_tokens(1).values())
+        assert stages.denoiser(None)(*inputs, *conditions).shape == inputs[0].shape
+    with pytest.raises(
+        ArtifactError, match=f"a size must be at most {side}x{side} for this student, .*got 64x{2 * side}"
+    ):
+        stages.check_size((2 * side, 64))
