@@ -16,14 +16,14 @@ from .arena import arena_command
 from .bench import bench
 from .cache import cache
 from .common import examples, flag, set_quiet, show_help
-from .comparing import compare_command
 from .exporting import build_tensorrt_command, export_command
 from .generate import generate_command
 from .inspecting import inspect_command
+from .measuring import compare_command, evaluate_command, study_command
 from .models import models_command
 from .pushing import push_command
 from .serve import serve_command
-from .training import distill_command, evaluate_command, study_command, train_judge_command, train_teacher_command
+from .training import distill_command, train_judge_command, train_teacher_command
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 HELP = {"help_option_names": ["-h", "--help"]}

@@ -11,7 +11,7 @@ import typer
 
 from ..core.errors import ImagineFlashError
 from .common import Quiet, flag, needs, note, progress, say, writable
-from .serve import is_loopback, listen, options_as_typed, url_of
+from .listening import is_loopback, listen, options_as_typed, url_of
 
 if TYPE_CHECKING:
     from ..benchmarks.picture_folders import Shown

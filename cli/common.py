@@ -47,6 +47,7 @@ Output = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
 ]
+Recipe = Annotated[str, typer.Option(metavar="NAME", help="A built-in recipe or a YAML file.")]
 Font = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The font Noto Color Emoji; by default where the system keeps its fonts."),

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import ipaddress
 import logging
 import os
-import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +13,9 @@ import typer
 
 from ..core.errors import ImagineFlashError, RequestError
 from .common import ControlNet, Quiet, TinyDecoder, flag, needs, note, say
+from .listening import configuration, is_loopback, listen, options_as_typed, url_of
 
 if TYPE_CHECKING:
-    import uvicorn
-    from fastapi import FastAPI
 
     from ..engine import Engine
     from ..engine.server.settings import ServerSettings
@@ -191,7 +186,7 @@ def _serve_here(settings: ServerSettings) -> None:
         server.should_exit = True
 
     app = create_app(load, settings, failed=end)
-    server = uvicorn.Server(_configuration(app, settings))
+    server = uvicorn.Server(configuration(app, settings))
     listening = listen(settings.host, settings.port)
     say(url_of(settings.host, listening))
     logs.configure(settings.log_level, settings.log_format)
@@ -218,31 +213,6 @@ def _with_a_folder(settings: ServerSettings) -> ServerSettings:
     return settings.model_copy(update={"model": model, "controlnet": None, "tiny_decoder": None})  # parts of it now
 
 
-def _configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
-    """Raises RequestError."""
-    import uvicorn
-
-    from ..engine.server import connections
-    from ..engine.server.messages import MAX_PICTURE
-
-    http, stream = connections.at_most(settings.max_connections, settings.max_memory)
-    return uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        http=http,
-        ws=stream,
-        ws_max_size=max(settings.max_body, MAX_PICTURE),
-        ws_ping_interval=20,
-        ws_per_message_deflate=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=30,
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxy),
-        forwarded_allow_ips=list(settings.trusted_proxy),
-    )
-
-
 def _serve_on_ray(settings: ServerSettings) -> None:
     """Until a signal ends it; the URL is said once it draws. Raises ImagineFlashError."""
     from ..engine.replicas.run import cluster, run
@@ -259,44 +229,3 @@ def _serve_on_ray(settings: ServerSettings) -> None:
     with listen(settings.host, settings.port) as free:  # what listens in the end is a process of Ray's
         url, port = url_of(settings.host, free), free.getsockname()[1]
     run(settings.model_copy(update={"port": port}), ready=lambda: say(url))
-
-
-@contextmanager
-def options_as_typed(given: set[str]) -> Iterator[None]:
-    """A setting that cannot be is called by its option: --max-queue, not max_queue."""
-    try:
-        yield
-    except ImagineFlashError as error:
-        name = str(error).partition(" ")[0].rstrip(":")
-        if name not in given:
-            raise
-        raise type(error)("--" + name.replace("_", "-") + str(error).removeprefix(name)) from None
-
-
-def url_of(host: str, listening: socket.socket) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{listening.getsockname()[1]}"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Raises RequestError."""
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
-    except OverflowError:
-        raise RequestError(f"port must be 0 to 65535, got {port}") from None
-    except OSError as error:
-        raise RequestError(
-            f"cannot listen at {host}:{port} ({str(error.strerror).partition(' (')[0]}); choose another --port or --host"
-        ) from None
-
-
-def is_loopback(host: str) -> bool:
-    """Raises RequestError for what is no address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        raise RequestError(f"host must be an address such as 127.0.0.1 or 0.0.0.0, got {host!r}") from None

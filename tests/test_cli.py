@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from imagine_flash.cli.generate import read_picture_file
+from imagine_flash.cli.listening import is_loopback
 from imagine_flash.engine.pictures.reader import read_picture
 from imagine_flash.folders.reading import digest_of
 from imagine_flash.tests.commands import fails, run, start
@@ -336,6 +337,12 @@ def test_inspect_says_what_is_there(tiny_artifact: Path, tiny_student: Path) -> 
     for folder, file in ((tiny_artifact, "manifest.json"), (tiny_student, "imagine_flash.json")):
         assert json.loads(run("inspect", folder, "--json").stdout) == json.loads((folder / file).read_text())
     assert "give one of them" in fails("inspect", tiny_artifact, "--run", "--json")
+
+
+def test_addresses_of_this_machine_need_no_keys() -> None:
+    """An IPv4 one written as IPv6 was taken for one of a network."""
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "::1", "::ffff:127.0.0.1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "::ffff:0.0.0.0", "192.0.2.1")))
 
 
 def test_what_an_encoding_lacks_is_replaced() -> None:

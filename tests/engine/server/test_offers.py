@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from websockets.sync import client
 
-from imagine_flash.cli.serve import _configuration, listen
+from imagine_flash.cli.listening import configuration, listen
 from imagine_flash.engine.server import ServerSettings, connections
 
 OFFER = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAA"  # Java's and curl's
@@ -37,7 +37,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    server = uvicorn.Server(_configuration(echo, ServerSettings()))  # type: ignore[arg-type]
+    server = uvicorn.Server(configuration(echo, ServerSettings()))  # type: ignore[arg-type]
     server.config.lifespan = "off"
     listening = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

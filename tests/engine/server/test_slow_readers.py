@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.sync import client
 
-from imagine_flash.cli.serve import _configuration, listen
+from imagine_flash.cli.listening import configuration, listen
 from imagine_flash.engine import Engine
 from imagine_flash.engine.server import ServerSettings, connections, create_app
 from imagine_flash.tests.engine.server.malformed import frame, handshake
@@ -33,7 +33,7 @@ def serve(tiny_artifact: Path) -> Iterator[Callable[..., tuple[uvicorn.Server, i
         def start(**values: Any) -> tuple[uvicorn.Server, int]:
             settings = ServerSettings(**values)
             server, listening = (
-                uvicorn.Server(_configuration(create_app(engine, settings), settings)),
+                uvicorn.Server(configuration(create_app(engine, settings), settings)),
                 listen("::1", 0),
             )
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
