@@ -16,7 +16,6 @@ from .common import ControlNet, Quiet, TinyDecoder, flag, needs, note, say
 from .listening import configuration, is_loopback, listen, options_as_typed, url_of
 
 if TYPE_CHECKING:
-
     from ..engine import Engine
     from ..engine.server.settings import ServerSettings
 
