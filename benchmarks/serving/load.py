@@ -12,6 +12,7 @@ from functools import partial
 from threading import Semaphore
 
 from ...engine import Engine, GenerateRequest
+from ...engine.processors import processors
 from ...engine.work import GenerateResult
 from ..harness import case_of
 from ..pictures import different_requests
@@ -81,21 +82,24 @@ def _rounds(
     **about: int,
 ) -> Case:
     """So many requests in ten rounds, each of its own seed: seconds per picture, 64 in flight at any time. The first of `ways`
-    is the baseline; begin: called when all are warm."""
+    is the baseline; begin: called when all are warm. "clients' % of processors": of this process, which shares them with the
+    server of the other way."""
     steps = min(bench.engine.steps)
     each = max(1, requests // LOAD_ROUNDS)
     wanted = different_requests(bench.engine.artifact, LOAD_ROUNDS * each, steps)
     sample = wanted[:: max(1, len(wanted) // SAMPLED)]
     found = {name: Load(sample={request.seed for request in sample}) for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    busy = dict.fromkeys(ways, 0.0)
     for way in ways.values():
         way(wanted[: max(CLIENTS, warm)], Load(sample=set()))
     begin()
     for number, first in enumerate(range(0, len(wanted), each)):
         for name in list(ways)[:: 1 if number % 2 else -1]:  # neither is always first
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             ways[name](wanted[first : first + each], found[name])
             seconds[name].append((time.perf_counter() - started) / each)
+            busy[name] += time.process_time() - worked
     kept = {name: [pixels_of(own.kept[seed]) for seed in sorted(own.kept)] for name, own in found.items()}
     checks = {name: bench.check(pictures, sample) for name, pictures in kept.items()}
     baseline, other = ways
@@ -106,7 +110,12 @@ def _rounds(
         repeats=each,
         case=bench.about(what, steps=steps, clients=CLIENTS, requests=len(wanted), **about),
     )
-    share = {other: {"% of the throughput": round(100 * sum(seconds[baseline]) / sum(seconds[other]), 1)}}
+    share = {
+        other: {
+            "% of the throughput": round(100 * sum(seconds[baseline]) / sum(seconds[other]), 1),
+            "clients' % of processors": round(100 * busy[other] / (sum(seconds[other]) * each * processors()), 1),
+        }
+    }
     numbers = {name: own.numbers(wanted) for name, own in found.items() if name != SUBMIT}
     return case.with_extra(share).with_extra(numbers)
 
