@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..folders.files import atomic_file
+from ..core.errors import ArtifactError
 from .sharding import part_like, whole
+from .tensors import write_tensors
 
 
 class Best:
@@ -38,9 +38,7 @@ class Best:
         if not write:
             return
         metadata = {"fingerprint": self.fingerprint, "step": str(step), "value": repr(value)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.path) as temporary:
-            save_file(tensors, str(temporary), metadata=metadata)
+        write_tensors(self.path, tensors, metadata)
 
     def exhausted(self, step: int) -> bool:
         """Whether the last `patience` updates brought nothing better."""
@@ -48,11 +46,18 @@ class Best:
 
     @torch.no_grad()
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
-        """Put the best ones in place, where any were kept."""
-        if self.step:
+        """Put the best ones in place, where any were kept. ArtifactError where this process cannot read them."""
+        if not self.step:
+            return
+        try:
             with safe_open(str(self.path), "pt") as file:
                 for i, weight in enumerate(weights):
                     weight.copy_(part_like(file.get_tensor(str(i)), weight))
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"cannot read the best weights, {self.path} ({error}); several processes need an OUT.run that all of them see: "
+                "put it there and start the same command again"
+            ) from None
 
     def _read(self) -> None:
         """What an earlier sitting found; a file of another run or a damaged one counts as none."""

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..core.errors import ArtifactError
-from ..folders.files import atomic_file
 from .sharding import part_like, whole
+from .tensors import write_tensors
 
 _VERSION = "3"
 
@@ -32,7 +31,8 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: float, write: bool = True) -> None:
-    """Write the state after `step` updates; a kill while writing leaves the previous file whole.
+    """Write the state after `step` updates; a kill while writing leaves the previous file whole. ArtifactError where
+    it cannot be written.
 
     Weights that are shared out are whole in the file, so that any number of processes goes on with it: all of them must call
     this, and one has `write`.
@@ -53,9 +53,7 @@ def save_checkpoint(path: Path, state: TrainingState, *, step: int, seconds: flo
         known.add(place)
     numbers = {"step": step, "seconds": seconds, "ema_updates": state.ema.optimization_step}
     metadata = {"version": _VERSION, "task": state.task, "fingerprint": state.fingerprint}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        save_file(tensors, str(temporary), metadata=metadata | {name: str(value) for name, value in numbers.items()})
+    write_tensors(path, tensors, metadata | {name: str(value) for name, value in numbers.items()})
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> tuple[int, float]:

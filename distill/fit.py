@@ -19,11 +19,12 @@ from rich.console import Console
 from ..core.errors import Interrupted
 from .best import Best
 from .checkpoint import load_checkpoint, save_checkpoint
-from .processes import asked_to_stop
+from .processes import asked_to_stop, refuse_different
 from .recipe import Fit
 from .report import Report, check_trackers, start_trackers
 from .run import Run, Task
 from .sharding import gather
+from .tensors import remove_unfinished
 
 _LEAST_PAUSE = 20  # between two checkpoints, in the time that the first one took
 
@@ -54,6 +55,9 @@ def fit(
     run, checkpoint = Run(task, settings, track, folder, shared), folder / "checkpoints" / f"{task.name}.safetensors"
     done, before = load_checkpoint(checkpoint, run.state) if checkpoint.exists() else (0, 0.0)
     best = Best(checkpoint.with_name(f"{task.name}-best.safetensors"), task.fingerprint, settings.patience)
+    refuse_different(run.accelerator, folder, done, best.step)
+    if run.accelerator.is_main_process:
+        remove_unfinished(folder)
     trackers = start_trackers(run.accelerator, task.name, settings) if track else []
     report = Report(task.name, folder, trackers, console, main=run.accelerator.is_main_process)
     task.module.train()

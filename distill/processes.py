@@ -7,14 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 from ..core.errors import ImagineFlashError
+from .recipe import Fit
+from .reproducible import Part, rows_of
 
 _TIMEOUT = timedelta(hours=24)
 
@@ -44,6 +47,24 @@ def begin_training(mixed_precision: str) -> None:
     processes()
     if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()
+
+
+def refuse_different(accelerator: Accelerator, folder: Path, done: int, best: int) -> None:
+    """ImagineFlashError, in every process, where they found different updates in the run's folder: the first one alone writes
+    there, and each goes on from what it reads. All processes must call this."""
+    told = torch.tensor([[done, best]], device=accelerator.device)
+    found = accelerator.gather(told).tolist()  # type: ignore[union-attr]
+    if any(row != found[0] for row in found):
+        dones, bests = (", ".join(map(str, column)) for column in zip(*found, strict=True))
+        raise ImagineFlashError(
+            f"in {folder} the processes find different runs: {dones} updates, the best after {bests}; OUT.run must be one folder "
+            "that all processes see, on every machine"
+        )
+
+
+def check_split(fit: Fit) -> None:
+    """RecipeError where the batch cannot be shared out evenly over the processes and their parts."""
+    rows_of(fit.batch, Part(count=fit.accumulate * processes().num_processes))
 
 
 @contextmanager

@@ -6,13 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.errors import RecipeError, nearest
 from ..core.plan import StepPlan
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # as AdamW takes it
 
 
 class Frozen(BaseModel):
@@ -33,7 +34,7 @@ class Fit(Frozen):
     muon_rate: Annotated[float, Field(gt=0)] = 5e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 200
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Share = 0.999
@@ -46,6 +47,12 @@ class Fit(Frozen):
     validate_every: Annotated[int, Field(ge=0)] = 0  # updates between two validations; 0: none
     keep_best: bool = False  # the weights of the best validation are the result, not the last ones
     patience: Annotated[int, Field(ge=0)] = 0  # updates without a better validation that end the training; 0: none do
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare no as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _validates(self) -> Self:
@@ -137,7 +144,7 @@ class DistillRecipe(Frozen):
     guidance: tuple[float, float] = (2.0, 2.0)  # drawn uniformly; in the teacher's target only
     negative_prompt: str = ""  # what the guidance leads away from
     noise_correction: bool = False  # at inference: the true noise at t = T
-    prompts: Positive = 60_000
+    prompts: Positive = 60_000  # scenes or pictures at most; of --prompts FILE every line is used
     stated_patterns: Share = (
         0.0  # of the captions of emoji scenes that say the background's pattern; some others do too
     )
@@ -183,8 +190,9 @@ def built_in_recipes() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: str | Path, kind: type[R]) -> R:
-    """Read a built-in recipe by name or any YAML file by path; RecipeError names the key and the nearest known one."""
-    values, path = read_recipe(name_or_path)
+    """A built-in recipe by name or any YAML file by path; what names a `base` need only hold what differs. RecipeError names
+    the key and the nearest known one."""
+    values, path = read_with_base(name_or_path)
     return parse_recipe(values, kind, path)
 
 

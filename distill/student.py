@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from ..core.errors import ArtifactError, RecipeError
+from ..core.schedule import NoiseSchedule
 from ..folders.files import STUDENT_FILE, hash_folder, refuse_foreign
 from ..folders.manifests import StudentManifest
 from ..pipelines.loading import student_folder
@@ -23,7 +25,7 @@ from .fit import fit
 from .methods import method_named
 from .models import Model, load_model, load_teacher
 from .optimizers import check_optimizer
-from .processes import processes
+from .processes import check_split, processes
 from .recipe import DistillRecipe
 from .report import check_trackers
 from .saving import save_lora, save_pipeline
@@ -64,6 +66,7 @@ def distill(
     check_run(recipe, prompts, pictures, **begins, font=font, track=track, shared=shared)
     folder = student_folder(teacher_folder)
     teacher, teacher_sha256 = load_teacher(folder, recipe).to(processes().device), hash_folder(folder)
+    begun = _begun(start, start_teacher, teacher) if start else None
     run = out.with_name(out.name + ".run")
     if pictures is not None and pictures.buckets:
         teacher = teacher.of_any_size()
@@ -79,7 +82,7 @@ def distill(
             teacher_sha256,
             pictures=latents,
             pictures_sha256=digest,
-            start=_begun(start, start_teacher, teacher.network) if start else None,
+            start=begun,
             shown=() if prompts else PREVIEW_PROMPTS,
             text_file=run / "text.safetensors" if recipe.cache_text else None,
         )
@@ -109,13 +112,44 @@ def _described(
     )
 
 
-def _begun(start: Path, start_teacher: Path | None, teacher: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """The network that training begins with, on the CPU, and a hash of what it is made of; nothing else of its pipeline stays."""
-    student = load_model(start).network
+def _begun(start: Path, start_teacher: Path | None, teacher: Model) -> tuple[torch.nn.Module, str]:
+    """The network that training begins with, on the CPU, and a hash of what it is made of; nothing else of its pipeline stays.
+    ArtifactError where it, or its teacher, is no network like this teacher's."""
+    student = _network_like(start, teacher)
     if start_teacher is None:
         return student, hash_folder(start)
-    add_learned(student, load_model(start_teacher).network, teacher)
+    add_learned(student, _network_like(start_teacher, teacher), teacher.network)
     return student, hash_folder(start) + hash_folder(start_teacher)
+
+
+def _network_like(folder: Path, teacher: Model) -> torch.nn.Module:
+    """The network of a folder. ArtifactError where what it says, the noise at its times, or its shapes are not the teacher's;
+    sampler and plans may be others."""
+    found = load_model(folder)
+    ours, theirs = found.denoiser, teacher.denoiser
+    if ours.prediction_type != theirs.prediction_type:
+        what = f"predicts {ours.prediction_type}, and the teacher {theirs.prediction_type}"
+    elif not _same_noise(ours.schedule, theirs.schedule):
+        what = "was trained on another noise schedule than the teacher"
+    elif different := _other_shapes(found.network, teacher.network):
+        what = f"has another network than the teacher, {different}"
+    else:
+        return found.network
+    raise ArtifactError(f"{folder} {what}; begin with a student of a teacher like this one, or without --start")
+
+
+def _same_noise(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether networks of both are told the same at the same noise: of a flow that is the noise itself, at whatever time."""
+    if (one.kind, one.num_train_timesteps) != (other.kind, other.num_train_timesteps):
+        return False
+    return one.kind == "flow" or np.allclose(one.alpha, other.alpha, rtol=0, atol=1e-6)
+
+
+def _other_shapes(one: torch.nn.Module, other: torch.nn.Module) -> str:
+    """The first weight whose shapes differ, with both; nothing where all are alike."""
+    ours, theirs = ({name: tuple(value.shape) for name, value in net.state_dict().items()} for net in (one, other))
+    names = (name for name in theirs | ours if ours.get(name) != theirs.get(name))
+    return next((f"{name} of {ours.get(name, 'no shape')} and {theirs.get(name, 'no shape')}" for name in names), "")
 
 
 @torch.no_grad()
@@ -159,6 +193,7 @@ def check_run(
 def _check_recipe(recipe: DistillRecipe, start: Path | None, start_teacher: Path | None, shared: bool) -> None:
     """Raises an error for what this run cannot do: RecipeError, MissingExtraError, and for how it was launched."""
     check_optimizer(recipe.fit)
+    check_split(recipe.fit)
     launched = processes().num_processes
     if shared:
         check_sharding(recipe.fit, launched)

@@ -24,7 +24,7 @@ from .data.latents import encoded_scenes
 from .fit import fit
 from .grids import grid
 from .models import Model, load_model, noise_of, plain_attention
-from .processes import on_cpu, processes
+from .processes import check_split, on_cpu, processes
 from .recipe import TeacherRecipe
 from .report import check_trackers
 from .reproducible import Part, fingerprint, part_of, seeded
@@ -149,6 +149,8 @@ def train_teacher(
     check_trackers(track)
     if recipe.targets == "start" and start is None:
         raise RecipeError("targets: start are what another teacher predicts; give its folder by --start")
+    for each in (recipe.fit, *([] if start else [recipe.autoencoder.fit])):
+        check_split(each)
     console = console or Console(stderr=True)
     out = out.resolve()
     refuse_foreign(out, ())

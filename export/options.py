@@ -183,7 +183,7 @@ def parse_steps(text: str | None) -> tuple[int, ...] | None:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty. Raises ArtifactError."""
     try:
-        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ArtifactError(f"cannot read the prompts of {path}: {reason}") from None

@@ -56,19 +56,19 @@ class PictureSource:
 
     def __iter__(self) -> Iterator[Captioned]:
         """The pictures, in the same order every time. ImagineFlashError for what is none of these."""
-        files, names = self.files(), CAPTIONS if self.columns is None else self.columns[1:]
+        files, keys = self.files(), _Keys(CAPTIONS if self.columns is None else self.columns[1:])
         if any(path.suffix in (".parquet", ".arrow") for path in files) or (not files and _is_hub_id(self.place)):
             yield from (Captioned(*row) for row in rows_of(loaded(self.place), self.place, self.columns))
         elif tars := [path for path in files if ".tar" in path.suffixes]:
             for path in tars:
-                yield from _of_tar(path, names)
+                yield from _of_tar(path, keys)
         elif metadata := [path for path in files if path.name in _METADATA]:
             for path in metadata:
-                yield from _of_metadata(path, names)
+                yield from _of_metadata(path, keys)
         elif pictures := [path for path in files if path.suffix.lower() in PICTURES]:
             for path in pictures:
                 text = path.with_suffix(".txt")
-                yield Captioned(str(path), path, _caption_of(text.read_bytes(), text, names) if text.is_file() else "")
+                yield Captioned(str(path), path, _caption_of(text.read_bytes(), text, keys) if text.is_file() else "")
         else:
             raise self._nothing()
 
@@ -100,14 +100,35 @@ def _is_hub_id(place: str) -> bool:
     return not Path(place).exists() and place.count("/") == 1 and not glob.has_magic(place) and place[0] not in "./~"
 
 
-def _of_metadata(path: Path, names: Sequence[str]) -> Iterator[Captioned]:
+class _Keys:
+    """The keys that a caption may have, the first one that a row has counts; and whether any row has had one."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.met = names, False
+
+    def caption(self, row: Any, source: Path) -> str:
+        """Nothing for a row without such a key; ImagineFlashError that names the keys there are, where no row has had one yet."""
+        known = list(row) if isinstance(row, dict) else []
+        for name in self.names:
+            if name in known:
+                self.met = True
+                return " ".join(str(row[name] or "").split())
+        if self.met:
+            return ""
+        raise ImagineFlashError(
+            f"{source} has no {' or '.join(map(repr, self.names))}{nearest(self.names[0], known)}; it has "
+            f"{', '.join(map(str, known))}: name the caption with --columns image,NAME"
+        )
+
+
+def _of_metadata(path: Path, keys: _Keys) -> Iterator[Captioned]:
     """The rows of a metadata.jsonl or metadata.csv, as Hugging Face's ImageFolder has them."""
     for row in _rows(path):
-        name, here = str(row.get("file_name") or ""), path.parent.resolve()
-        picture = (here / name).resolve()
-        if not name or not picture.is_relative_to(here):
+        name = str(row.get("file_name") or "")
+        plain = Path(os.path.normpath(name))  # links are not followed: what they lead to may lie elsewhere
+        if not name or plain.anchor or plain.parts[:1] in ((), ("..",)):
             raise ImagineFlashError(f"{path}: file_name must name a file of this folder, got {name!r}")
-        yield Captioned(str(path.parent / name), picture, _chosen(row, path, names))
+        yield Captioned(str(path.parent / name), path.parent / plain, keys.caption(row, path))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -124,7 +145,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise ImagineFlashError(f"cannot read {path}: {error}") from None
 
 
-def _of_tar(path: Path, names: Sequence[str]) -> Iterator[Captioned]:
+def _of_tar(path: Path, keys: _Keys) -> Iterator[Captioned]:
     """The samples of a WebDataset shard: files that follow one another with one name up to its first dot. Only pictures,
     .txt and .json are read, whatever else is there."""
     sample: dict[str, bytes] = {}
@@ -136,41 +157,32 @@ def _of_tar(path: Path, names: Sequence[str]) -> Iterator[Captioned]:
                 stem, _, ending = file.partition(".")
                 if member.isfile() and stem and f".{ending.lower()}" in (*PICTURES, ".txt", ".json"):
                     if (key := f"{folder}/{stem}") != last:
-                        yield from _sample(path, last, sample, names)
+                        yield from _sample(path, last, sample, keys)
                         sample, last = {}, key
                     if (data := tar.extractfile(member)) is not None:
                         sample[f".{ending.lower()}"] = data.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ImagineFlashError(f"cannot read {path} ({error}); fetch it again, or leave it out") from None
-    yield from _sample(path, last, sample, names)
+    yield from _sample(path, last, sample, keys)
 
 
-def _sample(path: Path, key: str, sample: dict[str, bytes], names: Sequence[str]) -> Iterator[Captioned]:
+def _sample(path: Path, key: str, sample: dict[str, bytes], keys: _Keys) -> Iterator[Captioned]:
     name = f"{path}:{key.lstrip('/')}"
     for ending in (".txt", ".json"):
-        caption = _caption_of(sample[ending], Path(name + ending), names) if ending in sample else ""
+        caption = _caption_of(sample[ending], Path(name + ending), keys) if ending in sample else ""
         if caption:
             break
     yield from (Captioned(name + ending, sample[ending], caption) for ending in PICTURES if ending in sample)
 
 
-def _caption_of(data: bytes, source: Path, names: Sequence[str]) -> str:
-    """Of a .txt its whole text, of a .json the value of the first of the names that it has; nothing where it is neither."""
+def _caption_of(data: bytes, source: Path, keys: _Keys) -> str:
+    """Of a .txt its whole text, of a .json the value of the first of the keys that it has; nothing where it is neither."""
     try:
         text = data.decode("utf-8-sig")
         row = json.loads(text) if source.suffix == ".json" else None
     except ValueError:
         return ""
-    return " ".join(text.split()) if source.suffix == ".txt" else _chosen(row, source, names)
-
-
-def _chosen(row: Any, source: Path, names: Sequence[str]) -> str:
-    """ImagineFlashError that names the keys there are, where none of the wanted ones is."""
-    known = list(row) if isinstance(row, dict) else []
-    for name in names:
-        if name in known:
-            return " ".join(str(row[name] or "").split())
-    raise ImagineFlashError(
-        f"{source} has no {' or '.join(map(repr, names))}{nearest(names[0], known)}; it has {', '.join(map(str, known))}: "
-        "name the caption with --columns image,NAME"
-    )
+    if source.suffix != ".txt":
+        return keys.caption(row, source)
+    keys.met = keys.met or bool(text.strip())  # a .json without a key is then of a sample whose .txt is empty
+    return " ".join(text.split())

@@ -77,6 +77,11 @@ def columns_of(features: dict[str, Any], place: str, columns: tuple[str, str] | 
     if columns is not None:
         if unknown := [name for name in columns if name not in features]:
             raise ImagineFlashError(f"no column {unknown[0]!r}: {there}")
+        if not isinstance(kind := features[columns[0]], dict) and not _holds_pictures(kind):
+            raise ImagineFlashError(
+                f"column {columns[0]!r} of {place} holds {getattr(kind, 'dtype', type(kind).__name__)}, no pictures; name a "
+                "column of images, or fetch what it names and give the files as a folder or as WebDataset tars"
+            )
         return columns
     pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
     captions = [name for name in CAPTIONS if name in features]

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from ...folders.files import atomic_file
+from ..tensors import write_tensors
 
 
 def kept(path: Path, identity: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What `compute` gives, by name, read from `path` (safetensors) where that was written with the same `identity`."""
+    """What `compute` gives, by name, read from `path` (safetensors) where that was written with the same `identity`. ArtifactError
+    where it cannot be written."""
     if _identity(path) != identity:
         tensors = {name: tensor.contiguous() for name, tensor in compute().items()}  # may fail: nothing is left then
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            save_file(tensors, str(temporary), metadata={"identity": identity})
+        write_tensors(path, tensors, {"identity": identity})
         del tensors  # of large sets there is no room for two
     return load_file(str(path))
 

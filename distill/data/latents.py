@@ -22,9 +22,11 @@ _BATCH = 100
 
 
 def encoder_weights(model: Model) -> str:
-    """A SHA-256 of what makes latents of pictures."""
-    weights = model.pipeline.vae.encoder.state_dict().values()
-    plain = (each.detach().cpu().contiguous().flatten().view(torch.uint8) for each in weights)  # NumPy has no bfloat16
+    """A SHA-256 of what makes latents of pictures: weights, and how the network takes them scaled and shifted."""
+    vae, encoder = model.pipeline.vae, model.stages.image_encoder
+    parts = [vae.encoder, *filter(None, [getattr(vae, "quant_conv", None)])]
+    numbers = [*(value for part in parts for value in part.state_dict().values()), encoder.scale, encoder.shift]
+    plain = (each.detach().cpu().contiguous().flatten().view(torch.uint8) for each in numbers)  # NumPy has no bfloat16
     return hashlib.sha256(b"".join(each.numpy().tobytes() for each in plain)).hexdigest()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 
 from ...core.errors import ImagineFlashError
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 _READ = 64  # pictures that are decoded at a time, by as many threads as there are cores
 _PIXELS = 2**20  # of one call of the autoencoder: four pictures at 512x512
 _NAMED = 3
+_TURNS = {  # by EXIF's orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,9 @@ class _Encoding:
         try:
             data = each.picture if isinstance(each.picture, bytes) else each.picture.read_bytes()
             with Image.open(io.BytesIO(data)) as image:
-                picture = _opaque(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                image.load()
+                picture = _opaque(_upright(image))
+        except Exception as error:  # whatever damaged bytes make a reader raise: one picture is not the set
             return self.sizes[0], None, _reason(error)
         shape = np.log(picture.height / picture.width)
         size = min(self.sizes, key=lambda size: abs(np.log(size[0] / size[1]) - shape))
@@ -159,11 +169,28 @@ def _reason(error: Exception) -> str:
     """In a few words, without the address of a buffer."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return "no picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
+    said = "no picture" if isinstance(error, UnidentifiedImageError) else str(error).strip()
+    return (said or type(error).__name__).splitlines()[0]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says, or as it is where nobody can read that. ImageOps.exif_transpose also writes the other tags
+    anew, and raises where one of them is odd."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # struct.error, TypeError and others: whatever is written there
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """RGB, what is transparent on white."""
+    """RGB, what is transparent on white. ValueError for numbers of which nobody says what is white."""
+    if image.mode == "F":
+        raise ValueError("floating-point numbers, no colours")
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        if "transparency" in image.info:
+            image.info["transparency"] //= 257
     if not image.has_transparency_data:
         return image.convert("RGB")
     layers = image.convert("RGBA")

@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[str]:
     if str(path) == GENERAL:
         return general_prompts()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ImagineFlashError(
             f"cannot read prompts from {path} ({error}); give a UTF-8 text file, one prompt a line"

@@ -164,6 +164,10 @@ def test_prompts_from_a_file(tmp_path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dog \n", encoding="utf-8")
     assert read_prompts(path) == ["a cat", "a dog"]
+    path.write_text(
+        "a cat\na dog", encoding="utf-8-sig"
+    )  # a byte order mark, as Windows writes it, was in the first prompt
+    assert read_prompts(path) == ["a cat", "a dog"]
     path.write_text("\n", encoding="utf-8")
     for bad in (path, tmp_path / "none.txt"):
         with pytest.raises(ImagineFlashError, match=r"one a line|one prompt a line"):

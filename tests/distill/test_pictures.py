@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -219,3 +220,37 @@ def test_a_hub_set_without_network_or_library(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImagineFlashError, match=r"needs datasets: pip install 'imagine-flash\[data\]'"):
         captions_of("nobody/nothing")
+
+
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv"])
+def test_pictures_may_be_links(kind: str, tmp_path: Path) -> None:
+    """They were followed first, and then refused since they lead elsewhere."""
+    real, folder = image_folder(tmp_path / "real", kind), image_folder(tmp_path / "set", "none", ())
+    (folder / "metadata").symlink_to(real / kind)
+    (folder / "metadata").rename(folder / kind)
+    for i in range(len(CAPTIONS)):
+        (folder / f"{i}.png").symlink_to(real / f"{i}.png")
+    found = list(PictureSource(place=str(folder)))
+    assert [each.caption for each in found] == list(CAPTIONS)
+    assert [Path(str(each.picture)).read_bytes() for each in found] == [picture(i) for i in range(len(CAPTIONS))]
+
+
+def test_another_scale_or_last_layer_of_the_autoencoder_encodes_again(
+    teacher: Path, quiet: Console, tmp_path: Path
+) -> None:
+    """Latents kept for an autoencoder of the same encoder served another scaling factor, and their scale was wrong."""
+    source = PictureSource(place=str(image_folder(tmp_path / "set", ".txt")))
+
+    def first(model: Model) -> torch.Tensor:
+        return picture_set(model, source, tmp_path / "kept", most=9, console=quiet).latents[0].float()
+
+    shutil.copytree(teacher, tmp_path / "teacher")
+    config = tmp_path / "teacher" / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "scaling_factor": 2 * values["scaling_factor"]}))
+    before, scaled = first(load_model(teacher)), load_model(tmp_path / "teacher")
+    torch.testing.assert_close(first(scaled), 2 * before, atol=2e-3, rtol=1e-2)
+    scaled.pipeline.vae.quant_conv = torch.nn.Conv2d(8, 8, 1, bias=False)
+    torch.nn.init.dirac_(scaled.pipeline.vae.quant_conv.weight)
+    scaled.pipeline.vae.quant_conv.weight.data.mul_(0.5)
+    torch.testing.assert_close(first(scaled), before, atol=2e-3, rtol=1e-2)

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from imagine_flash.core.errors import RecipeError
+from imagine_flash.core.errors import ImagineFlashError, RecipeError
+from imagine_flash.distill.fit import fit
 from imagine_flash.distill.methods import distill_recipe
 from imagine_flash.distill.models import load_model
 from imagine_flash.distill.reproducible import Part, part_of, rows_of
 from imagine_flash.distill.student import distill
+from imagine_flash.tests.distill.test_validation import _Slope, settings
 from imagine_flash.tests.pipelines import CAPTIONS
 
 FIT = {"steps": 3, "batch": 4, "learning_rate": 1e-3, "warmup": 0, "preview_every": 0}
@@ -88,3 +91,54 @@ print(processes().num_processes, torch.distributed.group.WORLD._get_backend(torc
     assert done.returncode == 0, done.stderr[-2000:]
     joined, seconds = done.stdout.split()
     assert joined == "1" and float(seconds) >= 12 * 3600
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from imagine_flash.core.errors import ImagineFlashError
+from imagine_flash.distill.fit import fit
+from imagine_flash.distill.processes import begin_training
+from imagine_flash.tests.distill.test_validation import _Slope, settings
+begin_training("no")
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+common, own, said = folder / "common", folder / rank, []
+for place, steps in ((common, 2), (common, 4), (own, 2), (own, 4)):
+    try:
+        said.append(str(fit(_Slope(), settings(steps=steps, keep_best=False), place)["steps"]))
+    except ImagineFlashError as error:
+        said.append(str(error))
+(folder / f"said-{rank}").write_text("\\n".join(said))
+"""
+
+
+@pytest.mark.slow
+def test_processes_without_a_common_folder_do_not_go_on(tmp_path: Path) -> None:
+    """The first went on from its checkpoint and the other began again, each with weights of its own, and nobody said so."""
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(tmp_path / "worker.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in ("0", "1"):
+        *went_on, last = (tmp_path / f"said-{rank}").read_text(encoding="utf-8").splitlines()
+        assert went_on == ["2.0", "4.0", "2.0"], rank
+        assert "find different runs: 2, 0 updates" in last and "OUT.run must be one folder" in last
+
+
+@pytest.mark.parametrize(("other", "says"), [((0, 0), "6, 0 updates"), ((6, 0), "the best after 2, 0;")])
+def test_what_each_process_found_is_compared(
+    other: tuple[int, int], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two processes is played: it found `other`, updates and the best one."""
+    fit(_Slope(at=0.09), settings(steps=6), tmp_path)
+
+    def gathered(_: Accelerator, told: torch.Tensor) -> torch.Tensor:
+        return torch.cat([told, torch.tensor([other])])
+
+    monkeypatch.setattr(Accelerator, "gather", gathered)
+    with pytest.raises(ImagineFlashError, match=says):
+        fit(_Slope(at=0.09), settings(steps=8), tmp_path)

@@ -34,6 +34,8 @@ def test_what_is_built_in_is_valid() -> None:
         ("plans: {2: [499, 999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "999"),
         ("plans: {1: [999]}\nplan_weights: {2: 1}\nfit: {steps: 1}", "plan_weights"),
         ("seed: -1\nfit: {steps: 1}", "seed = -1"),
+        ("fit: {steps: 1, betas: [0.9, 1.0]}", "fit.betas.1 = 1.0"),
+        ("fit: {steps: 1, mixed_precision: yes}", "fit.mixed_precision = True"),
         ("plans: {}\nfit: {steps: 1}", "plans = {}"),
         ("plan_weights: {1: 0, 2: 0, 3: 0}\nfit: {steps: 1}", "must not all be 0"),
         ("plan_weights: {1: -1, 2: 1, 3: 1}\nfit: {steps: 1}", "plan_weights.1 = -1"),
@@ -113,6 +115,20 @@ def test_a_recipe_holds_only_what_differs_from_its_base(tmp_path: Path) -> None:
             load_distill_recipe(tmp_path / "mine.yaml")
     with pytest.raises(RecipeError, match=r"one\.yaml is its own base, by way of .*two\.yaml"):
         load_distill_recipe(tmp_path / "one.yaml")
+
+
+def test_the_recipe_of_a_teacher_has_a_base_too(tmp_path: Path) -> None:
+    """train-teacher answered: unknown key 'base'."""
+    (tmp_path / "mine.yaml").write_text("base: teacher\nfit: {steps: 7}\n")
+    whole = load_recipe("teacher", TeacherRecipe)
+    mine = load_recipe(tmp_path / "mine.yaml", TeacherRecipe)
+    assert mine == whole.model_copy(update={"fit": whole.fit.model_copy(update={"steps": 7})})
+
+
+def test_no_precision_is_written_as_the_docs_spell_it(tmp_path: Path) -> None:
+    """YAML reads a bare no as false, which was refused."""
+    (tmp_path / "mine.yaml").write_text("base: sd_lora\nfit: {mixed_precision: no}\n")
+    assert load_distill_recipe(tmp_path / "mine.yaml").fit.mixed_precision == "no"
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

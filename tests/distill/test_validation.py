@@ -11,8 +11,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from imagine_flash.core.errors import ImagineFlashError, RecipeError
+from imagine_flash.core.errors import ArtifactError, ImagineFlashError, RecipeError
+from imagine_flash.distill.best import Best
 from imagine_flash.distill.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from imagine_flash.distill.data.kept import kept
 from imagine_flash.distill.fit import fit
 from imagine_flash.distill.memory import LiveBytes
 from imagine_flash.distill.recipe import Fit, parse_recipe
@@ -175,6 +177,48 @@ def test_a_checkpoint_keeps_each_weight_once_in_memory(tmp_path: Path) -> None:
     found = load_file(tmp_path / "state.safetensors")
     assert torch.equal(found["weight.tied"], module.weight) and torch.equal(found["weight.weight"], module.weight)
     assert load_checkpoint(tmp_path / "state.safetensors", state) == (3, 4.0)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Each kill while a checkpoint was written left its whole size on the disk, for ever."""
+    left = [".tmpa1B2c3", "checkpoints/.tmpXyZ", "checkpoints/.line.safetensors.tmp-0a1b2c3d.safetensors"]
+    stays = ["text.safetensors", "checkpoints/line.safetensors.bak", "logs/.tmpdir"]
+    for name in left + stays:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half a checkpoint")
+    fit(_Slope(), settings(steps=2), tmp_path)
+    assert [name for name in left + stays if (tmp_path / name).exists()] == stays
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "best", "kept"])
+def test_a_full_disk_is_one_line(what: str, tmp_path: Path) -> None:
+    """safetensors' own error is no OSError and ended in a traceback. A limit on the size of files stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    path, module = tmp_path / "run" / "file.safetensors", nn.Linear(256, 256)
+    state = TrainingState(module=module, ema=EMAModel([module.bias]), optimizers=[], task="line", fingerprint="line")
+    writes = {
+        "checkpoint": lambda: save_checkpoint(path, state, step=3, seconds=4.0),
+        "best": lambda: Best(path, "line", 0).offer({"away": 1.0}, 1, [module.weight.detach()]),
+        "kept": lambda: kept(path, "x", lambda: {"a": module.weight.detach()}),
+    }
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(
+            ArtifactError, match=r"^cannot write .*file\.safetensors \(.*\); make room on its disk"
+        ) as error:
+            writes[what]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value) and not list(path.parent.iterdir())
+
+
+def test_the_best_weights_that_are_gone_are_one_line(tmp_path: Path) -> None:
+    """Where machines have no common disk, only the first process can read them."""
+    best = Best(tmp_path / "best.safetensors", "line", 0)
+    best.offer({"away": 1.0}, 1, [torch.zeros(1)], write=False)
+    with pytest.raises(ArtifactError, match=r"need an OUT\.run that all of them see"):
+        best.restore([torch.zeros(1)])
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
