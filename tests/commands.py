@@ -1,8 +1,9 @@
-"""`imagine-flash` as a user types it."""
+"""`imagine-flash` as a user types it, and the browser that opens its pages."""
 
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

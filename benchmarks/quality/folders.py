@@ -50,20 +50,20 @@ def compare_folders(
     """
     pairs = pairs_of(teacher, student)
     score_by = None if scorer is None else load_scorer(scorer)
-    files = {who: [pair[i].data for pair in pairs.values()] for i, who in enumerate(("teacher", "student"))}
+    files = {
+        who: {str(folder / name): pair[i].data for name, pair in pairs.items()}
+        for i, (who, folder) in enumerate((("teacher", teacher), ("student", student)))
+    }
     captions = [theirs.caption or ours.caption for theirs, ours in pairs.values()]
     if (scorer or categories) and not all(captions):
         raise ImagineFlashError(f"a scorer and categories need captions; {teacher / METADATA} does not have all")
-    found = {
-        who: features.of_pictures({str(folder / name): pair[i].data for name, pair in pairs.items()})
-        for i, (who, folder) in enumerate((("teacher", teacher), ("student", student)))
-    }
+    found = {who: features.of_pictures(each) for who, each in files.items()}
     record: dict[str, Any] = {"pictures": len(pairs), "dimensions": found["teacher"].shape[1]}
     record["student"] = distances(found["student"], found["teacher"], paired=True)
     record["student"]["similarity"] = round(float(_cosines(found["student"], found["teacher"]).mean()), 4)
     scores: dict[str, np.ndarray] = {}
     if score_by is not None:
-        scores = {who: score(score_by, each, captions) for who, each in files.items()}
+        scores = {who: score(score_by, list(each.values()), captions) for who, each in files.items()}
     elif features.reads and all(captions):  # Hessel et al. 2021, as percent of the cosine
         text = features.of_captions(captions)
         scores = {who: 100 * _cosines(pictures, text) for who, pictures in found.items()}

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import socket
 from pathlib import Path
 from threading import Thread
@@ -17,10 +16,9 @@ from imagine_flash.benchmarks.arena.votes import Vote, add_vote, read_votes, sum
 from imagine_flash.benchmarks.picture_folders import Shown, pictures_in
 from imagine_flash.core.errors import ImagineFlashError
 from imagine_flash.engine import Engine
-from imagine_flash.tests.commands import fails, run
+from imagine_flash.tests.commands import CHROMIUM, fails, run
 
 COUNT = 12
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def png(level: int) -> bytes:

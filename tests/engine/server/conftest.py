@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+
+from imagine_flash.tests.commands import CHROMIUM
 
 
 @dataclass
@@ -127,7 +128,6 @@ def picture(data: str | bytes) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOG_OF_PICTURES = """
 window.seen = [];
 addEventListener("DOMContentLoaded", () => {
