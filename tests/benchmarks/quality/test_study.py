@@ -157,7 +157,7 @@ def test_the_whole_study_and_how_it_goes_on(
     """A finished variant is neither trained nor drawn again; one of another recipe is refused."""
     variants = {"own eps": {}, "fresh": {"renoise": "fresh"}}
     small = {"count": 258, "held_out": 4, "teacher_steps": [2]}
-    small["common"] = {"prompts": 8, "fit": FIT, "adversarial": {"ramp": 0}}
+    small["common"] = {"prompts": 8, "first_gamma": None, "fit": FIT, "adversarial": {"ramp": 0}}
     path, out = written(tmp_path, variants=variants, **small), tmp_path / "out.v1"
     monkeypatch.setattr(evaluate, "DIVERSITY_PROMPTS", 2)
     monkeypatch.setattr(paired, "RESAMPLES", 10)  # both for speed
@@ -188,7 +188,7 @@ def test_the_whole_study_and_how_it_goes_on(
     assert run_study(path, tiny_student, untrained_judge, out) == record
     older = tmp_path / "out.v1.run/fresh/imagine_flash.json"
     manifest = json.loads(older.read_text())
-    del manifest["recipe"]["first_gamma"]  # as before there was that key
+    del manifest["recipe"]["first_gamma"]  # as before there was that key, whose absence means null
     older.write_text(json.dumps(manifest), encoding="utf-8")
     train_variant(path, "fresh", tiny_student, out)
     other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
