@@ -66,7 +66,8 @@ def evaluate_command(
 ) -> None:
     """Measure prompt fidelity and FD (judge); by default of the embedded teacher and student, in a checkout.
 
-    Pictures are kept in OUTPUT.run: the same command goes on where a stopped one was.
+    Pictures are kept in OUTPUT.run: the same command goes on where a stopped one was, and one of another student of the same
+    teacher draws the student's alone.
     """
     training()
     writable(output)

@@ -14,7 +14,6 @@ from pydantic import Field
 from rich.console import Console
 
 from ...core.errors import ImagineFlashError
-from ...core.sampler import DETERMINISTIC
 from ...distill.models import load_model
 from ...distill.progress import progress_bar
 from ...distill.recipe import Frozen, Positive
@@ -25,7 +24,7 @@ from .comparison import comparison_grid, save_quality
 from .judge import FEATURES, FEWEST, Judge, load_judge
 from .measure import Measured, PictureStore
 from .method import REFERENCE, Method
-from .methods import table_of_methods
+from .methods import student_table, teacher_table
 from .metrics import precision_and_recall, spread
 from .paired import Distance, against_teacher, distance_of
 from .prompts import NOISE_SEEDS, SPLITS, Prompts, draw_prompts, shares
@@ -63,8 +62,8 @@ def evaluate(
     """Measure every row, write `out`.json and `out`.png; returns the record.
 
     split: "validation", on which choices are made, or "test", read once per committed model. only: names of rows, the
-    teacher's at 25 steps among them always. Pictures are kept in `{out}.run`: the same call goes on where a killed one was.
-    console: of the progress bar; by default standard error.
+    teacher's at 25 steps among them always. Pictures are kept in `{out}.run`: the same call goes on where a killed one was, and
+    another student of the same teacher finds its teacher's pictures there. console: of the progress bar; by default standard error.
     """
     if count < FEWEST or held_out < 1:
         raise ImagineFlashError(
@@ -74,13 +73,17 @@ def evaluate(
         raise ImagineFlashError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     judge, judged = load_judge(judge_file)
     judge = judge.to(device)
-    methods, weight = _methods(teacher_folder, student_folder, guidance, font, device)
-    methods = choose(methods, only)
+    of_teacher, of_student, weight = _methods(teacher_folder, student_folder, guidance, font, device)
+    methods = choose([*of_teacher, *of_student], only)
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
-    hashes |= {"student": hash_folder(student_folder)} if student_folder else {}
-    store = PictureStore(out.with_name(f"{out.name}.run"), fingerprint(hashes, split, weight))
     prompts = draw_prompts(count, split=split, held_out=False), draw_prompts(held_out, split=split, held_out=True)
-    found = measured(methods, *prompts, judge, store, console)
+    run = out.with_name(f"{out.name}.run")
+    store = PictureStore(run / "teacher", fingerprint(hashes, split, weight))
+    found = measured([m for m in methods if m in of_teacher], *prompts, judge, store, console)
+    if student_folder:
+        hashes["student"] = hash_folder(student_folder)
+        store = PictureStore(run / f"student-{hashes['student'][:12]}", fingerprint(hashes, split, weight))
+        found |= measured([m for m in methods if m in of_student], *prompts, judge, store, console)
     record = {
         "question": "How near to its teacher does the student come in 1, 2 and 3 network calls?",
         "schema": 2,
@@ -100,15 +103,16 @@ def evaluate(
 
 def _methods(
     teacher_folder: Path, student_folder: Path | None, guidance: float | None, font: Path | None, device: Any
-) -> tuple[list[Method], float]:
-    """All rows, and the teacher's guidance: by default that of the student's recipe."""
+) -> tuple[list[Method], list[Method], float]:
+    """The rows that need no student, the student's, and the teacher's guidance: by default that of the student's recipe."""
     teacher = load_model(teacher_folder).to(device)
     if student_folder is None:
         weight = 2.0 if guidance is None else guidance
-        return table_of_methods(teacher, None, {}, weight, font, DETERMINISTIC), weight
+        return teacher_table(teacher, weight, font), [], weight
     student, manifest = load_model(student_folder).to(device), read_student_manifest(student_folder)
     weight = float(np.mean(manifest.recipe.get("guidance", [2.0]))) if guidance is None else guidance
-    return table_of_methods(teacher, student, manifest.step_plans, weight, font, manifest.sampler), weight
+    of_student = student_table(student, manifest.step_plans, manifest.sampler)
+    return teacher_table(teacher, weight, font), of_student, weight
 
 
 def choose(methods: list[Method], only: list[str] | None) -> list[Method]:

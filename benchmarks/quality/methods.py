@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...core.plan import StepPlan
-from ...core.sampler import DETERMINISTIC, Sampler
+from ...core.sampler import Sampler
 from ...core.update import UpdateTable, update_table
 from ...distill.data.emoji import EmojiScenes
 from ...distill.models import Model, noise_of, noises_of
@@ -103,26 +103,22 @@ def solver_row(teacher: Model, solver: str, steps: int, guidance: float) -> Meth
     return Method(name=f"teacher, {steps} steps, {solver}", network_calls=2 * steps, draw=draw)
 
 
-def table_of_methods(
-    teacher: Model,
-    student: Model | None,
-    plans: dict[int, StepPlan],
-    guidance: float,
-    font: Path | None = None,
-    sampler: Sampler = DETERMINISTIC,
-) -> list[Method]:
-    """Every row of the table, the reference of all comparisons ("teacher, 25 steps") before what is compared with it.
-
-    plans, sampler: of the student. Noise correction is a row of its own where steps are deterministic.
-    """
+def teacher_table(teacher: Model, guidance: float, font: Path | None = None) -> list[Method]:
+    """The rows that need no student, the reference of all comparisons ("teacher, 25 steps") before what is compared with it."""
     rows = [rendered_scenes(font), reconstructions(teacher, font)]
     rows += [teacher_row(teacher, steps, guidance, shown=steps in (25, 3)) for steps in (25, 12, 6, 3)]
-    rows += [solver_row(teacher, solver, steps, guidance) for solver in ("DPM-Solver++", "UniPC") for steps in (8, 4)]
-    if student is not None:
-        plans = {4: StepPlan(FOUR_STEPS), **plans} if student.denoiser.last_time == 999 else plans
-        for corrected in (True, False) if sampler.kind == "deterministic" else (True,):
-            for steps, plan in sorted(plans.items(), reverse=True):
-                if corrected or steps > 1:  # a plan of one step has no correction
-                    shown = corrected and (steps < 4 or len(plans) == 1)
-                    rows.append(student_row(student, plan, sampler, corrected=corrected, shown=shown))
+    return rows + [
+        solver_row(teacher, solver, steps, guidance) for solver in ("DPM-Solver++", "UniPC") for steps in (8, 4)
+    ]
+
+
+def student_table(student: Model, plans: dict[int, StepPlan], sampler: Sampler) -> list[Method]:
+    """The student's rows, with a plan of four steps. Noise correction is a row of its own where steps are deterministic."""
+    rows = []
+    plans = {4: StepPlan(FOUR_STEPS), **plans} if student.denoiser.last_time == 999 else plans
+    for corrected in (True, False) if sampler.kind == "deterministic" else (True,):
+        for steps, plan in sorted(plans.items(), reverse=True):
+            if corrected or steps > 1:  # a plan of one step has no correction
+                shown = corrected and (steps < 4 or len(plans) == 1)
+                rows.append(student_row(student, plan, sampler, corrected=corrected, shown=shown))
     return rows

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,15 +130,15 @@ def test_pictures_of_other_prompts_are_drawn_anew(untrained_judge: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.weekly  # a study's pictures are kept by the same store
-def test_a_killed_evaluation_goes_on_and_another_is_refused(
+def test_a_killed_evaluation_goes_on_and_another_draws_its_student_alone(
     tiny_student: Path, untrained_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shards that are there are not drawn again; those of other models or prompts are not mixed in."""
     from imagine_flash.benchmarks.quality import measure
 
-    def run(**changes) -> dict:
+    def run(student: Path = tiny_student, **changes) -> dict:
         given = {"count": 258, "held_out": 4, "only": ["student, 1 step"], **changes}
-        return evaluate(tiny_student, tiny_student, untrained_judge, tmp_path / "out", **given)
+        return evaluate(tiny_student, student, untrained_judge, tmp_path / "out", **given)
 
     drawn: list[str] = []
     draw = measure.PictureStore._draw
@@ -156,6 +157,10 @@ def test_a_killed_evaluation_goes_on_and_another_is_refused(
     assert run() == first and len(drawn) == 11
     with pytest.raises(ArtifactError, match="other models, prompts or code"):
         run(split="test")
+    other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
+    (other / "README.md").write_text("another student", encoding="utf-8")
+    assert run(other)["sha256"] != first["sha256"] and drawn[11:] == 3 * ["student, 1 step"]
+    assert run()["sha256"] == first["sha256"] and len(drawn) == 14, "both are kept"
 
 
 @pytest.mark.slow
