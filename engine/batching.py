@@ -47,7 +47,7 @@ class Batcher:
         self.backend, self.max_batch, self.whole = backend, max_batch, whole
         self.counts: Counter[str] = Counter()
         self.failed_in_a_row = 0
-        self._queue = Queue(max_waiting)
+        self._queue, self._cache = Queue(max_waiting), cache
         self._share = FairShare()  # as all below, of the thread alone
         self._calls = Calls(backend, manifest, max_batch, self.counts)
         self._conditioning = Conditioning(backend, cache, manifest.guidance, is_controlled=manifest.control is not None)
@@ -64,17 +64,31 @@ class Batcher:
         chunks[0].job.stopwatch = self.backend.stopwatch
         self._queue.put(chunks)
 
+    @property
+    def is_current_thread(self) -> bool:
+        """Whether this is the thread that draws, in which futures call back."""
+        return threading.current_thread() is self._thread
+
     def close(self) -> None:
         """Ends the thread after the call in progress, fails what waits, frees the backend. Waits for the thread."""
         if self._queue.was_forked:
             return
         self._queue.close()
-        if threading.current_thread() is not self._thread:
+        if not self.is_current_thread:
             self._thread.join()
 
     def _loop(self) -> None:
-        while self._take_up():  # a call each: its names keep nothing of what was drawn while nothing is asked for
-            pass
+        try:
+            while self._take_up():  # a call each: its names keep nothing of what was drawn while nothing is asked for
+                pass
+        finally:  # whatever ended it: nobody waits for a thread that is gone
+            self._queue.close()
+            self._queue.take()
+            for chunk in self._queue.active:
+                chunk.job.fail(EngineError(CLOSED))
+            self._queue.keep(())
+            self.backend.close()
+            self._cache.clear()
 
     def _take_up(self) -> bool:
         """A turn, with what has arrived; False at the end."""
@@ -82,16 +96,12 @@ class Batcher:
         arrived, forgotten = self._queue.take()
         self.counts["cancelled"] += forgotten
         if self._queue.closed:
-            for chunk in self._queue.active:
-                chunk.job.fail(EngineError(CLOSED))
-            self._queue.keep(())
-            self.backend.close()
             return False
-        for chunks in arrived:
-            client = chunks[0].job.client.name
-            self._share.arrive(client, is_waiting=client in clients)
-            clients.add(client)
         try:
+            for chunks in arrived:
+                client = chunks[0].job.client.name
+                self._share.arrive(client, is_waiting=client in clients)
+                clients.add(client)
             self._turn()
         except Exception as error:  # a fault of ours must not leave anybody waiting
             self.failed_in_a_row += 1

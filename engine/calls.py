@@ -17,7 +17,7 @@ from ..core.schedule import NoiseSchedule
 from ..core.update import UpdateTable
 from ..folders.manifests import ModelDescription
 from .backends.base import Array, Backend, LoraSet
-from .editing import DEFAULT_STRENGTH, Start, first_step, latent_mask
+from .editing import Start, first_step, latent_mask
 from .work import Chunk, Job, by_job, rows_of, timed
 
 # images (B, H, W, 3), whether each is finite (B,), and the stage that lost the others
@@ -69,10 +69,9 @@ class Calls:
             latents = timed([job], "encode", lambda: self.backend.encode_image(image))
             mask = None if request.mask is None else self.backend.upload(latent_mask(request.mask, self._downscale))
             job.start = Start(latents, mask)
-        strength = request.strength or (DEFAULT_STRENGTH if job.start.mask is None else 1.0)
         for chunk in chunks:
-            chunk.start, chunk.step = job.start, first_step(plan.timesteps, self._last, strength)
-            if strength < 1:
+            chunk.start, chunk.step = job.start, first_step(plan.timesteps, self._last, request.noised)
+            if request.noised < 1:
                 chunk.x = chunk.start.at(self.backend.upload(chunk.noise), *plan.levels[chunk.step])
 
     def adapt(self, group: Sequence[Chunk]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..core.errors import ArtifactError
+from ..core.errors import ArtifactError, EngineError, RequestError
 from ..core.noise import step_noise
 from ..core.plan import select
 from ..folders.manifests import IMAGE_ENCODER, ArtifactManifest, ModelDescription
@@ -92,6 +92,10 @@ class Engine:
         Raises ArtifactError for a folder that is missing, damaged, newer or of another kind, MissingExtraError for a
         backend that is not installed, RequestError for options that the model does not have.
         """
+        if options is not None and changes:
+            raise RequestError(
+                f"LoadOptions have their own {', '.join(changes)}: give them to these, or all as arguments"
+            )
         options = options or LoadOptions(**changes)
         loaded = load_model(path, options)
         return cls(
@@ -169,11 +173,12 @@ class Engine:
         return EngineStats.of(self.batcher, self.prompt_cache)
 
     def verify(self) -> Iterator[Verified]:
-        """Draws every reference picture of the artifact, and compares it with what torch drew at the export.
+        """Draws every reference picture of the artifact whose size the engine was loaded for, and compares it with what torch drew
+        at the export.
 
         Raises ArtifactError for a student, an artifact without pictures or one that cannot be read.
         """
-        return verify(self.folder, self.artifact, lambda request: self.generate(request).images[0])
+        return verify(self.folder, self.artifact, lambda request: self.generate(request).images[0], self.draws)
 
     def warm_up(self) -> None:
         """Load every graph of every size and batch, so that no request waits for one."""
@@ -231,7 +236,9 @@ class Engine:
         """Accept what `prepare` gave; cheap enough for any thread. reserved: whatever else waits, for a session, which asks for
         one at a time; since: perf_counter, when it began to wait for the picture that this one is to be. Raises BusyError,
         EngineError, RequestError as `submit`."""
-        job = Job(prepared, default_deadline=DEFAULT_DEADLINE, client=client, reserved=reserved, since=since)
+        job = Job(
+            prepared, default_deadline=DEFAULT_DEADLINE, client=client, reserved=reserved, since=since, engine=self
+        )
         rows = max(1, self.max_batch // 4)  # of a chunk, few, so that chunks of several clients fit into a call
         starts = range(0, prepared.request.count, rows)
         self.batcher.submit([Chunk(job, row, prepared.noises[row : row + rows]) for row in starts])
@@ -253,27 +260,35 @@ class Engine:
         return steps, size
 
     def preview(self, prepared: Prepared) -> Prepared | None:
-        """The same in one step, from the same noise; None if that is what it asks for, or there is no such plan."""
-        if prepared.steps == 1 or 1 not in self._plans:
+        """The same in one step, from the same noise; None if that is what it asks for, if there is no such plan, or if it starts
+        from a picture of which the noise of one step would leave nothing."""
+        if prepared.steps == 1 or 1 not in self._plans or prepared.request.noised < 1:
             return None
         return replace(prepared, request=prepared.request.model_copy(update={"steps": 1}), steps=1)
 
     def generate(self, request: GenerateRequest | str | None = None, **fields: Any) -> GenerateResult:
         """Draw a request and wait for it: generate("a fox", steps=2, seed=7), or a GenerateRequest with the same fields.
 
-        Raises what `submit` raises, and EngineError for a failing backend.
+        Raises what `submit` raises, and EngineError for a failing backend, or where the engine's own thread would wait for itself.
         """
-        return self.submit(request, **fields).result()
+        if self.batcher.is_current_thread:
+            raise EngineError("generate waits for the thread that it was called in, by a callback: call submit there")
+        drawing = self.submit(request, **fields)
+        try:
+            return drawing.result()
+        finally:
+            drawing.cancel()  # where the wait was interrupted
 
     async def agenerate(self, request: GenerateRequest | str | None = None, **fields: Any) -> GenerateResult:
         """Draw a request without blocking the event loop; cancelling the task stops the work before the next call."""
-        return await asyncio.wrap_future(self.submit(request, **fields))
+        prepared = await asyncio.to_thread(self.prepare, GenerateRequest.of(request, fields))
+        return await asyncio.wrap_future(self.start(prepared))
 
     async def stream(
         self, request: GenerateRequest | str | None = None, **fields: Any
     ) -> AsyncIterator[GenerateResult]:
         """The request in one step as a preview, then in all its steps, from the same noise."""
-        prepared = self.prepare(GenerateRequest.of(request, fields))
+        prepared = await asyncio.to_thread(self.prepare, GenerateRequest.of(request, fields))
         if (preview := self.preview(prepared)) is not None:
             yield await asyncio.wrap_future(self.start(preview))
         yield await asyncio.wrap_future(self.start(prepared))

@@ -1,7 +1,8 @@
 """Whose turn it is: clients share the network by weight, not by how much they ask for.
 
-Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): time is counted in rows of network calls, and who has had least of
-them goes first. Chunks of one client go by deadline. A client that was away has saved nothing up.
+Weighted fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989): time is counted in rows of network calls, and who has had least
+of them goes first. Chunks of one client go by deadline. A client that was away has saved nothing up: it begins at the share that
+everybody has had by then, which grows with what is drawn, so that ever new clients do not keep those out who were here before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class FairShare:
     """The order of the chunks that wait; called by one thread at a time."""
 
     def __init__(self) -> None:
-        self._now = 0.0  # the start of the work in progress, in rows by weight
+        self._now = (
+            0.0  # what a client has had that was always here, in rows by weight, when the call in progress began
+        )
+        self._then = 0.0  # the same when it ends
         self._shares: dict[str, _Share] = {}  # in the order in which they asked last
 
     def arrive(self, client: str, *, is_waiting: bool) -> None:
@@ -41,13 +45,14 @@ class FairShare:
             share.used = max(share.used, self._now)
         share.asked = time.perf_counter()
         if len(self._shares) > KEPT:
-            self._shares = {name: share for name, share in self._shares.items() if share.used > self._now}
+            del self._shares[next(iter(self._shares))]
 
     def next_group(self, active: Iterable[Chunk], max_batch: int, *, same_steps: bool) -> list[Chunk]:
         """The chunks of the next call: those that go with the first, as many as fit; with other clients about, no client
         takes all of it, since they would wait the longer for the next. same_steps: only chunks of one plan share a call."""
+        self._now = max(self._now, self._then)
         waiting = self.ordered(active)
-        clients, most = {chunk.job.client.name for chunk in waiting}, max_batch
+        clients, most = {chunk.job.client.name: chunk.job.client.weight for chunk in waiting}, max_batch
         here = self.present(clients)
         if company := len(here) > 1:
             most = max(1, most // max(4, len(clients)))
@@ -79,6 +84,8 @@ class FairShare:
             wanting = {chunk.job.client.name for chunk in left}
             if wanting == here:  # all want more of this call: nobody waits for a short one
                 fill(left, max_batch)
+        if group and not group[0].is_drawn:
+            self._then = self._now + sum(chunk.network_rows for chunk in group) / sum(clients.values())
         return group
 
     def present(self, waiting: Collection[str]) -> set[str]:

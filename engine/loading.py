@@ -83,8 +83,10 @@ class LoadOptions(ExecutionOptions):
 
     @property
     def of_artifacts(self) -> str:
-        """The backend for an artifact: where there are LoRAs, "auto" is the one that they cost least."""
-        swaps = self.loras and self.backend == "auto" and "onnxruntime" in installed()
+        """The backend for an artifact: where there are LoRAs, "auto" is the one that they cost least, if it can do what else is
+        asked for."""
+        can = self.precision == "auto" and (self.device in ("auto", "cpu") or self.device.startswith("cuda"))
+        swaps = self.loras and self.backend == "auto" and can and "onnxruntime" in installed()
         return "onnxruntime" if swaps else self.backend
 
     def for_backend(self, max_batch: int, **changes: Any) -> BackendOptions:

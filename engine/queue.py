@@ -56,8 +56,8 @@ class Queue:
                 raise EngineError(CLOSED)
             if not chunks[0].job.reserved:
                 self._admit(chunks[0].job.client.name, sum(chunk.rows for chunk in chunks))
-            self._arrived.append(chunks)
             self._count(chunks)
+            self._arrived.append(chunks)
             self._wake.notify()
 
     def take(self) -> tuple[list[list[Chunk]], int]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from ..core.checked import Checked
 from ..core.errors import RequestError
 from .backends.base import LoraSet
+from .editing import DEFAULT_STRENGTH
 
 MAX_COUNT = 64
 MAX_SEED = 2**63 - 1
@@ -118,6 +119,12 @@ class GenerateRequest(Checked):
         return f"{name} must be {_WAYS_OUT.get(name, 'valid')}, got {given}"
 
     @property
+    def noised(self) -> float:
+        """How far towards noise drawing begins: its strength, 1 without an image."""
+        whole = self.image is None or self.mask is not None
+        return self.strength or (1.0 if whole else DEFAULT_STRENGTH)
+
+    @property
     def held(self) -> float:
         """The scale of its condition, 0 without one."""
         known = 1.0 if self.condition_scale is None else self.condition_scale
@@ -149,7 +156,7 @@ class GenerateRequest(Checked):
     def _is_a_picture(cls, image: Any) -> Any:
         if image is None:
             return None
-        pixels = np.array(image)  # the caller may go on drawing into theirs
+        pixels = _as_array(image).copy()  # the caller may go on drawing into theirs
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError("no picture")
         pixels.setflags(write=False)
@@ -160,7 +167,7 @@ class GenerateRequest(Checked):
     def _is_a_mask(cls, mask: Any) -> Any:
         if mask is None:
             return None
-        shares = np.asarray(mask)
+        shares = _as_array(mask)
         if shares.dtype.kind not in "bfu" or shares.ndim != 2 or not shares.size:
             raise ValueError("no mask")
         shares = shares.astype(np.float32)  # a copy
@@ -201,6 +208,17 @@ class GenerateRequest(Checked):
         return text
 
 
+def _as_array(picture: Any) -> NDArray[Any]:
+    """Raises ValueError for what is none, such as a tensor on a GPU."""
+    try:
+        return np.asarray(picture)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
+
+
 def _described(picture: Any) -> str:
-    array = np.asarray(picture)
+    try:
+        array = _as_array(picture)
+    except ValueError as error:
+        return f"{type(picture).__name__} ({error})"
     return f"{array.dtype} {array.shape}"

@@ -156,11 +156,13 @@ class Session:
                 except ImagineFlashError as error:
                     refusal = error
             self._delivered, self._unanswered = seq, None
-            self._deliver(found)
-            if refusal is not None and self.newest == seq:
-                self._deliver(SessionResult(seq=seq, label=label, error=refusal))
-        if following is not None:
-            following.add_done_callback(lambda done: self._arrived(seq, label, None, done))
+            try:
+                self._deliver(found)
+                if refusal is not None and self.newest == seq:
+                    self._deliver(SessionResult(seq=seq, label=label, error=refusal))
+            finally:  # whatever `deliver` raises
+                if following is not None:
+                    following.add_done_callback(lambda done: self._arrived(seq, label, None, done))
 
 
 class Mailbox:

@@ -26,16 +26,20 @@ class Verified:
 
 
 def verify(
-    folder: Path, manifest: ArtifactManifest, draw: Callable[[GenerateRequest], NDArray[np.uint8]]
+    folder: Path,
+    manifest: ArtifactManifest,
+    draw: Callable[[GenerateRequest], NDArray[np.uint8]],
+    draws: Callable[[Size], bool] = lambda size: True,
 ) -> Iterator[Verified]:
-    """Has every reference picture of an artifact drawn, (H, W, 3), and applies the limits of its manifest.
+    """Has every reference picture of an artifact drawn, (H, W, 3), but those of sizes that it `draws` not, and applies the limits
+    of its manifest.
 
     Raises ArtifactError for an artifact without pictures or one that cannot be read.
     """
     if not manifest.references:
         raise ArtifactError(f"{folder} holds no reference pictures; export the student again")
     limits = manifest.limits
-    for reference in manifest.references:
+    for reference in filter(lambda reference: draws(reference.size), manifest.references):
         height, width = reference.size
         request = GenerateRequest(
             prompt=reference.prompt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -15,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.errors import RequestError
 from ..folders.manifests import Size
 from .backends.base import Array, Conditions, LoraSet, Stopped, stopwatch
 from .editing import Start, restore
@@ -23,6 +25,10 @@ from .saving import save_images
 from .tokenizer import Reading, Tokens
 
 T = TypeVar("T")
+NOT_OURS = (
+    InvalidStateError,
+    SystemExit,
+)  # of a future: cancelled meanwhile; a callback that would end the engine's thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +123,39 @@ class Prepared:
 
 
 class Drawing(Future[GenerateResult]):
-    """A request's pictures, once they are there. begun: its first network call was made."""
+    """A request's pictures, once they are there. begun: its first network call was made. engine: what draws it, kept until it is
+    done, however its maker forgets it."""
 
     begun = False
+
+    def __init__(self, engine: object = None) -> None:
+        super().__init__()
+        self._engine, self._untold = engine, threading.Lock()
+        self.add_done_callback(lambda done: setattr(done, "_engine", None))
+
+    def cancel(self) -> bool:
+        """Stops the work before the next call. Wakes who waits for several futures too, which `Future.cancel` leaves to what runs
+        them."""
+        if not super().cancel():
+            return False
+        if self._untold.acquire(blocking=False):  # once
+            self.set_running_or_notify_cancel()
+        return True
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks, for the fair share: one of weight 2 is given twice as much where all want more than there is."""
+    """Who asks, for the fair share: one of weight 2 is given twice as much where all want more than there is. Raises
+    RequestError for a name that is no text and a weight that is not above 0."""
 
     name: str = ""
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise RequestError(f"a client's name must be a text, got {self.name!r}")
+        if not (isinstance(self.weight, (int, float)) and 0 < self.weight < float("inf")):
+            raise RequestError(f"a client's weight must be a number above 0, got {self.weight!r}")
 
 
 class Job:
@@ -144,9 +172,10 @@ class Job:
         client: Client | None = None,
         reserved: bool = False,
         since: float | None = None,
+        engine: object = None,
     ) -> None:
         """default_deadline: seconds, how a request without a timeout ranks among those that have one. since: perf_counter,
-        the moment it ranks by where it takes the place of an older one."""
+        the moment it ranks by where it takes the place of an older one. engine: kept until the job is done."""
         self.client, self.reserved = client or Client(), reserved
         self.request, self.tokens, self.size, self.steps = (
             prepared.request,
@@ -159,7 +188,7 @@ class Job:
         self.expires = self.request.timeout is not None
         self.deadline = self.started + (self.request.timeout or default_deadline)
         self.rank = self.deadline + min(0.0, (since or self.started) - self.started)
-        self.future = Drawing()
+        self.future = Drawing(engine)
         self.seconds: dict[str, list[Stopped]] = {}
         self.stopwatch = stopwatch  # the backend's, once the job is with one
         self.pictures: dict[int, NDArray[np.uint8]] = {}  # by the row of a chunk's first picture
@@ -180,7 +209,7 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         """The request ends in an error, unless it has ended already."""
-        with suppress(InvalidStateError):
+        with suppress(*NOT_OURS):
             self.future.set_exception(error)
 
     def finish(self, row: int, images: NDArray[np.uint8]) -> None:
@@ -205,7 +234,7 @@ class Job:
             guidance=self.guidance,
             loras=self.loras,
         )
-        with suppress(InvalidStateError):  # cancelled meanwhile
+        with suppress(*NOT_OURS):
             self.future.set_result(result)
 
     def _timings(self) -> Timings:

@@ -38,6 +38,10 @@ class FedGraphs(GraphBackend[ArtifactManifest]):
         if self.fed is not None:
             self.fed.write(loras)
 
+    def close(self) -> None:
+        super().close()
+        self.fed = None
+
     def fed_to(self, graph: str) -> Mapping[str, NDArray[Any]]:
         """The weights that a graph is fed beside its own inputs, by name; their memory stays the same."""
         return {} if self.fed is None else self.fed.of(graph)

@@ -219,7 +219,9 @@ class TorchBackend(GraphBackend[ModelDescription]):
             shape, table = self.manifest.latent_shape, next(iter(self.manifest.update_tables().values()))
             x = self.upload(np.zeros((1, *shape), np.float32))
             a, b = (values[-1:].astype(np.float32) for values in (table.a, table.b))  # the last step takes no noise
-            self.update(x, x.to(self._dtype), a, b)
+            self._update(
+                x, m := x.to(self._dtype), a, b, network_input=torch.empty_like(m)
+            )  # nothing that is drawn with
 
     def example(self, graph: str, batch: int) -> list[torch.Tensor]:
         """Inputs of a graph's shapes, as the network reads them: a short prompt and its conditions, latents of zeros."""
@@ -325,6 +327,7 @@ class TorchBackend(GraphBackend[ModelDescription]):
         super().close()
         self._networks.clear()
         self._made.clear()
+        self._rewriter = Rewriter({})
         if self._on_gpu:
             torch.cuda.empty_cache()
 

@@ -243,6 +243,16 @@ def test_the_update_writes_the_next_input(engine) -> None:
     assert run.ready is other, "another call in between makes the old one stale"
 
 
+def test_making_ready_beside_drawing_writes_nothing_that_is_drawn_with(engine) -> None:
+    """It wrote zeros into the input of the next call, and pictures that were being drawn came out wrong."""
+    backend, run = engine.backend, engine.backend._graphs["denoiser", 1]
+    with torch.inference_mode():
+        run.ready, before = "the next", run.inputs[0].fill_(0.5).clone()
+    backend.prepare(("text_encoder", "denoiser", "decoder"), (1, 2, 4))
+    assert run.ready == "the next" and torch.equal(run.inputs[0], before)
+    run.ready = None
+
+
 VIEWS = "view|slice|select|as_strided|detach|alias|expand|unsqueeze|empty|lift_fresh|aten.to.|resolve"
 
 

@@ -60,6 +60,13 @@ def test_image_to_image_is_the_loop_from_the_nearest_step(engine: Engine, streng
     assert len(got.timings.denoise) == calls * -(-count // engine.max_batch)
 
 
+@pytest.mark.parametrize(("values", "there_is_one"), [({}, False), ({"strength": 1.0}, True), ({"mask": "half"}, True)])
+def test_no_preview_of_what_it_would_not_show(engine: Engine, values: dict, there_is_one: bool) -> None:
+    """One step begins with noise alone: the preview was another picture, for as many calls as the picture itself."""
+    given = values | ({"mask": half_mask()} if "mask" in values else {})
+    assert (engine.preview(engine.prepare(ask(steps=3, **given))) is not None) == there_is_one
+
+
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_inpainting_keeps_the_rest_to_the_bit(engine: Engine, strength: float | None) -> None:
     got = engine.generate(ask(mask=half_mask(), strength=strength, count=2)).images

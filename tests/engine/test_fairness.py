@@ -10,7 +10,7 @@ import pytest
 
 from imagine_flash.core.errors import BusyError
 from imagine_flash.engine import Engine, GenerateRequest
-from imagine_flash.engine.fairness import FairShare
+from imagine_flash.engine.fairness import KEPT, FairShare
 from imagine_flash.engine.tokenizer import Reading
 from imagine_flash.engine.work import Chunk, Client, Job, Prepared
 from imagine_flash.folders.sizes import Size
@@ -89,6 +89,37 @@ def test_a_client_that_was_away_has_saved_nothing_up() -> None:
     waiting += work(BOB, 20)
     order = list(drawn_by_turns(share, waiting))
     assert abs(Counter(order[:20])["bob"] - 10) <= 1
+
+
+def test_ever_new_clients_do_not_keep_out_who_was_here_before() -> None:
+    """They all began at one share, ahead of everybody who had been drawn for once."""
+    share, waiting = FairShare(), list[Chunk]()
+
+    def comes(name: str) -> None:
+        share.arrive(name, is_waiting=False)
+        waiting.extend(work(Client(name), 1))
+
+    share.arrive("alice", is_waiting=False)
+    share.begin(work(ALICE, 1))
+    for number in range(8):
+        comes(f"new {number}")
+    comes("alice")
+    for number in range(8, 100):
+        (chunk,) = share.next_group(waiting, 1, same_steps=False)
+        if chunk.job.client == ALICE:
+            break
+        share.begin([chunk])
+        waiting.remove(chunk)
+        comes(f"new {number}")
+    assert number - 8 <= 18, "of two turns of all nine who wait"
+
+
+def test_as_many_clients_are_remembered_as_it_says() -> None:
+    share = FairShare()
+    for number in range(KEPT + 100):
+        share.arrive(f"client {number}", is_waiting=False)
+        share.begin(work(Client(f"client {number}"), 1))
+    assert len(share._shares) <= KEPT + 1
 
 
 def test_of_one_client_the_earliest_deadline_goes_first() -> None:

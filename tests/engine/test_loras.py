@@ -115,6 +115,7 @@ def test_an_artifact_draws_with_them_what_torch_does(
             drawn = [picture(engine, chosen, **size) for chosen in SETS for size in ({}, wide)]
             assert max(map(levels, drawn, expected)) <= 1
             assert np.array_equal(picture(engine), before)
+        assert not engine.loras, "what they take is free"
     if OPENVINO and processor_with_bf16():
         with Engine.load(tmp_path / kind, backend="openvino", precision="bf16", loras=model.loras) as engine:
             was = picture(engine)

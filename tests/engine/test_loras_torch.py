@@ -27,6 +27,16 @@ def test_a_half_network_is_as_it_was_afterwards(lora_model: Model) -> None:
         assert levels(picture(engine, SETS[0]), before) > 5 and np.array_equal(picture(engine), before)
 
 
+def test_closing_frees_what_loras_and_prompts_take(lora_model: Model) -> None:
+    """The engine's object kept both."""
+    engine = Engine.load(lora_model.student, backend="torch", device="cpu", loras=lora_model.loras)
+    picture(engine, SETS[0])
+    assert engine.loras and engine.prompt_cache.used_bytes
+    engine.close()
+    backend: Any = engine.backend
+    assert not engine.loras and not engine.prompt_cache.used_bytes and not backend._rewriter.bytes
+
+
 def test_captured_calls_draw_with_what_is_written(
     lora_model: Model, lora_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

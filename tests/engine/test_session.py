@@ -395,6 +395,19 @@ def test_a_preview_that_was_drawn_is_delivered_though_its_follower_is_refused(
         assert isinstance(refusal.error, BusyError) and [f.preview for f in inbox.found] == [True, False]
 
 
+def test_a_reader_that_fails_at_a_preview_is_given_the_picture(engine: Engine) -> None:
+    """It was drawn, and nobody was told."""
+    inbox = Inbox()
+
+    def deliver(found: SessionResult) -> None:
+        inbox(found)
+        if found.preview:
+            raise ValueError("a reader's own fault")
+
+    Session(engine, deliver, preview=True).submit(ask())
+    assert inbox.until(1, preview=True).result is not None and inbox.until(1).result is not None
+
+
 def test_nothing_is_tokenised_in_the_engines_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
     inner = engine.tokenizer.encode

@@ -32,6 +32,12 @@ def test_this_machine_draws_what_torch_drew(tiny_artifact: Path, route) -> None:
     assert all(one.passed and one.levels <= 1 and one.psnr > 50 for one in found)
 
 
+def test_sizes_that_an_engine_was_not_loaded_for_are_left_out(two_sizes: Path) -> None:
+    engine = Engine.load(two_sizes, sizes=[(64, 128)], backend="onnxruntime")
+    references = engine.artifact.references
+    assert [one.reference for one in engine.verify()] == [one for one in references if one.size == (64, 128)]
+
+
 def test_another_picture_is_found(copy: Path) -> None:
     file = copy / "references/64x64_2.png"
     pixels = np.asarray(Image.open(file)).copy()
