@@ -50,13 +50,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 def is_loopback(host: str) -> bool:
     """Raises RequestError for what is no address."""
-    if host == "localhost":
+    from ..engine.server import access
+
+    if access.is_loopback(host):
         return True
     try:
-        address = ipaddress.ip_address(host)
+        ipaddress.ip_address(host)
     except ValueError:
         raise RequestError(f"host must be an address such as 127.0.0.1 or 0.0.0.0, got {host!r}") from None
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return False
 
 
 def configuration(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:

@@ -63,6 +63,13 @@ def test_the_options_are_those_of_serve(file: Path) -> None:
     assert used and used <= known, used - known
 
 
+def test_http2_is_asked_for_as_older_nginx_knows_it() -> None:
+    """`http2 on;` came with 1.25.1, and ends the nginx 1.22 of Debian 12."""
+    text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    directives = [line.split("#")[0].strip() for line in text.splitlines()]
+    assert "listen 443 ssl http2;" in directives and "http2 on;" not in directives
+
+
 def test_the_cog_predictor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cog", reason="cog is not installed")
     from PIL import Image

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import struct
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import takewhile
 from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
 
@@ -72,6 +74,20 @@ class Turns:
 
     def of(self, client: str) -> asyncio.Lock:
         return self._locks.setdefault(client, asyncio.Lock())
+
+    async def offload(self, client: str, items: Iterable[T], size: int) -> list[T]:
+        """All of `items`, made as `offload` does; where they are many bytes, in the client's turn. Where nobody waits any more, the
+        one that is being made is the last, and the turn ends with it: a thread cannot be stopped."""
+        if size <= SMALL:
+            return list(items)
+        over, turn = threading.Event(), self.of(client)
+        await turn.acquire()
+        making = asyncio.ensure_future(asyncio.to_thread(lambda: list(takewhile(lambda _: not over.is_set(), items))))
+        making.add_done_callback(lambda _: turn.release())
+        try:
+            return await asyncio.shield(making)
+        finally:
+            over.set()
 
 
 async def offload(work: Callable[[], T], size: int) -> T:

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +18,8 @@ from .errors import error_body
 from .logs import SERVER
 from .settings import ServerSettings
 
-OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/metrics")  # without a key
+BARE = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")  # the same for everybody
+OPEN = (*BARE, "/metrics")  # without a key
 OPEN_FOLDERS = ("/page/", "/pictures/")
 PROBES = ("/healthz", "/readyz", "/metrics")  # not worth a line of the log
 MOST_SILENCE = 10.0  # seconds, while a body is on its way
@@ -66,7 +67,7 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     line = {
         "kind": scope["type"],
         "method": scope.get("method", "GET"),
-        "path": scope["path"][:200],
+        "path": _path(scope),
         "status": status,
         "ms": round(1000 * seconds, 2),
         "client": (scope.get("client") or ("",))[0],
@@ -74,6 +75,11 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     if client is not None and client.label:
         line["key"] = client.label
     LOG.info("%(client)s %(method)s %(path)s %(status)s %(ms)s ms", line, extra=line)
+
+
+def _path(scope: Scope) -> str:
+    """As it was sent, without the query: decoded, it may hold the ends of lines."""
+    return quote(scope["path"][:200], safe="/:@!$&'()*+,;=")
 
 
 class Access:
@@ -105,7 +111,7 @@ class Access:
         except Exception as error:
             if has_begun:  # too late for an answer: the server breaks the connection
                 raise
-            LOG.error("unexpected error at %s", scope["path"][:200], exc_info=error)
+            LOG.error("unexpected error at %s", _path(scope), exc_info=error)
             await refuse(scope, answer, 500, "internal", "the server failed; its log says why")
         finally:
             self._held -= body.size
@@ -122,6 +128,9 @@ class Access:
         if origin and changes and origin not in self.settings.allow_origin and _is_foreign(origin, host, scope):
             message = f"pages of {origin[:100]} may not call this server; --allow-origin lets them"
             return 403, "forbidden_origin", message
+        if not changes and self._may_be_rebound(scope, origin, host):
+            message = f"{host[:100]} is no name of this server; --allow-origin http://{host[:100]} makes it one"
+            return 403, "forbidden_host", message
         client = self.clients.identify(scope, headers)
         if client is not None:
             scope.setdefault("state", {})["client"] = client
@@ -133,6 +142,15 @@ class Access:
         if int(length) > (limit := body_limit(scope["path"], headers, self.settings)):
             return 413, "too_large", f"the request has more than {limit:,} bytes"
         return None
+
+    def _may_be_rebound(self, scope: Scope, origin: str | None, host: str) -> bool:
+        """Whether a page may be reading that made its own name lead here; its requests say no origin then. Only a server for this
+        machine alone is kept from them: another one can be reached by an address that anybody has a name for."""
+        if scope["path"] in BARE or scope["path"].startswith(OPEN_FOLDERS) or origin in self.settings.allow_origin:
+            return False
+        here = is_loopback(self.settings.host) and is_loopback((scope.get("server") or ("",))[0])
+        names = {_hostname(allowed.partition("://")[2]) for allowed in self.settings.allow_origin}
+        return here and host != "" and not _leads_here(_hostname(host)) and _hostname(host) not in names
 
 
 class _Body:
@@ -182,7 +200,7 @@ def _is_foreign(origin: str, host: str, scope: Scope) -> bool:
     that was made to lead here (DNS rebinding), and a proxy's name is to be allowed by --allow-origin."""
     if origin.partition("://")[2] != host:
         return True
-    return is_loopback((scope.get("server") or ("",))[0]) and not is_loopback(_hostname(host))
+    return is_loopback((scope.get("server") or ("",))[0]) and not _leads_here(_hostname(host))
 
 
 def _hostname(host: str) -> str:
@@ -192,15 +210,20 @@ def _hostname(host: str) -> str:
         return ""
 
 
+def _leads_here(name: str) -> bool:
+    """0.0.0.0 among them: it does, and nobody else can have it."""
+    return is_loopback(name) or name in ("0.0.0.0", "::")
+
+
 def is_loopback(name: str) -> bool:
-    """0.0.0.0 among them: it leads here, and nobody else can have it."""
+    """Whether a name or an address is this machine's alone; one of IPv4 also as IPv6 writes it."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
         return False
-    return address.is_loopback or address.is_unspecified
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 async def refuse(scope: Scope, send: Send, status: int, code: str, message: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from limits import RateLimitItem, parse_many
 from limits.storage import MemoryStorage
@@ -22,6 +22,7 @@ from ...core.errors import BusyError, RequestError
 from ..work import Client
 from .settings import ServerSettings
 
+T = TypeVar("T")
 SOONEST = 1.0  # seconds after which a client may try again: what is being drawn may be given back
 KEY_PROTOCOL = "imagine-flash.key."  # a WebSocket of a browser has no other header to put the key into
 
@@ -115,6 +116,40 @@ class Reservation:
     def _settle(self, drawn: int) -> None:
         self._clients.settle(self._client, self.pictures, drawn)
         self.pictures = 0
+
+
+class StreamPlaces(Generic[T]):
+    """Of streams that are open at once. Where all are taken, a client that has less than its share of them gets that of the newest
+    stream of the client that has most: nobody keeps others out, and who was here first stays."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken: dict[T, str] = {}  # by stream its client, the oldest first
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    @property
+    def full(self) -> str:
+        """Why there is none, in words that the page knows."""
+        return f"{len(self)} streams are open, at most {self._most} may be"
+
+    def take(self, stream: T, client: str) -> T | None:
+        """A place; the stream that lost its own, where there was no other. Raises BusyError."""
+        lost = None
+        if len(self) >= self._most:
+            open_of = Counter(self._taken.values())
+            if open_of[client] >= self._most // len({*open_of, client}):
+                raise BusyError(self.full)
+            ((greediest, _),) = open_of.most_common(1)
+            lost = next(one for one in reversed(self._taken) if self._taken[one] == greediest)
+            del self._taken[lost]
+        self._taken[stream] = client
+        return lost
+
+    def leave(self, stream: T) -> None:
+        """Nothing, where it was lost before."""
+        self._taken.pop(stream, None)
 
 
 def _given_key(headers: Mapping[str, str]) -> str:

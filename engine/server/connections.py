@@ -9,6 +9,7 @@ import os
 import select
 import time
 from contextlib import suppress
+from itertools import chain
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -25,6 +26,7 @@ LOOK_WHETHER_READ_EVERY = 10.0  # seconds, in which so many bytes of an answer a
 LEAST_READ = 100_000
 PIECE = 4096  # bytes of frames: 256 KB, as they come, of pings keep everybody else waiting for 0.2 seconds
 CLOSE_SECONDS = 4.0  # at the server's end, for the rest of a request, and for reading an answer
+GOODBYE_SECONDS = 1.0  # for a WebSocket's answer to the server's close; uvicorn waits for 10
 SAY_EVERY = 10.0  # seconds
 LOOK_FOR_FILES_EVERY = 1.0  # seconds
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -37,6 +39,7 @@ class _EndsForSlowReaders:
 
     most_unread: ClassVar[int] = 2**28  # bytes
     unread: ClassVar[dict[_EndsForSlowReaders, None]] = {}  # with answers that wait to be read, the longest first
+    closing: ClassVar[dict[_EndsForSlowReaders, None]] = {}  # WebSockets that were told to close, the longest first
     loop: asyncio.AbstractEventLoop
     transport: Any
     _read_timer: asyncio.TimerHandle | None = None
@@ -92,6 +95,19 @@ class Stream(_EndsForSlowReaders, WebSocketsSansIOProtocol):
 
     _rest = b""  # of what was received
 
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.close_timeout = GOODBYE_SECONDS
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closing.pop(self, None)
+        super().connection_lost(exc)
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.close_sent:
+            self.closing[self] = None
+
     def data_received(self, data: bytes) -> None:
         had_some, self._rest = bool(self._rest), self._rest + data
         if not had_some:
@@ -129,10 +145,11 @@ class Stream(_EndsForSlowReaders, WebSocketsSansIOProtocol):
 
 class Connection(_EndsForSlowReaders, HttpToolsProtocol):
     """Closed where its request does not begin within the keep-alive time, or its headers do not end. Where too many are open,
-    the one goes that has been without a whole request for longest; slow ones keep nobody out."""
+    a WebSocket that was told to close goes, else the one that has been without a whole request for longest; slow ones keep
+    nobody out."""
 
     most: ClassVar[int] = 1024
-    unasked: ClassVar[dict[Connection, None]] = {}  # without a whole request, the longest first
+    unasked: ClassVar[dict[_EndsForSlowReaders, None]] = {}  # without a whole request, the longest first
     _said: ClassVar[float] = 0.0
 
     parser: Any  # a RequestParser
@@ -223,12 +240,14 @@ class Connection(_EndsForSlowReaders, HttpToolsProtocol):
         if time.monotonic() > cls._said + SAY_EVERY:
             cls._said = time.monotonic()
             LOG.warning("%d connections are open, the most there may be: a new one ends the slowest", self.most)
-        oldest = next(iter(self.unasked), None)
-        if oldest is None:
+        slowest = next(chain(self.closing, self.unasked), None)
+        if slowest is None:
             self.transport.write(FULL)
             self.transport.close()
         else:
-            oldest.transport.abort()
+            for slow in (self.closing, self.unasked):
+                slow.pop(slowest, None)  # now: of a hundred that come at once, each needs another's place
+            slowest.transport.abort()
 
     def _close_in(self, seconds: float | None) -> None:
         """None: not any more."""
@@ -246,7 +265,7 @@ def at_most(connections: int, unread: int) -> tuple[type[Connection], type[Strea
     if (files := _files()) < SPARE_FILES + LEAST:
         least = SPARE_FILES + LEAST
         raise RequestError(f"this process may open {files} files, a server needs {least}; run: ulimit -n 1024")
-    both = {"most_unread": unread, "unread": {}}
+    both = {"most_unread": unread, "unread": {}, "closing": {}}
     most = min(connections, files - SPARE_FILES)
     return type("Connection", (Connection,), {**both, "most": most, "unasked": {}}), type("Stream", (Stream,), both)
 

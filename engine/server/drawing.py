@@ -15,7 +15,7 @@ from fastapi import Request
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
-from ...core.errors import RequestError
+from ...core.errors import ExpiredError, RequestError
 from ...folders.sizes import Size, size_name
 from ..engine import Engine
 from ..pictures.files import Turns, encode, offload, resize
@@ -152,22 +152,34 @@ class ImageService:
         """Raises BusyError."""
         return self.engine.start(prepared, client=client)
 
-    async def draw(self, job: DrawingJob, request: Request) -> GenerateResult:
-        """Its pictures; a client that hangs up cancels the work."""
+    async def draw(
+        self, job: DrawingJob, request: Request, *, files: bool = True
+    ) -> tuple[GenerateResult, list[bytes]]:
+        """Its pictures, and them as files, unless nobody wants these; a client that hangs up cancels the work. Raises
+        ExpiredError."""
         with self.reserve(job) as reserved:
-            drawing = asyncio.wrap_future(self.start(await self.prepare(job), job.client))
+            working = asyncio.ensure_future(self._draw(job, reserved, files))
             gone = asyncio.ensure_future(_disconnected(request))
-            gone.add_done_callback(lambda _: drawing.cancel())
+            gone.add_done_callback(lambda _: working.cancel())
             try:
-                result = await drawing
-                reserved.count()
-                return self.drawn(result, job.client)
+                return await working
             except asyncio.CancelledError:
-                if not drawing.cancelled() or not gone.done():
+                if not working.cancelled() or not gone.done():
                     raise  # the server's own end
                 raise HTTPException(499, "the client hung up") from None
             finally:
                 gone.cancel()
+
+    async def _draw(self, job: DrawingJob, reserved: Reservation, files: bool) -> tuple[GenerateResult, list[bytes]]:
+        ends = self.ends()
+        result = await asyncio.wrap_future(self.start(await self.prepare(job), job.client))
+        reserved.count()
+        self.drawn(result, job.client)
+        return result, await self.files(result, job, ends) if files else []
+
+    def ends(self) -> float:
+        """When a request that begins now must be answered, by the event loop's clock."""
+        return asyncio.get_running_loop().time() + self.settings.timeout
 
     def drawn(self, result: GenerateResult, client: KnownClient) -> GenerateResult:
         """Notes it in the metrics, and for those who wait."""
@@ -175,17 +187,17 @@ class ImageService:
         self.model.line.drawn(result)
         return result
 
-    async def files(self, result: GenerateResult, job: DrawingJob) -> list[bytes]:
-        """The pictures as files of the kind and size that were asked for."""
+    async def files(self, result: GenerateResult, job: DrawingJob, ends: float) -> list[bytes]:
+        """The pictures as files of the kind and size that were asked for. Raises ExpiredError for those not written at `ends`."""
         pixels: NDArray[np.uint8] = result.images
-
-        def work() -> list[bytes]:
-            sized = pixels if job.size is None else [resize(one, job.size) for one in pixels]
-            return [encode(one, job.kind, job.quality) for one in sized]
-
+        sized = (one if job.size is None else resize(one, job.size) for one in pixels)
+        files = (encode(one, job.kind, job.quality) for one in sized)
         size = pixels.nbytes if job.size is None else 3 * job.size[0] * job.size[1] * len(pixels)
-        async with self._turns.of(job.client.name):
-            return await offload(work, size)
+        try:
+            async with asyncio.timeout_at(ends):
+                return await self._turns.offload(job.client.name, files, size)
+        except TimeoutError:
+            raise ExpiredError(f"not drawn within its {self.settings.timeout:g} s; try again later") from None
 
 
 def warnings_of(result: GenerateResult, job: DrawingJob) -> list[str]:

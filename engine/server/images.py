@@ -87,7 +87,7 @@ def _lookups(router: APIRouter, service: ImageService, stored: StoredPictures) -
         """The one model that is loaded."""
         return ModelList(data=[_model(service)])
 
-    @router.get("/v1/models/{name}", response_model=Model)
+    @router.get("/v1/models/{name:path}", response_model=Model)
     async def one_model(name: str) -> Model:
         """That model, by its name or an alias."""
         _check_model(service, name)
@@ -133,8 +133,7 @@ async def _answer(
         headers["x-drawn-size"] = size_name((job.request.height or 0, job.request.width or 0))
     if asked.stream:
         return await _streamed(service, asked, job, headers)
-    result = await service.draw(job, request)
-    files = await service.files(result, job)
+    result, files = await service.draw(job, request)
     by_url = asked.response_format == "url" or (
         asked.response_format is None and (asked.model or "").startswith("dall-e")
     )
@@ -169,8 +168,12 @@ def _response(result: GenerateResult, job: DrawingJob, data: list[ImageData]) ->
 
 
 async def _streamed(service: ImageService, asked: ImageRequest, job: DrawingJob, headers: dict[str, str]) -> Response:
-    """Server-sent events as OpenAI's API has them: the picture in one step, if partial_images is more than 0, then the whole."""
+    """Server-sent events as OpenAI's API has them: the picture in one step, if partial_images is more than 0, then the whole. It
+    counts with whichever comes first, and once."""
+    drawn: list[GenerateResult] = []
+    ends = service.ends()
     with ExitStack() as held:
+        held.callback(lambda: drawn and service.drawn(drawn[-1], job.client))
         reserved = held.enter_context(service.reserve(job))
         prepared = await service.prepare(job)
         preview = service.engine.preview(prepared) if asked.partial_images else None
@@ -182,12 +185,14 @@ async def _streamed(service: ImageService, asked: ImageRequest, job: DrawingJob,
     async def events() -> AsyncIterator[str]:
         try:
             if preview is not None:
-                async for event in _pictures(service, await asyncio.wrap_future(first), job, f"{name}.partial_image"):
+                drawn.append(await asyncio.wrap_future(first))
+                reserved.count()  # who has seen it may hang up
+                async for event in _pictures(service, drawn[-1], job, f"{name}.partial_image", ends):
                     yield event
             last = first if preview is None else service.start(prepared, job.client)
-            result = service.drawn(await asyncio.wrap_future(last), job.client)
+            drawn.append(await asyncio.wrap_future(last))
             reserved.count()
-            async for event in _pictures(service, result, job, f"{name}.completed"):
+            async for event in _pictures(service, drawn[-1], job, f"{name}.completed", ends):
                 yield event
         except ImagineFlashError as error:
             status, code = status_of(error)
@@ -210,7 +215,9 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _pictures(service: ImageService, result: GenerateResult, job: DrawingJob, kind: str) -> AsyncIterator[str]:
+async def _pictures(
+    service: ImageService, result: GenerateResult, job: DrawingJob, kind: str, ends: float
+) -> AsyncIterator[str]:
     found = _response(result, job, []).model_dump(exclude={"data", "created"})
 
     def event(i: int, file: bytes) -> str:
@@ -218,7 +225,7 @@ async def _pictures(service: ImageService, result: GenerateResult, job: DrawingJ
         data = {"b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), "seed": result.seed + i}
         return _event(kind, {**data, **number, **found, "quality": "auto", "background": "opaque"})
 
-    for i, file in enumerate(await service.files(result, job)):
+    for i, file in enumerate(await service.files(result, job, ends)):
         yield await offload(partial(event, i, file), len(file))
 
 

@@ -15,7 +15,7 @@ from ..request import MAX_SCALE, MAX_SEED
 from ..session import SessionResult
 from ..work import GenerateResult
 from .errors import error_body, status_of
-from .schemas import MAX_PROMPT
+from .schemas import MAX_GUIDANCE, MAX_PROMPT
 
 PROTOCOL = "imagine-flash"
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly
@@ -38,7 +38,7 @@ class StreamRequest(BaseModel):
     format: Format = "jpeg"  # WebP takes several times as long to write: decision 025
     preview: bool = False
     lora: dict[str, float] | None = Field(default=None, max_length=16)
-    guidance_scale: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
+    guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT)
     strength: float | None = Field(default=None, gt=0, le=1)  # drawn from the picture that was sent last
     condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE)  # under the condition that was sent last

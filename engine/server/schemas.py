@@ -15,6 +15,7 @@ from ..pictures.files import Format
 from ..request import MAX_COUNT, MAX_SCALE, MAX_SEED
 
 MAX_PROMPT = 32_000  # characters; the model reads fewer, and says what it left out
+MAX_GUIDANCE = 50
 MAX_SIDE = 4096  # of a picture that is scaled to what was asked for
 OPENAI_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 IGNORED = "taken and ignored"
@@ -47,8 +48,14 @@ class ImageRequest(BaseModel):
     style: Text = None
     background: Text = None
     moderation: Text = None
-    negative_prompt: Text = None
-    guidance_scale: StrictFloat | StrictInt | Text = Field(default=None, description=IGNORED)
+    negative_prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT, description=f"of models made for guidance; else {IGNORED}"
+    )
+    guidance_scale: StrictFloat | StrictInt | Text = Field(
+        default=None,
+        description=f"a number, of models made for guidance; else {IGNORED}",
+        json_schema_extra={"minimum": 0, "maximum": MAX_GUIDANCE},  # of numbers: a text has none
+    )
     condition_scale: float | None = Field(default=None, ge=0, le=MAX_SCALE, description="how strongly condition holds")
 
     @model_validator(mode="before")
@@ -68,6 +75,13 @@ class ImageRequest(BaseModel):
     def _as_forms_write_it(cls, value: Any) -> Any:
         return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
+    @field_validator("guidance_scale")
+    @classmethod
+    def _is_a_scale(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not 0 <= value <= MAX_GUIDANCE:  # nor is it NaN
+            raise ValueError(f"must be 0 to {MAX_GUIDANCE}")
+        return value
+
     @field_validator("lora", mode="before")
     @classmethod
     def _of_json(cls, value: Any) -> Any:
@@ -80,8 +94,8 @@ class ImageRequest(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """The fields that were given and have no meaning here, or none beside the others."""
-        fields = type(self).model_fields.items()
-        found = [name for name, field in fields if field.description == IGNORED and getattr(self, name) is not None]
+        known = {name: field.description or "" for name, field in type(self).model_fields.items()}
+        found = [name for name, what in known.items() if what.endswith(IGNORED) and getattr(self, name) is not None]
         beside = {
             "num_inference_steps": self.steps is not None and self.num_inference_steps is not None,
             "output_compression": self.output_format in (None, "png") and self.output_compression is not None,

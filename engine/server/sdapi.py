@@ -16,7 +16,7 @@ from ..pictures.files import offload
 from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .drawing import DrawingJob, ImageService, client_of, decoded, warnings_of
-from .schemas import MAX_PROMPT, MAX_SIDE
+from .schemas import MAX_GUIDANCE, MAX_PROMPT, MAX_SIDE
 
 SAMPLER = "the model's own"
 LORA_TAG = re.compile(r"<lora:([^<>]*)>")
@@ -33,7 +33,7 @@ class TextRequest(BaseModel):
     negative_prompt: str = Field(default="", max_length=MAX_PROMPT)
     seed: int = Field(default=-1, ge=-1, le=MAX_SEED)
     steps: int = Field(default=50, ge=1, le=1000)
-    cfg_scale: float = Field(default=7.0, ge=0, le=50)
+    cfg_scale: float = Field(default=7.0, ge=0, le=MAX_GUIDANCE)
     width: int = Field(default=512, ge=1, le=MAX_SIDE)
     height: int = Field(default=512, ge=1, le=MAX_SIDE)
     batch_size: int = Field(default=1, ge=1, le=MAX_COUNT)
@@ -164,8 +164,7 @@ async def _answer(service: ImageService, asked: TextRequest, request: Request, s
     }
     drawing |= service.guidance(asked.cfg_scale, asked.negative_prompt) | start
     job = DrawingJob(request=GenerateRequest(**drawing), client=client_of(request), size=scaled)
-    result = await service.draw(job, request)
-    files = await service.files(result, job) if asked.send_images else []
+    result, files = await service.draw(job, request, files=asked.send_images)
 
     def body() -> str:
         images = [base64.b64encode(file).decode() for file in files]

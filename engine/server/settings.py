@@ -137,7 +137,8 @@ class ServerSettings(ExecutionOptions):
     @classmethod
     def one_line(cls, name: str, kind: str, message: str, value: Any) -> str:
         """As of any setting, but keys are never shown."""
-        return super().one_line(name, kind, message, value if name != "api_keys" else "them")
+        line = super().one_line(name, kind, message, value if name != "api_keys" else "them")
+        return line.removesuffix(", got 'them'")
 
     @field_validator("allow_origin", "trusted_proxy", "alias", mode="before")
     @classmethod
@@ -161,6 +162,15 @@ class ServerSettings(ExecutionOptions):
         plain: Any = ({"key": one} if isinstance(one, str) else one for one in given or ())
         return tuple(one if isinstance(one, ApiKey) else ApiKey(**one) for one in plain)
 
+    @field_validator("api_keys")
+    @classmethod
+    def _each_has_a_name_of_its_own(cls, given: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        """By which its quota, its share and its metrics are known."""
+        names = [key.name for key in given if key.name]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"each needs a name of its own, but two are named {twice[0]!r}")
+        return given
+
     @model_validator(mode="after")
     def _replicas_need_ray(self) -> Self:
         if self.replicas is not None and not self.ray:
@@ -171,9 +181,8 @@ class ServerSettings(ExecutionOptions):
         """The same with the keys of its key file. Raises RequestError."""
         if self.api_key_file is None:
             return self
-        return self.model_copy(
-            update={"api_keys": (*self.api_keys, *read_keys(self.api_key_file)), "api_key_file": None}
-        )
+        keys = (*self.api_keys, *read_keys(self.api_key_file))
+        return type(self)(**{**dict(self), "api_keys": keys, "api_key_file": None})
 
     @property
     def loading(self) -> LoadOptions:

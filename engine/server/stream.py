@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ...core.errors import EngineError, ImagineFlashError, RequestError
+from ...core.errors import BusyError, EngineError, ImagineFlashError, RequestError
 from ...folders.manifests import Size, size_name
 from ..checks import check_condition
 from ..pictures.files import FORMATS, encode, offload
 from ..request import GenerateRequest
 from ..session import Mailbox, Session, SessionResult
-from .clients import KEY_PROTOCOL, QuotaError, Reservation
+from .clients import KEY_PROTOCOL, QuotaError, Reservation, StreamPlaces
 from .drawing import LETTER, ImageService, client_of
 from .logs import SERVER
 from .messages import (
@@ -45,8 +46,9 @@ LOG = logging.getLogger(SERVER)
 def stream_router(service: ImageService) -> APIRouter:
     """The route of one engine."""
     router = APIRouter()
-    streams: set[WebSocket] = set()  # that are open
-    service.metrics.sessions.set_function(lambda: len(streams))
+    places = StreamPlaces[_Connection](service.settings.max_streams)
+    ending: set[asyncio.Task[None]] = set()
+    service.metrics.sessions.set_function(lambda: len(places))
 
     @router.get("/v1/stream", include_in_schema=False)
     async def no_stream() -> None:
@@ -61,17 +63,17 @@ def stream_router(service: ImageService) -> APIRouter:
         )
         try:
             connection = _Connection(socket, service)
-        except EngineError as error:
+            lost = places.take(connection, connection.client.name)
+        except (EngineError, BusyError) as error:
             await socket.close(TRY_AGAIN_LATER, str(error)[:120])
             return
-        if len(streams) >= (most := service.settings.max_streams):
-            await socket.close(TRY_AGAIN_LATER, f"{len(streams)} streams are open, at most {most} may be")
-            return
-        streams.add(socket)
+        if lost is not None:
+            ending.add(task := asyncio.create_task(lost.end(places.full)))  # which may not read, and is not waited for
+            task.add_done_callback(ending.discard)
         try:
             await connection.run()
         finally:
-            streams.discard(socket)
+            places.leave(connection)
 
     return router
 
@@ -104,6 +106,11 @@ class _Connection:
             self._count()
             writer.cancel()
             self._reserved.give_back()
+
+    async def end(self, why: str) -> None:
+        """Tells the client to try again later."""
+        with suppress(WebSocketDisconnect, RuntimeError):  # it has gone by itself
+            await self.socket.close(TRY_AGAIN_LATER, why)
 
     async def _read(self) -> None:
         while (message := await self.socket.receive())["type"] != "websocket.disconnect":

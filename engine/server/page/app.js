@@ -280,7 +280,7 @@ setInterval(() => {
   const ms = waiting.size ? performance.now() - Math.min(...[...waiting.values()].map(({ sent }) => sent)) : 0;
   sayDrawing(ms > SEEN ? ms : null);
 }, 100);
-find("again").addEventListener("click", () => (stream.ready ? draw() : stream.connect()));
+find("again").addEventListener("click", () => (stream.state === "ready" ? draw() : stream.connect()));
 find("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const sent = stream.use(find("key").value.trim());

@@ -4,6 +4,7 @@ import { fileOf } from "./files.js";
 
 const SIDE = 256; // pixels of the canvas that is drawn on, at least
 const PAUSE = 80; // ms between two pictures of a camera or a stroke, at least
+const stop = (stream) => stream.getTracks().forEach((track) => track.stop());
 const SWATCHES = {
   black: "#1d1b19", white: "#ffffff", red: "#e5484d", orange: "#f76b15", yellow: "#ffd60a",
   green: "#46a758", blue: "#0090ff", purple: "#8e4ec6", pink: "#ff8dcf", brown: "#8d6e53",
@@ -142,15 +143,18 @@ export class PictureInput extends EventTarget {
   }
 
   async #film() {
+    let turn = ++this.#turn; // what is chosen while somebody is asked for it, stays
     try {
       const stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 640, facingMode: "user" } });
+      if (turn !== this.#turn) return stop(stream);
       this.#become("camera");
+      turn = this.#turn;
       this.#from = {};
       this.#video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
       await this.#video.play();
-      this.#look();
+      if (turn === this.#turn) this.#look();
     } catch (error) {
-      this.#say(navigator.mediaDevices ? `No camera: ${error.message}` : "A camera needs https, or this machine's own address.");
+      if (turn === this.#turn) this.#say(navigator.mediaDevices ? `No camera: ${error.message}` : "A camera needs https, or this machine's own address.");
     }
   }
 
@@ -173,7 +177,7 @@ export class PictureInput extends EventTarget {
     this.#turn++;
     this.#source = source;
     clearTimeout(this.#timer);
-    for (const track of this.#video?.srcObject.getTracks() ?? []) track.stop();
+    if (this.#video) stop(this.#video.srcObject);
     this.#video = null;
     this.#kind = kind;
     this.#shape();

@@ -27,7 +27,7 @@ export function sayDrawing(ms) {
 }
 
 /** `text` and `again` of one error; by default the state's own. */
-export function say(state, text = STATES[state][1] ?? "", again = ["lost", "blocked", "forbidden"].includes(state)) {
+export function say(state, text = STATES[state][1] ?? "", again = ["lost", "hanging", "blocked", "forbidden"].includes(state)) {
   const needsKey = state === "key" || state === "wrong-key";
   if (main.dataset.state !== state) main.dataset.state = state;
   if (find("state-text").textContent !== STATES[state][0]) find("state-text").textContent = STATES[state][0];

@@ -9,6 +9,7 @@ const LATER = 1013;
 const FULL = /at most \d+ may be/; // in the reason of 1013: as many streams are open; else the model is being loaded
 const BEAT = 400; // ms from one look whether the server is there to the next
 const SILENCE = 1500; // ms without a word of it, though it was asked: it hangs
+const GONE = 5000; // ms of it after which the connection is taken for lost: something between may have forgotten it
 const TOKEN = /^[\w!#$%&'*+.^`|~-]+$/; // what a browser may offer as a subprotocol
 
 /** The key, for as long as this tab lives; where the browser stores nothing, as long as this page. */
@@ -158,6 +159,10 @@ export class Stream extends EventTarget {
     this.#looked = now;
     if (!this.ready) return;
     if (now - this.#heard > SILENCE && this.state === "ready") this.#become("hanging");
+    if (now - this.#heard > SILENCE + GONE) {
+      this.#become("lost");
+      return this.connect();
+    }
     if (now - this.#heard >= BEAT / 2) this.#socket.send('{"type":"ping"}');
   }
 

@@ -1,7 +1,9 @@
 """A real server process on loopback."""
 
+import asyncio
 import base64
 import io
+import json
 import os
 import socket
 import subprocess
@@ -114,6 +116,30 @@ def client(server: ServerProcess) -> Iterator[Any]:
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as client:
         yield client
+
+
+async def post(app: Any, body: dict[str, object], gone: asyncio.Event, path: str = "/v1/images/generations") -> bytes:
+    """What an application sends, the status before it, to a client that hangs up once it is `gone`, and sets this itself at the
+    end of the answer."""
+    sent, unread = [], [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, object]:
+        if unread:
+            return unread.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", str(message.get("status", "")).encode()))
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            gone.set()
+        await asyncio.sleep(0)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST"}
+    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "scheme": "http", "headers": headers}
+    await app({**scope, "client": ("192.0.2.1", 50_000), "server": ("localhost", 80)}, receive, send)
+    return b"".join(sent)
 
 
 def png(pixels: np.ndarray) -> bytes:

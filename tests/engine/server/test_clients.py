@@ -60,13 +60,14 @@ def test_openais_models_are_this_one(client: openai.OpenAI, model: str | None) -
 
 
 def test_an_alias_is_this_model_and_pictures_come_in_the_answer_where_that_is_set(tiny_artifact: Path) -> None:
-    settings = ServerSettings(alias=("flux", "sdxl"), image_urls="data")
+    settings = ServerSettings(alias=("flux", "my/sdxl"), image_urls="data")
     with Engine.load(tiny_artifact, backend="onnxruntime") as engine, TestClient(create_app(engine, settings)) as http:
         body = {"prompt": "a cat", "steps": 1, "response_format": "url", "output_format": "webp"}
         answer = http.post("/v1/images/generations", json={**body, "model": "flux"})
         kind, data = answer.json()["data"][0]["url"].split(",")
         assert kind == "data:image/webp;base64" and picture(data).size == (64, 64)
-        assert http.get("/v1/models/sdxl").json()["id"] == "tiny"
+        for name in ("flux", "my/sdxl", "my%2Fsdxl"):  # one with a slash was not found
+            assert http.get(f"/v1/models/{name}").json()["id"] == "tiny"
         refused = http.post("/v1/images/generations", json={**body, "model": "sd3"})
         assert refused.status_code == 404 and "no model 'sd3'; this server has 'tiny'" in refused.text
 
@@ -134,10 +135,13 @@ def test_a_stream_of_events_ends_with_the_picture(client: openai.OpenAI) -> None
     (only,) = client.images.generate(prompt="a cat", stream=True, extra_body={"seed": 7})
     assert only.b64_json == events[-1].b64_json
     start = png(np.full((64, 64, 3), 90, np.uint8))
-    edited = list(
-        client.images.edit(image=start, prompt="a cat", stream=True, partial_images=2, extra_body={"seed": 7})
-    )
-    assert [event.type for event in edited] == ["image_edit.partial_image", "image_edit.completed"]
+    for strength, kinds in (
+        (1, ["partial_image", "completed"]),
+        (0.75, ["completed"]),
+    ):  # one step would hide the start
+        fields = {"seed": 7, "strength": strength}
+        edited = client.images.edit(image=start, prompt="a cat", stream=True, partial_images=2, extra_body=fields)
+        assert [event.type for event in edited] == [f"image_edit.{kind}" for kind in kinds]
     with pytest.raises(openai.BadRequestError, match="steps must be"):
         client.images.generate(prompt="a cat", stream=True, extra_body={"steps": 9})
 
@@ -330,7 +334,8 @@ def test_the_other_door_says_what_is_wrong(http: httpx.Client) -> None:
 
 
 def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact: Path, tmp_path: Path) -> None:
-    """They were ignored, whatever the model."""
+    """They were ignored, whatever the model. A scale that no float holds was a fault of the server, one too large was called
+    `guidance`, and a negative prompt of 4,001 characters was refused, though one is cut where the model ends."""
     folder = Path(shutil.copytree(tiny_artifact, tmp_path / "guided"))
     manifest = read_artifact_manifest(folder)
     write_manifest(folder, manifest.model_copy(update={"guidance": Guidance(default=2.0, range=(1, 5))}))
@@ -369,6 +374,13 @@ def test_guidance_and_negative_prompts_where_the_model_takes_them(tiny_artifact:
             assert b'"cut": ""' in header and b'"cut_negative": "a dog' in header
         (warning,) = draw(guidance_scale=4, negative_prompt=long).json()["warnings"]
         assert warning.startswith("the negative prompt is longer than this model reads; left out: a dog")
+        assert draw(guidance_scale=4, negative_prompt="a dog " * 2000).status_code == 200
+        for scale in ("1" + "0" * 400, "50.1", "51", "-1", "NaN", "Infinity"):
+            asked = f'{{"prompt": "a cat", "guidance_scale": {scale}}}'
+            answer = http.post("/v1/images/generations", content=asked, headers={"content-type": "application/json"})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == "guidance_scale", answer.text
+            assert "guidance_scale: Value error, must be 0 to 50, got" in answer.text
+        assert edit(guidance_scale="51").status_code == 400 and edit(guidance_scale="50").status_code == 200
 
         form = edit(guidance_scale="4", negative_prompt="a dog")  # a form's fields are texts
         assert "x-ignored" not in form.headers and form.json()["data"] != edit().json()["data"]

@@ -59,6 +59,11 @@ def test_errors_and_keys_are_documented(tiny_artifact: Path) -> None:
     assert {"/v1/images/generations", "/v1/images/edits", "/v1/models", "/readyz", "/metrics"} <= set(plain["paths"])
     draw = plain["paths"]["/v1/images/generations"]["post"]
     assert "422" not in draw["responses"] and "security" not in draw
+    asked = plain["components"]["schemas"]["GenerationRequest"]["properties"]
+    assert all(
+        "models made for guidance" in asked[name]["description"] for name in ("guidance_scale", "negative_prompt")
+    )
+    assert (asked["guidance_scale"]["minimum"], asked["guidance_scale"]["maximum"]) == (0, 50)
     schema = draw["responses"]["429"]["content"]["application/json"]["schema"]
     assert schema == {"$ref": "#/components/schemas/ErrorBody"}
     assert locked["paths"]["/v1/images/edits"]["post"]["security"] == [{"HTTPBearer": []}]

@@ -249,6 +249,10 @@ def test_a_settings_file_has_the_options_names(tmp_path: Path) -> None:
         ("quota: 5/hour; 0/minute", "1 or more, several with ; between them, got '5/hour; 0/minute'"),
         ("api-keys: [short-secret]", "key: must have 16 or more"),
         ("replicas: 2", "replicas: go with ray"),
+        (
+            f"api-keys: [{{key: {KEY}, name: ann}}, {{key: {KEY}2, name: ann}}]",
+            "api_keys: each needs a name of its own, but two are named 'ann'",
+        ),
         ("log-level: loud", "log_level: Input should be 'debug', 'info'"),
     ):
         file.write_text(text)
@@ -316,12 +320,15 @@ def test_without_keys_each_address_has_the_quota(tiny_artifact: Path) -> None:
             assert stream.receive_json()["error"]["code"] == "rate_limit_exceeded"
 
 
+@pytest.mark.parametrize("log_format", ["json", "text"])
 def test_probes_are_not_in_the_log_and_invalid_requests_are_with_their_address(
-    start_server, tiny_artifact: Path
+    start_server, tiny_artifact: Path, log_format: str
 ) -> None:
-    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime")
+    """A path was logged as it was decoded: with an end of a line in it, as lines of its own."""
+    server = start_server("--model", tiny_artifact, "--backend", "onnxruntime", "--log-format", log_format)
     for path in ("/healthz", "/readyz", "/metrics"):
         assert httpx.get(server.url + path).status_code == 200
+    assert httpx.get(f"{server.url}/a%0a0.0.0.0%20GET%20/forged?key=1").status_code == 404
     with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
         raw.sendall(b"rubbish\r\n\r\n")
         assert b" 400 " in raw.recv(1000)
@@ -329,6 +336,8 @@ def test_probes_are_not_in_the_log_and_invalid_requests_are_with_their_address(
     log = server.log.read_text()
     assert "/healthz" not in log and "/metrics" not in log and "invalid request of 127.0.0.1" in log
     assert "Invalid HTTP request" not in log
+    (line,) = (line for line in log.splitlines() if "forged" in line)
+    assert " GET /a%0A0.0.0.0%20GET%20/forged 404 " in line
 
 
 def test_origins_are_as_browsers_write_them() -> None:
@@ -362,3 +371,14 @@ def test_threads_of_another_machine_are_not_bounded_by_this_one() -> None:
 def test_a_key_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"{KEY}\n", encoding="utf-8-sig")
     assert read_keys(tmp_path / "keys") == (ApiKey(key=KEY),)
+
+
+def test_no_two_keys_have_one_name(tmp_path: Path) -> None:
+    """They shared a quota, a share of the engine and their metrics. Those without a name have one each."""
+    (tmp_path / "keys").write_text(f"{KEY} ann\n{KEY}2\n{KEY}3\n")
+    settings = ServerSettings(api_key_file=tmp_path / "keys")
+    assert [key.name for key in settings.with_keys().api_keys] == ["ann", "", ""]
+    both = settings.model_copy(update={"api_keys": (ApiKey(key=f"{KEY}4", name="ann"),)})
+    with pytest.raises(RequestError) as refused:
+        both.with_keys()
+    assert str(refused.value) == "api_keys: each needs a name of its own, but two are named 'ann'"

@@ -59,6 +59,29 @@ def test_what_was_typed_without_a_connection_is_not_waited_for(embedded, open_pa
     assert "drawing," not in opened.page.locator("#state").inner_text()
 
 
+def test_a_connection_that_something_between_forgot_is_made_anew(embedded, open_page) -> None:
+    """The page said for good that the server says nothing, though a new connection would have been answered."""
+    opened, sockets, forgotten = open_page(embedded.url), [], []
+
+    def between(socket: Any) -> None:
+        server = socket.connect_to_server()
+        sockets.append(socket)
+        server.on_message(lambda message: None if socket in forgotten else socket.send(message))
+
+    opened.page.route_web_socket(re.compile("/v1/stream"), between)
+    opened.go().shows("a fox on a pink background")
+    forgotten.extend(sockets)
+    opened.page.fill("#prompt", "a cat")
+    opened.says("#trouble", "The server has said nothing for two seconds")
+    opened.shows("a cat")
+    assert len(sockets) == 2 and not opened.page.locator("#trouble").is_visible()
+    forgotten.extend(sockets)
+    opened.page.fill("#prompt", "a dog")
+    opened.says("#trouble", "The server has said nothing for two seconds")
+    opened.page.click("#again")
+    opened.shows("a dog")
+
+
 @pytest.mark.parametrize(
     ("reason", "said"),
     [

@@ -185,6 +185,39 @@ def test_a_late_picture_of_the_camera_is_dropped(tools) -> None:
     assert asked >= 6 and changes <= 1, "only that it was switched off is told"
 
 
+def test_a_camera_that_is_allowed_late_takes_nothing_from_what_was_chosen_meanwhile(tools) -> None:
+    """It wiped a sketch, came on after "Remove", and two clicks left one on that nothing switched off."""
+    found = tools.page.evaluate("""async () => {
+      const { PictureInput } = await import("./page/input.js"), root = document.createElement("fieldset");
+      root.append(document.createElement("legend"));
+      document.body.append(root);
+      const input = new PictureInput(root, { amount: "amount", value: 1 });
+      const find = (name) => root.querySelector(`.${name}`), wait = (ms) => new Promise((go) => setTimeout(go, ms));
+      const devices = navigator.mediaDevices, streams = [];
+      devices.getUserMedia = async (wish) => {
+        await wait(200); // somebody is asked
+        streams.push(await MediaDevices.prototype.getUserMedia.call(devices, wish));
+        return streams.at(-1);
+      };
+      const on = () => ["sketch", "camera"].filter((name) => find(`${name}-on`).ariaPressed === "true");
+      const live = () => streams.flatMap((one) => one.getTracks()).filter((one) => one.readyState === "live").length;
+      const states = [];
+      for (const clicks of [["camera-on", "sketch-on"], ["sketch-on", "camera-on", "off"], ["camera-on", "camera-on"]]) {
+        const before = streams.length, asked = clicks.filter((name) => name === "camera-on").length;
+        for (const name of clicks) find(name).click();
+        for (let i = 0; i < 200 && streams.length < before + asked; i++) await wait(50);
+        await wait(300);
+        states.push([...on(), live(), find("said").textContent]);
+        input.clear();
+        states.push([...on(), live()]);
+      }
+      delete devices.getUserMedia;
+      root.remove();
+      return states;
+    }""")
+    assert found == [["sketch", 0, ""], [0], [0, ""], [0], ["camera", 1, ""], [0]]
+
+
 def green() -> bytes:
     """A picture's file."""
     file = io.BytesIO()
@@ -316,6 +349,7 @@ def test_a_server_that_hangs_is_noticed(embedded, open_page) -> None:
     embedded.process.send_signal(signal.SIGSTOP)
     try:
         opened.says("#trouble", "The server has said nothing for two seconds")
+        assert opened.page.locator("#again").is_visible()
         opened.page.fill("#prompt", "a dog")
     finally:
         embedded.process.send_signal(signal.SIGCONT)

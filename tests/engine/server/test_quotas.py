@@ -14,6 +14,8 @@ from starlette.testclient import TestClient
 from imagine_flash.engine import Engine
 from imagine_flash.engine.pictures.uploads import UploadReader
 from imagine_flash.engine.server import ServerSettings, create_app
+from imagine_flash.engine.server.drawing import ImageService
+from imagine_flash.tests.engine.server.conftest import post
 
 DRAW = "/v1/images/generations"
 
@@ -38,6 +40,34 @@ def test_requests_at_once_share_it_and_what_was_not_drawn_is_given_back(tiny_art
     assert refused[2].json()["error"]["param"] == "n" and "retry-after" not in refused[2].headers
     assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 35
     assert all(int(one.headers["retry-after"]) >= 1 for one in answers if one.status_code == 429)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_who_leaves_after_the_preview_has_had_the_pictures(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    """They cost nothing and were in no metrics: a quota of 8 pictures an hour gave 96 in one step. Who stays pays once."""
+    gone, inner = asyncio.Event(), ImageService.start
+    started = []
+
+    def start(self: ImageService, *given: Any) -> Any:
+        started.append(given)
+        if len(started) == 2 and not stays:  # the whole picture, of which the preview was handed over
+            gone.set()
+        return inner(self, *given)
+
+    monkeypatch.setattr(ImageService, "start", start)
+    body = {"prompt": "a cat", "n": 2, "stream": True, "partial_images": 1}
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        app = create_app(engine, ServerSettings(quota="4/hour"))
+        events = asyncio.run(post(app, body, gone))
+        http = TestClient(app, client=("192.0.2.1", 50_000))
+        assert [http.post(DRAW, json={"prompt": "a cat", "n": n}).status_code for n in (3, 2, 1)] == [429, 200, 429]
+        counts = http.get("/metrics").text
+    assert events.count(b"event: image_generation.partial_image") == 2
+    assert events.count(b"event: image_generation.completed") == (2 if stays else 0)
+    assert ('imagine_flash_requests_total{steps="1"} 1.0' in counts) == (not stays)
+    assert f'imagine_flash_requests_total{{steps="3"}} {2 if stays else 1}.0' in counts
 
 
 def test_sockets_that_are_open_at_once_share_it(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import ConnectionClosed
 from websockets.sync import client
 
 from imagine_flash.cli.listening import configuration, listen
@@ -132,6 +133,54 @@ def test_small_frames_are_taken_in_pieces(serve, monkeypatch: pytest.MonkeyPatch
         stream.send('{"seq":2,"prompt":"a cat"}')
         assert isinstance(stream.recv(20), bytes)
     assert sum(taken) > 320_000 and max(taken) <= connections.PIECE
+
+
+def test_who_does_not_answer_a_close_keeps_nobody_out(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each held a connection for 10 seconds, and a thousand of them all there may be: others had a bare 503."""
+    monkeypatch.setattr(connections, "GOODBYE_SECONDS", 60)
+    _, port = serve(max_streams=1, max_connections=8)
+    with ExitStack() as opened:
+        for _ in range(20):
+            stream = opened.enter_context(connect(port, handshake()))
+            with suppress(ConnectionError):  # its place was needed
+                assert stream.recv(12) in (b"HTTP/1.1 101", b"")
+        healthy = opened.enter_context(connect(port, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"))
+        assert healthy.recv(12) == b"HTTP/1.1 200"
+
+
+def test_an_answer_to_a_close_is_not_waited_for_long(serve) -> None:
+    server, port = serve(max_streams=1)
+    with connect(port, handshake()), connect(port, handshake()):
+        wait_until(lambda: len(server.server_state.connections) == 2)
+        wait_until(lambda: len(server.server_state.connections) == 1, seconds=8)  # uvicorn waits for 10
+
+
+def test_nobody_holds_all_streams(serve) -> None:
+    """One client could have every one of them, and others were told to try again for as long as it stayed."""
+    keys = {name: f"0123456789abcdef-{name}" for name in ("greedy", "modest")}
+    _, port = serve(max_streams=4, api_keys=[{"key": key, "name": name} for name, key in keys.items()])
+    with ExitStack() as opened:
+
+        def open_one(name: str) -> client.ClientConnection:
+            headers = {"Authorization": f"Bearer {keys[name]}"}
+            return opened.enter_context(client.connect(f"ws://[::1]:{port}/v1/stream", additional_headers=headers))
+
+        def is_full(stream: client.ClientConnection) -> bool:
+            """Whether it was told so; else it is told that it may begin."""
+            try:
+                return "ready" not in str(stream.recv(20))
+            except ConnectionClosed as closed:
+                assert closed.rcvd is not None and closed.rcvd.code == 1013
+                assert closed.rcvd.reason == "4 streams are open, at most 4 may be"  # which the page knows
+                return True
+
+        greedy = [open_one("greedy") for _ in range(4)]
+        assert not any(map(is_full, greedy)) and is_full(open_one("greedy"))
+        assert [is_full(open_one("modest")) for _ in range(3)] == [False, False, True]
+        assert all(map(is_full, greedy[2:])), "the newest ones go"
+        for stream in greedy[:2]:
+            stream.send('{"type":"ping"}')
+            assert "pong" in str(stream.recv(20))
 
 
 @pytest.mark.parametrize("kind", ["half a body", "unread", "unread stream"])

@@ -1,11 +1,14 @@
 """Clients that hang up, stall, upload too much or come from elsewhere; and pages that may come from elsewhere."""
 
+import asyncio
 import concurrent.futures
 import io
 import json
 import socket
+import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import numpy as np
@@ -14,8 +17,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from imagine_flash.engine import Engine
+from imagine_flash.engine.pictures.files import encode
 from imagine_flash.engine.server import create_app
 from imagine_flash.engine.server.settings import ServerSettings
+from imagine_flash.tests.engine.server.conftest import post
 
 
 def test_a_strangers_name_for_this_machine_is_a_stranger(http: httpx.Client, server) -> None:
@@ -25,6 +30,26 @@ def test_a_strangers_name_for_this_machine_is_a_stranger(http: httpx.Client, ser
         headers = {"host": there, "origin": f"http://{there}"}
         answer = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}, headers=headers)
         assert answer.status_code == status, name
+
+
+def test_nor_may_a_stranger_read_by_such_a_name(tiny_artifact) -> None:
+    """What reads says no origin: such a page could read /v1/models and /metrics. A proxy's name is allowed as its pages are."""
+    settings = ServerSettings(allow_origin=("https://draw.example.org",))
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        http, everybodys = (
+            TestClient(create_app(engine, known), base_url="http://127.0.0.1:8000")
+            for known in (settings, ServerSettings(host="0.0.0.0"))
+        )
+        for path in ("/v1/models", "/metrics", "/sdapi/v1/progress", "/v1/nothing"):
+            answer = http.get(path, headers={"host": "evil.example:8000"})
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "forbidden_host", path
+            assert everybodys.get(path, headers={"host": "evil.example:8000"}).status_code != 403
+        for host in ("draw.example.org", "localhost:8000", "app.localhost", "[::1]:8000", "[::ffff:127.0.0.1]:80"):
+            assert http.get("/v1/models", headers={"host": host}).status_code == 200, host
+        for path in ("/", "/page/app.js", "/docs", "/openapi.json", "/healthz", "/readyz"):
+            assert http.get(path, headers={"host": "evil.example"}).status_code == 200, path
+        allowed = {"host": "drawing", "origin": "https://draw.example.org"}
+        assert http.get("/v1/models", headers=allowed).status_code == 200
 
 
 def raw_request(server, body: bytes, length: int) -> socket.socket:
@@ -47,6 +72,41 @@ def test_a_client_that_hangs_up_stops_its_work_in_one_line_of_the_log(http: http
     assert "Traceback" not in server.log.read_text()
     while "imagine_flash_waiting_pictures 0.0" not in http.get("/metrics").text:
         assert time.monotonic() < limit
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_files_are_written_for_nobody_who_hung_up_and_for_nobody_too_long(
+    tiny_artifact, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """All of them were, however long it took; and what the same client asked for next waited, small as it was."""
+    written, writing = [], threading.Event()
+
+    def slow(*given: Any) -> bytes:
+        written.append(given)
+        if given[0].nbytes > 64 * 64 * 3:
+            writing.set()
+            time.sleep(0.1)
+        return encode(*given)
+
+    async def ask() -> None:
+        large = {"prompt": "a cat", "steps": 1, "n": 20, "size": "512x512", "batch_size": 20}
+        small = {"prompt": "a cat", "steps": 1, "width": 64, "height": 64}
+        large, small = ({name: value for name, value in one.items() if known(name)} for one in (large, small))
+        gone = asyncio.Event()
+        asked = asyncio.create_task(post(app, large, gone, path))
+        await asyncio.to_thread(writing.wait, 20)
+        assert (await post(app, small, asyncio.Event(), path)).startswith(b"200") and len(written) < 15
+        gone.set()
+        assert (await asked).startswith(b"499") and len(written) < 20
+        assert (await post(app, large, asyncio.Event(), path)).startswith(b"504") and len(written) < 40
+
+    def known(name: str) -> bool:
+        return name not in (("batch_size", "width", "height") if path.startswith("/v1") else ("n", "size"))
+
+    monkeypatch.setattr("imagine_flash.engine.server.drawing.encode", slow)
+    with Engine.load(tiny_artifact, backend="onnxruntime") as engine:
+        app = create_app(engine, ServerSettings(timeout=1.5))
+        asyncio.run(ask())
 
 
 def test_who_has_only_stopped_sending_gets_the_answer(server) -> None:
