@@ -136,11 +136,11 @@ def study_command(
 
     teacher, used = teacher or _embedded("teacher"), use_device(device)
     if train is not None:
-        done = train_variant(study, train, teacher, output, font=font)
+        done = train_variant(study, train, teacher, output, font=font, console=progress())
         say(f"trained {train}: {done.training.get('steps', 0):.0f} updates")
         return
-    record = run_study(study, teacher, judge or _embedded("judge.safetensors"), output, font=font, device=used)
-    say(quality_as_markdown(record))
+    judge = judge or _embedded("judge.safetensors")
+    say(quality_as_markdown(run_study(study, teacher, judge, output, font=font, device=used, console=progress())))
 
 
 def compare_command(

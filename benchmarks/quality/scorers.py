@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from ...core.errors import ImagineFlashError
+from .paired import mean_difference
 
 Scorer = Callable[[list[Image.Image], list[str]], Sequence[float]]
 _BATCH = 32
-_RESAMPLES = 1000
 
 
 def load_scorer(name: str) -> Scorer:
@@ -85,13 +85,11 @@ def scores_by_category(
 
 
 def _paired(teacher: np.ndarray, student: np.ndarray) -> dict[str, Any]:
-    gain = student - teacher
-    rows = np.random.default_rng(0).integers(len(gain), size=(_RESAMPLES, len(gain)))
-    low, high = np.percentile(gain[rows].mean(1), (2.5, 97.5))
+    difference, *interval = mean_difference(student, teacher)
     return {
-        "pictures": len(gain),
+        "pictures": len(student),
         "teacher": round(float(teacher.mean()), 4),
         "student": round(float(student.mean()), 4),
-        "difference": round(float(gain.mean()), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
+        "difference": difference,
+        "interval": interval,
     }

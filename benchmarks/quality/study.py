@@ -87,7 +87,7 @@ def slug(name: str) -> str:
 
 
 def train_variant(
-    path: Path, name: str, teacher_folder: Path, out: Path, *, font: Path | None = None
+    path: Path, name: str, teacher_folder: Path, out: Path, *, font: Path | None = None, console: Console | None = None
 ) -> StudentManifest:
     """Train one variant into `out`.run and measure nothing, so that several can train at once, each in a process or on a device
     of its own; `run_study` goes on with what is there. RecipeError as there, and for a name that is no variant's."""
@@ -98,7 +98,7 @@ def train_variant(
     folder.parent.mkdir(parents=True, exist_ok=True)
     if study.budget is not None:
         recipe = updates_within(study.budget, recipe, load_model(teacher_folder))
-    return _student_of(recipe, teacher_folder, folder, font, Console(stderr=True))
+    return _student_of(recipe, teacher_folder, folder, font, console or Console(stderr=True))
 
 
 def run_study(
@@ -109,17 +109,19 @@ def run_study(
     *,
     font: Path | None = None,
     device: torch.device | str = "cpu",
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train and measure every variant; write `out`.json and `out`.png after each of them and return the record.
 
-    device: what draws and judges; trainings take accelerate's. Students and pictures are kept in `out`.run, and the latents of
+    device: what draws and judges; trainings take accelerate's. console: of progress and of what is known so far, by default
+    standard error. Students and pictures are kept in `out`.run, and the latents of
     rendered scenes, once for all variants. Errors: RecipeError for a study or variant that is not valid, ArtifactError for a folder
     that is no teacher or a run of another study.
     """
     study, recipes = load_study(path)
     judge, accuracy = load_judge(judge_file)
     teacher, judge = load_model(teacher_folder).to(device), judge.to(device)
-    console, run = Console(stderr=True), out.with_name(f"{out.name}.run")
+    console, run = console or Console(stderr=True), out.with_name(f"{out.name}.run")
     hashes = {"teacher": hash_folder(teacher_folder), "judge": sha256_file(judge_file)}
     seen = draw_prompts(study.count, split=study.split, held_out=False)
     unseen = draw_prompts(study.held_out, split=study.split, held_out=True)
