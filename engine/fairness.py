@@ -32,9 +32,7 @@ class FairShare:
     """The order of the chunks that wait; called by one thread at a time."""
 
     def __init__(self) -> None:
-        self._now = (
-            0.0  # what a client has had that was always here, in rows by weight, when the call in progress began
-        )
+        self._now = 0.0  # what who was always here has had when the call in progress began, in rows by weight
         self._then = 0.0  # the same when it ends
         self._shares: dict[str, _Share] = {}  # in the order in which they asked last
 

@@ -17,6 +17,7 @@ from PIL import Image
 from imagine_flash.cli.generate import read_picture_file
 from imagine_flash.cli.listening import is_loopback
 from imagine_flash.engine.pictures.reader import read_picture
+from imagine_flash.folders.files import hash_folder
 from imagine_flash.folders.reading import digest_of
 from imagine_flash.tests.commands import fails, run, start
 
@@ -378,14 +379,21 @@ def test_inspect_draws_the_reference_pictures(tiny_artifact: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_failing_export_exits_with_3_and_shows_the_pictures(tiny_student: Path, tmp_path: Path) -> None:
+def test_a_failing_export_exits_with_3_shows_the_pictures_and_leaves_the_old_artifact(
+    tiny_student: Path, tiny_artifact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_artifact, tmp_path / "out")
+    before = hash_folder(tmp_path / "out")
     short = ("--steps", "1", "--batch", "1", "--no-image-encoder")
     done = run("export", tiny_student, tmp_path / "out", "--min-psnr", "99", *short)
     assert done.returncode == 3 and not done.stdout, done
     assert "have a PSNR of" in done.stderr and "seed" in done.stderr and "Traceback" not in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.parity"]
+    assert "nothing was written to" in done.stderr and hash_folder(tmp_path / "out") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.parity"]
     shown = {path.suffix for path in (tmp_path / "out.parity").iterdir()}
     assert shown == {".json", ".png"}
+    found = json.loads((tmp_path / "out.parity/report.json").read_text(encoding="utf-8"))
+    assert found["errors"]["denoiser"]["m"] < 1e-4 and "PSNR" in " ".join(found["failures"])
 
 
 def test_a_bf16_artifact_says_what_it_is_for(tiny_artifact: Path) -> None:

@@ -208,6 +208,7 @@ def test_an_interrupted_training_keeps_its_updates_and_says_how_to_go_on(teacher
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not log.exists():
         time.sleep(0.05)
+    assert log.exists()
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -233,13 +234,16 @@ def test_a_student_takes_over_what_its_teacher_learned(teacher: Path, tmp_path: 
     """Of a teacher trained on, it begins with its own weights plus the difference of the teachers', and says what is missing."""
     first, later = tmp_path / "first", tmp_path / "later"
     distill(teacher, first, distill_recipe(STUDENT))
-    train_teacher(TeacherRecipe.model_validate({**TINY, "fit": {"steps": 2, "batch": 2}}), later, start=teacher)
+    fast = {"steps": 2, "batch": 2, "learning_rate": 1e-2, "warmup": 0, "ema_decay": 0}
+    train_teacher(TeacherRecipe.model_validate({**TINY, "fit": fast}), later, start=teacher)
     still = {**STUDENT, "fit": {"steps": 1, "batch": 2, "learning_rate": 1e-12, "weight_decay": 0, "preview_every": 0}}
     distill(later, tmp_path / "second", distill_recipe(still), start=first, start_teacher=teacher)
     names = ("first", "second", "later")
     student, found, after = (load_model(tmp_path / name).network.state_dict() for name in names)
     before = load_model(teacher).network.state_dict()
-    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    assert max(float((value - before[name]).abs().max()) for name, value in after.items()) > 1e-2, (
+        "more than is allowed"
+    )
     for name, value in found.items():
         torch.testing.assert_close(value, student[name] + after[name] - before[name], atol=1e-3, rtol=1e-2)
     with pytest.raises(RecipeError, match="give that by --start too"):

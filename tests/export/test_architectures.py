@@ -268,7 +268,7 @@ BAD_STUDENTS = {
     "another class": (
         lambda s: edit(s / "model_index.json", '"StableDiffusionPipeline"', '"StableDiffusionPipelin"'),
         ArtifactError,
-        r"cannot read a StableDiffusionPipelin; did you mean 'StableDiffusionPipeline'\?; known classes: .*SD|Stable",
+        r"cannot read a StableDiffusionPipelin; did you mean 'StableDiffusionPipeline'\?; known classes: .*(SD|Stable)",
     ),
     "no closed form": (
         lambda s: edit(s / "scheduler/scheduler_config.json", '"scaled_linear"', '"sigmoid"'),

@@ -135,6 +135,7 @@ class EmulatedTensorrt:
     def __init__(self) -> None:
         self.parsed: list[onnx.ModelProto] = []
         self.profiles: list[dict[str, tuple]] = []
+        self.flags: list[Any] = []
         self.module: Any = ModuleType("tensorrt")
         self.module.ILogger = type("ILogger", (), {"Severity": Enum("Severity", "INTERNAL_ERROR ERROR")})
         self.module.NetworkDefinitionCreationFlag = Enum("Flag", {"STRONGLY_TYPED": 1}, type=int)
@@ -144,6 +145,7 @@ class EmulatedTensorrt:
     def builder(self, logger: Any) -> Any:
         config = SimpleNamespace(
             add_optimization_profile=self.profiles.append,
+            set_flag=lambda flag: self.flags.append(flag.name),
             create_timing_cache=lambda known: known,
             set_timing_cache=lambda cache, ignore_mismatch: True,
             get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"),
@@ -196,4 +198,8 @@ def test_what_the_builder_is_given(artifact, monkeypatch):
     newer = HERE.model_copy(update={"driver": "590.1"})
     monkeypatch.setattr(tensorrt, "this_machine", lambda folder: newer)
     assert build_plans(artifact, graphs=["denoiser"], progress=told.append) == [plan]
-    assert told == [f"building {plan.name}", f"{plan.name} is there"] and len(trt.parsed) == 1
+    assert told == [f"building {plan.name}", f"{plan.name} is there"] and len(trt.parsed) == 1 and not trt.flags
+    (other,) = build_plans(artifact, graphs=["denoiser"], refit=True, version_compatible=True)
+    assert other != plan and sorted(trt.flags) == ["REFIT", "VERSION_COMPATIBLE"]
+    flags = json.loads(other.with_suffix(".json").read_text())["key"]["flags"]
+    assert flags == ["REFIT", "STRONGLY_TYPED", "VERSION_COMPATIBLE"]

@@ -218,6 +218,8 @@ def test_sigkill_half_way_leaves_the_old_artifact_whole(old):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the exchange of two folders in one call is Linux's")
 def test_sigkill_at_any_moment_leaves_one_version_whole(old):
+    for name in ("manifest.json", "graph.onnx"):
+        (old / name).write_text("old")
     for attempt in range(6):
         killed(WRITE_FOREVER, old, 0.05 + 0.013 * attempt)
         assert (old / "manifest.json").read_text() == (old / "graph.onnx").read_text()

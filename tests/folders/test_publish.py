@@ -37,6 +37,7 @@ class Hub(BaseHTTPRequestHandler):
             )
         if "/commit/" not in self.path:  # the card's metadata
             return self.answer({"errors": [], "warnings": []})
+        self.server.branches.append(self.path.rpartition("/")[2])
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -56,6 +57,11 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         if not self.path.startswith("/api/"):
             return self.send_file(with_body=True)
+        if "/revision/nowhere" in self.path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if "/tree/" in self.path:
             known = self.server.files.items()
             return self.answer([{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in known])
@@ -90,7 +96,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.created, server.refusal = {}, None, 0
+    server.files, server.created, server.refusal, server.branches = {}, None, 0, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -103,8 +109,8 @@ def command(hub, tmp_path):
     known = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_x"}
     known |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-    def run(*arguments):
-        call = [sys.executable, "-m", "imagine_flash", *map(str, arguments)]
+    def run(*arguments, module=("-m", "imagine_flash")):
+        call = [sys.executable, *module, *map(str, arguments)]
         return subprocess.run(call, capture_output=True, text=True, env=os.environ | known, cwd=tmp_path)
 
     return run
@@ -182,6 +188,19 @@ def test_the_card_says_what_the_manifest_says(tiny_artifact):
         assert part in card.text, part
     own = model_card(manifest.model_copy(update={"sources": {"weights": "/home/me/secret"}}), "owner/fox")
     assert "/home/me" not in own and "base_model" not in own
+
+
+def test_a_branch_is_pushed_to_and_loaded_from(hub, command, tiny_artifact):
+    assert command("push", tiny_artifact, "owner/fox", "--revision", "draft").returncode == 0
+    code = (
+        "import sys; from imagine_flash import Engine; e = Engine.from_pretrained(sys.argv[1], revision=sys.argv[2]); "
+    )
+    code += "print(e.push_to_hub('owner/other', revision='copy'))"
+    done = command("-c", code, "owner/fox", "draft", module=())
+    assert done.returncode == 0 and done.stdout.endswith("/owner/fox\n"), done.stderr
+    assert hub.branches == ["draft", "copy"]
+    done = command("-c", code, "owner/fox", "nowhere", module=())
+    assert "ArtifactError: owner/fox has no revision 'nowhere' on the hub" in done.stderr
 
 
 def test_a_folder_has_no_revision(tiny_artifact):

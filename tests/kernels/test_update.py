@@ -57,9 +57,8 @@ def test_the_kernel_is_what_runs_here():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fresh", ["none", "given"])
+@pytest.mark.parametrize(("fresh", "noise_correction"), [("none", True), ("none", False), ("given", None)])
 @pytest.mark.parametrize("guided", ["no", "number", "per image"])
-@pytest.mark.parametrize("noise_correction", [True, False])
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_every_combination(prediction_type, noise_correction, guided, fresh, dtype):
     shape = (3, 4, 5, 7)

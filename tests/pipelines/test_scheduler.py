@@ -45,10 +45,13 @@ def latents_of(pipe: Any, steps: int, noise: torch.Tensor, **more: Any) -> np.nd
 
 @pytest.mark.parametrize("noise_correction", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_pipeline_samples_as_we_do(pipeline: Any, tiny_student: Path, steps: int, noise_correction: bool) -> None:
+def test_the_pipeline_samples_as_we_do(
+    pipeline: Any, tiny_student: Path, steps: int, noise_correction: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(tiny_student)
     noise = torch.from_numpy(initial_noise(7, 2, model.latent_shape))
-    pipeline.scheduler = scheduler_of(pipeline.scheduler.config, noise_correction=noise_correction)
+    own = scheduler_of(pipeline.scheduler.config, noise_correction=noise_correction)
+    monkeypatch.setattr(pipeline, "scheduler", own)
     plan = StepPlan.trailing(steps)
     table = update_table(model.denoiser.schedule, plan, model.stages.prediction_type, noise_correction=noise_correction)
     expected = model.sample(noise, model.embed(["a cat"] * 2), table).numpy()

@@ -176,7 +176,7 @@ def type_on(server: ServerProcess, announced: threading.Event) -> int:
 def ends_by_itself(server: ServerProcess, announced: threading.Event) -> None:
     """A moment after its end was announced; one that does not is killed, so that its clients end too."""
     announced.set()
-    time.sleep(0.3)
+    time.sleep(1)
     server.process.send_signal(signal.SIGTERM)
     try:
         assert server.process.wait(60) == -signal.SIGTERM

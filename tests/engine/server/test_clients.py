@@ -224,6 +224,7 @@ def test_what_chat_programs_send_to_edit(http: httpx.Client, name: str, form: di
 def test_the_name_in_an_address_is_one_word(client: openai.OpenAI) -> None:
     """Programs look for \\w+\\.png in it, which a name with a minus before its point has not."""
     got = client.images.generate(prompt="a cat", n=64, model="dall-e-2", extra_body={"steps": 1})
+    assert len(got.data or ()) == 64
     assert all(re.search(r"/pictures/\w+\.png$", one.url or "") for one in got.data or ())
 
 

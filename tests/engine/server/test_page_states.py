@@ -234,6 +234,8 @@ def test_the_page_and_its_parts_are_served_whole(embedded) -> None:
         page = http.get("/")
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert not re.findall(r"<[^>]+\s(?:style|on\w+)=|<script>|https?://", page.text)
-        for part in re.findall(r'(?:href|src)="(page/[^"]+)"', page.text):
+        parts = re.findall(r'(?:href|src)="(page/[^"]+)"', page.text)
+        assert {part.rpartition(".")[2] for part in parts} >= {"css", "js"}
+        for part in parts:
             answer = http.get(f"/{part}")
             assert answer.status_code == 200 and answer.headers["cache-control"] == "no-cache", part
