@@ -17,6 +17,7 @@ from .editing import DEFAULT_STRENGTH
 
 MAX_COUNT = 64
 MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 50
 MAX_LORA = 20.0  # either way
 MAX_SCALE = 10  # of a condition; far beyond it numbers overflow, which would be called the backend's fault
 _WAYS_OUT = {
@@ -27,7 +28,7 @@ _WAYS_OUT = {
     "width": "a whole number of pixels",
     "count": f"a whole number from 1 to {MAX_COUNT}",
     "timeout": "a number of seconds above 0",
-    "guidance": "a number from 0 to 50; 1 is none",
+    "guidance": f"a number from 0 to {MAX_GUIDANCE}; 1 is none",
     "negative_prompt": "a text",
     "lora": f"a weight from {-MAX_LORA:g} to {MAX_LORA:g} by name, such as {{'pixel': 0.8}}",
     "image": "uint8 (H, W, 3)",
@@ -73,7 +74,7 @@ class GenerateRequest(Checked):
     image: NDArray[np.uint8] | None = None
     mask: NDArray[np.float32] | None = None
     strength: float | None = Field(default=None, gt=0, le=1)
-    guidance: float | None = Field(default=None, ge=0, le=50, allow_inf_nan=False)
+    guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     negative_prompt: str | None = None
     lora: dict[str, Annotated[float, Field(ge=-MAX_LORA, le=MAX_LORA, allow_inf_nan=False)]] | None = None
     condition: NDArray[np.uint8] | None = None

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...core.errors import ImagineFlashError
 from ...folders.manifests import size_name
 from ..pictures.files import Format
-from ..request import MAX_SCALE, MAX_SEED
+from ..request import MAX_GUIDANCE, MAX_SCALE, MAX_SEED
 from ..session import SessionResult
 from ..work import GenerateResult
 from .errors import error_body, status_of
-from .schemas import MAX_GUIDANCE, MAX_PROMPT
+from .schemas import MAX_PROMPT
 
 PROTOCOL = "imagine-flash"
 MAX_SEQ = 2**53 - 1  # what JavaScript counts exactly

@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from ...core.errors import RequestError
 from ...folders.sizes import AnySize, Size
 from ..pictures.files import Format
-from ..request import MAX_COUNT, MAX_SCALE, MAX_SEED
+from ..request import MAX_COUNT, MAX_GUIDANCE, MAX_SCALE, MAX_SEED
 
 MAX_PROMPT = 32_000  # characters; the model reads fewer, and says what it left out
-MAX_GUIDANCE = 50
 MAX_SIDE = 4096  # of a picture that is scaled to what was asked for
 OPENAI_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 IGNORED = "taken and ignored"

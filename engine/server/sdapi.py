@@ -13,10 +13,10 @@ from starlette.exceptions import HTTPException
 
 from ...core.errors import RequestError
 from ..pictures.files import offload
-from ..request import MAX_COUNT, MAX_SEED, GenerateRequest
+from ..request import MAX_COUNT, MAX_GUIDANCE, MAX_SEED, GenerateRequest
 from ..work import GenerateResult
 from .drawing import DrawingJob, ImageService, client_of, decoded, warnings_of
-from .schemas import MAX_GUIDANCE, MAX_PROMPT, MAX_SIDE
+from .schemas import MAX_PROMPT, MAX_SIDE
 
 SAMPLER = "the model's own"
 LORA_TAG = re.compile(r"<lora:([^<>]*)>")
