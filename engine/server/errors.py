@@ -65,7 +65,7 @@ def one_line(problem: Mapping[str, Any]) -> tuple[str, str | None]:
     if kind == "extra_forbidden":
         return f"{param}: there is no such field", param
     got = "" if kind == "missing" else f", got {str(given)[:100]!r}"
-    return f"{param}: {problem['msg']}{got}", param
+    return f"{param}: {str(problem['msg']).removeprefix('Value error, ')}{got}", param
 
 
 def handle_errors(app: FastAPI, model: ServedModel) -> None:
